@@ -1,0 +1,189 @@
+"""Granular rewards: a weighted sum of named components whose weights move as training goes on.
+
+With progress p = clamp(curr_step / total_steps, 0, 1), each weight moves from its start s to its end e:
+
+    linear        s + (e - s) * p
+    exponential   s + (e - s) * p**gamma                  gamma 2 by default: slow start
+    logarithmic   s + (e - s) * (1 - (1 - p)**gamma)      gamma 0.5 by default: also a slow start; above 1 a fast one
+    cosine        s + (e - s) * (1 - cos(pi * p)) / 2
+
+and the weights are then divided by their sum, so start and end weights need not sum to 1: (5, 3, 2) to (2, 5, 3) is
+the same as (.5, .3, .2) to (.2, .5, .3). (Between different sums the larger one bends the curve towards itself.)
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from PIL import Image
+
+SCHEDULES = ("linear", "exponential", "logarithmic", "cosine")
+DEFAULT_GAMMA = {"exponential": 2.0, "logarithmic": 0.5}
+
+SmoothFunc = Callable[[float, float, np.ndarray], np.ndarray]
+
+
+def _check_weights(weights: Sequence[float], component_names: Sequence[str], flag: str) -> None:
+    names = ", ".join(component_names)
+    try:
+        values = np.asarray(list(weights), dtype=np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(f"--{flag} {weights!r}: expected one number for each of {names}") from None
+    if values.shape != (len(component_names),):
+        raise ValueError(f"--{flag} {list(weights)}: expected {len(component_names)} weights, one for each of {names}")
+    if not np.isfinite(values).all() or (values < 0).any():
+        raise ValueError(f"--{flag} {list(weights)}: every weight of {names} must be a finite number >= 0")
+    if values.sum() <= 0:
+        raise ValueError(f"--{flag} {list(weights)}: at least one weight of {names} must be above 0")
+
+
+def check_schedule(
+    start_weights: Sequence[float],
+    end_weights: Sequence[float],
+    schedule: str,
+    gamma: float | None,
+    component_names: Sequence[str],
+) -> None:
+    """Raises ValueError, one clear line, for settings of which no schedule can be made.
+
+    Weights must be one finite number >= 0 a component and not all 0; gamma None or finite and above 0.
+    """
+    _check_weights(start_weights, component_names, "granular_start_weights")
+    _check_weights(end_weights, component_names, "granular_end_weights")
+    if schedule not in SCHEDULES:
+        raise ValueError(f"--granular_schedule {schedule!r}: choose from {', '.join(SCHEDULES)}")
+    if gamma is not None and not (math.isfinite(gamma) and gamma > 0):
+        raise ValueError(f"--granular_gamma {gamma}: must be a finite number above 0")
+
+
+class GranularRewardModel:
+    """Base of rewards made of components. A subclass sets `name`, `component_names` and `score_components`.
+
+    start_weights, end_weights: one weight a component, at the first and at the last step of training.
+    schedule: one of SCHEDULES. gamma: exponent of the exponential and logarithmic schedules (None: their default).
+    """
+
+    name: str = "GranularRewardModel"
+    component_names: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        start_weights: Sequence[float],
+        end_weights: Sequence[float],
+        schedule: str = "linear",
+        gamma: float | None = None,
+    ) -> None:
+        check_schedule(start_weights, end_weights, schedule, gamma, self.component_names)
+        self.start_weights = np.asarray(list(start_weights), dtype=np.float64)
+        self.end_weights = np.asarray(list(end_weights), dtype=np.float64)
+        self.schedule = schedule
+        self.gamma = gamma
+
+    # The schedules: start value, end value and progress in [0, 1] (a number or an array) -> value at that progress.
+    def _linear_smooth(self, start: float, end: float, progress: np.ndarray) -> np.ndarray:
+        return start + (end - start) * progress
+
+    def _exponential_smooth(self, start: float, end: float, progress: np.ndarray) -> np.ndarray:
+        gamma = DEFAULT_GAMMA["exponential"] if self.gamma is None else self.gamma
+        return start + (end - start) * progress**gamma
+
+    def _logarithmic_smooth(self, start: float, end: float, progress: np.ndarray) -> np.ndarray:
+        gamma = DEFAULT_GAMMA["logarithmic"] if self.gamma is None else self.gamma
+        return start + (end - start) * (1 - (1 - progress) ** gamma)
+
+    def _cosine_smooth(self, start: float, end: float, progress: np.ndarray) -> np.ndarray:
+        return start + (end - start) * (1 - np.cos(np.pi * progress)) / 2
+
+    def get_dynamic_weights(
+        self,
+        curr_step: float | np.ndarray,
+        total_steps: float,
+        smooth_func: SmoothFunc | str | None = None,
+    ) -> np.ndarray:
+        """Weights at a step: float64 [components], sum 1; for an array of N steps [N, components], each row of sum 1.
+
+        smooth_func: the schedule for this call, by name or as a function (start, end, progress) -> value; None: the
+        one given at construction. Steps outside [0, total_steps] are clamped. Raises ValueError for total_steps <= 0,
+        a step that isn't finite or an unknown schedule.
+        """
+        if not (math.isfinite(total_steps) and total_steps > 0):
+            raise ValueError(f"total_steps {total_steps}: must be above 0")
+        steps = np.asarray(curr_step, dtype=np.float64)
+        if not np.isfinite(steps).all():
+            raise ValueError(f"curr_step {curr_step}: must be finite")
+        progress = np.clip(steps / total_steps, 0.0, 1.0)
+        smooth = self.schedule if smooth_func is None else smooth_func
+        if isinstance(smooth, str):
+            if smooth not in SCHEDULES:
+                raise ValueError(f"smooth_func {smooth!r}: choose from {', '.join(SCHEDULES)}")
+            smooth = getattr(self, f"_{smooth}_smooth")
+        pairs = zip(self.start_weights, self.end_weights, strict=True)
+        weights = np.stack([np.broadcast_to(smooth(s, e, progress), progress.shape) for s, e in pairs], axis=-1)
+        return weights / weights.sum(axis=-1, keepdims=True)
+
+    def _weights_per_image(self, curr_step: float | np.ndarray | None, total_steps: float | None, n: int) -> np.ndarray:
+        """[n, components]: start weights without a step, else one row an image."""
+        if curr_step is None:
+            weights = self.start_weights / self.start_weights.sum()
+        elif total_steps is None:
+            raise ValueError("curr_step was given without total_steps")
+        else:
+            weights = self.get_dynamic_weights(curr_step, total_steps)
+        if weights.ndim == 2 and len(weights) != n:
+            raise ValueError(f"curr_step has {len(weights)} entries for {n} images")
+        return np.broadcast_to(weights, (n, len(self.component_names)))
+
+    def component_weights(
+        self, curr_step: float | np.ndarray | None, total_steps: float | None, n: int
+    ) -> dict[str, np.ndarray]:
+        """What stands for this model in the advantage under `--granular_mix advantage`.
+
+        Returns {f"{name}_{component}": float64 [n]}, the weight of each component for each of n images; the weights of
+        an image sum to 1. The keys are those of `compute_reward`'s rewards_dict.
+        """
+        weights = self._weights_per_image(curr_step, total_steps, n)
+        return {f"{self.name}_{c}": weights[:, i].copy() for i, c in enumerate(self.component_names)}
+
+    def score_components(self, images: list[Image.Image], prompts: list[str]) -> dict[str, np.ndarray]:
+        """One float64 [N] array for each of component_names; NaN where a component failed. Subclasses define it."""
+        raise NotImplementedError(f"{type(self).__name__} must define score_components")
+
+    def score(
+        self,
+        images: list[Image.Image],
+        prompts: list[str],
+        curr_step: float | np.ndarray | None = None,
+        total_steps: float | None = None,
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Scores every component once: (weighted sum [N], {component: [N]}), NaN where failed.
+
+        A component of weight 0 may fail without failing the image.
+        """
+        found = self.score_components(images, prompts)
+        if set(found) != set(self.component_names):
+            raise ValueError(f"{self.name} scored {sorted(found)}, expected {sorted(self.component_names)}")
+        components = {c: as_scores(found[c], len(images), f"{self.name}_{c}") for c in self.component_names}
+        weights = self._weights_per_image(curr_step, total_steps, len(images))
+        values = np.stack([components[c] for c in self.component_names], axis=1)
+        return np.where(weights > 0, weights * values, 0.0).sum(axis=1), components
+
+    def __call__(
+        self,
+        images: list[Image.Image],
+        prompts: list[str],
+        curr_step: float | np.ndarray | None = None,
+        total_steps: float | None = None,
+    ) -> list[float]:
+        """Weighted sum of the components, one float an image (NaN: failed). Without a step: the start weights.
+
+        curr_step may be an array with one step an image.
+        """
+        return self.score(images, prompts, curr_step, total_steps)[0].tolist()
+
+
+def as_scores(values: Sequence[float], n: int, name: str) -> np.ndarray:
+    """A model's answer as float64 [n], anything not finite as NaN (failed). Raises ValueError for another length."""
+    scores = np.asarray([np.nan if v is None else v for v in values], dtype=np.float64)
+    if scores.shape != (n,):
+        raise ValueError(f"{name} returned {scores.shape} scores for {n} images")
+    return np.where(np.isfinite(scores), scores, np.nan)
