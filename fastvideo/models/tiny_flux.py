@@ -1,0 +1,405 @@
+"""A FLUX small enough to train on a laptop: a complete diffusers `FluxPipeline` that draws coloured shapes.
+
+    python -m fastvideo.models.tiny_flux --output_dir data/tiny_flux   # draw, train, save: under 30 minutes on 2 cores
+    python -m fastvideo.models.tiny_flux --evaluate data/tiny_flux     # measure a saved one
+
+Every part is FLUX's own class and has FLUX's interfaces (16 latent channels packed 2×2, CLIP's pooled embedding, T5's
+token embeddings, guidance embeds); only the sizes differ: 32×32 pixels, 4× VAE, 16 image tokens, 2 million parameters.
+Training has two parts, both from scratch: the VAE, then transformer and text encoders together by flow matching
+(x_σ = (1 - σ)·x0 + σ·ε, target ε - x0). It stops early on purpose: reinforcement learning needs something to learn.
+"""
+
+import argparse
+import copy
+import json
+import os
+import platform
+import string
+import time
+from collections.abc import Iterator
+from datetime import date
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import torch
+import transformers
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+
+from fastvideo.models.reward_model.shapes import (
+    IMAGE_SIZE,
+    JITTER,
+    Scene,
+    ShapesRewardModel,
+    all_scenes,
+    color_and_shape_correct,
+    draw,
+    hard_checks,
+)
+
+CLIP_LENGTH = 24  # tokens, special ones included
+T5_LENGTH = 16  # tokens: the longest caption has 12. Without an attention mask the padding is part of the prompt
+GUIDANCE = 3.5  # the only value seen in training, FLUX.1-dev's default
+SHIFT = 3.0
+SAMPLING_STEPS = 10
+MAX_BYTES = 6_000_000
+
+
+def _make_tokenizers() -> tuple[CLIPTokenizer, T5Tokenizer]:
+    """CLIP (byte-level BPE) and T5 (unigram) tokenizers: one token a caption word, any other word letter by letter."""
+    captions = [scene.caption() for withheld in (False, True) for scene in all_scenes(withheld)]
+    words = sorted(set(" ".join(captions).split()))
+
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    trainer = trainers.BpeTrainer(vocab_size=10_000, end_of_word_suffix="</w>", show_progress=False)
+    bpe.train_from_iterator(words * 2, trainer)
+    trained = json.loads(bpe.to_str())["model"]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pieces = letters + [f"{letter}</w>" for letter in letters]
+    pieces += sorted(piece for piece in trained["vocab"] if piece not in set(pieces))
+    vocab = {piece: n for n, piece in enumerate([*pieces, "<|startoftext|>", "<|endoftext|>"])}
+    merges = [tuple(merge) for merge in trained["merges"]]
+    clip = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=CLIP_LENGTH)
+
+    scores = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -8.0)]
+    scores += [(f"▁{word}", -4.0) for word in words]
+    scores += [(letter, -8.0) for letter in string.ascii_letters + string.digits + string.punctuation]
+    t5 = T5Tokenizer(vocab=scores, extra_ids=0, model_max_length=T5_LENGTH)
+    return clip, t5
+
+
+def make_pipeline(guidance_embeds: bool = True, seed: int = 0, single_layers: int = 3) -> FluxPipeline:
+    """The pipeline with random float32 weights; without guidance embeds it is like FLUX.1-schnell."""
+    clip_tokenizer, t5_tokenizer = _make_tokenizers()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = FluxTransformer2DModel(
+            patch_size=1,
+            in_channels=64,
+            num_layers=1,
+            num_single_layers=single_layers,
+            attention_head_dim=32,
+            num_attention_heads=4,
+            joint_attention_dim=64,
+            pooled_projection_dim=64,
+            guidance_embeds=guidance_embeds,
+            axes_dims_rope=(8, 12, 12),
+        )
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            block_out_channels=(16, 32, 48),
+            layers_per_block=1,
+            latent_channels=16,
+            norm_num_groups=1,  # more groups normalise flat colours away
+            sample_size=IMAGE_SIZE,
+            scaling_factor=1.0,
+            shift_factor=0.0,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        )
+        clip = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(clip_tokenizer),
+                hidden_size=64,
+                intermediate_size=256,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                max_position_embeddings=CLIP_LENGTH,
+                bos_token_id=clip_tokenizer.bos_token_id,
+                eos_token_id=clip_tokenizer.eos_token_id,
+                pad_token_id=clip_tokenizer.pad_token_id,
+            )
+        )
+        t5 = T5EncoderModel(
+            T5Config(
+                vocab_size=len(t5_tokenizer),
+                d_model=64,
+                d_kv=32,
+                d_ff=128,
+                num_layers=2,
+                num_heads=2,
+                dropout_rate=0.0,
+                feed_forward_proj="gated-gelu",
+                pad_token_id=t5_tokenizer.pad_token_id,
+                eos_token_id=t5_tokenizer.eos_token_id,
+            )
+        )
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
+        vae=vae.eval(),
+        text_encoder=clip.eval(),
+        tokenizer=clip_tokenizer,
+        text_encoder_2=t5.eval(),
+        tokenizer_2=t5_tokenizer,
+        transformer=transformer.eval(),
+    )
+
+
+def save_pipeline(pipe: FluxPipeline, output_dir: str | Path) -> None:
+    """Write a float16 copy of the pipeline as safetensors; the one in memory stays float32."""
+    parts = {name: part for name, part in pipe.components.items() if part is not None}
+    for name, part in parts.items():
+        if isinstance(part, torch.nn.Module):
+            parts[name] = copy.deepcopy(part).half()
+    FluxPipeline(**parts).save_pretrained(output_dir)
+
+
+def build_tiny_flux(
+    output_dir: str | Path, guidance_embeds: bool = True, seed: int = 0, single_layers: int = 3
+) -> None:
+    """Write an untrained pipeline with random weights, in a second; `guidance_embeds=False` is like FLUX.1-schnell."""
+    save_pipeline(make_pipeline(guidance_embeds, seed, single_layers), output_dir)
+
+
+class PictureBank:
+    """Pictures of all training scenes, several of each with different jitter, and batches of them.
+
+    `pixels` is uint8 [N, 3, 32, 32]; picture n shows `scenes[n % len(scenes)]`.
+    """
+
+    def __init__(self, copies: int, seed: int):
+        self.scenes: list[Scene] = all_scenes(withheld=False)
+        rng = np.random.default_rng(seed)
+        pictures = [draw(s, tuple(rng.uniform(-JITTER, JITTER, 2))) for _ in range(copies) for s in self.scenes]
+        self.pixels = torch.from_numpy(np.stack([np.asarray(p) for p in pictures])).permute(0, 3, 1, 2).contiguous()
+
+    def float_pixels(self, index: torch.Tensor) -> torch.Tensor:
+        """Pictures as the VAE takes them: float32 [B, 3, 32, 32] in -1 to 1."""
+        return self.pixels[index].float() / 127.5 - 1
+
+    def batches(self, batch_size: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
+        """Endless index batches [B], every picture once an epoch."""
+        while True:
+            order = torch.randperm(len(self.pixels), generator=generator)
+            yield from (b for b in order.split(batch_size) if len(b) == batch_size)
+
+
+def _cosine_lr(optimizer: torch.optim.Optimizer, steps: int, warmup: int = 50) -> torch.optim.lr_scheduler.LambdaLR:
+    def factor(step: int) -> float:
+        return min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * (1 + np.cos(np.pi * step / steps)) / 2)
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def train_vae(vae: AutoencoderKL, bank: PictureBank, steps: int, batch_size: int = 32, lr: float = 2e-3) -> None:
+    """Train the VAE in place with L1 + 1e-4·KL, then put the latents' mean and 1/std into its config.
+
+    Pixels of the shape, the minority, weigh more. The posterior starts narrow (log-variance -5): from the usual start
+    the noise drowns the latents and training takes far longer.
+    """
+    with torch.no_grad():
+        vae.encoder.conv_out.bias[16:] = -5.0
+        vae.encoder.conv_out.weight[16:] *= 0.1
+    generator = torch.Generator().manual_seed(1)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
+    schedule = _cosine_lr(optimizer, steps)
+    batches = bank.batches(batch_size, generator)
+    vae.train()
+    progress = tqdm(range(steps), desc="VAE", mininterval=5)
+    for step in progress:
+        pixels = bank.float_pixels(next(batches))
+        posterior = vae.encode(pixels).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=generator)
+        output = vae.decode(posterior.mean + posterior.std * noise).sample
+        is_shape = ((pixels - pixels[:, :, :1, :1]).abs().amax(1, keepdim=True) > 0.05).float()
+        weight = 1 + 3 * is_shape
+        reconstruction = (weight * (output - pixels).abs()).sum() / weight.sum() / 3
+        loss = reconstruction + 1e-4 * posterior.kl().mean() / 64  # KL per latent pixel
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        schedule.step()
+        if step % 100 == 99:
+            mse = (output.detach().clamp(-1, 1) - pixels).square().mean() / 4
+            progress.set_postfix(l1=f"{reconstruction.item():.4f}", psnr=f"{-10 * mse.log10().item():.1f}")
+    vae.eval()
+    mean, std = encode_bank(vae, bank)
+    latents = mean + std * torch.randn(mean.shape, generator=generator)
+    vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
+
+
+@torch.no_grad()
+def encode_bank(vae: AutoencoderKL, bank: PictureBank) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and std [N, 16, 8, 8] of the posterior of every picture."""
+    posteriors = [
+        vae.encode(bank.float_pixels(index)).latent_dist for index in torch.arange(len(bank.pixels)).split(256)
+    ]
+    return torch.cat([p.mean for p in posteriors]), torch.cat([p.std for p in posteriors])
+
+
+def train_flow(
+    pipe: FluxPipeline,
+    bank: PictureBank,
+    steps: int,
+    output_dir: Path,
+    stop_at: float,
+    check_every: int,
+    batch_size: int = 32,
+    lr: float = 1.5e-3,
+) -> None:
+    """Train transformer and text encoders together by flow matching; `pipe` ends with their averaged (EMA) weights.
+
+    Every `check_every` steps the averaged model is measured and saved; it stops where `stop_at` of 200 training
+    captions come out with the right colours and shape.
+    """
+    parts = torch.nn.ModuleList([pipe.transformer, pipe.text_encoder, pipe.text_encoder_2])
+    torch.nn.init.zeros_(pipe.transformer.proj_out.weight)
+    torch.nn.init.zeros_(pipe.transformer.proj_out.bias)
+    generator = torch.Generator().manual_seed(2)
+    mean, std = encode_bank(pipe.vae, bank)
+    captions = [scene.caption() for scene in bank.scenes]
+    token_options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+    clip_ids = pipe.tokenizer(captions, max_length=CLIP_LENGTH, **token_options).input_ids
+    t5_ids = pipe.tokenizer_2(captions, max_length=T5_LENGTH, **token_options).input_ids
+    image_ids = pipe._prepare_latent_image_ids(1, 4, 4, torch.device("cpu"), torch.float32)
+    text_ids = torch.zeros(T5_LENGTH, 3)
+    guidance = torch.full((batch_size,), GUIDANCE)
+
+    optimizer = torch.optim.AdamW(parts.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
+    schedule = _cosine_lr(optimizer, steps)
+    averaged = copy.deepcopy(parts)
+    batches = bank.batches(batch_size, generator)
+    parts.train()
+    progress = tqdm(range(1, steps + 1), desc="flow matching", mininterval=5)
+    average_loss = 1.0
+    for step in progress:
+        index = next(batches)
+        scene = index % len(captions)
+        latents = mean[index] + std[index] * torch.randn(batch_size, 16, 8, 8, generator=generator)
+        latents = (latents - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
+        clean = pipe._pack_latents(latents, batch_size, 16, 8, 8)
+        noise = torch.randn(clean.shape, generator=generator)
+        # Stratified over the batch, and shifted by 2 towards noise, where the caption decides what is drawn.
+        uniform = (torch.arange(batch_size) + torch.rand(batch_size, generator=generator)) / batch_size
+        sigma = 2 * uniform / (1 + uniform)
+        velocity = pipe.transformer(
+            hidden_states=torch.lerp(clean, noise, sigma[:, None, None]),
+            timestep=sigma,
+            guidance=guidance,
+            pooled_projections=pipe.text_encoder(clip_ids[scene]).pooler_output,
+            encoder_hidden_states=pipe.text_encoder_2(t5_ids[scene])[0],
+            txt_ids=text_ids,
+            img_ids=image_ids,
+            return_dict=False,
+        )[0]
+        loss = F.mse_loss(velocity, noise - clean)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parts.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        schedule.step()
+        decay = min(0.998, step / (step + 20))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(averaged.parameters()), list(parts.parameters()), 1 - decay)
+        average_loss += 0.01 * (loss.item() - average_loss)
+        progress.set_postfix(loss=f"{average_loss:.4f}", refresh=False)
+        if step % check_every == 0 or step == steps:
+            transformer, clip, t5 = averaged
+            candidate = FluxPipeline(
+                **{**pipe.components, "transformer": transformer, "text_encoder": clip, "text_encoder_2": t5}
+            )
+            save_pipeline(candidate, output_dir)
+            scenes = _choose(all_scenes(withheld=False), 200, seed=step)
+            captions_now = [scene.caption() for scene in scenes]
+            correct = color_and_shape_correct(sample(candidate, captions_now, seed=step), captions_now).mean()
+            tqdm.write(f"step {step}: loss {average_loss:.4f}, colours and shape right in {correct:.1%} of 200")
+            if correct >= stop_at:
+                break
+
+
+def sample(
+    pipe: FluxPipeline, captions: list[str], seed: int, steps: int = SAMPLING_STEPS, batch_size: int = 50
+) -> list[Image.Image]:
+    """Pictures of the captions through the pipeline itself, with fresh noise from `seed`."""
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(seed)
+    images = []
+    for start in range(0, len(captions), batch_size):
+        images += pipe(
+            captions[start : start + batch_size],
+            height=IMAGE_SIZE,
+            width=IMAGE_SIZE,
+            num_inference_steps=steps,
+            guidance_scale=GUIDANCE,
+            max_sequence_length=pipe.tokenizer_2.model_max_length,
+            generator=generator,
+        ).images
+    return images
+
+
+def _choose(scenes: list[Scene], count: int, seed: int) -> list[Scene]:
+    order = np.random.default_rng(seed).permutation(len(scenes))
+    return [scenes[n] for n in order[:count]]
+
+
+def evaluate(directory: str | Path, seed: int = 1234) -> str:
+    """Measure a saved pipeline (float32): 200 training captions and all 150 withheld ones, as a text report."""
+    pipe = FluxPipeline.from_pretrained(directory, torch_dtype=torch.float32)
+    size = sum(file.stat().st_size for file in Path(directory).rglob("*") if file.is_file())
+    parameters = sum(
+        p.numel() for part in pipe.components.values() if hasattr(part, "parameters") for p in part.parameters()
+    )
+    lines = [f"parameters {parameters:,}, {size / 1e6:.2f} MB on disk; guidance {GUIDANCE}, shift {SHIFT}, seed {seed}"]
+    scorer = ShapesRewardModel([1, 1, 1], [1, 1, 1])
+    cases = {"200 training captions": _choose(all_scenes(False), 200, seed), "150 withheld captions": all_scenes(True)}
+    for steps in (SAMPLING_STEPS, 28):
+        for name, scenes in cases.items():
+            captions = [scene.caption() for scene in scenes]
+            images = sample(pipe, captions, seed, steps)
+            correct = color_and_shape_correct(images, captions)
+            error = np.sqrt(correct.mean() * (1 - correct.mean()) / len(correct))
+            lines.append(f"{name}, {steps} steps: colours and shape right {correct.mean():.1%} ± {error:.1%}")
+            checks = hard_checks(images, captions)
+            lines.append("    each right: " + ", ".join(f"{key} {value.mean():.1%}" for key, value in checks.items()))
+            scores = scorer.score_components(images, captions)
+            lines.append("    mean scores: " + ", ".join(f"{key} {value.mean():.3f}" for key, value in scores.items()))
+    return "\n".join(lines)
+
+
+def _versions() -> str:
+    versions = {"Python": platform.python_version()}
+    versions |= {module.__name__: module.__version__ for module in (torch, diffusers, transformers, np)}
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line: train (`--output_dir`) or measure (`--evaluate`)."""
+    parser = argparse.ArgumentParser(description="Train or measure the tiny FLUX that draws coloured shapes.")
+    task = parser.add_mutually_exclusive_group(required=True)
+    task.add_argument("--output_dir", type=Path, help="train from scratch and save the pipeline here")
+    task.add_argument("--evaluate", type=Path, help="measure the pipeline in this directory")
+    parser.add_argument("--vae_steps", type=int, default=2500, help="optimizer steps of the VAE")
+    parser.add_argument("--steps", type=int, default=8000, help="most optimizer steps of the flow matching part")
+    parser.add_argument("--stop_at", type=float, default=0.85, help="stop at this share of right pictures, 0-1")
+    parser.add_argument("--check_every", type=int, default=500, help="steps between measurements")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and pictures")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: all)")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    transformers.utils.logging.disable_progress_bar()  # they would break up the ones of training
+    diffusers.utils.logging.disable_progress_bar()
+    if args.evaluate:
+        if not (args.evaluate / "model_index.json").is_file():
+            parser.error(f"--evaluate {args.evaluate}: no model_index.json there, so no pipeline")
+        print(f"python -m fastvideo.models.tiny_flux --evaluate {args.evaluate}  ({date.today()}, {_versions()})")
+        print(evaluate(args.evaluate))
+        return
+    start = time.monotonic()
+    torch.manual_seed(args.seed)
+    pipe = make_pipeline(seed=args.seed)
+    bank = PictureBank(copies=8, seed=args.seed)
+    train_vae(pipe.vae, bank, args.vae_steps)
+    train_flow(pipe, bank, args.steps, args.output_dir, args.stop_at, args.check_every)
+    print(f"saved {args.output_dir} after {(time.monotonic() - start) / 60:.1f} minutes")
+
+
+if __name__ == "__main__":
+    main()
