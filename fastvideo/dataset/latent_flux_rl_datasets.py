@@ -1,0 +1,178 @@
+"""The prompt embeddings that `preprocess_flux_embedding.py` has cached, and the order in which training reads them:
+
+dataset = LatentFluxRLDataset("data/rl_embeddings/prompt.json")
+sampler = PromptSampler(len(dataset), prompts_per_iteration=8, rank=0, world_size=1, seed=7144)
+for batch in torch.utils.data.DataLoader(dataset, batch_sampler=sampler, collate_fn=collate): ...
+"""
+
+import functools
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+# Key in prompt.json -> folder of its files.
+FOLDERS = {
+    "prompt_embed_path": "prompt_embed",
+    "pooled_prompt_embeds_path": "pooled_prompt_embeds",
+    "text_ids": "text_ids",
+}
+TENSORS = ("prompt_embeds", "pooled_prompt_embeds", "text_ids")  # in the order of FOLDERS
+
+
+class Draw(NamedTuple):
+    """One prompt of the training stream: which one, and its place in the stream of all ranks (from 0)."""
+
+    index: int
+    position: int
+
+
+class LatentFluxRLDataset(torch.utils.data.Dataset):
+    """Prompt embeddings on disk. Everything but the tensors' content is checked at construction.
+
+    Args:
+        json_path: prompt.json, with the three folders beside it.
+        cfg_rate: the share of draws whose embeddings are replaced by zeros, 0 to 1. Which ones depends only on `seed`
+            and the draw's position in the stream, not on ranks, workers or a restart. An item asked for by a plain
+            index is never replaced.
+
+    Raises:
+        ValueError: one line, for a missing or malformed file, an empty list, or an embedding that isn't there.
+    """
+
+    def __init__(self, json_path: str | Path, cfg_rate: float = 0.0, seed: int = 0) -> None:
+        self.json_path, self.cfg_rate, self.seed = Path(json_path), cfg_rate, seed
+        if not 0 <= cfg_rate <= 1:
+            raise ValueError(f"--cfg {cfg_rate}: must be between 0 and 1")
+        self.entries = self._read()
+
+    def _error(self, problem: str) -> ValueError:
+        return ValueError(
+            f"--data_json_path {self.json_path}: {problem} "
+            "(scripts/preprocess/preprocess_flux_rl_embeddings.sh makes it from a prompt file)"
+        )
+
+    def _read(self) -> list[dict[str, str]]:
+        try:
+            entries = json.loads(self.json_path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise self._error(f"{error.strerror or error}") from error
+        except ValueError as error:
+            raise self._error(f"not a JSON file: {error}") from error
+        if not isinstance(entries, list) or not entries:
+            raise self._error("expected a list with at least one entry")
+        for number, entry in enumerate(entries):
+            values = entry if isinstance(entry, dict) else {}
+            missing = [key for key in (*FOLDERS, "caption") if not isinstance(values.get(key), str)]
+            if missing:
+                raise self._error(f"entry {number} has no text under {', '.join(missing)}")
+        absent = [path for entry in entries for path in self._paths(entry) if not path.is_file()]
+        if absent:
+            raise self._error(f"{len(absent)} embedding files are missing, such as {absent[0]}")
+        return entries
+
+    def _paths(self, entry: dict[str, str]) -> list[Path]:
+        return [self.json_path.parent / folder / entry[key] for key, folder in FOLDERS.items()]
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, draw: "int | Draw") -> dict[str, Any]:
+        """One prompt: prompt_embeds [L, D], pooled_prompt_embeds [D'], text_ids [L, 3], caption, index.
+
+        Raises ValueError naming the file for one that can't be read or has another shape.
+        """
+        index, position = draw if isinstance(draw, tuple) else (draw, None)
+        entry = self.entries[index]
+        item: dict[str, Any] = {"caption": entry["caption"], "index": index}
+        for name, path in zip(TENSORS, self._paths(entry), strict=True):
+            try:
+                tensor = torch.load(path, weights_only=True, map_location="cpu")
+            except Exception as error:  # torch raises half a dozen types for a damaged file
+                raise self._error(f"{path} can't be read; delete it and preprocess again: {error}") from error
+            dims = 1 if name == "pooled_prompt_embeds" else 2
+            if not isinstance(tensor, torch.Tensor) or tensor.ndim != dims:
+                raise self._error(f"{path} holds no tensor of {dims} dimensions; delete it and preprocess again")
+            item[name] = tensor
+        if len(item["text_ids"]) != len(item["prompt_embeds"]):
+            raise self._error(f"{self._paths(entry)[0]} and its text_ids differ in length; preprocess again")
+        if position is not None and np.random.default_rng([self.seed, position]).random() < self.cfg_rate:
+            for name in ("prompt_embeds", "pooled_prompt_embeds"):
+                item[name] = torch.zeros_like(item[name])
+        return item
+
+
+class PromptSampler(torch.utils.data.Sampler):
+    """Batch sampler: for each iteration, from `start_iteration` on and without end, this rank's list of draws.
+
+    The stream of all ranks is one random permutation of the prompts an epoch, from (seed, epoch), one after the other.
+    Iteration i (from 1) takes the i-th `prompts_per_iteration` of it, rank r the r-th contiguous block of those. So a
+    prompt comes once an epoch, nothing is padded, and neither the number of ranks nor a resume changes the stream.
+
+    Raises:
+        ValueError: when the prompts of an iteration can't be dealt out evenly.
+    """
+
+    def __init__(
+        self,
+        num_prompts: int,
+        prompts_per_iteration: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        start_iteration: int = 1,
+    ) -> None:
+        if num_prompts < 1 or start_iteration < 1 or not 0 <= rank < world_size:
+            raise ValueError(f"{num_prompts=} {start_iteration=} {rank=} {world_size=}: impossible")
+        if prompts_per_iteration < 1 or prompts_per_iteration % world_size:
+            raise ValueError(
+                f"--prompts_per_iteration {prompts_per_iteration}: must be a multiple of the {world_size} processes"
+            )
+        self.num_prompts, self.prompts_per_iteration = num_prompts, prompts_per_iteration
+        self.rank, self.world_size, self.seed, self.start_iteration = rank, world_size, seed, start_iteration
+        self._order = functools.lru_cache(maxsize=2)(self._permutation)  # an iteration may lie across two epochs
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, epoch]).permutation(self.num_prompts)
+
+    def epoch_of(self, iteration: int) -> int:
+        """The epoch, from 0, in which iteration `iteration` (from 1) begins."""
+        return (iteration - 1) * self.prompts_per_iteration // self.num_prompts
+
+    def draws(self, iteration: int) -> list[Draw]:
+        """This rank's prompts in iteration `iteration` (from 1)."""
+        local = self.prompts_per_iteration // self.world_size
+        first = (iteration - 1) * self.prompts_per_iteration + self.rank * local
+        places = (divmod(position, self.num_prompts) + (position,) for position in range(first, first + local))
+        return [Draw(int(self._order(epoch)[place]), position) for epoch, place, position in places]
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        iteration = self.start_iteration
+        while True:
+            yield self.draws(iteration)
+            iteration += 1
+
+
+def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Stacks P items.
+
+    Returns prompt_embeds [P, L, D], pooled_prompt_embeds [P, D'], text_ids [P, L, 3], index [P], caption (list of P).
+    Raises ValueError when their embeddings differ in shape.
+    """
+    first = items[0]
+    for name in TENSORS:
+        for item in items[1:]:
+            if item[name].shape != first[name].shape:
+                raise ValueError(
+                    f"--data_json_path: {name} of {first['caption']!r} has shape {tuple(first[name].shape)}, that of "
+                    f"{item['caption']!r} {tuple(item[name].shape)}; preprocess all prompts with one model and one "
+                    "--max_sequence_length"
+                )
+    return {
+        **{name: torch.stack([item[name] for item in items]) for name in TENSORS},
+        "index": torch.tensor([item["index"] for item in items]),
+        "caption": [item["caption"] for item in items],
+    }

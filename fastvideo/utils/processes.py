@@ -1,0 +1,46 @@
+"""Processes started by torchrun (or one plain process) for jobs that share files, not tensors."""
+
+import datetime
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among its peers."""
+
+    rank: int
+    world_size: int
+    device: str  # where this process computes
+
+
+def barrier() -> None:
+    """Waits for the other processes; nothing to wait for in a single one."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+@contextmanager
+def processes(device: str | None = None) -> Iterator[Processes]:
+    """The process's place from torchrun's variables, with a gloo group to wait on when there are several.
+
+    device: None takes this process's GPU when there is one, else the CPU.
+    """
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if device is None:
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    started = world_size > 1 and not dist.is_initialized()
+    if started:
+        # The only collective is a barrier, and a slow rank may be hours behind: wait rather than time out. When a
+        # process dies torchrun ends the others.
+        dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
+    try:
+        yield Processes(rank, world_size, device)
+    finally:
+        if started:
+            dist.destroy_process_group()
