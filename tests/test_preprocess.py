@@ -8,13 +8,14 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-import torch
-
 from fastvideo.data_preprocess import preprocess_flux_embedding
-from fastvideo.data_preprocess.preprocess_flux_embedding import embed_prompts, main, model_fingerprint
+from fastvideo.data_preprocess.preprocess_flux_embedding import ENCODERS, embed_prompts, main
 from fastvideo.models.flux import encode_prompts, load_text_encoders
 from fastvideo.utils.files import read_prompts, write_bytes
+from fastvideo.utils.fingerprint import model_fingerprint
+
+import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 TINY = str(ROOT / "data/tiny_flux")
@@ -99,10 +100,10 @@ def test_another_model_or_length_does_not_reuse_the_embeddings(tmp_path):
     for folder in ("text_encoder", "tokenizer"):
         (encoders / folder).mkdir(parents=True)
         (encoders / folder / "weights.bin").write_bytes(bytes(10_000))
-    before = model_fingerprint(str(encoders))
-    assert before == model_fingerprint(str(encoders)) != model_fingerprint(TINY)
+    before = model_fingerprint(str(encoders), ENCODERS)
+    assert before == model_fingerprint(str(encoders), ENCODERS) != model_fingerprint(TINY, ENCODERS)
     (encoders / "text_encoder" / "weights.bin").write_bytes(bytes(5_000) + b"x" + bytes(4_999))
-    assert model_fingerprint(str(encoders)) != before
+    assert model_fingerprint(str(encoders), ENCODERS) != before
 
     prompts = prompt_file(tmp_path, "one")
     long, short = (

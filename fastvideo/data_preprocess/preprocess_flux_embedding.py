@@ -18,45 +18,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
-from tqdm import tqdm
-
 from fastvideo.config import flag, parse_dataclass
 from fastvideo.dataset.latent_flux_rl_datasets import FOLDERS
 from fastvideo.models.flux import encode_prompts, load_text_encoders
 from fastvideo.utils.files import read_prompts, write_json, write_tensor
+from fastvideo.utils.fingerprint import model_fingerprint
 from fastvideo.utils.processes import barrier, processes
+
+import torch
+from tqdm import tqdm
 
 ENCODERS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def model_fingerprint(model_path: str) -> str | None:
-    """A hash of the text encoders and tokenizers: every file's name, size and 16 samples of 64 KiB.
-
-    The content, not the path, so that a moved model keeps its embeddings and a retrained one does not. None for a hub
-    id that hasn't been downloaded.
-    """
-    root = Path(model_path)
-    if not root.is_dir():
-        try:
-            index = try_to_load_from_cache(model_path, "model_index.json")
-        except HFValidationError:
-            return None  # neither a folder nor a possible hub id; loading it says so
-        if not isinstance(index, str):
-            return None
-        root = Path(index).parent  # the snapshot in the cache
-    digest = hashlib.sha256()
-    for path in sorted(path for folder in ENCODERS for path in (root / folder).rglob("*") if path.is_file()):
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(root).as_posix()} {size}\n".encode())
-        with open(path, "rb") as file:
-            for sample in range(16):
-                file.seek(size * sample // 16)
-                digest.update(file.read(1 << 16))
-    return digest.hexdigest()
 
 
 def _is_intact(path: Path) -> bool:
@@ -107,10 +80,10 @@ def embed_prompts(
     captions, output_dir = prompt_file.prompts, Path(output_dir)
 
     pipe, model_path = None, str(model_path)
-    model = model_fingerprint(model_path)
+    model = model_fingerprint(model_path, ENCODERS)
     if model is None:
         pipe = load_text_encoders(model_path, DTYPES[dtype])
-        model = model_fingerprint(model_path) or model_path
+        model = model_fingerprint(model_path, ENCODERS) or model_path
 
     def file_name(caption: str) -> str:
         return (
