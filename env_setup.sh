@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Makes (or reuses) the virtual environment .venv with the pinned packages and this project in editable mode.
+#   PYTHON           interpreter to use, 3.10 or newer (default: python3)
+#   TORCH_INDEX_URL  package index of another torch build, e.g. a CPU-only or an older-CUDA one
+# After it: source .venv/bin/activate
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+PYTHON=${PYTHON:-python3}
+"$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed, $PYTHON is older; set PYTHON=/path/to/python3" >&2; exit 1; }
+
+# The stamp names everything the environment depends on: as long as it matches, a second call does nothing.
+stamp=.venv/.complete
+want=$(cat requirements.txt pyproject.toml env_setup.sh | sha256sum; "$PYTHON" --version; echo "${TORCH_INDEX_URL:-}")
+if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$want" ]; then
+  exit 0
+fi
+[ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
+rm -f "$stamp"
+pip=(.venv/bin/python -m pip install --quiet --disable-pip-version-check)
+echo "Installing the environment into .venv (some minutes the first time) ..."
+"${pip[@]}" ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} "$(grep '^torch==' requirements.txt)"
+DS_BUILD_OPS=0 "${pip[@]}" -r requirements.txt
+"${pip[@]}" --no-deps --no-build-isolation -e .
+printf '%s' "$want" > "$stamp"

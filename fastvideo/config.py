@@ -1,0 +1,447 @@
+"""One documented dataclass field per flag. Everything is validated here, before any weight is loaded.
+
+`--flag_name` and `--flag-name` are the same; every switch has a `--no_` form; the string None means "not set".
+"""
+
+import argparse
+import difflib
+import math
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from types import NoneType, UnionType
+from typing import Any, TypeVar, get_args, get_origin
+
+import argparse_dataclass
+
+Config = TypeVar("Config")
+
+
+def flag(default: Any, help: str, **metadata: Any) -> Any:
+    """A dataclass field with a help sentence and argparse-dataclass metadata (`choices`, ...)."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help, "nargs": "+", **metadata})
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+def is_none(text: str) -> bool:
+    return text.lower() in ("none", "null", "")
+
+
+class _Switch(argparse.Action):
+    """`--x` and `--no_x`."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **kwargs: Any):
+        negative = [option.replace("--", "--no_", 1) for option in option_strings]
+        super().__init__([*option_strings, *negative], dest, nargs=0, **kwargs)
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, not option_string.startswith("--no_"))
+
+
+class _Parser(argparse_dataclass.ArgumentParser):
+    """argparse-dataclass with underscored names, `--no_` forms, None, defaults in --help and one-line errors."""
+
+    def __init__(self, cls: type, **kwargs: Any):
+        self._by_name = {f.name: f for f in fields(cls)}
+        super().__init__(cls, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def add_argument(self, *names: str, **kwargs: Any) -> argparse.Action:
+        f = self._by_name.get(kwargs.get("dest", names[0][2:].replace("-", "_")) if names[0][:2] == "--" else None)
+        if f is None:
+            return super().add_argument(*names, **kwargs)
+        default = f.default_factory() if isinstance(f.metadata.get("nargs"), str) else f.default
+        help = f"{f.metadata['help']} (default: {default})".replace("%", "%%")
+        if f.type is bool:
+            return super().add_argument(
+                f"--{f.name}", action=_Switch, dest=f.name, default=kwargs["default"], help=help
+            )
+        kwargs["help"] = help
+        if get_origin(f.type) is UnionType:  # int | None, which argparse-dataclass doesn't know
+            inner = next(a for a in get_args(f.type) if a is not NoneType)
+            kwargs["type"] = lambda text: None if is_none(text) else inner(text)
+            if "choices" in kwargs:
+                kwargs["choices"] = [*kwargs["choices"], None]
+        return super().add_argument(f"--{f.name}", **kwargs)
+
+    def error(self, message: str) -> Any:
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
+
+
+def parse_dataclass(
+    cls: type[Config], argv: Sequence[str] | None = None, doc: str = "", ignored: Sequence[str] = ()
+) -> Config:
+    """Parse a command line into the dataclass `cls`. A ValueError of its validation ends the program with one line.
+
+    Flags named in `ignored` are accepted, with their value, and warned about in one line. If the class has a
+    `create(**explicit)` constructor, it is called with just the flags that were given.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _Parser(cls, description=doc)
+    kept: list[str] = []
+    skipping = False
+    for token in argv:
+        if not re.match(r"--[A-Za-z]", token):
+            if not skipping:
+                kept.append(token)
+            continue
+        name, equals, value = token.partition("=")
+        name = name.replace("-", "_").replace("__", "--", 1)
+        skipping = name[2:] in ignored or name.removeprefix("--no_") in ignored
+        if skipping:
+            print(f"warning: {name} has no effect here and is ignored", file=sys.stderr)
+        else:
+            kept.append(name + equals + value)
+    namespace, unknown = argparse.ArgumentParser.parse_known_args(parser, kept)
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], parser._option_string_actions, 1)
+        parser.error(f"unknown flag {unknown[0]}" + (f"; did you mean {close[0]}?" if close else ""))
+    explicit = {name: value for name, value in vars(namespace).items() if value is not argparse_dataclass.MISSING}
+    try:
+        return getattr(cls, "create", cls)(**explicit)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+# Flags of the reference recipe that did nothing there, or only concern engines of several processes.
+IGNORED_FLAGS = (
+    "vae_model_path cache_dir num_latent_t t ignore_last dit_model_name_or_path precondition_outputs "
+    "logging_dir loss_coef train_sp_batch_size fsdp_sharding_startegy use_cpu_offload"
+).split()
+
+# An algorithm is what its `requires` fields say; `defaults` are its paper's values where the user gives none.
+# The order matters: without --algorithm the first one whose requirements hold is taken.
+ALGORITHMS: dict[str, dict[str, dict[str, Any]]] = {
+    "mix_grpo_flash_star": {
+        "requires": {"training_strategy": "part", "dpm_algorithm_type": "dpmsolver++", "prog_overlap_step": 0},
+        "defaults": {"dpm_apply_strategy": "post", "dpm_post_compress_ratio": 0.2},
+    },
+    "mix_grpo_flash": {
+        "requires": {"training_strategy": "part", "dpm_algorithm_type": "dpmsolver++"},
+        "defaults": {"dpm_apply_strategy": "post", "iters_per_group": 20},
+    },
+    "mix_grpo": {"requires": {"training_strategy": "part", "dpm_algorithm_type": None}, "defaults": {}},
+    "flow_grpo": {
+        "requires": {"training_strategy": "all", "dpm_algorithm_type": None, "flow_grpo_sampling": True},
+        "defaults": {"timestep_fraction": 1.0},
+    },
+    "dance_grpo": {
+        "requires": {"training_strategy": "all", "dpm_algorithm_type": None, "flow_grpo_sampling": False},
+        "defaults": {
+            "sde_type": "dance",
+            "sampling_steps": 16,
+            "eta": 0.3,
+            "gradient_accumulation_steps": 12,
+            "timestep_fraction": 0.6,
+            "drop_last_sample": True,
+        },
+    },
+}
+
+
+@dataclass
+class GRPOConfig:
+    """All settings of a training run. Defaults are the MixGRPO recipe's."""
+
+    # --- what to train on -------------------------------------------------------------------------------------------
+    pretrained_model_name_or_path: str = flag("data/flux", "diffusers FLUX pipeline: a folder or a hub id")
+    data_json_path: str | None = flag(None, "prompt.json written by the preprocessing script")
+    prompts_file: str | None = flag(None, "text file of prompts, one a line; embedded and cached under output_dir")
+    output_dir: str = flag("outputs/mixgrpo", "folder for args.json, metrics.jsonl, images and checkpoints")
+    resume_from_checkpoint: str | None = flag(None, "checkpoint folder to go on from, or `latest`")
+    seed: int = flag(714, "seed of all noise and rearranging")
+    sampler_seed: int = flag(7144, "seed of the prompts' order")
+    cfg: float = flag(0.0, "share of prompts whose embeddings are replaced by zeros (classifier-free dropout)")
+    dataloader_num_workers: int = flag(4, "processes that read embeddings ahead")
+    dry_run: bool = flag(False, "print the derived arithmetic and the rollout plan, then exit")
+
+    # --- how much of it ---------------------------------------------------------------------------------------------
+    max_train_steps: int = flag(300, "iterations; the run stops after exactly this many")
+    train_batch_size: int = flag(1, "prompts a rank and iteration")
+    prompts_per_iteration: int | None = flag(None, "prompts an iteration over all ranks; overrides train_batch_size")
+    num_generations: int = flag(12, "images a prompt (G), the group of the advantages")
+    gradient_accumulation_steps: int = flag(
+        3, "samples of each group an optimizer step uses (k): G/k steps an iteration"
+    )
+    rollout_batch_size: int | None = flag(None, "rows a forward pass of the rollout; speed and memory only (None: all)")
+    train_micro_batch_size: int = flag(1, "rows a training forward pass; speed and memory only")
+    checkpointing_steps: int = flag(50, "iterations between checkpoints; the last one is always saved")
+
+    # --- sampling ---------------------------------------------------------------------------------------------------
+    algorithm: str | None = flag(None, "derived from the flags below when not given", choices=list(ALGORITHMS))
+    h: int = flag(720, "picture height in pixels")
+    w: int = flag(720, "picture width in pixels")
+    sampling_steps: int = flag(25, "denoising steps T")
+    shift: float = flag(3.0, "shift of the sigma schedule towards noise")
+    eta: float = flag(0.7, "noise level of the stochastic steps")
+    guidance_scale: float = flag(3.5, "distilled guidance; only for models with guidance embeds (FLUX.1-dev)")
+    sde_type: str = flag("flow", "kind of stochastic step", choices=["flow", "dance", "cps"])
+    init_same_noise: bool = flag(True, "all samples of a prompt start from the same noise")
+    share_prefix: bool = flag(True, "evaluate what the samples of a prompt have in common once; changes speed only")
+    training_strategy: str = flag("part", "train a window of steps, or all steps", choices=["part", "all"])
+    timestep_fraction: float = flag(1.0, "share of the steps trained, drawn per sample (training_strategy all)")
+    frozen_init_timesteps: int = flag(0, "train just the first n steps (strategy all); 0: see timestep_fraction")
+    flow_grpo_sampling: bool = flag(False, "training_strategy all with Flow-GRPO's steps instead of DanceGRPO's")
+    drop_last_sample: bool = flag(False, "score the last x0 prediction, not a noisy last step (strategy all)")
+
+    # --- MixGRPO's window -------------------------------------------------------------------------------------------
+    group_size: int = flag(4, "window size: stochastic, trained steps an iteration")
+    sample_strategy: str = flag(
+        "progressive", "how the window moves", choices=["progressive", "random", "decay", "exp_decay"]
+    )
+    iters_per_group: int = flag(25, "iterations before the window moves")
+    prog_overlap: bool = flag(True, "move the window by prog_overlap_step instead of by its size")
+    prog_overlap_step: int = flag(1, "window stride; 0 freezes the window")
+    max_iters_per_group: int = flag(10, "decay: iterations of the first window position")
+    min_iters_per_group: int = flag(1, "decay: iterations of the last window position")
+    roll_back: bool = flag(True, "restart at step 0 past the end instead of staying on the last window")
+
+    # --- MixGRPO-Flash ----------------------------------------------------------------------------------------------
+    dpm_algorithm_type: str | None = flag(None, "solver of the compressed tail, None or dpmsolver++")
+    dpm_apply_strategy: str | None = flag(None, "where the solver runs: post, after the window")
+    dpm_post_compress_ratio: float = flag(0.4, "points of the tail, as a share of the steps it replaces")
+    dpm_solver_order: int = flag(2, "order of DPM-Solver++", choices=[1, 2, 3])
+    dpm_solver_type: str = flag("midpoint", "second-order variant", choices=["midpoint", "heun"])
+
+    # --- rewards ----------------------------------------------------------------------------------------------------
+    reward_model: str = flag("image_reward", "reward or mix: names with optional weights, e.g. hpsv2,image_reward:0.5")
+    multi_reward_mix: str = flag(
+        "advantage_aggr", "combine advantages per model, or rewards first", choices=["advantage_aggr", "reward_aggr"]
+    )
+    hps_weight: float = flag(1.0, "weight of HPSv2 in a mix")
+    clip_score_weight: float = flag(1.0, "weight of CLIPScore in a mix")
+    image_reward_weight: float = flag(1.0, "weight of ImageReward in a mix")
+    pick_score_weight: float = flag(1.0, "weight of PickScore in a mix")
+    unified_reward_weight: float = flag(1.0, "weight of UnifiedReward in a mix")
+    hps_path: str = flag("hps_ckpt/HPS_v2.1_compressed.pt", "HPS checkpoint")
+    hps_clip_path: str | None = flag("hps_ckpt/open_clip_pytorch_model.bin", "open_clip ViT-H-14 weights under HPS")
+    clip_score_path: str = flag("hf-hub:apple/DFN5B-CLIP-ViT-H-14-384", "open_clip model of CLIPScore: name or file")
+    image_reward_path: str = flag("ImageReward-v1.0", "ImageReward model: name or file (mode overall)")
+    image_reward_med_config: str | None = flag(None, "med_config.json of ImageReward")
+    image_reward_score_dir: str = flag("image_reward_ckpt", "folder of the three granular scorers' files")
+    image_reward_http_proxy: str | None = flag(None, "HTTP proxy for downloading ImageReward")
+    image_reward_https_proxy: str | None = flag(None, "HTTPS proxy for downloading ImageReward")
+    image_reward_mode: str = flag(
+        "granular", "three weighted scorers, or the plain score", choices=["granular", "overall"]
+    )
+    pick_score_path: str = flag("yuvalkirstain/PickScore_v1", "PickScore model: hub id or folder")
+    pick_score_http_proxy: str | None = flag(None, "HTTP proxy for downloading PickScore")
+    pick_score_https_proxy: str | None = flag(None, "HTTPS proxy for downloading PickScore")
+    unified_reward_url: str | None = flag(None, "UnifiedReward endpoints, comma-separated, shared over the ranks")
+    unified_reward_default_question_type: str = flag("semantic", "question asked", choices=["semantic", "score"])
+    unified_reward_num_workers: int = flag(1, "concurrent requests to UnifiedReward")
+    granular_start_weights: list[float] = flag([0.5, 0.3, 0.2], "component weights at the start", metavar="W")
+    granular_end_weights: list[float] = flag([0.2, 0.5, 0.3], "component weights at the end", metavar="W")
+    granular_schedule: str = flag(
+        "linear", "how the weights move", choices=["linear", "exponential", "logarithmic", "cosine"]
+    )
+    granular_gamma: float | None = flag(None, "curve exponent; None: 2 for exponential, 0.5 for logarithmic")
+    granular_mix: str = flag(
+        "raw", "weight raw component scores, or each one's advantage", choices=["raw", "advantage"]
+    )
+    granular_progress: str = flag(
+        "train_step", "progress over training, or over the group", choices=["train_step", "batch_index"]
+    )
+    reward_batch_size: int = flag(12, "images a forward pass of a reward model")
+    reward_device: str | None = flag(None, "device of the reward models (None: the rank's own)")
+    reward_dtype: str = flag("fp32", "number format of the reward models", choices=["fp32", "bf16", "fp16"])
+
+    # --- GRPO -------------------------------------------------------------------------------------------------------
+    use_group: bool = flag(True, "normalise rewards per prompt; else over all samples (reward_aggr only)")
+    trimmed_ratio: float = flag(0.0, "lowest share of rewards left out of mean and standard deviation")
+    advantage_rerange_strategy: str | None = flag(
+        None, "order of the samples over optimizer steps", choices=["random", "balance"]
+    )
+    adv_clip_max: float = flag(5.0, "advantages are clamped to ± this")
+    clip_range: float = flag(1e-4, "clip range of the probability ratio")
+    kl_coeff: float = flag(0.0, "weight of the squared log-probability change against the old policy")
+
+    # --- optimizer --------------------------------------------------------------------------------------------------
+    learning_rate: float = flag(1e-5, "AdamW learning rate")
+    lr_scheduler: str = flag("constant_with_warmup", "a diffusers schedule; counts optimizer steps")
+    lr_warmup_steps: int = flag(0, "optimizer steps of warm-up")
+    lr_num_cycles: int = flag(1, "cycles of cosine_with_restarts")
+    lr_power: float = flag(1.0, "power of polynomial")
+    weight_decay: float = flag(1e-4, "AdamW weight decay")
+    max_grad_norm: float = flag(1.0, "gradient norm is clipped to this")
+    max_skipped_steps: int = flag(5, "optimizer steps skipped in a row for non-finite numbers before the run stops")
+    ema_decay: float = flag(0.0, "decay of an average of the weights, saved beside each checkpoint; 0: none")
+    ema_start_step: int = flag(0, "iteration at which averaging starts")
+    mixed_precision: str = flag("bf16", "compute format", choices=["no", "bf16", "fp16"])
+    master_weight_type: str = flag("fp32", "format of the trained weights", choices=["fp32", "bf16"])
+    allow_tf32: bool = flag(True, "TF32 matrix products on NVIDIA GPUs")
+    gradient_checkpointing: bool = flag(True, "recompute activations in the backward pass: less memory, more time")
+    selective_checkpointing: float = flag(1.0, "share of the blocks that gradient_checkpointing covers")
+    sp_size: int = flag(1, "sequence-parallel ranks")
+
+    # --- logging ----------------------------------------------------------------------------------------------------
+    experiment_name: str = flag("mixgrpo", "name of the run in wandb")
+    wandb_key: str | None = flag(None, "refused: set WANDB_API_KEY in the environment instead")
+    use_wandb: bool = flag(True, "log to wandb too; offline without a key")
+    image_log_steps: int = flag(10, "iterations between saved image grids; 0: none")
+
+    @classmethod
+    def create(cls, **explicit: Any) -> "GRPOConfig":
+        """The config of the given flags, with the defaults of their algorithm where a flag isn't given.
+
+        Raises:
+            ValueError: a flag contradicts the algorithm, or a value is out of range.
+        """
+        base = {f.name: f.default for f in fields(cls)}
+        given = {**base, **explicit}
+        fitting = (
+            name
+            for name, algorithm in ALGORITHMS.items()
+            if all(given[key] == value for key, value in algorithm["requires"].items())
+        )
+        name = explicit.get("algorithm") or next(fitting, None)
+        if name in ALGORITHMS:  # else __post_init__ says what is wrong
+            algorithm = ALGORITHMS[name]
+            for key, value in algorithm["requires"].items():
+                if explicit.get(key, value) != value:
+                    raise ValueError(f"--algorithm {name} contradicts --{key} {explicit[key]}: it needs {value}")
+            explicit = {**algorithm["defaults"], **algorithm["requires"], **explicit, "algorithm": name}
+        return cls(**explicit)
+
+    def __post_init__(self) -> None:
+        def need(ok: bool, name: str, what: str) -> None:
+            if not ok:
+                raise ValueError(f"--{name} {getattr(self, name)}: {what}")
+
+        if self.wandb_key:
+            raise ValueError("--wandb_key: keys don't belong on a command line; set WANDB_API_KEY in the environment")
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, float):
+                need(math.isfinite(value), f.name, "must be a finite number")
+        for name in (
+            "max_train_steps train_batch_size gradient_accumulation_steps train_micro_batch_size checkpointing_steps "
+            "h w group_size iters_per_group max_iters_per_group min_iters_per_group unified_reward_num_workers "
+            "reward_batch_size max_skipped_steps"
+        ).split():
+            need(getattr(self, name) >= 1, name, "must be at least 1")
+        for name in ("prompts_per_iteration rollout_batch_size").split():
+            need(getattr(self, name) is None or getattr(self, name) >= 1, name, "must be at least 1, or None")
+        for name in (
+            "seed sampler_seed dataloader_num_workers frozen_init_timesteps prog_overlap_step eta kl_coeff "
+            "lr_warmup_steps weight_decay ema_start_step image_log_steps"
+        ).split():
+            need(getattr(self, name) >= 0, name, "must not be negative")
+        for name in ("shift adv_clip_max clip_range learning_rate max_grad_norm guidance_scale").split():
+            need(getattr(self, name) > 0, name, "must be greater than 0")
+        for name in ("cfg trimmed_ratio ema_decay").split():
+            need(0 <= getattr(self, name) < 1, name, "must be at least 0 and below 1")
+        for name in ("timestep_fraction dpm_post_compress_ratio selective_checkpointing").split():
+            need(0 < getattr(self, name) <= 1, name, "must be above 0 and at most 1")
+        for f in fields(self):  # argparse has checked the command line; this is for other callers
+            if f.metadata.get("choices"):
+                value = getattr(self, f.name)
+                optional = get_origin(f.type) is UnionType and value is None
+                need(optional or value in f.metadata["choices"], f.name, f"choose from {f.metadata['choices']}")
+
+        need(self.h % 16 == 0, "h", "must be a multiple of 16")
+        need(self.w % 16 == 0, "w", "must be a multiple of 16")
+        need(self.num_generations >= 2, "num_generations", "a group needs at least 2 images to compare")
+        need(
+            self.num_generations % self.gradient_accumulation_steps == 0,
+            "gradient_accumulation_steps",
+            f"must divide --num_generations {self.num_generations}",
+        )
+        need(self.sampling_steps >= 3, "sampling_steps", "must be at least 3")
+        usable = self.sampling_steps - 2  # the window's indices are 0 … T−3
+        if self.training_strategy == "part":
+            need(
+                self.group_size <= usable,
+                "group_size",
+                f"the window doesn't fit into the {usable} usable steps (sampling_steps {self.sampling_steps} less 2)",
+            )
+            need(
+                not self.drop_last_sample and not self.flow_grpo_sampling,
+                "training_strategy",
+                "drop_last_sample and flow_grpo_sampling go with --training_strategy all",
+            )
+        else:
+            trainable = self.sampling_steps - 1
+            need(
+                self.frozen_init_timesteps <= trainable,
+                "frozen_init_timesteps",
+                f"there are {trainable} trainable steps",
+            )
+            need(
+                int(trainable * self.timestep_fraction) >= 1,
+                "timestep_fraction",
+                f"leaves no step of {trainable} to train",
+            )
+        need(self.eta > 0, "eta", "must be greater than 0: deterministic steps can't be trained")
+        need(
+            self.sde_type != "cps" or self.eta < 1,
+            "eta",
+            "coefficients-preserving steps need an eta below 1",
+        )
+        need(
+            self.dpm_algorithm_type in (None, "dpmsolver++"),
+            "dpm_algorithm_type",
+            "choose from [None, 'dpmsolver++'] (the reference's dpmsolver was wrong for flow models)",
+        )
+        need(
+            self.dpm_apply_strategy in (None, "post"),
+            "dpm_apply_strategy",
+            "choose from [None, 'post'] (a solver on `all` steps leaves no stochastic step to train)",
+        )
+        need(
+            self.dpm_algorithm_type is None or self.training_strategy == "part",
+            "dpm_algorithm_type",
+            "the compressed tail goes with --training_strategy part",
+        )
+        need(
+            self.use_group or self.multi_reward_mix == "reward_aggr",
+            "multi_reward_mix",
+            "without --use_group choose reward_aggr",
+        )
+        need(
+            self.granular_mix == "raw" or self.multi_reward_mix == "advantage_aggr",
+            "granular_mix",
+            "advantage needs --multi_reward_mix advantage_aggr",
+        )
+        need(
+            self.max_iters_per_group >= self.min_iters_per_group,
+            "max_iters_per_group",
+            "must not be below min_iters_per_group",
+        )
+        need(self.sp_size == 1, "sp_size", "sequence parallelism is not available; choose 1")
+        need(
+            (self.data_json_path is None) != (self.prompts_file is None),
+            "data_json_path",
+            "give either --data_json_path (cached embeddings) or --prompts_file (texts)",
+        )
+        from diffusers.optimization import SchedulerType
+
+        schedulers = [s.value for s in SchedulerType]
+        need(self.lr_scheduler in schedulers, "lr_scheduler", f"choose from {schedulers}")
+        from fastvideo.models.reward_model.utils import resolve_reward_spec
+
+        resolve_reward_spec(self)
+
+    def local_prompts(self, world_size: int) -> int:
+        """Prompts of each rank, P / world size. Raises ValueError if P doesn't divide."""
+        if self.prompts_per_iteration is None:
+            return self.train_batch_size
+        if self.prompts_per_iteration % world_size:
+            raise ValueError(
+                f"--prompts_per_iteration {self.prompts_per_iteration}: must be a multiple of {world_size} ranks"
+            )
+        return self.prompts_per_iteration // world_size
+
+    def to_public_dict(self) -> dict[str, Any]:
+        """All fields for args.json and wandb, without credentials that a URL may hold."""
+        without_login = re.compile(r"(?<=://)[^/@\s,]*@")
+        values = asdict(self)
+        values.pop("wandb_key")
+        return {k: without_login.sub("", v) if isinstance(v, str) else v for k, v in values.items()}
+
+
+def world_size_of_environment() -> int:
+    """Number of processes as torchrun announces it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))

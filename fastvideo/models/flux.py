@@ -1,0 +1,156 @@
+"""All that knows FLUX: loading, prompt embeddings, the velocity prediction, decoding. Everything is read from configs.
+
+Shapes: N rows, L = (height / f / 2) · (width / f / 2) packed latent tokens of C = 4 · latent_channels values, where f
+is the VAE's down-scaling factor (8 in FLUX.1).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
+
+
+class ModelNotFoundError(ValueError):
+    """The model path is neither a local pipeline folder nor a hub id that can be read."""
+
+
+def _load(cls: type, path: str, **kwargs):
+    """`cls.from_pretrained` with one clear line for what usually goes wrong."""
+    if Path(path).is_dir() and kwargs.get("subfolder") and not (Path(path) / kwargs["subfolder"]).is_dir():
+        raise ModelNotFoundError(f"--pretrained_model_name_or_path {path}: no folder {kwargs['subfolder']}/ in it")
+    if not Path(path).exists() and (path.count("/") != 1 or path.startswith((".", "/", "data/", "outputs/"))):
+        raise ModelNotFoundError(
+            f"--pretrained_model_name_or_path {path}: no such folder; give a diffusers FLUX pipeline folder such as "
+            "data/tiny_flux, or a hub id such as black-forest-labs/FLUX.1-dev"
+        )
+    try:
+        return cls.from_pretrained(path, **kwargs)
+    except (OSError, ValueError) as error:
+        if Path(path).exists():
+            raise ModelNotFoundError(f"--pretrained_model_name_or_path {path}: {error}") from error
+        raise ModelNotFoundError(
+            f"--pretrained_model_name_or_path {path}: the hub did not give it. A gated repository (FLUX.1-dev is one) "
+            "needs its licence accepted on its page and a token in HF_TOKEN; without a network give a local folder. "
+            f"Cause: {error}"
+        ) from error
+
+
+def load_transformer(path: str, dtype: torch.dtype = torch.float32) -> FluxTransformer2DModel:
+    """The transformer of the pipeline at `path`, or of a checkpoint folder that holds only a transformer."""
+    alone = (Path(path) / "diffusion_pytorch_model.safetensors").exists()
+    return _load(FluxTransformer2DModel, path, dtype=dtype, **({} if alone else {"subfolder": "transformer"}))
+
+
+def load_vae(path: str, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
+    return _load(AutoencoderKL, path, subfolder="vae", dtype=dtype).eval().requires_grad_(False)
+
+
+def load_text_encoders(path: str, dtype: torch.dtype = torch.float32) -> FluxPipeline:
+    """The pipeline without transformer and VAE: enough to embed prompts."""
+    return _load(FluxPipeline, path, transformer=None, vae=None, dtype=dtype)
+
+
+@torch.no_grad()
+def encode_prompts(pipe: FluxPipeline, prompts: Sequence[str], max_sequence_length: int = 512) -> tuple:
+    """T5 embeddings [N, L, D], pooled CLIP embeddings [N, D'] and text ids [L, 3], as FluxPipeline makes them.
+
+    `max_sequence_length` is cut to what the T5 tokenizer declares (512 for FLUX.1-dev, less for tiny models).
+    """
+    length = min(max_sequence_length, pipe.tokenizer_2.model_max_length)
+    return pipe.encode_prompt(prompt=list(prompts), prompt_2=None, max_sequence_length=length)
+
+
+def vae_scale_factor(vae: AutoencoderKL) -> int:
+    """Pixels a latent cell, per side."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+@dataclass(frozen=True)
+class LatentShape:
+    """The packed latents of one picture size."""
+
+    tokens: int  # L
+    channels: int  # C
+    height: int  # in latent cells, unpacked
+    width: int
+
+    @classmethod
+    def of(cls, vae: AutoencoderKL, height: int, width: int) -> "LatentShape":
+        """Raises ValueError unless the picture (in pixels) divides into 2×2 patches of latent cells."""
+        patch = 2 * vae_scale_factor(vae)
+        if height % patch or width % patch:
+            raise ValueError(f"--h {height} --w {width}: height and width must be multiples of {patch}")
+        rows, columns = 2 * (height // patch), 2 * (width // patch)
+        return cls(rows * columns // 4, 4 * vae.config.latent_channels, rows, columns)
+
+    def image_ids(self, device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Positions of the latent tokens, [L, 3]."""
+        return FluxPipeline._prepare_latent_image_ids(1, self.height // 2, self.width // 2, device, dtype)
+
+
+@dataclass
+class Conditioning:
+    """What the transformer sees besides latents and σ, for the P prompts of one rank."""
+
+    prompt_embeds: torch.Tensor  # [P, text length, D]
+    pooled_prompt_embeds: torch.Tensor  # [P, D']
+    text_ids: torch.Tensor  # [text length, 3]
+    image_ids: torch.Tensor  # [L, 3]
+    guidance_scale: float
+
+
+def predict_velocity(
+    transformer: torch.nn.Module,
+    latents: torch.Tensor,
+    sigma: torch.Tensor,
+    prompt_index: torch.Tensor,
+    conditioning: Conditioning,
+    guidance_embeds: bool,
+) -> torch.Tensor:
+    """v = model(x, σ) in float32.
+
+    Args:
+        latents: [N, L, C]. sigma: [N], the timestep, as in diffusers. prompt_index: [N], rows of `conditioning`.
+        guidance_embeds: whether the model takes a guidance scale (FLUX.1-dev does, schnell does not).
+    """
+    guidance = torch.full_like(sigma, conditioning.guidance_scale) if guidance_embeds else None
+    prediction = transformer(
+        hidden_states=latents,
+        timestep=sigma,
+        guidance=guidance,
+        pooled_projections=conditioning.pooled_prompt_embeds[prompt_index],
+        encoder_hidden_states=conditioning.prompt_embeds[prompt_index],
+        txt_ids=conditioning.text_ids,
+        img_ids=conditioning.image_ids,
+        return_dict=False,
+    )[0]
+    return prediction.float()
+
+
+@torch.no_grad()
+def decode_latents(
+    vae: AutoencoderKL, latents: torch.Tensor, height: int, width: int, batch_size: int
+) -> list[Image.Image]:
+    """Packed latents [N, L, C] to N PIL pictures of height × width pixels, `batch_size` at a time."""
+    factor = vae_scale_factor(vae)
+    unpacked = FluxPipeline._unpack_latents(latents, height, width, factor)
+    unpacked = unpacked / vae.config.scaling_factor + vae.config.shift_factor
+    pixels = [vae.decode(part.to(vae.dtype), return_dict=False)[0].float() for part in unpacked.split(batch_size)]
+    return VaeImageProcessor(vae_scale_factor=factor).postprocess(torch.cat(pixels), output_type="pil")
+
+
+def enable_gradient_checkpointing(transformer: FluxTransformer2DModel, share: float = 1.0) -> None:
+    """Recompute activations of a `share` (0 to 1] of the blocks, spread evenly, in the backward pass."""
+    blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+    kept = {id(block) for i, block in enumerate(blocks) if int((i + 1) * share) > int(i * share)}
+
+    def run(block: torch.nn.Module, *args):
+        if id(block) in kept:
+            return torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False)
+        return block(*args)
+
+    transformer.enable_gradient_checkpointing(gradient_checkpointing_func=run)
