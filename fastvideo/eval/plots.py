@@ -1,0 +1,276 @@
+"""Figures of a training run over its iterations: for PNG files and, as SVG in the colours of the page, for HTML."""
+
+import html
+import io
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastvideo.models.reward_model.granular import GranularRewardModel
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+# Colours of the light theme. In the page's SVGs each becomes var(--name), so that curves follow the reader's theme; the
+# dark values stand in report_template.html. The series colours stay apart for colour-blind readers.
+INK, MUTED, GRID = "#1d232b", "#667080", "#e4e7ec"
+SERIES = ("#2563c9", "#c8590c", "#0e8a70", "#8a4fd0", "#b83268", "#7a6a1f")
+CSS_COLOURS = {"ink": INK, "muted": MUTED, "grid": GRID} | {f"s{i}": c for i, c in enumerate(SERIES)}
+STYLE = {
+    "font.size": 10,
+    "text.color": INK,
+    "axes.labelcolor": MUTED,
+    "axes.edgecolor": GRID,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelsize": 9.5,
+    "ytick.labelsize": 9.5,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "legend.fontsize": 9.5,
+    "legend.frameon": False,
+    "text.parse_math": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "report",
+}
+PHASES = ("rollout", "decode", "reward", "train")
+
+
+@dataclass
+class Panel:
+    """One axes. series: label -> values, one an iteration; kind: line, stack (of areas) or window (of lists)."""
+
+    title: str
+    series: dict[str, Sequence[Any]]
+    kind: str = "line"
+    smooth: bool = True
+    log: bool = False
+    limit: tuple[str, float] | None = None  # a dashed line: label, value
+    top: float = 0  # the least upper end of the axis of a window
+    colour: int = 0
+
+
+@dataclass
+class Plot:
+    """A figure of stacked panels over the iterations: {name}.png, and an SVG in the page."""
+
+    name: str
+    title: str
+    caption: str
+    panels: list[Panel] = field(default_factory=list)
+
+
+def column(rows: list[dict], key: str) -> np.ndarray:
+    """Values of one key, float64 [rows]; NaN where it is missing or not a finite number."""
+    values = [row.get(key) for row in rows]
+    return np.array([float(v) if isinstance(v, int | float) and math.isfinite(v) else math.nan for v in values])
+
+
+def smoothing_width(n: int) -> int:
+    """Iterations in the moving mean: a tenth of the run, odd."""
+    return max(1, n // 10) | 1
+
+
+def smoothed(values: np.ndarray) -> np.ndarray:
+    """Centred moving mean over `smoothing_width`, shorter at both ends; NaNs are left out."""
+    window, known = np.ones(smoothing_width(len(values))), np.isfinite(values)
+    count = np.convolve(known, window, "same")
+    total = np.convolve(np.where(known, values, 0.0), window, "same")
+    return np.divide(total, count, out=np.full(len(values), math.nan), where=count > 0)
+
+
+def first_last(values: np.ndarray) -> tuple[float, float, int]:
+    """(mean of the first k known values, of the last k, k) with k a tenth of the run."""
+    known = values[np.isfinite(values)]
+    k = max(1, len(known) // 10)
+    return (known[:k].mean(), known[-k:].mean(), k) if len(known) else (math.nan, math.nan, 0)
+
+
+def number(value: Any, signed: bool = False, digits: int | None = None) -> str:
+    """A number as people write it, '–' for what is not known. digits: decimals; None: by magnitude."""
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        return "–"
+    if digits is None:
+        power = math.floor(math.log10(abs(value))) if value else 0
+        digits = 3 - max(power, 0) if power >= -2 else min(2 - power, 8)
+    return f"{value:{'+' if signed else ''},.{max(digits, 0)}f}".replace("-", "−")
+
+
+def plan_plots(rows: list[dict], settings: dict) -> list[Plot]:
+    """The plots for which the run has numbers."""
+
+    def some(*keys: str) -> dict[str, np.ndarray]:
+        return {k: v for k in keys if np.isfinite(v := column(rows, k)).any()}
+
+    keys = [k for k in dict.fromkeys(k for row in rows for k in row) if k.startswith("reward_") and k != "reward_std"]
+    models = [k for k in keys if not any(k.startswith(f"{other}_") for other in keys)]
+    rewards = []
+    for model in models:
+        parts = [k for k in keys if k.startswith(f"{model}_")]
+        name = model.removeprefix("reward_")
+        rewards += [Panel(name, some(model))] * (len(models) > 1)
+        for i, part in enumerate(parts):
+            title = part.removeprefix(f"{model}_") + (f" ({name})" if len(models) > 1 else "")
+            rewards.append(Panel(title, some(part), colour=i))
+    weights = [k for k in dict.fromkeys(k for row in rows for k in row) if k.startswith("granular_weight_")]
+    weights = {k.removeprefix("granular_weight_"): v for k, v in some(*weights).items()}
+    phases = {k.removeprefix("seconds_"): v for k, v in some(*(f"seconds_{p}" for p in PHASES)).items()}
+    windows = [w if isinstance(w := row.get("window"), list) else [] for row in rows]
+    clip = settings.get("clip_range")
+    clip = ("clip range", float(clip)) if isinstance(clip, int | float) and clip > 0 else None
+    deviation = some("ratio_max_deviation")
+    log = any(np.nanmax(v) > 0 for v in deviation.values())
+
+    width = smoothing_width(len(rows))
+    mean = f" Thin: each iteration; thick: mean over {width} iterations." if width > 1 else ""
+    planned = settings.get("sampling_steps")
+    plots = [
+        Plot("reward", "Reward", "Weighted total on the training prompts." + mean,
+             [Panel("weighted total", some("reward")), Panel("standard deviation", some("reward_std"), colour=3)]),
+        Plot("components", "What the reward is made of", "Each on its own scale, unweighted.", rewards),
+        Plot("granular_weights", "Granular weights", "Weight of each component in the reward; they sum to 1.",
+             [Panel("weight", weights, smooth=False)]),
+        Plot("ratio", "Policy ratio and clipping", "How far new and old policy part, and the share of clipped terms.",
+             [Panel("max |ratio − 1|", deviation, log=log, limit=clip if log else None),
+              Panel("clip fraction", some("clip_frac"), colour=1)]),
+        Plot("optimisation", "Optimisation", "Loss, gradient norm before clipping, learning rate.",
+             [Panel("loss", some("loss")), Panel("gradient norm", some("grad_norm"), colour=2),
+              Panel("learning rate", some("lr"), smooth=False, colour=3)]),
+        Plot("window", "Trained denoising steps", "Step 0 is pure noise; the filled steps are stochastic and trained.",
+             [Panel("denoising step", {"window": windows} if any(windows) else {}, kind="window",
+                    top=planned if isinstance(planned, int) else 0)]),
+        Plot("seconds", "Time an iteration", "Wall-clock seconds of an iteration by phase.",
+             [Panel("seconds", phases, kind="stack")]),
+    ]  # fmt: skip
+    for plot in plots:
+        plot.panels = [panel for panel in plot.panels if panel.series]
+    return [plot for plot in plots if plot.panels]
+
+
+def draw(plot: Plot, steps: np.ndarray) -> Figure:
+    """steps: [iterations], the x axis of every panel."""
+    n = len(plot.panels)
+    figure = Figure(figsize=(4.7, 2.7 if n == 1 else 0.6 + 1.35 * n), layout="constrained")
+    edges = np.append(steps - 0.5, steps[-1] + 0.5)
+    for ax, panel in zip(figure.subplots(n, sharex=True, squeeze=False)[:, 0], plot.panels, strict=True):
+        ax.set_title(panel.title)
+        ax.yaxis.set_major_locator(MaxNLocator(5 if n == 1 else 3))
+        if panel.kind == "stack":
+            areas = [np.append(v, v[-1]) for v in map(np.nan_to_num, panel.series.values())]
+            ax.stackplot(edges, areas, step="post", labels=list(panel.series), colors=SERIES, alpha=0.85, lw=0)
+            ax.set_ylim(bottom=0)
+        elif panel.kind == "window":
+            draw_windows(ax, edges, panel.series["window"], panel.top)
+        else:
+            draw_lines(ax, steps, panel)
+        if ax.get_legend_handles_labels()[1]:
+            ax.legend(
+                loc="lower right",
+                bbox_to_anchor=(1.01, 0.97),
+                ncols=4,
+                handlelength=1.2,
+                handletextpad=0.5,
+                columnspacing=1.1,
+                borderpad=0.2,
+            )
+        ax.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+        ax.grid(axis="x", visible=False)
+        ax.set_xlim(edges[0], edges[-1])
+    ax.set_xlabel("iteration")
+    return figure
+
+
+def draw_lines(ax: Axes, steps: np.ndarray, panel: Panel) -> None:
+    for i, (name, values) in enumerate(panel.series.items()):
+        colour = SERIES[(panel.colour + i) % len(SERIES)]
+        label = name if len(panel.series) > 1 else None
+        marker = "o" if np.isfinite(values).sum() == 1 else None
+        if panel.smooth:
+            ax.plot(steps, values, color=colour, alpha=0.35, lw=0.9)
+        ax.plot(steps, smoothed(values) if panel.smooth else values, color=colour, lw=1.8, label=label, marker=marker)
+    if panel.log:
+        ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 3), numticks=5))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}".replace("e-0", "e−")))
+        ax.yaxis.set_minor_locator(NullLocator())
+    if panel.limit:
+        ax.axhline(panel.limit[1], color=MUTED, lw=1, ls=(0, (4, 3)), label=panel.limit[0])
+
+
+def draw_windows(ax: Axes, edges: np.ndarray, windows: list[list[int]], top: float) -> None:
+    """A filled cell for each trained step of each iteration; equal neighbours become one rectangle."""
+    start = 0
+    for i in range(1, len(windows) + 1):
+        if i < len(windows) and windows[i] == windows[start]:
+            continue
+        span = [(edges[start], edges[i] - edges[start])]
+        for step in windows[start]:
+            ax.broken_barh(span, (step - 0.5, 1), facecolor=SERIES[0], edgecolor=SERIES[0], lw=0.3)
+        start = i
+    ax.yaxis.set_major_locator(MaxNLocator(6, integer=True))
+    ax.set_ylim(-0.5, max(max(max(w, default=0) for w in windows) + 1, top) - 0.5)
+
+
+def describe(plot: Plot) -> str:
+    """Text for those who can't see the curves."""
+    parts = []
+    for panel in plot.panels:
+        for label, values in panel.series.items():
+            if panel.kind == "window":
+                seen = [w for w in values if w]
+                parts.append(f"trained steps {seen[0]} at first, {seen[-1]} at last")
+            else:
+                first, last, _ = first_last(values)
+                name = label if len(panel.series) > 1 else panel.title
+                parts.append(f"{name} from {number(first)} to {number(last)}")
+    return f"{plot.title} over the iterations: " + "; ".join(parts)
+
+
+def inline_svg(figure: Figure, alt: str, name: str) -> str:
+    """The figure as SVG for the page: themed by CSS variables, ids unique in the page, no references outside."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True)
+    svg = buffer.getvalue()
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    opening = re.search(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', svg)
+    svg = f'<svg {opening[1]} role="img" aria-label="{html.escape(alt)}">{svg[opening.end() :]}'
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
+    svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)
+    for css, colour in CSS_COLOURS.items():
+        svg = svg.replace(colour, f"var(--{css})")
+    return svg
+
+
+def draw_schedules(path: str | Path) -> None:
+    """The granular schedules for the docs: how far a weight has moved from start to end, by progress of training."""
+
+    class Moved(GranularRewardModel):
+        component_names = ("start", "end")  # weights (1, 0) -> (0, 1): the second one is the share of the way
+
+    progress = np.linspace(0, 1, 1001)
+    lines = [("linear", None), ("cosine", None)] + [(s, g) for s in ("exponential", "logarithmic") for g in (0.5, 2.0)]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(6, 3.2), layout="constrained")
+        ax = figure.subplots()
+        for i, (schedule, gamma) in enumerate(lines):
+            share = Moved((1, 0), (0, 1), schedule, gamma).get_dynamic_weights(progress, 1.0)[:, 1]
+            label = schedule if gamma is None else f"{schedule}, γ = {gamma:g}"
+            ax.plot(progress, share, label=label, color=SERIES[i], lw=1.8)
+        ax.set(title="share of the way from start to end weight", xlabel="progress  p = step / total steps")
+        ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        figure.savefig(path, dpi=200)

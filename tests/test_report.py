@@ -1,0 +1,221 @@
+"""The report of a run: readable numbers, nothing from outside, nothing of a prompt executed, checked in a browser."""
+
+import html
+import json
+import os
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+from fastvideo.eval import report
+from fastvideo.eval.plots import column, draw_schedules, plan_plots, smoothed
+
+import numpy as np
+import pytest
+from PIL import Image
+
+EVIL = "<script>document.title = 'attacked'</script> & \"quotes\" 'too' <img src=https://example.invalid/x.png> 🐟"
+MODEL = "ShapesRewardModel"
+GAINS = [0.1, -0.3, 0.5, 0.0, None, 0.2]  # by index; None: a failed score
+
+
+def metrics_row(step: int) -> dict:
+    weights = {f"granular_weight_{c}": w for c, w in zip(("color", "form", "clean"), (0.5, 0.3, 0.2), strict=True)}
+    parts = {f"reward_{MODEL}_{c}": 0.5 + step / 100 for c in ("color", "form", "clean")}
+    phases = {f"seconds_{p}": 1.0 for p in ("rollout", "decode", "reward", "train")}
+    row = {"step": step, "images": 24, "lr": 1e-4, "loss": 0.001, "ratio_max_deviation": 2e-4, "clip_frac": 0.3}
+    row |= {"grad_norm": 0.4, "reward": 0.5 + step / 100, "reward_std": 0.1, f"reward_{MODEL}": 0.5 + step / 100}
+    return row | parts | weights | phases | {"window": [step // 10, step // 10 + 1], "seconds_total": 4.0}
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """A run of 30 iterations, sample grids, and scores of 6 pairs."""
+    out = tmp_path / "run"
+    (out / "images").mkdir(parents=True)
+    settings = {"experiment_name": "a <b>run</b>", "max_train_steps": 40, "clip_range": 1e-4, "sampling_steps": 10}
+    settings |= {"some_api_key": "sesame", "image_reward_http_proxy": "http://joe:sesame@proxy:80"}
+    (out / "args.json").write_text(json.dumps(settings))
+    (out / "metrics.jsonl").write_text("".join(json.dumps(metrics_row(i)) + "\n" for i in range(1, 31)))
+    Image.new("RGB", (300, 200), "navy").save(out / "images" / "iteration_000010.png")
+    for side in ("base", "tuned"):
+        entries = []
+        for i, gain in enumerate(GAINS):
+            Image.new("RGB", (8, 8), "red" if side == "base" else "green").save(out / f"{side}_{i}.png")
+            score = 0.4 if side == "base" else None if gain is None else 0.4 + gain
+            prompt = EVIL if i == 1 else f"a large circle {i // 2}"
+            entries.append({"index": i, "image": f"{side}_{i}.png", "prompt": prompt, "reward": {MODEL: score}})
+        (out / f"{side}.json").write_text(json.dumps(entries))
+    return out
+
+
+def write(run_dir: Path) -> str:
+    page, _ = report.write_report(run_dir, run_dir / "base.json", run_dir / "tuned.json")
+    return page.read_text(encoding="utf-8")
+
+
+class Attributes(HTMLParser):
+    """All attributes of a page: [(name, value)]."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.found: list[tuple[str, str]] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found += [(name, value or "") for name, value in attrs]
+
+
+def test_page_refers_to_nothing_outside_and_shows_no_secret(run_dir: Path):
+    page = write(run_dir)
+    assert EVIL not in page and html.escape(EVIL) in page
+    assert "<b>run</b>" not in page and "sesame" not in page
+    found = Attributes(page).found
+    references = [v for k, v in found if k in ("src", "srcset", "href", "xlink:href", "action", "data", "poster")]
+    references += [url for k, v in found if k in ("style", "clip-path") for url in re.findall(r"url\((.*?)\)", v)]
+    assert references and all(r.startswith(("data:image/", "#")) for r in references)
+    assert "@import" not in page and page.count("<script") == 1
+    ids = [v for k, v in found if k == "id"]
+    assert len(ids) == len(set(ids))
+    for plot in ("reward", "components", "granular_weights", "ratio", "optimisation", "window", "seconds"):
+        with Image.open(run_dir / "report" / f"{plot}.png") as image:
+            assert image.width > 600
+
+
+def test_headline_numbers_are_paired_and_clustered_by_prompt(run_dir: Path, capsys: pytest.CaptureFixture):
+    path = report.main(
+        [
+            "--run_dir",
+            str(run_dir),
+            "--baseline_scores",
+            f"{run_dir}/base.json",
+            "--tuned_scores",
+            f"{run_dir}/tuned.json",
+        ]
+    )
+    changes = np.array([g for g in GAINS if g is not None])
+    prompts = ["0", "evil", "1", "1", "2"]
+    residuals = changes - changes.mean()
+    sums = [residuals[[p == q for q in prompts]].sum() for p in dict.fromkeys(prompts)]
+    error = np.sqrt(np.square(sums).sum() * 4 / 3) / 5
+    assert f"+{changes.mean():.2f} ± {error:.2f}  (5 pairs)" in capsys.readouterr().out
+    page = path.read_text(encoding="utf-8")
+    assert "Pairs left out of ShapesRewardModel because a score failed: 1." in page
+    assert "of 40 planned" in page and "60%" in page
+
+
+def test_running_training_with_half_a_line_repeated_steps_and_missing_keys(tmp_path: Path):
+    lines = [
+        {"step": 1, "reward": 0.1},
+        {"step": 2, "reward": None, "skipped_steps": float("inf"), "something_new": {"a": 1}},
+        {"step": 1, "reward": 0.5},
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3, "rew'
+    (tmp_path / "metrics.jsonl").write_text(text)
+    rows, broken = report.read_metrics(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2] and rows[0]["reward"] == 0.5 and broken == 1
+    page, scores = report.write_report(tmp_path, output_dir=tmp_path / "elsewhere")
+    assert scores == [] and "Unfinished lines of metrics.jsonl left out: 1." in page.read_text()
+    assert sorted(p.name for p in page.parent.iterdir()) == ["report.html", "reward.png"]
+
+
+@pytest.mark.parametrize("lines", [0, 1])
+def test_report_of_a_run_that_has_hardly_begun(tmp_path: Path, lines: int):
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(metrics_row(i + 1)) + "\n" for i in range(lines)))
+    page, _ = report.write_report(tmp_path)
+    assert ("no finished iteration yet" in page.read_text()) == (lines == 0)
+
+
+def test_missing_and_broken_pictures_leave_a_note(run_dir: Path):
+    (run_dir / "base_0.png").unlink()
+    (run_dir / "tuned_2.png").write_bytes(b"no picture")
+    assert write(run_dir).count('class="missing"') == 2
+
+
+def test_gallery_of_many_pairs_spans_best_to_worst(run_dir: Path):
+    page, _ = report.write_report(run_dir, run_dir / "base.json", run_dir / "tuned.json", max_gallery=3)
+    assert re.findall(r'<li data-index="(\d)"', page.read_text()) == ["2", "0", "4"]  # 4 has no score: last
+
+
+def test_bad_input_is_one_clear_line(run_dir: Path):
+    with pytest.raises(ValueError, match="--run_dir .* no metrics.jsonl"):
+        report.write_report(run_dir / "images")
+    (run_dir / "metrics.json").write_text('{"a": 1}')
+    with pytest.raises(ValueError, match="--baseline_scores .* not a scores file"):
+        report.write_report(run_dir, run_dir / "metrics.json", run_dir / "tuned.json")
+    (run_dir / "tuned.json").write_text((run_dir / "base.json").read_text().replace("circle 0", "square 0"))
+    with pytest.raises(ValueError, match="index 0 has another prompt"):
+        report.write_report(run_dir, run_dir / "base.json", run_dir / "tuned.json")
+
+
+def test_smoothing_keeps_lines_and_leaves_out_gaps():
+    values = np.arange(100.0)
+    values[50] = np.nan
+    assert np.allclose(smoothed(values)[10:40], values[10:40]) and np.isfinite(smoothed(values)).all()
+
+
+def test_every_reward_and_component_gets_a_panel():
+    row = metrics_row(1) | {"reward_HPSClipRewardModel": 0.3}
+    components = next(p for p in plan_plots([row], {}) if p.name == "components")
+    assert [panel.title for panel in components.panels] == [
+        MODEL, f"color ({MODEL})", f"form ({MODEL})", f"clean ({MODEL})", "HPSClipRewardModel"
+    ]  # fmt: skip
+    assert np.isnan(column([{"a": "text"}, {"a": None}, {}], "a")).all()
+
+
+def test_schedule_picture(tmp_path: Path):
+    draw_schedules(tmp_path / "schedules.png")
+    with Image.open(tmp_path / "schedules.png") as image:
+        assert image.width > 1000
+
+
+def chromium(url: str, profile: Path, *flags: str) -> str:
+    """Runs a headless browser on a page and returns its standard output."""
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None and not os.environ.get("CI"):
+        pytest.skip("no chromium here (apt-get install chromium)")
+    assert browser, "no chromium: .ci/run installs it"
+    quiet = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    quiet += " --disable-component-update --disable-sync --hide-scrollbars"
+    command = [browser, *quiet.split(), f"--user-data-dir={profile}", *flags, url]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+
+
+def test_browser_runs_our_script_and_no_prompt(run_dir: Path, tmp_path: Path):
+    write(run_dir)
+    dom = chromium((run_dir / "report" / "report.html").as_uri(), tmp_path / "profile", "--dump-dom")
+    assert re.findall(r'<li data-index="(\d)"', dom) == ["2", "5", "0", "3", "1", "4"]
+    assert 'data-sorted="gain"' in dom and "6 of 6 pairs" in dom
+    assert "<title>attacked" not in dom and '<a href="#gallery">' in dom
+
+
+def test_browser_sorts_filters_and_enlarges(run_dir: Path, tmp_path: Path):
+    page = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", write(run_dir))
+    actions = """<script>
+    const pick = (id, value) => { one(id).value = value; one(id).dispatchEvent(new Event("change")); };
+    pick("#order", "loss"); pick("#filter", "up");
+    one('li[data-index="2"] .pair').click();
+    dialog.dispatchEvent(new KeyboardEvent("keydown", {key: "ArrowRight"}));
+    </script></body>"""
+    acted = tmp_path / "acted.html"
+    acted.write_text(page.replace("</body>", actions), encoding="utf-8")
+    dom = chromium(acted.as_uri(), tmp_path / "profile", "--dump-dom")
+    assert re.findall(r'<li data-index="(\d)"', dom) == ["1", "3", "0", "5", "2", "4"]
+    assert "3 of 6 pairs" in dom and re.search(r"<dialog[^>]* open", dom)
+    enlarged = dom[dom.index("<dialog") :]  # to the right of the last shown pair comes the first one
+    assert "+0.100" in enlarged and f"{MODEL} 0.400 → 0.500" in enlarged
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_screenshot_follows_the_readers_theme(run_dir: Path, tmp_path: Path, theme: str):
+    write(run_dir)
+    shot = tmp_path / "shot.png"
+    dark = ["--blink-settings=preferredColorScheme=0"] * (theme == "dark")
+    flags = [*dark, "--window-size=900,2600", f"--screenshot={shot}"]
+    chromium((run_dir / "report" / "report.html").as_uri(), tmp_path / "profile", *flags)
+    with Image.open(shot) as image:
+        pixels = np.asarray(image.convert("L"))
+    assert (pixels[0, 0] < 60) == (theme == "dark")
+    assert all(np.ptp(band) > 100 for band in np.array_split(pixels, 8))  # no empty stretch: curves, pictures, tables
