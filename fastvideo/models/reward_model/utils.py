@@ -7,19 +7,21 @@ without touching this package, `--reward_model package.module:function`.
 """
 
 import importlib
+import logging
 import math
 import os
 import re
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastvideo.models.reward_model.granular import GranularRewardModel, as_scores, check_schedule
+
 import numpy as np
 from PIL import Image
 
-from fastvideo.models.reward_model.granular import GranularRewardModel, as_scores, check_schedule
+logger = logging.getLogger(__name__)
 
 RewardModel = Callable[[list[Image.Image], list[str]], Sequence[float]]
 
@@ -50,6 +52,8 @@ class FunctionReward:
 def _hpsv2(config: Any, device: str, evaluation: bool) -> RewardModel:
     from fastvideo.models.reward_model.hps_score import HPSClipRewardModel
 
+    if config.hps_clip_path and Path(config.hps_clip_path).exists():
+        logger.info("--hps_clip_path %s is not read: the HPS checkpoint holds the whole model", config.hps_clip_path)
     return HPSClipRewardModel(config.hps_path, device, batch_size=config.reward_batch_size, dtype=config.reward_dtype)
 
 
@@ -157,7 +161,7 @@ MIXES: dict[str, tuple[str, ...]] = {
 URL_MIXES = ("multi_reward", "all")
 
 # Hub names ("hf-hub:owner/name", "owner/name", "ImageReward-v1.0") are left to the loaders; these are files or folders.
-_LOCAL_PATH = re.compile(r"^[./~]|\.(pt|pth|bin|safetensors|json|ckpt)$")
+_LOCAL_PATH = re.compile(r"^[./]|\.(pt|pth|bin|safetensors|json|ckpt)$")
 
 
 def _choices() -> str:
@@ -223,7 +227,7 @@ def resolve_reward_spec(config: Any) -> dict[str, float]:
 def _require_file(flag: str, path: str | None, what: str) -> None:
     if not path:
         raise ValueError(f"--{flag} is empty: give {what}")
-    if _LOCAL_PATH.search(str(path)) and not Path(path).expanduser().exists():
+    if _LOCAL_PATH.search(str(path)) and not Path(path).exists():
         raise ValueError(f"--{flag} {path}: no such file; {what} belongs there")
 
 
@@ -245,12 +249,13 @@ def check_reward_files(config: Any, evaluation: bool = False) -> None:
             _require_file(
                 "image_reward_path", config.image_reward_path, "ImageReward.pt (or the name ImageReward-v1.0)"
             )
-            _require_file("image_reward_med_config", config.image_reward_med_config, "ImageReward's med_config.json")
         else:
             from fastvideo.models.reward_model.image_reward import SCORE_FILES
 
             for file, what in SCORE_FILES.items():
                 _require_file("image_reward_score_dir", os.path.join(config.image_reward_score_dir or "", file), what)
+        if config.image_reward_med_config:
+            _require_file("image_reward_med_config", config.image_reward_med_config, "ImageReward's med_config.json")
     if "pick_score" in chosen:
         _require_file("pick_score_path", config.pick_score_path, "a PickScore_v1 folder or its hub name")
     if "unified_reward" in chosen and not config.unified_reward_url:
@@ -335,20 +340,3 @@ def compute_reward(
             rewards += weight * rewards_dict[name]
             successes &= successes_dict[name]
     return np.where(successes, rewards, 0.0), successes, rewards_dict, successes_dict
-
-
-@contextmanager
-def proxies(http_proxy: str | None, https_proxy: str | None):
-    """Sets the proxies for a download and puts back what was there, so that one model's don't reach the others."""
-    wanted = {"HTTP_PROXY": http_proxy, "HTTPS_PROXY": https_proxy}
-    wanted = {k: v for name, v in wanted.items() if v for k in (name, name.lower())}
-    before = {key: os.environ.get(key) for key in wanted}
-    os.environ.update(wanted)
-    try:
-        yield
-    finally:
-        for key, value in before.items():
-            if value is None:
-                del os.environ[key]
-            else:
-                os.environ[key] = value

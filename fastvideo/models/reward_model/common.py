@@ -1,0 +1,152 @@
+"""What the neural reward models share: loading, batching, number formats and a command line."""
+
+import argparse
+import logging
+import os
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DEMO_IMAGE = Path(__file__).parents[3] / "assets" / "reward_demo.png"
+DEMO_PROMPT = "a large red circle and a small yellow square on a blue background"
+
+
+@contextmanager
+def proxies(http_proxy: str | None, https_proxy: str | None) -> Iterator[None]:
+    """Sets the proxies for a download and puts back what was there, so that one model's don't reach the others."""
+    given = {"HTTP_PROXY": http_proxy, "HTTPS_PROXY": https_proxy}
+    wanted = {key: value for name, value in given.items() if value for key in (name, name.lower())}
+    before = {key: os.environ.get(key) for key in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            if value is None:
+                del os.environ[key]
+            else:
+                os.environ[key] = value
+
+
+def read_checkpoint(path: str | Path, flag: str) -> dict[str, Any]:
+    """The dict in a .pt, .pth, .bin or .safetensors file, tensors on the CPU; code in it is never run.
+
+    Raises ValueError naming the flag when there is no such file or it isn't a checkpoint.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"--{flag} {path}: no such file")
+    try:
+        if Path(path).suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        raise ValueError(f"--{flag} {path}: not a readable checkpoint ({str(error).splitlines()[0]})") from error
+    if not isinstance(loaded, dict):
+        raise ValueError(f"--{flag} {path}: holds a {type(loaded).__name__}, expected a dict of weights")
+    return loaded
+
+
+def load_weights(module: torch.nn.Module, state: dict[str, torch.Tensor], path: str | Path, flag: str) -> None:
+    """Loads weights by name. Raises ValueError when one is missing, has another shape or isn't known to the module.
+
+    Weights of parts that the module doesn't have (a training run's momentum encoder, say) are left out, and logged.
+    """
+    wanted = module.state_dict()
+    parts = {name.split(".")[0] for name in wanted}
+    # position_ids are 0, 1, 2, ...: some versions of the packages store them, some don't.
+    known = {k: v for k, v in state.items() if k.split(".")[0] in parts and not k.endswith("position_ids")}
+    needed = {k for k in wanted if not k.endswith("position_ids")}
+    problems = [f"{k} is missing" for k in sorted(needed - known.keys())]
+    problems += [f"{k} is not part of the model" for k in sorted(known.keys() - needed)]
+    problems += [
+        f"{k} has shape {tuple(known[k].shape)}, expected {tuple(wanted[k].shape)}"
+        for k in sorted(known.keys() & needed)
+        if known[k].shape != wanted[k].shape
+    ]
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise ValueError(f"--{flag} {path}: wrong checkpoint for {type(module).__name__}: {problems[0]}{more}")
+    left_out = sorted({k.split(".")[0] for k in state} - parts)
+    if left_out:
+        logger.info("%s: not needed and left out: %s", path, ", ".join(left_out))
+    module.load_state_dict(known, strict=False)
+
+
+def prepare(module: torch.nn.Module, device: str, dtype: str) -> torch.nn.Module:
+    """A module for scoring: on the device, no gradients, no dropout, weights in dtype ("fp32", "bf16" or "fp16").
+
+    Norm layers stay in fp32. With another dtype than fp32 call the module under `scoring(device, dtype)`.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"--reward_dtype {dtype!r}: choose from {', '.join(DTYPES)}")
+    module.float()
+    for part in module.modules():
+        if not isinstance(part, torch.nn.LayerNorm):
+            for parameter in part.parameters(recurse=False):
+                parameter.data = parameter.data.to(DTYPES[dtype])
+    return module.to(device).eval().requires_grad_(False)
+
+
+@contextmanager
+def scoring(device: str, dtype: str) -> Iterator[None]:
+    """Inference mode, with autocast when the weights aren't fp32."""
+    with torch.inference_mode(), torch.autocast(torch.device(device).type, DTYPES[dtype], enabled=dtype != "fp32"):
+        yield
+
+
+def in_batches(
+    score: Callable[[list[Image.Image], list[str]], torch.Tensor],
+    images: Sequence[Image.Image],
+    prompts: Sequence[str],
+    batch_size: int,
+) -> np.ndarray:
+    """score(images, prompts) -> [n] or [n, components], called on at most batch_size RGB images; float64, joined."""
+    if len(images) != len(prompts):
+        raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
+    parts = []
+    for start in range(0, len(images), batch_size):
+        batch = [image.convert("RGB") for image in images[start : start + batch_size]]
+        parts.append(score(batch, list(prompts[start : start + batch_size])).double().cpu().numpy())
+    return np.concatenate(parts) if parts else np.zeros(0)
+
+
+def cosine(
+    image_features: torch.Tensor, prompts: list[str], encode_text: Callable[[list[str]], torch.Tensor]
+) -> torch.Tensor:
+    """Cosine [n] of image features [n, d] and their prompts' features, in fp32. Equal prompts are encoded once."""
+    unique = list(dict.fromkeys(prompts))
+    text_features = encode_text(unique)[[unique.index(prompt) for prompt in prompts]]
+    return torch.nn.functional.cosine_similarity(image_features.float(), text_features.float(), dim=-1)
+
+
+def demo_parser(description: str) -> argparse.ArgumentParser:
+    """The flags that every model file has when it is run by itself."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="fp32", choices=list(DTYPES))
+    parser.add_argument("--http_proxy", default=None, help="proxy for downloads")
+    parser.add_argument("--https_proxy", default=None, help="proxy for downloads")
+    parser.add_argument("--image", nargs="+", default=[str(DEMO_IMAGE)], help="pictures to score")
+    parser.add_argument("--prompt", default=DEMO_PROMPT, help="their prompt")
+    return parser
+
+
+def print_scores(model: Any, args: argparse.Namespace) -> None:
+    """Scores args.image against args.prompt and prints a line an image, components of granular models included."""
+    images = [Image.open(path) for path in args.image]
+    from fastvideo.models.reward_model.utils import compute_reward
+
+    _, _, scores, _ = compute_reward(images, [args.prompt] * len(images), {model.name: model}, {model.name: 1.0})
+    for i, path in enumerate(args.image):
+        print(f"{path}: " + ", ".join(f"{name} {values[i]:.4f}" for name, values in scores.items()))

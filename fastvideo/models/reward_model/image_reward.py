@@ -1,0 +1,233 @@
+"""ImageReward (arXiv 2304.05977), and the granular reward made of its package's three other scorers.
+
+mode "granular": BLIP (does the picture match the prompt, a cosine), CLIP (the same question to another model, a cosine)
+and Aesthetic (does it look good, about 3 to 7; the prompt doesn't matter), as a sum whose weights move as training goes
+on: broad agreement first, detail and looks later. mode "overall": the plain ImageReward score, about -2 to 2.
+
+The scales differ: cosines vary by hundredths, aesthetic scores by whole numbers, so the plain sum is led by the
+aesthetic score whatever the weights. `--granular_mix advantage` puts the three on one scale.
+
+    python fastvideo/models/reward_model/image_reward.py --device cpu --mode overall --http_proxy http://...
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastvideo.models.reward_model.common import (
+    cosine,
+    demo_parser,
+    in_batches,
+    load_weights,
+    prepare,
+    print_scores,
+    proxies,
+    read_checkpoint,
+    scoring,
+)
+from fastvideo.models.reward_model.granular import GranularRewardModel
+
+import numpy as np
+import torch
+from PIL import Image
+
+COMPONENTS = ("blip", "clip", "aesthetic")
+MODES = ("granular", "overall")
+BLIP_FILE = "model_large.pth"
+CLIP_FILE = "ViT-L-14.pt"
+AESTHETIC_FILE = "sac%2Blogos%2Bava1-l14-linearMSE.pth"
+MED_CONFIG_FILE = "med_config.json"
+# What the granular mode needs in --image_reward_score_dir, under the names that the image-reward package uses.
+SCORE_FILES = {
+    BLIP_FILE: "BLIP's large pretraining checkpoint",
+    CLIP_FILE: "OpenAI's CLIP ViT-L/14",
+    AESTHETIC_FILE: "the aesthetic predictor's weights",
+}
+HUB_NAME = "ImageReward-v1.0"
+MAX_TOKENS = 35  # of BLIP's text encoder, as in the package
+
+
+class ImageRewardModel(GranularRewardModel):
+    """ImageReward's scorers on lists of PIL images and prompts.
+
+    model_name: the ImageReward checkpoint of mode "overall": a file, or "ImageReward-v1.0" to download it to score_dir.
+    med_config: BERT's configuration file for BLIP; None: med_config.json in score_dir, downloaded when it isn't there.
+    score_dir: holds SCORE_FILES (mode "granular") and, for machines without network, a `bert-base-uncased` folder.
+    start_weights ... gamma: see GranularRewardModel. Only what the mode needs is loaded.
+    """
+
+    name = "ImageRewardModel"
+
+    def __init__(
+        self,
+        model_name: str = HUB_NAME,
+        device: str = "cpu",
+        http_proxy: str | None = None,
+        https_proxy: str | None = None,
+        med_config: str | None = None,
+        start_weights: Sequence[float] = (0.5, 0.3, 0.2),
+        end_weights: Sequence[float] = (0.2, 0.5, 0.3),
+        schedule: str = "linear",
+        gamma: float | None = None,
+        mode: str = "granular",
+        score_dir: str = "image_reward_ckpt",
+        batch_size: int = 8,
+        dtype: str = "fp32",
+    ) -> None:
+        from fastvideo.models.reward_model.image_reward_compat import import_image_reward, tokenizer_source
+
+        if mode not in MODES:
+            raise ValueError(f"--image_reward_mode {mode!r}: choose from {', '.join(MODES)}")
+        self.mode, self.device, self.dtype, self.batch_size = mode, device, dtype, batch_size
+        self.component_names = COMPONENTS if mode == "granular" else ()
+        if mode == "granular":
+            super().__init__(start_weights, end_weights, schedule, gamma)
+        with proxies(http_proxy, https_proxy):
+            package = import_image_reward(tokenizer_source(score_dir))
+            if mode == "granular":
+                self._load_granular(package, med_config, Path(score_dir))
+            else:
+                self._load_overall(package, model_name, med_config, Path(score_dir))
+
+    def _load_granular(self, package: Any, med_config: str | None, score_dir: Path) -> None:
+        import clip
+        from ImageReward.models.AestheticScore import MLP
+
+        blip_file, clip_file, aesthetic_file = (score_dir / file for file in SCORE_FILES)
+        for file, what in SCORE_FILES.items():
+            if not (score_dir / file).is_file():
+                raise ValueError(f"--image_reward_score_dir {score_dir}: no {file} ({what}) in it")
+        scorer = package.BLIPScore(med_config=_med_config(package, med_config, score_dir))
+        state = read_checkpoint(blip_file, "image_reward_score_dir")
+        load_weights(scorer.blip, state.get("model", state), blip_file, "image_reward_score_dir")
+        self.preprocess = scorer.preprocess
+        self.blip = prepare(scorer.blip, self.device, self.dtype)
+
+        # Given a file, clip.load takes it as it is; one model then serves CLIP and Aesthetic. Both want what BLIP
+        # wants: 224 pixels, normalised alike.
+        clip_model, _ = clip.load(str(clip_file), device="cpu", jit=False)
+        if clip_model.visual.input_resolution != 224:
+            raise ValueError(f"--image_reward_score_dir {clip_file}: a CLIP for 224 pixel pictures is needed")
+        self.clip = prepare(clip_model, self.device, self.dtype)
+        self.tokenize = clip.tokenize
+        aesthetic = MLP(clip_model.text_projection.shape[1])
+        state = read_checkpoint(aesthetic_file, "image_reward_score_dir")
+        load_weights(aesthetic, state, aesthetic_file, "image_reward_score_dir")
+        self.aesthetic = prepare(aesthetic, self.device, "fp32")
+
+    def _load_overall(self, package: Any, model_name: str, med_config: str | None, score_dir: Path) -> None:
+        if model_name == HUB_NAME:
+            local = score_dir / "ImageReward.pt"
+            model_name = local if local.is_file() else _download(package, "ImageReward.pt", score_dir)
+        state = read_checkpoint(model_name, "image_reward_path")
+        model = package.ImageReward(med_config=_med_config(package, med_config, score_dir), device=self.device)
+        for part in ("blip", "mlp"):
+            weights = {k[len(part) + 1 :]: v for k, v in state.items() if k.startswith(f"{part}.")}
+            load_weights(getattr(model, part), weights, model_name, "image_reward_path")
+        self.preprocess = model.preprocess
+        self.blip = prepare(model.blip, self.device, self.dtype)
+        self.head = prepare(model.mlp, self.device, "fp32")
+        self.mean, self.std = model.mean, model.std
+
+    def _pixels(self, images: list[Image.Image]) -> torch.Tensor:
+        return torch.stack([self.preprocess(image) for image in images]).to(self.device)
+
+    def _blip_tokens(self, texts: list[str]) -> Any:
+        return self.blip.tokenizer(
+            texts, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
+        ).to(self.device)
+
+    def _blip_text(self, texts: list[str]) -> torch.Tensor:
+        tokens = self._blip_tokens(texts)
+        hidden = self.blip.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask, mode="text")
+        return self.blip.text_proj(hidden.last_hidden_state[:, 0])
+
+    def _clip_text(self, texts: list[str]) -> torch.Tensor:
+        return self.clip.encode_text(self.tokenize(texts, truncate=True).to(self.device))
+
+    def _score_components(self, images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
+        """[n, 3] in the order of COMPONENTS."""
+        pixels = self._pixels(images)
+        with scoring(self.device, self.dtype):
+            seen = self.blip.vision_proj(self.blip.visual_encoder(pixels.to(self.blip.vision_proj.weight.dtype))[:, 0])
+            blip = cosine(seen, prompts, self._blip_text)
+            seen = self.clip.encode_image(pixels)
+            clip = cosine(seen, prompts, self._clip_text)
+        with scoring(self.device, "fp32"):
+            aesthetic = self.aesthetic(torch.nn.functional.normalize(seen.float())).squeeze(-1)
+            return torch.stack([blip, clip, aesthetic], dim=1)
+
+    def _score_overall(self, images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
+        pixels, tokens = self._pixels(images), self._blip_tokens(prompts)
+        with scoring(self.device, self.dtype):
+            seen = self.blip.visual_encoder(pixels.to(self.blip.vision_proj.weight.dtype))
+            joint = self.blip.text_encoder(
+                tokens.input_ids,
+                attention_mask=tokens.attention_mask,
+                encoder_hidden_states=seen,
+                encoder_attention_mask=torch.ones(seen.shape[:-1], dtype=torch.long, device=self.device),
+                return_dict=True,
+            )
+        with scoring(self.device, "fp32"):
+            return ((self.head(joint.last_hidden_state[:, 0].float()) - self.mean) / self.std).squeeze(-1)
+
+    def score_components(self, images: list[Image.Image], prompts: list[str]) -> dict[str, np.ndarray]:
+        """{"blip": [N], "clip": [N], "aesthetic": [N]}, float64; mode "granular" only."""
+        if self.mode != "granular":
+            raise ValueError('image_reward has components in mode "granular" only')
+        scores = in_batches(self._score_components, images, prompts, self.batch_size).reshape(-1, len(COMPONENTS))
+        return {component: scores[:, i] for i, component in enumerate(COMPONENTS)}
+
+    def score(
+        self,
+        images: list[Image.Image],
+        prompts: list[str],
+        curr_step: float | np.ndarray | None = None,
+        total_steps: float | None = None,
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """(score [N], components): the weighted sum and its parts, or in mode "overall" the plain score and none."""
+        if self.mode == "overall":
+            return in_batches(self._score_overall, images, prompts, self.batch_size), {}
+        return super().score(images, prompts, curr_step, total_steps)
+
+    def component_weights(
+        self, curr_step: float | np.ndarray | None, total_steps: float | None, n: int
+    ) -> dict[str, np.ndarray]:
+        """See GranularRewardModel; in mode "overall" the model stands for itself."""
+        if self.mode == "overall":
+            return {self.name: np.ones(n)}
+        return super().component_weights(curr_step, total_steps, n)
+
+
+def _download(package: Any, file: str, folder: Path) -> str:
+    return package.ImageReward_download(f"https://huggingface.co/THUDM/ImageReward/blob/main/{file}", str(folder))
+
+
+def _med_config(package: Any, path: str | None, score_dir: Path) -> str:
+    if path is None:
+        local = score_dir / MED_CONFIG_FILE
+        return str(local) if local.is_file() else _download(package, MED_CONFIG_FILE, score_dir)
+    if not os.path.isfile(path):
+        raise ValueError(f"--image_reward_med_config {path}: no such file")
+    return path
+
+
+if __name__ == "__main__":
+    parser = demo_parser("Score pictures with ImageReward or with its package's BLIP, CLIP and Aesthetic scorers.")
+    parser.add_argument("--mode", default="granular", choices=MODES)
+    parser.add_argument("--model_name", default=HUB_NAME)
+    parser.add_argument("--med_config", default=None)
+    parser.add_argument("--score_dir", default="image_reward_ckpt")
+    args = parser.parse_args()
+    model = ImageRewardModel(
+        args.model_name,
+        args.device,
+        args.http_proxy,
+        args.https_proxy,
+        args.med_config,
+        mode=args.mode,
+        score_dir=args.score_dir,
+        dtype=args.dtype,
+    )
+    print_scores(model, args)

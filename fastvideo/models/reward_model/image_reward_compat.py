@@ -1,0 +1,84 @@
+"""What image-reward 1.5 expects of transformers and today's version no longer has: all of it in this file.
+
+The package was written against transformers 4.15 and runs untouched up to 4.55. Its BERT needs, in later versions:
+
+- `modeling_utils.apply_chunking_to_forward`, `prune_linear_layer`: put back as the same functions of `pytorch_utils`.
+- `modeling_utils.find_pruneable_heads_and_indices`: put back as a stub; only head pruning calls it.
+- `PreTrainedModel.get_head_mask`, `invert_attention_mask`: methods of the package's own BERT.
+- `PreTrainedModel.all_tied_weights_keys` before `post_init`: an empty dict, this BERT ties nothing.
+- `tokenizer.additional_special_tokens_ids`: our `bert_tokenizer`, which asks for the token's id by name.
+
+Nothing that exists is replaced, except `init_tokenizer`, which here also takes a local `bert-base-uncased` folder.
+The package's top level imports its ReFL trainer, and with it diffusers and datasets; an empty module stands in.
+"""
+
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+
+def _add_missing_imports() -> None:
+    from transformers import modeling_utils, pytorch_utils
+
+    def no_pruning(*args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError("head pruning is not supported with this version of transformers")
+
+    for name in ("apply_chunking_to_forward", "prune_linear_layer", "find_pruneable_heads_and_indices"):
+        if not hasattr(modeling_utils, name):
+            setattr(modeling_utils, name, getattr(pytorch_utils, name, no_pruning))
+
+
+def _get_head_mask(self: torch.nn.Module, head_mask: None, num_hidden_layers: int) -> list[None]:
+    if head_mask is not None:
+        raise NotImplementedError("head masks are not supported with this version of transformers")
+    return [None] * num_hidden_layers
+
+
+def _invert_attention_mask(self: torch.nn.Module, mask: torch.Tensor) -> torch.Tensor:
+    """[B, L] or [B, Q, L] of 1 (look) and 0 (don't) -> additive mask [B, 1, 1 or Q, L]: 0 and the lowest number."""
+    mask = (mask[:, None] if mask.dim() == 3 else mask[:, None, None]).to(self.dtype)
+    return (1.0 - mask) * torch.finfo(self.dtype).min
+
+
+def _add_missing_methods(bert: type) -> None:
+    missing = {
+        "get_head_mask": _get_head_mask,
+        "invert_attention_mask": _invert_attention_mask,
+        "all_tied_weights_keys": {},
+    }
+    for name, value in missing.items():
+        if not hasattr(bert, name):
+            setattr(bert, name, value)
+
+
+def bert_tokenizer(source: str) -> Any:
+    """BLIP's tokenizer: bert-base-uncased (a hub name or a folder with vocab.txt) plus [DEC] and [ENC]."""
+    from transformers import BertTokenizer
+
+    tokenizer = BertTokenizer.from_pretrained(source)
+    tokenizer.add_special_tokens({"bos_token": "[DEC]"})
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
+    tokenizer.enc_token_id = tokenizer.convert_tokens_to_ids("[ENC]")
+    return tokenizer
+
+
+def import_image_reward(tokenizer_source: str = "bert-base-uncased") -> ModuleType:
+    """The `ImageReward` package, ready for the installed transformers; its BLIP takes its tokenizer from the source."""
+    _add_missing_imports()
+    sys.modules.setdefault("ImageReward.ReFL", ModuleType("ImageReward.ReFL"))
+    package = importlib.import_module("ImageReward")
+    importlib.import_module("ImageReward.models.BLIP.blip_pretrain").init_tokenizer = lambda: bert_tokenizer(
+        tokenizer_source
+    )
+    _add_missing_methods(importlib.import_module("ImageReward.models.BLIP.med").BertPreTrainedModel)
+    return package
+
+
+def tokenizer_source(score_dir: str | Path) -> str:
+    """`bert-base-uncased` in score_dir when it is there (no network needed), else the hub name."""
+    local = Path(score_dir) / "bert-base-uncased"
+    return str(local) if local.is_dir() else "bert-base-uncased"
