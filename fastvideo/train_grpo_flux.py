@@ -1,6 +1,6 @@
 """MixGRPO training of FLUX.1: sample groups of pictures with a mixed ODE-SDE sampler, score them, learn from it.
 
-    python fastvideo/train_grpo_flux.py --prompts_file data/prompts.txt --pretrained_model_name_or_path data/tiny_flux ...
+    python fastvideo/train_grpo_flux.py --prompts_file prompts.txt --pretrained_model_name_or_path FLUX_PIPELINE ...
     torchrun --nproc_per_node 2 fastvideo/train_grpo_flux.py ...        # prompts spread over processes
 
 One iteration, top to bottom in this file: `rollout` executes the plan that rollout_plan.py made for the current window
@@ -88,7 +88,7 @@ class Rollout:
 
 
 def transition_table(plan: Plan, device: torch.device) -> torch.Tensor:
-    """Coefficients of x and v, std and σ of each step, [steps, 4] in float32: the numbers rollout and training share."""
+    """Coefficients of x and v, std and σ of each step, [steps, 4]: the float32 numbers rollout and training share."""
     rows = [(c.x, c.v, c.std, step.sigma) for c, step in zip(coefficients(plan), plan, strict=True)]
     return torch.tensor(rows, dtype=torch.float32, device=device)
 
@@ -533,8 +533,8 @@ def describe(config: GRPOConfig, world_size: int) -> str:
         [
             f"{config.algorithm}: {prompts} prompts x {config.num_generations} samples = "
             f"{prompts * config.num_generations} images an iteration on {world_size} process(es)",
-            f"{steps} optimizer steps an iteration, {config.gradient_accumulation_steps} samples of each prompt in each; "
-            f"{config.max_train_steps} iterations, {config.max_train_steps * steps} optimizer steps",
+            f"{steps} optimizer steps an iteration, each on {config.gradient_accumulation_steps} samples a prompt, "
+            f"in {config.max_train_steps} iterations: {config.max_train_steps * steps} optimizer steps",
             f"velocity evaluations (NFE) a prompt and iteration: {min(nfe)} to {max(nfe)}, mean {np.mean(nfe):.1f} "
             f"(without sharing {config.num_generations * len(first)})",
             f"plan of the first window {schedule[0]}:",
@@ -683,8 +683,8 @@ def train(trainer: Trainer, sampler: PromptSampler, loader: DataLoader) -> None:
                 trainer.save(epoch)
             if stopped:
                 raise TrainingStopped(
-                    f"{trainer.skipped_in_a_row} optimizer steps in a row had a non-finite loss, reward or gradient, the "
-                    f"last in iteration {trainer.done}; none of them changed the weights, which are saved in "
+                    f"{trainer.skipped_in_a_row} optimizer steps in a row had a non-finite loss, reward or gradient, "
+                    f"the last in iteration {trainer.done}; none of them changed the weights, which are saved in "
                     f"{config.output_dir}"
                 )
     if log is not None:
