@@ -1,4 +1,4 @@
-"""Evaluation: scores and means in the promised files, errors clustered by prompt, broken input that is not overlooked."""
+"""Evaluation: scores and means in the promised files, errors clustered by prompt, and broken input not overlooked."""
 
 import json
 import math
@@ -211,6 +211,15 @@ def test_bad_flags_end_with_one_line_and_status_2(command, message, capsys):
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_bad_input_on_the_command_line_ends_with_one_line_and_status_2(tmp_path):
+    command = ["--manifest", str(tmp_path / "none.json"), "--reward_model_type", "shapes"]
+    run = subprocess.run(
+        [sys.executable, "-m", "fastvideo.eval.eval_reward", *command], cwd=ROOT, capture_output=True, text=True
+    )
+    assert run.returncode == 2
+    assert run.stderr.strip().endswith("none.json: No such file or directory") and run.stderr.count("\n") == 1
 
 
 def test_missing_reward_files_are_found_before_scoring(tmp_path):

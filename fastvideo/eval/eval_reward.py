@@ -11,13 +11,14 @@ For a manifest it writes beside `--output_json` X.json
     X_summary.json    means, standard errors clustered by prompt, and what was left out
     X_baseline.json   with a baseline manifest: its scores; X_summary.json then has the paired differences too
 Granular models add their components as {Model}_{component}. Pictures that can't be read are named and left out, failed
-scores are counted and never averaged in; either makes the exit status 1.
+scores are counted and never averaged in; either makes the exit status 1. Bad input makes it 2.
 """
 
 import json
 import math
 import os
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
@@ -311,4 +312,5 @@ if __name__ == "__main__":
     try:
         raise SystemExit(main())
     except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
