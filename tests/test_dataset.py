@@ -4,10 +4,10 @@ import itertools
 import json
 from pathlib import Path
 
+from fastvideo.dataset.latent_flux_rl_datasets import FOLDERS, Draw, LatentFluxRLDataset, PromptSampler, collate
+
 import pytest
 import torch
-
-from fastvideo.dataset.latent_flux_rl_datasets import FOLDERS, Draw, LatentFluxRLDataset, PromptSampler, collate
 
 
 def make_data(folder: Path, lengths: tuple[int, ...] = (4, 4, 4, 4, 4)) -> Path:
