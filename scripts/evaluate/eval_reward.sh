@@ -3,10 +3,8 @@
 #   MANIFEST=outputs/samples/manifest.json REWARD_MODEL_TYPE=hpsv2,pick_score bash scripts/evaluate/eval_reward.sh
 #   bash scripts/evaluate/eval_reward.sh --baseline_manifest outputs/base/manifest.json
 # One picture: python -m fastvideo.eval.eval_reward --image cat.png --prompt "a cat" --reward_model_type image_reward
-set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-if [ -d .venv/bin ]; then PATH="$PWD/.venv/bin:$PATH"; fi
-exec python -m fastvideo.eval.eval_reward \
+source "$(dirname "${BASH_SOURCE[0]}")/../environment.sh"
+exec "$PYTHON_BIN" -m fastvideo.eval.eval_reward \
   --manifest "${MANIFEST:-outputs/samples/manifest.json}" \
   --reward_model_type "${REWARD_MODEL_TYPE:-all}" \
   "$@"
