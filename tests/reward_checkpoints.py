@@ -1,7 +1,4 @@
-"""Random-weight checkpoints of the reward models in their real formats and under their real file names, but narrow.
-
-The same functions make them at full width when the `small` arguments are left at False (a few GB, minutes).
-"""
+"""Random-weight checkpoints of the reward models in their real formats and under their real file names, but narrow."""
 
 import json
 import os

@@ -178,17 +178,35 @@ def test_hps_refuses_other_files(tiny_open_clip, tmp_path):
         HPSClipRewardModel(str(tmp_path / "part.pt"), architecture="tiny-open-clip")
 
 
-def test_half_precision_scores_are_close(tiny_open_clip, tmp_path):
+@pytest.mark.parametrize("kind", ["granular", "overall", "hps", "clip_score", "pick_score"])
+def test_half_precision_scores_are_close(kind, tiny_open_clip, image_reward_dir, tmp_path):
+    from fastvideo.models.reward_model.clip_score import CLIPScoreRewardModel
     from fastvideo.models.reward_model.hps_score import HPSClipRewardModel
+    from fastvideo.models.reward_model.image_reward import ImageRewardModel
+    from fastvideo.models.reward_model.pick_score import PickScoreRewardModel
 
-    make_hps_file(tmp_path / "HPS_v2.1_compressed.pt", "tiny-open-clip")
-    exact, half = (
-        HPSClipRewardModel(str(tmp_path / "HPS_v2.1_compressed.pt"), dtype=dtype, architecture="tiny-open-clip")
-        for dtype in ("fp32", "bf16")
-    )
-    np.testing.assert_allclose(half(pictures(), PROMPTS), exact(pictures(), PROMPTS), rtol=0, atol=0.02)
-    with pytest.raises(ValueError, match="--reward_dtype 'int8': choose from"):
-        HPSClipRewardModel(str(tmp_path / "HPS_v2.1_compressed.pt"), dtype="int8", architecture="tiny-open-clip")
+    def build(dtype):
+        if kind == "hps":
+            return HPSClipRewardModel(str(tmp_path / "hps.pt"), dtype=dtype, architecture="tiny-open-clip")
+        if kind == "clip_score":
+            return CLIPScoreRewardModel(str(tmp_path / "clip"), dtype=dtype)
+        if kind == "pick_score":
+            return PickScoreRewardModel(str(tmp_path / "pick"), evaluation=True, dtype=dtype)
+        path = str(image_reward_dir / "ImageReward.pt")
+        return ImageRewardModel(path, mode=kind, score_dir=str(image_reward_dir), dtype=dtype)
+
+    make_hps_file(tmp_path / "hps.pt", "tiny-open-clip")
+    make_clip_score_folder(tmp_path / "clip", "tiny-open-clip")
+    make_pick_score_folder(tmp_path / "pick")
+    half = build("bf16")(pictures(), PROMPTS)
+    np.testing.assert_allclose(half, build("fp32")(pictures(), PROMPTS), rtol=0, atol=0.03)
+
+
+def test_an_unknown_number_format_is_refused(image_reward_dir):
+    from fastvideo.models.reward_model.image_reward import ImageRewardModel
+
+    with pytest.raises(ValueError, match="--reward_dtype 'int8': choose from fp32, bf16, fp16"):
+        ImageRewardModel(score_dir=str(image_reward_dir), dtype="int8")
 
 
 def test_clip_score_equals_open_clip_with_the_repository_s_own_preprocessing(tiny_open_clip, tmp_path):

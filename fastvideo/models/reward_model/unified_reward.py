@@ -39,8 +39,8 @@ QUESTIONS = {
     ),
 }
 ANSWERS = {
-    "semantic": re.compile(r"Alignment Score \(1-5\)\W*?(\d+(?:\.\d+)?)", re.IGNORECASE),
-    "score": re.compile(r"Final Score\W*?(\d+(?:\.\d+)?)", re.IGNORECASE),
+    "semantic": re.compile(r"Alignment Score \(1-5\)[\s:*]*(\d+(?:\.\d+)?)", re.IGNORECASE),
+    "score": re.compile(r"Final Score[\s:*]*(\d+(?:\.\d+)?)", re.IGNORECASE),
 }
 
 
