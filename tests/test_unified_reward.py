@@ -127,11 +127,12 @@ def test_a_passing_trouble_is_retried(serve, trouble):
 
 def test_a_lasting_trouble_is_a_failed_sample_and_not_a_score(serve, caplog):
     server = serve(lambda content: (500, b"oops") if red_of(content) > 100 else (200, "Alignment Score (1-5): 3"))
-    model = UnifiedRewardModel(server.url, num_workers=2, retries=1, backoff=0.001)
+    url = server.url.replace("http://", "http://user:secret@")
+    model = UnifiedRewardModel(url, num_workers=2, retries=1, backoff=0.001)
     scores = model([red(20), red(220), red(30)], ["a", "b", "c"])
     np.testing.assert_array_equal(scores, [3, np.nan, 3])
     assert len(server.requests) == 4
-    assert "1 of 3 samples failed" in caplog.text and "500" in caplog.text
+    assert "1 of 3 samples failed" in caplog.text and "HTTP 500" in caplog.text and "secret" not in caplog.text
 
 
 def test_an_unreadable_reply_fails_at_once(serve, caplog):

@@ -117,11 +117,16 @@ class UnifiedRewardModel:
                 response.raise_for_status()
                 reply = response.json()["choices"][0]["message"]["content"]
             except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
-                problem = f"{url}: {type(error).__name__} {error}".splitlines()[0]
+                # httpx writes the whole URL, password included, into the message of a status error.
+                status = isinstance(error, httpx.HTTPStatusError)
+                what = f"HTTP {error.response.status_code}" if status else f"{type(error).__name__} {error}"
+                problem = f"{httpx.URL(url)!r}: {what}".splitlines()[0]
                 continue
             score = parse_score(str(reply), self.question_type)
             # At temperature 0 the same question gets the same answer: asking again would not help.
-            return score, "" if np.isfinite(score) else f"{url}: no score from 1 to 5 in {str(reply)[-80:]!r}"
+            return score, "" if np.isfinite(
+                score
+            ) else f"{httpx.URL(url)!r}: no score from 1 to 5 in {str(reply)[-80:]!r}"
         return float("nan"), problem
 
     def __call__(self, images: list[Image.Image], prompts: list[str]) -> np.ndarray:
