@@ -142,7 +142,31 @@ ALGORITHMS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 @dataclass
-class GRPOConfig:
+class RewardConfig:
+    """Where the reward models lie and how they run; training and evaluation share it."""
+
+    hps_path: str = flag("hps_ckpt/HPS_v2.1_compressed.pt", "HPS checkpoint")
+    hps_clip_path: str | None = flag("hps_ckpt/open_clip_pytorch_model.bin", "open_clip ViT-H-14 weights under HPS")
+    clip_score_path: str = flag("hf-hub:apple/DFN5B-CLIP-ViT-H-14-384", "open_clip model of CLIPScore: name or file")
+    image_reward_path: str = flag("ImageReward-v1.0", "ImageReward model: name or file (mode overall)")
+    image_reward_med_config: str | None = flag(None, "med_config.json of ImageReward")
+    image_reward_score_dir: str = flag("image_reward_ckpt", "folder of the three granular scorers' files")
+    image_reward_http_proxy: str | None = flag(None, "HTTP proxy for downloading ImageReward")
+    image_reward_https_proxy: str | None = flag(None, "HTTPS proxy for downloading ImageReward")
+    pick_score_path: str = flag("yuvalkirstain/PickScore_v1", "PickScore model: hub id or folder")
+    pick_score_http_proxy: str | None = flag(None, "HTTP proxy for downloading PickScore")
+    pick_score_https_proxy: str | None = flag(None, "HTTPS proxy for downloading PickScore")
+    unified_reward_url: str | None = flag(None, "UnifiedReward endpoints, comma-separated, shared over the ranks")
+    unified_reward_default_question_type: str = flag("semantic", "question asked", choices=["semantic", "score"])
+    unified_reward_num_workers: int = flag(1, "concurrent requests to UnifiedReward")
+    granular_start_weights: list[float] = flag([0.5, 0.3, 0.2], "component weights at the start", metavar="W")
+    reward_batch_size: int = flag(12, "images a forward pass of a reward model")
+    reward_device: str | None = flag(None, "device of the reward models (None: the rank's own)")
+    reward_dtype: str = flag("fp32", "number format of the reward models", choices=["fp32", "bf16", "fp16"])
+
+
+@dataclass
+class GRPOConfig(RewardConfig):
     """All settings of a training run. Defaults are the MixGRPO recipe's."""
 
     # --- what to train on -------------------------------------------------------------------------------------------
@@ -215,24 +239,9 @@ class GRPOConfig:
     image_reward_weight: float = flag(1.0, "weight of ImageReward in a mix")
     pick_score_weight: float = flag(1.0, "weight of PickScore in a mix")
     unified_reward_weight: float = flag(1.0, "weight of UnifiedReward in a mix")
-    hps_path: str = flag("hps_ckpt/HPS_v2.1_compressed.pt", "HPS checkpoint")
-    hps_clip_path: str | None = flag("hps_ckpt/open_clip_pytorch_model.bin", "open_clip ViT-H-14 weights under HPS")
-    clip_score_path: str = flag("hf-hub:apple/DFN5B-CLIP-ViT-H-14-384", "open_clip model of CLIPScore: name or file")
-    image_reward_path: str = flag("ImageReward-v1.0", "ImageReward model: name or file (mode overall)")
-    image_reward_med_config: str | None = flag(None, "med_config.json of ImageReward")
-    image_reward_score_dir: str = flag("image_reward_ckpt", "folder of the three granular scorers' files")
-    image_reward_http_proxy: str | None = flag(None, "HTTP proxy for downloading ImageReward")
-    image_reward_https_proxy: str | None = flag(None, "HTTPS proxy for downloading ImageReward")
     image_reward_mode: str = flag(
         "granular", "three weighted scorers, or the plain score", choices=["granular", "overall"]
     )
-    pick_score_path: str = flag("yuvalkirstain/PickScore_v1", "PickScore model: hub id or folder")
-    pick_score_http_proxy: str | None = flag(None, "HTTP proxy for downloading PickScore")
-    pick_score_https_proxy: str | None = flag(None, "HTTPS proxy for downloading PickScore")
-    unified_reward_url: str | None = flag(None, "UnifiedReward endpoints, comma-separated, shared over the ranks")
-    unified_reward_default_question_type: str = flag("semantic", "question asked", choices=["semantic", "score"])
-    unified_reward_num_workers: int = flag(1, "concurrent requests to UnifiedReward")
-    granular_start_weights: list[float] = flag([0.5, 0.3, 0.2], "component weights at the start", metavar="W")
     granular_end_weights: list[float] = flag([0.2, 0.5, 0.3], "component weights at the end", metavar="W")
     granular_schedule: str = flag(
         "linear", "how the weights move", choices=["linear", "exponential", "logarithmic", "cosine"]
@@ -244,9 +253,6 @@ class GRPOConfig:
     granular_progress: str = flag(
         "train_step", "progress over training, or over the group", choices=["train_step", "batch_index"]
     )
-    reward_batch_size: int = flag(12, "images a forward pass of a reward model")
-    reward_device: str | None = flag(None, "device of the reward models (None: the rank's own)")
-    reward_dtype: str = flag("fp32", "number format of the reward models", choices=["fp32", "bf16", "fp16"])
 
     # --- GRPO -------------------------------------------------------------------------------------------------------
     use_group: bool = flag(True, "normalise rewards per prompt; else over all samples (reward_aggr only)")

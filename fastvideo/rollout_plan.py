@@ -46,11 +46,12 @@ def check_plan(plan: Plan) -> Plan:
     for step, following in zip(plan, plan[1:], strict=False):
         if step.sigma_next != following.sigma:
             raise ValueError(f"step {step.index} ends at sigma {step.sigma_next}, the next starts at {following.sigma}")
-    for step, numbers in zip(plan, coefficients(plan), strict=True):
+    for step in plan:
         if step.kind not in KINDS:
             raise ValueError(f"step {step.index}: unknown kind {step.kind!r}; choose from {list(KINDS)}")
         if step.sigma <= step.sigma_next:
             raise ValueError(f"step {step.index}: sigma must fall, not go from {step.sigma} to {step.sigma_next}")
+    for step, numbers in zip(plan, coefficients(plan), strict=True):
         if (step.train or step.branch > 1) and not numbers.std > 0:
             raise ValueError(f"step {step.index} ({step.kind}) has no noise: it can be neither trained nor branched")
     if not any(step.train for step in plan):

@@ -17,15 +17,14 @@ scores are counted and never averaged in; either makes the exit status 1. Bad in
 import json
 import math
 import os
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, dataclass, field, fields, make_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastvideo.config import GRPOConfig, flag, parse_dataclass
+from fastvideo.config import RewardConfig, flag, parse_dataclass
 from fastvideo.eval.statistics import mean_and_error
 from fastvideo.models.reward_model.utils import RewardModel, build_reward_models, compute_reward, resolve_reward_spec
 from fastvideo.utils.files import write_bytes, write_json
@@ -34,21 +33,6 @@ import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
-
-# Where the reward models lie and how they run is configured by training's own flags.
-_FLAGS = re.compile(
-    r"(hps|clip_score|image_reward|pick_score|unified_reward)_(?!weight|mode)|reward_(?!model)|granular_start_weights"
-)
-RewardFlags = make_dataclass(
-    "RewardFlags",
-    [
-        (f.name, f.type, field(default_factory=f.default_factory, metadata=f.metadata))
-        if f.default is MISSING
-        else (f.name, f.type, field(default=f.default, metadata=f.metadata))
-        for f in fields(GRPOConfig)
-        if _FLAGS.match(f.name)
-    ],
-)
 
 
 @contextmanager
@@ -61,7 +45,7 @@ def _own_flag_names() -> Iterator[None]:
 
 
 @dataclass
-class EvalConfig(RewardFlags):
+class EvalConfig(RewardConfig):
     """Settings of an evaluation."""
 
     manifest: str | None = flag(None, "manifest of pictures, as sample_flux.py writes it")

@@ -15,7 +15,6 @@ import math
 import re
 import string
 import time
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -35,6 +34,7 @@ from fastvideo.eval.plots import (
     number,
     plan_plots,
 )  # fmt: skip
+from fastvideo.eval.statistics import mean_and_error
 from fastvideo.utils.files import write_bytes
 
 import matplotlib
@@ -79,17 +79,6 @@ def read_metrics(path: Path) -> tuple[list[dict], int]:
         except (ValueError, AttributeError, TypeError):
             broken += 1
     return [rows[step] for step in sorted(rows)], broken
-
-
-def mean_and_error(values: np.ndarray, prompts: Sequence[str]) -> tuple[float, float]:
-    """Mean and its standard error; pictures of one prompt are not independent, so errors are clustered by prompt."""
-    clusters = defaultdict(float)
-    for prompt, residual in zip(prompts, values - values.mean(), strict=True):
-        clusters[prompt] += residual
-    g = len(clusters)
-    if g < 2:
-        return float(values.mean()), math.nan
-    return float(values.mean()), math.sqrt(sum(c * c for c in clusters.values()) * g / (g - 1)) / len(values)
 
 
 # --------------------------------------------------------------------------------------------------- before and after

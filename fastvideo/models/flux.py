@@ -41,7 +41,7 @@ def _load(cls: type, path: str, **kwargs):
 
 def load_transformer(path: str, dtype: torch.dtype = torch.float32) -> FluxTransformer2DModel:
     """The transformer of the pipeline at `path`, or of a checkpoint folder that holds only a transformer."""
-    alone = (Path(path) / "diffusion_pytorch_model.safetensors").exists()
+    alone = any(Path(path).glob("diffusion_pytorch_model*.safetensors"))
     return _load(FluxTransformer2DModel, path, dtype=dtype, **({} if alone else {"subfolder": "transformer"}))
 
 

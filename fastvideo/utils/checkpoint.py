@@ -19,6 +19,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 
 STATE = "training_state.pt"
+ONE_FILE = "1TB"  # diffusers would split FLUX.1's weights
 
 
 def find_checkpoint(value: str, output_dir: Path) -> Path:
@@ -50,11 +51,11 @@ def save_checkpoint(
     final = output_dir / f"checkpoint-{step}-{epoch}"
     part = output_dir / f".{final.name}.part"
     shutil.rmtree(part, ignore_errors=True)
-    transformer.save_pretrained(part)
+    transformer.save_pretrained(part, max_shard_size=ONE_FILE)
     if ema is not None:
         ema.store(transformer.parameters())
         ema.copy_to(transformer.parameters())
-        transformer.save_pretrained(part / "ema")
+        transformer.save_pretrained(part / "ema", max_shard_size=ONE_FILE)
         ema.restore(transformer.parameters())
         state = {**state, "ema_optimization_step": ema.optimization_step}
     torch.save(state, part / STATE)
