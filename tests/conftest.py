@@ -1,0 +1,181 @@
+"""What tests of the trainer share: the tiny pipeline, embedded prompts, and `train`, a run through the command line."""
+
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fastvideo  # noqa: F401  (first: it mends torchvision beside a CPU-only torch)
+from fastvideo import train_grpo_flux
+from fastvideo.data_preprocess.preprocess_flux_embedding import embed_prompts
+from fastvideo.models.tiny_flux import build_tiny_flux
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[1]
+TINY = ROOT / "data/tiny_flux"
+PROMPTS = (
+    "a small red circle at the left on a blue background",
+    "a large green square in the center on a white background",
+    "a small cyan triangle at the top on a black background",
+    "a large yellow circle at the right on a purple background",
+    "a small purple square at the bottom on a green background",
+)
+
+torch.set_num_threads(1)
+
+
+def _reset() -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture(autouse=True)
+def reset_accelerate():
+    """Accelerate keeps the settings of the first Accelerator of a process; a test starts without any."""
+    _reset()
+    yield
+    _reset()
+
+
+@pytest.fixture(scope="session")
+def tiny_flux() -> str:
+    """The shipped pipeline. Its weights may change: no test may depend on what it draws."""
+    return str(TINY)
+
+
+@pytest.fixture(scope="session")
+def random_flux(tmp_path_factory) -> str:
+    """An untrained pipeline with guidance embeds, whose weights depend on a seed alone."""
+    folder = tmp_path_factory.mktemp("random_flux")
+    build_tiny_flux(folder, seed=1)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def schnell_flux(tmp_path_factory) -> str:
+    """An untrained pipeline without guidance embeds, as FLUX.1-schnell."""
+    folder = tmp_path_factory.mktemp("schnell_flux")
+    build_tiny_flux(folder, guidance_embeds=False, seed=2)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def prompts_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def embedded_prompts(tmp_path_factory, tiny_flux, prompts_file) -> Path:
+    """prompt.json of PROMPTS for the tiny pipeline."""
+    return embed_prompts(tiny_flux, prompts_file, tmp_path_factory.mktemp("embeddings"))
+
+
+@dataclass
+class Run:
+    """What a training run left on disk."""
+
+    folder: Path
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+
+    def numbers(self) -> list[dict[str, Any]]:
+        """The metrics that must be the same in a repeated run: all but the seconds."""
+        return [{k: v for k, v in line.items() if not k.startswith("seconds_")} for line in self.metrics]
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """By iteration; the last one is the last written."""
+        found = self.folder.glob("checkpoint-*")
+        return sorted(found, key=lambda path: int(re.fullmatch(r"checkpoint-(\d+)-\d+", path.name)[1]))
+
+    def weights(self, which: int = -1, part: str = ".") -> dict[str, torch.Tensor]:
+        return load_file(self.checkpoints[which] / part / "diffusion_pytorch_model.safetensors")
+
+    def state(self, which: int = -1) -> dict[str, Any]:
+        return torch.load(self.checkpoints[which] / "training_state.pt", weights_only=True)
+
+    def gradient(self) -> torch.Tensor:
+        """AdamW's running mean of the gradients, flat: what all optimizer steps of the run computed, in one vector."""
+        moments = self.state()["optimizer"]["state"].values()
+        return torch.cat([entry["exp_avg"].flatten() for entry in moments]).double()
+
+
+def relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """‖a − b‖ / ‖b‖."""
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.fixture
+def flags(tiny_flux, embedded_prompts, tmp_path) -> Callable[..., list[str]]:
+    """flags(name=value, ...) -> command line of a small fast run; True and False become `--name` and `--no_name`."""
+
+    def make(**given: Any) -> list[str]:
+        small = {
+            "pretrained_model_name_or_path": tiny_flux,
+            "data_json_path": None if "prompts_file" in given else embedded_prompts,
+            "output_dir": tmp_path / "run",
+            "h": 32,
+            "w": 32,
+            "sampling_steps": 6,
+            "group_size": 2,
+            "num_generations": 4,
+            "gradient_accumulation_steps": 2,
+            "max_train_steps": 2,
+            "mixed_precision": "no",
+            "gradient_checkpointing": False,
+            "use_wandb": False,
+            "dataloader_num_workers": 0,
+            "reward_model": "shapes",
+            "image_log_steps": 0,
+        }
+        argv: list[str] = []
+        for name, value in {**small, **given}.items():
+            if isinstance(value, bool):
+                argv.append(f"--{name}" if value else f"--no_{name}")
+            elif isinstance(value, (list, tuple)):
+                argv += [f"--{name}", *map(str, value)]
+            else:
+                argv += [f"--{name}", str(value)]
+        return argv
+
+    return make
+
+
+@pytest.fixture
+def train(flags, tmp_path) -> Callable[..., Run]:
+    """train(name=value, ...) runs main() on a small fast configuration; `output_dir` names a folder under tmp_path."""
+    count = 0
+
+    def run(output_dir: str | None = None, **given: Any) -> Run:
+        nonlocal count
+        count += 1
+        folder = tmp_path / (output_dir or f"run{count}")
+        _reset()
+        train_grpo_flux.main(flags(output_dir=folder, **given))
+        return Run(folder)
+
+    return run
+
+
+@pytest.fixture
+def run_at(tmp_path) -> Callable[[str], Run]:
+    """run_at(folder under tmp_path) -> the Run there, also of one that ended early."""
+    return lambda name: Run(tmp_path / name)
+
+
+@pytest.fixture
+def subprocess_environment() -> dict[str, str]:
+    """Of a child process that trains: one thread, no network, custom rewards of the tests importable."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
