@@ -123,10 +123,10 @@ class UnifiedRewardModel:
                 problem = f"{httpx.URL(url)!r}: {what}".splitlines()[0]
                 continue
             score = parse_score(str(reply), self.question_type)
+            if np.isfinite(score):
+                return score, ""
             # At temperature 0 the same question gets the same answer: asking again would not help.
-            return score, "" if np.isfinite(
-                score
-            ) else f"{httpx.URL(url)!r}: no score from 1 to 5 in {str(reply)[-80:]!r}"
+            return score, f"{httpx.URL(url)!r}: no score from 1 to 5 in {str(reply)[-80:]!r}"
         return float("nan"), problem
 
     def __call__(self, images: list[Image.Image], prompts: list[str]) -> np.ndarray:
