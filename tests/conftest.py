@@ -105,9 +105,9 @@ class Run:
     def state(self, which: int = -1) -> dict[str, Any]:
         return torch.load(self.checkpoints[which] / "training_state.pt", weights_only=True)
 
-    def gradient(self) -> torch.Tensor:
-        """AdamW's running mean of the gradients, flat: what all optimizer steps of the run computed, in one vector."""
-        moments = self.state()["optimizer"]["state"].values()
+    def gradient(self, which: int = -1) -> torch.Tensor:
+        """AdamW's running mean of the gradients, flat: what all optimizer steps up to there computed, in one vector."""
+        moments = self.state(which)["optimizer"]["state"].values()
         return torch.cat([entry["exp_avg"].flatten() for entry in moments]).double()
 
 
