@@ -1,0 +1,513 @@
+"""The trainer's command line: forms of flags, what is refused and how, algorithms, and the recipes in scripts/."""
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import MISSING, fields
+from pathlib import Path
+
+from fastvideo.config import IGNORED_FLAGS, GRPOConfig, parse_dataclass
+from fastvideo.train_grpo_flux import main
+
+import pytest
+from conftest import ROOT
+from diffusers import FluxTransformer2DModel
+
+RECIPES = sorted((ROOT / "scripts/finetune").glob("finetune_flux_grpo_*.sh"))
+
+
+def parse(*argv: str) -> GRPOConfig:
+    data = [] if "--prompts_file" in argv or "--data_json_path" in argv else ["--data_json_path", "prompt.json"]
+    return parse_dataclass(GRPOConfig, [*data, *argv], "", IGNORED_FLAGS)
+
+
+def refusal(capsys, *argv: str) -> str:
+    """The one line on stderr with which parsing ends."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        parse(*argv)
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ": error: " in line
+    return line
+
+
+# --- forms of flags ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--sampling_steps", "9", "--prog_overlap_step", "2", "--no_roll_back"],
+        ["--sampling-steps", "9", "--prog-overlap-step", "2", "--no-roll-back"],
+        ["--sampling-steps=9", "--prog_overlap_step=2", "--no-roll_back"],
+        ["--sampling_steps", "5", "--sampling_steps", "9", "--prog_overlap-step", "2", "--roll_back", "--no_roll_back"],
+    ],
+)
+def test_underscores_and_hyphens_are_the_same_and_the_last_value_counts(argv):
+    config = parse(*argv)
+    assert (config.sampling_steps, config.prog_overlap_step, config.roll_back) == (9, 2, False)
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(GRPOConfig) if f.type is bool])
+def test_every_switch_can_be_turned_on_and_off(name):
+    needs = {
+        "flow_grpo_sampling": ["--training_strategy", "all"],
+        "drop_last_sample": ["--training_strategy", "all"],
+        "use_group": ["--multi_reward_mix", "reward_aggr"],
+    }.get(name, [])
+    assert getattr(parse(*needs, f"--{name}"), name) is True
+    assert getattr(parse(*needs, f"--no_{name}"), name) is False
+    assert getattr(parse(*needs, "--no-" + name.replace("_", "-")), name) is False
+
+
+@pytest.mark.parametrize("text", ["None", "none", "null", ""])
+def test_none_means_not_set(text):
+    config = parse("--dpm_algorithm_type", text, "--advantage_rerange_strategy", text, "--rollout_batch_size", text)
+    assert config.dpm_algorithm_type is config.advantage_rerange_strategy is config.rollout_batch_size is None
+    assert parse("--prompts_file", "p.txt", "--data_json_path", text).prompts_file == "p.txt"
+
+
+def test_lists_and_numbers_keep_their_types():
+    config = parse("--granular_start_weights", "1", "2", "3", "--learning_rate", "1e-4", "--prompts_per_iteration", "8")
+    assert config.granular_start_weights == [1.0, 2.0, 3.0]
+    assert config.learning_rate == 1e-4 and config.prompts_per_iteration == 8
+
+
+def test_help_explains_every_flag_in_a_sentence(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for field in fields(GRPOConfig):
+        assert f"--{field.name}" in text
+        assert len(field.metadata["help"]) > 10 and " ".join(field.metadata["help"].split()[:3]) in text
+
+
+def test_an_unknown_flag_is_an_error_with_a_suggestion(capsys):
+    assert "--samplng_steps; did you mean --sampling_steps?" in refusal(capsys, "--samplng_steps", "5")
+    assert "unknown flag --sampling" in refusal(capsys, "--sampling", "5")  # no abbreviations
+    assert "did you mean --no_roll_back?" in refusal(capsys, "--no_rol_back")
+    assert "unknown flag" in refusal(capsys, "stray")
+
+
+# Every flag of the reference recipe, with a value it may have there (None: a switch).
+REFERENCE_FLAGS = {
+    "seed": "714", "pretrained_model_name_or_path": "data/flux", "vae_model_path": "data/flux", "cache_dir": "cache",
+    "data_json_path": "prompt.json", "gradient_checkpointing": None, "train_batch_size": "1", "num_latent_t": "1",
+    "sp_size": "1", "train_sp_batch_size": "1", "dataloader_num_workers": "4", "gradient_accumulation_steps": "3",
+    "max_train_steps": "300", "learning_rate": "1e-5", "mixed_precision": "bf16", "checkpointing_steps": "50",
+    "allow_tf32": None, "cfg": "0.0", "output_dir": "out", "h": "720", "w": "720", "t": "1", "sampling_steps": "25",
+    "eta": "0.7", "lr_warmup_steps": "0", "sampler_seed": "7144", "max_grad_norm": "1.0", "weight_decay": "0.0001",
+    "num_generations": "12", "shift": "3", "use_group": None, "ignore_last": None, "timestep_fraction": "0.6",
+    "init_same_noise": None, "clip_range": "1e-4", "adv_clip_max": "5.0", "training_strategy": "part",
+    "experiment_name": "mine", "kl_coeff": "0.0", "iters_per_group": "25", "group_size": "4",
+    "sample_strategy": "progressive", "prog_overlap": None, "prog_overlap_step": "1", "max_iters_per_group": "10",
+    "min_iters_per_group": "1", "roll_back": None, "trimmed_ratio": "0.0", "reward_model": "multi_reward",
+    "hps_path": "a.pt", "hps_clip_path": "b.bin", "clip_score_path": "c.bin", "image_reward_path": "d.pt",
+    "image_reward_med_config": "e.json", "image_reward_http_proxy": "None", "image_reward_https_proxy": "None",
+    "pick_score_http_proxy": "None", "pick_score_https_proxy": "None", "unified_reward_url": "None",
+    "unified_reward_default_question_type": "semantic", "unified_reward_num_workers": "1",
+    "multi_reward_mix": "advantage_aggr", "hps_weight": "1.0", "clip_score_weight": "1.0",
+    "image_reward_weight": "1.0", "pick_score_weight": "1.0", "unified_reward_weight": "1.0",
+    "dpm_algorithm_type": "null", "dpm_apply_strategy": "post", "dpm_post_compress_ratio": "0.4",
+    "dpm_solver_order": "2", "dpm_solver_type": "midpoint", "frozen_init_timesteps": "0", "wandb_key": "",
+    "flow_grpo_sampling": None, "drop_last_sample": None, "advantage_rerange_strategy": "null",
+    "resume_from_checkpoint": "latest", "lr_scheduler": "constant_with_warmup", "selective_checkpointing": "1.0",
+    "fsdp_sharding_startegy": "full", "use_cpu_offload": None, "master_weight_type": "fp32", "ema_decay": "0.995",
+    "ema_start_step": "0", "dit_model_name_or_path": "None", "precondition_outputs": None, "logging_dir": "logs",
+    "loss_coef": "1.0", "lr_num_cycles": "1", "lr_power": "1.0",
+}  # fmt: skip
+ALL_STEPS = ("flow_grpo_sampling", "drop_last_sample")  # only with training_strategy all
+
+
+@pytest.mark.parametrize("hyphens", [False, True])
+def test_every_flag_of_the_reference_recipe_is_accepted(capsys, hyphens):
+    names = [name for name in REFERENCE_FLAGS if name not in ALL_STEPS]
+    argv = []
+    for name in names:
+        flag = "--" + (name.replace("_", "-") if hyphens else name)
+        argv += [flag] if REFERENCE_FLAGS[name] is None else [flag, REFERENCE_FLAGS[name]]
+    config = parse(*argv)
+    warned = capsys.readouterr().err.splitlines()
+    assert len(warned) == sum(name in IGNORED_FLAGS for name in names) == 12
+    assert all("has no effect here and is ignored" in line for line in warned)
+    assert (config.algorithm, config.ema_decay, config.dpm_solver_type) == ("mix_grpo", 0.995, "midpoint")
+    assert parse("--training_strategy", "all", *(f"--{name}" for name in ALL_STEPS)).algorithm == "flow_grpo"
+
+
+def test_flags_without_effect_warn_in_one_line_each_and_swallow_their_value_only(capsys):
+    config = parse("--num_latent_t", "1", "--loss-coef=-1", "--logging_dir", "x", "--ignore_last", "--eta", "0.5")
+    warned = capsys.readouterr().err.splitlines()
+    assert len(warned) == 4 and all(line.startswith("warning: --") for line in warned)
+    assert "--num_latent_t" in warned[0] and "--loss_coef" in warned[1]
+    assert config.eta == 0.5
+
+
+def test_a_wandb_key_is_refused_on_the_command_line_and_not_repeated(capsys):
+    for form in (["--wandb_key", "hush"], ["--wandb-key=hush"]):
+        line = refusal(capsys, *form)
+        assert "--wandb_key" in line and "WANDB_API_KEY" in line and "hush" not in line
+    for empty in ("", "None"):
+        assert not parse("--wandb_key", empty).wandb_key
+
+
+def test_defaults_are_the_mixgrpo_recipe():
+    config = parse()
+    reference = {
+        "algorithm": "mix_grpo", "seed": 714, "sampler_seed": 7144, "sampling_steps": 25, "eta": 0.7, "shift": 3,
+        "h": 720, "w": 720, "num_generations": 12, "learning_rate": 1e-5, "weight_decay": 1e-4, "lr_warmup_steps": 0,
+        "max_grad_norm": 1, "max_train_steps": 300, "checkpointing_steps": 50, "clip_range": 1e-4, "adv_clip_max": 5,
+        "gradient_accumulation_steps": 3, "group_size": 4, "iters_per_group": 25, "prog_overlap": True,
+        "prog_overlap_step": 1, "roll_back": True, "kl_coeff": 0, "multi_reward_mix": "advantage_aggr",
+        "gradient_checkpointing": True, "mixed_precision": "bf16", "guidance_scale": 3.5, "init_same_noise": True,
+        "use_group": True, "sample_strategy": "progressive", "training_strategy": "part",
+    }  # fmt: skip
+    assert {name: getattr(config, name) for name in reference} == reference
+
+
+# --- algorithms -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "argv,algorithm",
+    [
+        ("", "mix_grpo"),
+        ("--prog_overlap_step 0", "mix_grpo"),
+        ("--dpm_algorithm_type dpmsolver++ --dpm_apply_strategy post", "mix_grpo_flash"),
+        ("--dpm_algorithm_type dpmsolver++ --prog_overlap_step 0", "mix_grpo_flash_star"),
+        ("--training_strategy all", "dance_grpo"),
+        ("--training_strategy all --flow_grpo_sampling", "flow_grpo"),
+    ],
+)
+def test_the_algorithm_follows_from_the_flags_and_the_flags_from_the_algorithm(argv, algorithm):
+    derived = parse(*argv.split())
+    assert derived.algorithm == algorithm
+    assert parse("--algorithm", algorithm, *argv.split()) == derived
+    if argv != "--prog_overlap_step 0":
+        assert parse("--algorithm", algorithm) == derived
+
+
+def test_an_algorithm_brings_its_papers_values_and_given_flags_override_them():
+    flash, star = parse("--algorithm", "mix_grpo_flash"), parse("--algorithm", "mix_grpo_flash_star")
+    assert (flash.dpm_post_compress_ratio, flash.dpm_solver_order, flash.iters_per_group) == (0.4, 2, 20)
+    assert (star.dpm_post_compress_ratio, star.prog_overlap_step) == (0.2, 0)
+    dance = parse("--algorithm", "dance_grpo")
+    assert (dance.sampling_steps, dance.eta, dance.gradient_accumulation_steps) == (16, 0.3, 12)
+    assert dance.drop_last_sample and dance.sde_type == "dance"
+    dance = parse("--algorithm", "dance_grpo", "--eta", "0.5", "--no_drop_last_sample", "--sampling_steps", "8")
+    assert (dance.eta, dance.drop_last_sample, dance.sampling_steps) == (0.5, False, 8)
+
+
+@pytest.mark.parametrize(
+    "argv,named",
+    [
+        ("--algorithm mix_grpo --training_strategy all", ("mix_grpo", "--training_strategy all", "part")),
+        ("--algorithm dance_grpo --training_strategy part", ("dance_grpo", "--training_strategy part", "all")),
+        ("--algorithm dance_grpo --flow_grpo_sampling", ("dance_grpo", "--flow_grpo_sampling True")),
+        ("--algorithm flow_grpo --no_flow_grpo_sampling", ("flow_grpo", "--flow_grpo_sampling False")),
+        ("--algorithm mix_grpo --dpm_algorithm_type dpmsolver++", ("mix_grpo", "--dpm_algorithm_type dpmsolver++")),
+        ("--algorithm mix_grpo_flash --dpm_algorithm_type None", ("mix_grpo_flash", "--dpm_algorithm_type None")),
+        ("--algorithm mix_grpo_flash_star --prog_overlap_step 1", ("flash_star", "--prog_overlap_step 1", "needs 0")),
+        ("--flow_grpo_sampling", ("flow_grpo_sampling", "--training_strategy")),
+        ("--drop_last_sample", ("drop_last_sample", "--training_strategy")),
+        ("--training_strategy all --dpm_algorithm_type dpmsolver++", ("--dpm_algorithm_type", "part")),
+    ],
+)
+def test_contradictions_are_errors(capsys, argv, named):
+    line = refusal(capsys, *argv.split())
+    assert all(text in line for text in named), line
+
+
+# --- bad values -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "argv,named",
+    [
+        ("--h 700", ("--h 700", "16")),
+        ("--w 1000", ("--w 1000", "16")),
+        ("--h 0", ("--h 0",)),
+        ("--group_size 24", ("--group_size 24", "23")),
+        ("--group_size 5 --sampling_steps 6", ("--group_size 5", "4")),
+        ("--sampling_steps 2 --group_size 1", ("--sampling_steps 2",)),
+        ("--num_generations 1 --gradient_accumulation_steps 1", ("--num_generations 1", "2")),
+        ("--gradient_accumulation_steps 5", ("--gradient_accumulation_steps 5", "--num_generations 12")),
+        ("--gradient_accumulation_steps 24", ("--gradient_accumulation_steps 24", "--num_generations 12")),
+        ("--reward_model nice_pictures", ("--reward_model", "nice_pictures", "hpsv2", "image_reward", "shapes")),
+        ("--reward_model hpsv2,hpsv2", ("--reward_model", "hpsv2", "twice")),
+        ("--reward_model shapes:-1", ("--reward_model", "shapes:-1")),
+        ("--reward_model multi_reward --hps_weight -1", ("--hps_weight", "-1")),
+        ("--reward_model hpsv2 --hps_weight 0", ("--reward_model", "0")),
+        ("--reward_model hpsv2 --hps_weight nan", ("--hps_weight", "nan")),
+        ("--eta nan", ("--eta nan",)),
+        ("--eta 0", ("--eta 0",)),
+        ("--eta -0.5", ("--eta -0.5",)),
+        ("--eta 1 --sde_type cps", ("--eta 1", "below 1")),
+        ("--eta high", ("--eta", "high")),
+        ("--shift 0", ("--shift 0",)),
+        ("--learning_rate 0", ("--learning_rate 0",)),
+        ("--learning_rate inf", ("--learning_rate inf",)),
+        ("--clip_range 0", ("--clip_range 0",)),
+        ("--max_train_steps 0", ("--max_train_steps 0",)),
+        ("--train_batch_size 0", ("--train_batch_size 0",)),
+        ("--prompts_per_iteration 0", ("--prompts_per_iteration 0",)),
+        ("--rollout_batch_size 0", ("--rollout_batch_size 0",)),
+        ("--trimmed_ratio 1", ("--trimmed_ratio 1",)),
+        ("--cfg 1.5", ("--cfg 1.5",)),
+        ("--seed -1", ("--seed -1",)),
+        ("--seed 1.5", ("--seed", "1.5")),
+        ("--training_strategy some", ("--training_strategy", "some", "part", "all")),
+        ("--sample_strategy zigzag", ("--sample_strategy", "zigzag", "progressive", "exp_decay")),
+        ("--training_strategy all --timestep_fraction 0.01", ("--timestep_fraction 0.01",)),
+        ("--training_strategy all --frozen_init_timesteps 16", ("--frozen_init_timesteps 16", "15")),
+        ("--dpm_algorithm_type dpmsolver", ("--dpm_algorithm_type dpmsolver", "dpmsolver++")),
+        ("--dpm_algorithm_type dpmsolver++ --dpm_apply_strategy all", ("--dpm_apply_strategy all", "post")),
+        ("--dpm_solver_order 4", ("--dpm_solver_order", "4")),
+        ("--dpm_post_compress_ratio 0", ("--dpm_post_compress_ratio 0",)),
+        ("--no_use_group", ("--multi_reward_mix", "reward_aggr")),
+        ("--granular_mix advantage --multi_reward_mix reward_aggr", ("--granular_mix advantage", "advantage_aggr")),
+        ("--max_iters_per_group 1 --min_iters_per_group 2", ("--max_iters_per_group 1", "min_iters_per_group")),
+        ("--lr_scheduler sometimes", ("--lr_scheduler sometimes", "cosine")),
+        ("--mixed_precision int8", ("--mixed_precision", "int8", "bf16")),
+        ("--advantage_rerange_strategy sort", ("--advantage_rerange_strategy", "sort", "balance")),
+        ("--sp_size 2", ("--sp_size 2",)),
+        ("--ema_decay 1", ("--ema_decay 1",)),
+        ("--data_json_path None", ("--data_json_path", "--prompts_file")),
+        ("--data_json_path a.json --prompts_file b.txt", ("--data_json_path", "--prompts_file")),
+        ("--algorithm ppo", ("--algorithm", "ppo", "mix_grpo")),
+    ],
+)
+def test_a_bad_value_is_refused_in_one_line_that_names_flag_and_value(capsys, argv, named):
+    line = refusal(capsys, *argv.split())
+    assert all(text in line for text in named), line
+
+
+@pytest.fixture
+def refused(flags, capsys, monkeypatch, tmp_path):
+    """refused(name=value, ...) runs main on bad input and returns its one line; no transformer may be loaded."""
+
+    def run(may_load: bool = False, **given) -> str:
+        def loaded(*args, **kwargs):
+            raise AssertionError("weights were loaded before the input was checked")
+
+        if not may_load:
+            monkeypatch.setattr(FluxTransformer2DModel, "from_pretrained", loaded)
+        argv = flags(**given)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main(argv)
+        assert stop.value.code == 2
+        errors = [line for line in capsys.readouterr().err.splitlines() if "embedding prompts" not in line]
+        assert len(errors) == 1 and ": error: " in errors[0], errors
+        assert not (tmp_path / "run/metrics.jsonl").exists()
+        return errors[0]
+
+    return run
+
+
+def test_a_model_that_is_not_there(refused, tmp_path, tiny_flux):
+    line = refused(may_load=True, pretrained_model_name_or_path=tmp_path / "none")
+    assert "--pretrained_model_name_or_path" in line and str(tmp_path / "none") in line
+    shutil.copytree(tiny_flux, tmp_path / "part", ignore=shutil.ignore_patterns("transformer"))
+    line = refused(may_load=True, pretrained_model_name_or_path=tmp_path / "part")
+    assert "--pretrained_model_name_or_path" in line and "transformer" in line
+
+
+def test_a_hub_model_that_cannot_be_had_says_what_gated_models_need(refused, monkeypatch):
+    def gated(*args, **kwargs):
+        raise OSError("401 Client Error: access to this model is restricted")
+
+    monkeypatch.setattr(FluxTransformer2DModel, "from_pretrained", gated)
+    line = refused(may_load=True, pretrained_model_name_or_path="black-forest-labs/FLUX.1-dev")
+    assert "black-forest-labs/FLUX.1-dev" in line and "licence" in line and "HF_TOKEN" in line
+
+
+@pytest.mark.parametrize(
+    "content,message",
+    [(b"", "no prompts"), (b" \n\n", "no prompts"), (b"fine\n\xff\xfe\n", "line 2"), (None, "No such")],
+)
+def test_a_prompt_file_that_is_missing_empty_or_no_text(refused, tmp_path, content, message):
+    path = tmp_path / "prompts.txt"
+    if content is not None:
+        path.write_bytes(content)
+    line = refused(prompts_file=path)
+    assert "--prompts_file" in line and str(path) in line and message in line
+
+
+@pytest.mark.parametrize(
+    "content,message", [(None, "No such"), ("[]", "at least one"), ("{", "JSON"), ('[{"a": 1}]', "text")]
+)
+def test_a_prompt_json_that_is_missing_empty_or_malformed(refused, tmp_path, content, message):
+    path = tmp_path / "prompt.json"
+    if content is not None:
+        path.write_text(content)
+    line = refused(data_json_path=path)
+    assert "--data_json_path" in line and str(path) in line and message in line
+
+
+@pytest.mark.parametrize("damage", ["cut", "text", "gone"])
+@pytest.mark.parametrize("number", [0, 3])
+def test_a_corrupt_embedding_is_found_before_training_wherever_it_is(
+    refused, embedded_prompts, tmp_path, damage, number
+):
+    shutil.copytree(embedded_prompts.parent, tmp_path / "data")
+    index = tmp_path / "data/prompt.json"
+    entry = json.loads(index.read_text())[number]
+    path = tmp_path / "data/prompt_embed" / entry["prompt_embed_path"]
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-200] if damage == "cut" else b"not a tensor")
+    line = refused(data_json_path=index)
+    assert "--data_json_path" in line and path.name in line
+
+
+@pytest.mark.parametrize(
+    "given,named",
+    [
+        ({"reward_model": "hpsv2", "hps_path": "nowhere/HPS.pt"}, ("--hps_path", "nowhere/HPS.pt")),
+        (
+            {"reward_model": "image_reward", "image_reward_score_dir": "nowhere"},
+            ("--image_reward_score_dir", "nowhere"),
+        ),
+        ({"reward_model": "clip_score", "clip_score_path": "./nowhere.bin"}, ("--clip_score_path", "nowhere.bin")),
+        ({"reward_model": "unified_reward"}, ("--unified_reward_url",)),
+        ({"reward_model": "no_such_module:reward"}, ("--reward_model", "no_such_module")),
+        ({"reward_model": "custom_rewards:no_such_function"}, ("--reward_model", "no_such_function")),
+        ({"granular_start_weights": (0.5, -0.3, 0.2)}, ("--granular_start_weights", "-0.3")),
+        ({"granular_end_weights": (0, 0, 0)}, ("--granular_end_weights", "above 0")),
+        ({"granular_start_weights": (1, 2)}, ("--granular_start_weights", "color, form, clean")),
+        ({"granular_gamma": 0}, ("--granular_gamma 0",)),
+    ],
+)
+def test_a_reward_that_cannot_work(refused, given, named):
+    line = refused(**given)
+    assert all(text in line for text in named), line
+
+
+def test_an_output_directory_that_cannot_be_made(refused, tmp_path):
+    (tmp_path / "file").write_text("")
+    line = refused(output_dir=tmp_path / "file/run")
+    assert "--output_dir" in line and "file/run" in line
+
+
+def test_prompts_that_do_not_divide_among_processes(flags, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit) as stop:
+        main(flags(prompts_per_iteration=3, dry_run=True))
+    assert stop.value.code == 2 and "--prompts_per_iteration 3" in capsys.readouterr().err
+
+
+# --- dry runs and recipes ---------------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_prints_arithmetic_and_plan_and_touches_nothing(flags, capsys, tmp_path):
+    main(
+        flags(dry_run=True, output_dir=tmp_path / "out", train_batch_size=3, pretrained_model_name_or_path="none/such")
+    )
+    text = capsys.readouterr().out
+    assert "mix_grpo: 3 prompts x 4 samples = 12 images" in text and "4 optimizer steps" in text
+    assert "21" in text and "without sharing 24" in text
+    plan = [line.split() for line in text.splitlines() if " -> " in line]
+    assert [line[4] for line in plan] == ["flow_sde"] * 2 + ["ode"] * 4
+    assert [line[0] for line in plan] == list("012345") and plan[-1][3] == "0.0000"
+    assert not (tmp_path / "out").exists()
+
+
+def recipe_command(script: Path, tmp_path: Path, *more: str, **environment: str) -> list[str]:
+    """The command line that a recipe gives to its interpreter."""
+    fake = tmp_path / "python"
+    fake.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    fake.chmod(0o755)
+    clean = {name: value for name, value in os.environ.items() if name.lower() not in REFERENCE_FLAGS}
+    done = subprocess.run(
+        ["bash", str(script), *more],
+        cwd=tmp_path, env={**clean, "PYTHON_BIN": str(fake), **environment}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return done.stdout.splitlines()
+
+
+RECIPE_VALUES = {
+    "FastGRPO": {"algorithm": "mix_grpo", "group_size": 4, "iters_per_group": 25, "prog_overlap_step": 1},
+    "MixGRPO": {"algorithm": "mix_grpo", "group_size": 4, "iters_per_group": 25, "prog_overlap_step": 1},
+    "MixGRPO_Flash": {
+        "algorithm": "mix_grpo_flash", "iters_per_group": 20, "dpm_algorithm_type": "dpmsolver++",
+        "dpm_apply_strategy": "post", "dpm_post_compress_ratio": 0.4, "dpm_solver_order": 2,
+        "dpm_solver_type": "midpoint",
+    },
+    "MixGRPO_Flash_star": {"algorithm": "mix_grpo_flash_star", "prog_overlap_step": 0, "dpm_post_compress_ratio": 0.2},
+}  # fmt: skip
+
+
+def test_the_recipes_of_the_reference_are_there():
+    assert set(RECIPE_VALUES) <= {path.stem.removeprefix("finetune_flux_grpo_") for path in RECIPES}
+
+
+@pytest.mark.parametrize("script", RECIPES, ids=lambda path: path.stem.removeprefix("finetune_flux_grpo_"))
+def test_every_recipe_passes_a_dry_run_with_the_values_of_its_paper(script, tmp_path, capsys):
+    module, *argv = recipe_command(script, tmp_path, "--dry_run")
+    assert module == "fastvideo/train_grpo_flux.py" and argv[-1] == "--dry_run"
+    main(argv)
+    config = parse(*argv)
+    assert f"{config.algorithm}: 1 prompts x 12 samples = 12 images" in capsys.readouterr().out
+    expected = RECIPE_VALUES.get(script.stem.removeprefix("finetune_flux_grpo_"), {})
+    shared = {"sampling_steps": 25, "h": 720, "num_generations": 12, "reward_model": "image_reward", "seed": 714}
+    assert {name: getattr(config, name) for name in expected | shared} == expected | shared
+    # Environment before recipe, arguments before environment.
+    argv = recipe_command(script, tmp_path, "--eta", "0.4", "--dry-run", ETA="0.5", SAMPLING_STEPS="20")[1:]
+    assert (parse(*argv).eta, parse(*argv).sampling_steps) == (0.4, 20)
+    many = recipe_command(script, tmp_path, NPROC_PER_NODE="2")
+    assert many[:2] == ["-m", "torch.distributed.run"] and "2" in many
+
+
+@pytest.mark.skipif(not RECIPES, reason="no recipes")
+def test_a_recipe_runs_from_anywhere(tmp_path):
+    done = subprocess.run(
+        ["bash", str(RECIPES[0]), "--dry_run"],
+        cwd=tmp_path, env={**os.environ, "PYTHON_BIN": sys.executable}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "plan of the first window [0, 1, 2, 3]" in done.stdout
+
+
+# --- no flag without effect -------------------------------------------------------------------------------------------
+
+
+def names_read(tree: ast.AST, called: str) -> set[str]:
+    """Attributes of something that is called so, and strings (for getattr)."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            owner = node.value
+            name = owner.id if isinstance(owner, ast.Name) else owner.attr if isinstance(owner, ast.Attribute) else ""
+            if name == called:
+                found.add(node.attr)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.add(node.value)
+    return found
+
+
+def test_every_setting_is_read_somewhere():
+    read = set()
+    for path in (ROOT / "fastvideo").rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        if path.name != "config.py":
+            read |= names_read(tree, "config")
+        else:  # its checks don't count
+            methods = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+            read |= names_read(next(method for method in methods if method.name == "local_prompts"), "self")
+    unread = {field.name for field in fields(GRPOConfig)} - read
+    # These have one legal value beside "not set", or decide in config.py which algorithm, hence which planner, runs.
+    assert unread <= {"wandb_key", "sp_size", "dpm_apply_strategy", "dpm_algorithm_type", "flow_grpo_sampling"}
+
+
+def test_every_setting_has_a_default_and_a_type_that_the_parser_knows():
+    for field in fields(GRPOConfig):
+        assert field.default is not MISSING or field.default_factory is not MISSING
+        if field.type is not bool and field.default is not None and field.default is not MISSING:
+            given = parse(f"--{field.name}", str(field.default)) if field.name != "algorithm" else parse()
+            assert getattr(given, field.name) == field.default
