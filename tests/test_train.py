@@ -60,6 +60,15 @@ def test_the_ratio_is_exactly_one_before_the_first_update_where_batch_shapes_agr
     assert all(line["ratio_max_deviation"] > 1e-6 for line in run.metrics)  # the second step's policy has moved
 
 
+def test_the_first_deviation_covers_the_first_optimizer_step_alone(train):
+    """Where samples draw their steps, optimizer steps differ in their number of micro-batches."""
+    run = train(
+        algorithm="dance_grpo", timestep_fraction=0.4, sampling_steps=4, num_generations=12,
+        gradient_accumulation_steps=6, train_batch_size=2, learning_rate=1e-3, max_train_steps=4,
+    )  # fmt: skip
+    assert all(line["ratio_first_deviation"] <= 1e-6 < line["ratio_max_deviation"] for line in run.metrics)
+
+
 @pytest.fixture
 def reference(train) -> tuple[Run, dict]:
     """A run of two iterations on four prompts, with windows and an order that are drawn at random."""
@@ -491,6 +500,15 @@ def test_a_checkpoint_of_any_folder_can_be_resumed_from(train):
     rest = train("rest", **STATEFUL, resume_from_checkpoint=whole.checkpoints[0])
     assert rest.numbers() == whole.numbers()[2:]
     assert same_weights(rest.weights(), whole.weights())
+
+
+def test_a_checkpoint_of_one_run_is_not_continued_in_the_folder_of_another(train, capsys):
+    one, other = train("one", max_train_steps=2), train("other", max_train_steps=4, eta=0.3)
+    before = other.metrics
+    with pytest.raises(SystemExit) as stop:
+        train("other", max_train_steps=4, resume_from_checkpoint=one.checkpoints[-1])
+    assert stop.value.code == 2 and "--output_dir" in capsys.readouterr().err.splitlines()[-1]
+    assert other.metrics == before
 
 
 def test_resuming_a_finished_run_does_nothing(train):
