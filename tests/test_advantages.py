@@ -35,7 +35,9 @@ def test_trimming_leaves_the_lowest_out_of_the_statistics_but_not_out_of_the_gro
 def test_a_failed_sample_leaves_the_statistics_and_gets_nothing():
     # mean and deviation of [1, 2, 3] are 2 and 1; scored as 0 it would shift the others
     assert advantages([1, NAN, 2, 3])[0] == pytest.approx([-1, 0, 0, 1], abs=1e-7)
-    # trimming counts scores, not failures: a third of [1, 2, 3] is 1, [2, 3] has mean 2.5 and deviation 0.707107
+    # trimming counts scores, not failures: 0.3 of 3 is none (of 4 it would be one)
+    assert advantages([1, NAN, 2, 3], 0.3)[0] == pytest.approx([-1, 0, 0, 1], abs=1e-7)
+    # a third of [1, 2, 3] is 1, [2, 3] has mean 2.5 and deviation 0.707107
     assert advantages([1, NAN, 2, 3], 1 / 3)[0] == pytest.approx([-1.5 / 0.707107, 0, -0.5 / 0.707107, 0.5 / 0.707107])
     assert advantages([1, NAN, NAN, NAN]) == ([0, 0, 0, 0], True)
     assert advantages([NAN, NAN]) == ([0, 0], True)

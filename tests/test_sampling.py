@@ -216,7 +216,12 @@ TOYS = {
     "mix": {},
     "dance steps": {"sde_type": "dance"},
     "cps": {"sde_type": "cps"},
-    "flash": {"dpm_algorithm_type": "dpmsolver++", "dpm_solver_order": 3, "group_size": 1},
+    "flash": {
+        "dpm_algorithm_type": "dpmsolver++",
+        "dpm_solver_order": 3,
+        "dpm_post_compress_ratio": 1.0,
+        "group_size": 1,
+    },  # fmt: skip
     "dance_grpo": {"training_strategy": "all", "sampling_steps": 10},
 }
 

@@ -342,6 +342,12 @@ def test_a_step_with_a_bad_gradient_changes_neither_weights_nor_moments_nor_sche
     assert run.metrics[1]["lr"] == run.metrics[0]["lr"] != good.metrics[1]["lr"]
 
 
+def test_bad_steps_count_only_in_a_row(train, spoil_loss):
+    spoil_loss(range(0, 100, 2))
+    run = train(train_micro_batch_size=100, max_train_steps=4, max_skipped_steps=2)
+    assert [(line["optimizer_steps"], line["skipped_steps"]) for line in run.metrics] == [(1, 1)] * 4
+
+
 def test_gradients_that_stay_bad_stop_the_run_with_sound_weights(train, run_at, spoil_loss, capsys):
     spoil_loss(range(2, 100))
     with pytest.raises(SystemExit) as stop:
