@@ -7,7 +7,7 @@ from itertools import islice
 
 from fastvideo import train_grpo_flux
 from fastvideo.config import IGNORED_FLAGS, GRPOConfig, parse_dataclass
-from fastvideo.models.flux import Conditioning, LatentShape
+from fastvideo.models.flux import Conditioning, LatentShape, decode_latents
 from fastvideo.rollout_plan import Step, check_plan, function_evaluations, make_plan, start_rows
 from fastvideo.train_grpo_flux import (
     Transition,
@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import relative_difference
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from PIL import Image
 
 SIGMAS = sigma_schedule(25, 3.0)
@@ -321,6 +322,40 @@ def test_noise_is_standard_normal():
     noise = draw_noise(1, 1, range(8), 8, 1, LatentShape(64, 64, 16, 16)).double()
     assert abs(noise.mean()) < 5 / math.sqrt(noise.numel())
     assert noise.var() == pytest.approx(1, abs=0.02)
+
+
+# --- the model as diffusers uses it -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(32, 32), (48, 32)])
+def test_our_sampler_without_noise_draws_what_diffusers_pipeline_draws(flags, tiny_flux, size):
+    """Same latents, same σ: timesteps, position ids, guidance, packing and the VAE's scale and shift must all agree."""
+    height, width = size
+    argv = flags(train_batch_size=2, h=height, w=width, guidance_scale=2.5)
+    settings = parse_dataclass(GRPOConfig, argv, "", IGNORED_FLAGS)
+    trainer, _, loader = set_up(settings)
+    batch = next(iter(loader))
+    conditioning = Conditioning(
+        batch["prompt_embeds"], batch["pooled_prompt_embeds"], batch["text_ids"][0], trainer.image_ids, 2.5
+    )
+    sigmas = sigma_schedule(5, 3.0)
+    plan = tuple(Step(i, sigmas[i], sigmas[i + 1], sigmas[1], "ode") for i in range(5))
+    start = draw_noise(0, 1, range(2), 1, 0, trainer.shape)
+    ours = rollout(plan, start, 2, trainer.velocity(trainer.transformer, conditioning), None).latents
+    pipe = FluxPipeline.from_pretrained(tiny_flux, dtype=torch.float32)
+    for vae in (trainer.vae, pipe.vae):  # the tiny one's shift is too small to be seen
+        vae.register_to_config(shift_factor=0.3, scaling_factor=1.3)
+    pictures = decode_latents(trainer.vae, ours, height, width, 1)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)  # our σ are shifted already
+    pipe.set_progress_bar_config(disable=True)
+    given = {
+        "prompt_embeds": batch["prompt_embeds"], "pooled_prompt_embeds": batch["pooled_prompt_embeds"],
+        "latents": start, "sigmas": sigmas[:-1], "guidance_scale": 2.5, "height": height, "width": width,
+    }  # fmt: skip
+    torch.testing.assert_close(ours, pipe(**given, output_type="latent").images, rtol=1e-4, atol=1e-4)
+    for mine, theirs in zip(pictures, pipe(**given).images, strict=True):
+        assert mine.size == theirs.size == (width, height)
+        assert np.abs(np.asarray(mine).astype(int) - np.asarray(theirs).astype(int)).max() <= 1
 
 
 # --- what training computes again -------------------------------------------------------------------------------------

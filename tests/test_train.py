@@ -157,6 +157,15 @@ def test_an_iteration_makes_g_over_k_optimizer_steps_and_each_changes_the_weight
     assert all(torch.equal(a, b) for a, b in zip(after, before[1:], strict=False))  # nothing moves in between
 
 
+def test_the_gradient_is_clipped_to_max_grad_norm_and_logged_unclipped(train):
+    settings = {"gradient_accumulation_steps": 4, "max_train_steps": 1}
+    free, clipped = train(max_grad_norm=1e3, **settings), train(max_grad_norm=1e-3, **settings)
+    norm = free.metrics[0]["grad_norm"]
+    assert clipped.metrics[0]["grad_norm"] == norm > 1e-3
+    # AdamW's first moment after one step is 0.1 of the gradient.
+    assert [10 * run.gradient().norm().item() for run in (free, clipped)] == pytest.approx([norm, 1e-3], rel=1e-3)
+
+
 def test_the_learning_rate_schedule_counts_optimizer_steps(train):
     run = train(lr_scheduler="linear", learning_rate=1e-4, lr_warmup_steps=2, max_train_steps=4)
     # 8 optimizer steps; after 2, 4, 6 and 8 of them 6, 4, 2 and 0 of the 6 after the warm-up are left
