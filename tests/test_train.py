@@ -280,7 +280,11 @@ def test_a_group_without_spread_is_counted_and_leaves_the_weights_to_weight_deca
     run = train(reward_model="custom_rewards:constant", train_batch_size=2, weight_decay=0)
     assert [line["zero_spread_groups"] for line in run.metrics] == [2, 2]
     assert [line["grad_norm"] for line in run.metrics] == [0, 0]
-    assert same_weights(run.weights(), base_weights(tiny_flux))
+    base = base_weights(tiny_flux)
+    assert same_weights(run.weights(), base)
+    run = train(reward_model="custom_rewards:constant", weight_decay=0.1, learning_rate=0.01)
+    for name, tensor in run.weights().items():  # four optimizer steps of 1 − 0.1 · 0.01
+        torch.testing.assert_close(tensor, base[name] * 0.999**4)
 
 
 def test_a_failed_sample_is_counted_and_its_group_still_teaches(train, advantage_calls):
