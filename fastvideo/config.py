@@ -275,7 +275,7 @@ class GRPOConfig(RewardConfig):
     max_skipped_steps: int = flag(5, "optimizer steps skipped in a row for non-finite numbers before the run stops")
     ema_decay: float = flag(0.0, "decay of an average of the weights, saved beside each checkpoint; 0: none")
     ema_start_step: int = flag(0, "iteration at which averaging starts")
-    mixed_precision: str = flag("bf16", "compute format", choices=["no", "bf16", "fp16"])
+    mixed_precision: str = flag("bf16", "compute format", choices=["no", "bf16"])
     master_weight_type: str = flag("fp32", "format of the trained weights", choices=["fp32", "bf16"])
     allow_tf32: bool = flag(True, "TF32 matrix products on NVIDIA GPUs")
     gradient_checkpointing: bool = flag(True, "recompute activations in the backward pass: less memory, more time")
@@ -442,7 +442,7 @@ class GRPOConfig(RewardConfig):
 
     def to_public_dict(self) -> dict[str, Any]:
         """All fields for args.json and wandb, without credentials that a URL may hold."""
-        without_login = re.compile(r"(?<=://)[^/@\s,]*@")
+        without_login = re.compile(r"(?:(?<=://)|(?<![^,\s]))[^/@\s,]+@")
         values = asdict(self)
         values.pop("wandb_key")
         return {k: without_login.sub("", v) if isinstance(v, str) else v for k, v in values.items()}

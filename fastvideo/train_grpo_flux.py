@@ -240,7 +240,7 @@ class Trainer:
         self.transformer = load_transformer(str(checkpoint or path), master)
         if config.gradient_checkpointing:
             enable_gradient_checkpointing(self.transformer, config.selective_checkpointing)
-        on_gpu = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.mixed_precision]
+        on_gpu = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
         self.vae = load_vae(path, on_gpu if device.type == "cuda" else torch.float32).to(device)
         self.shape = LatentShape.of(self.vae, config.h, config.w)
         self.image_ids = self.shape.image_ids(device)
@@ -409,7 +409,7 @@ class Trainer:
         # Mean over prompts of all ranks, their k samples and trained steps; the engine averages gradients over ranks.
         weight = 1 / (local * k * trained.shape[-1])
         sums: dict[str, torch.Tensor] = {}
-        deviations, norms, skipped = [], [], 0
+        deviations, norms, skipped, first = [], [], 0, 0
         for s in range(self.steps_per_iteration):
             transitions = slice_transitions(plan, rows, order[:, s * k : (s + 1) * k], trained, own)
             batches = micro_batches(transitions, config.train_micro_batch_size)
@@ -425,6 +425,7 @@ class Trainer:
                     share = part if name == "loss" else part.sum() * weight
                     sums[name] = sums.get(name, 0) + share / self.steps_per_iteration
                 deviations.append((parts["ratio"] - 1).abs().max())
+            first = first or len(deviations)  # micro-batches before the first update
             norm = accelerator.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
             # The one wait in a step: all ranks learn alike whether its numbers are finite.
             if torch.isfinite(accelerator.reduce(step_loss + norm, "sum")):
@@ -440,10 +441,9 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
             if self.skipped_in_a_row >= config.max_skipped_steps:
                 break
-        first = deviations[: len(deviations) // self.steps_per_iteration or 1]
         local_values = torch.stack(
             [*sums.values(), torch.stack(norms).mean() if norms else step_loss * math.nan]
-            + [torch.stack(deviations).max(), torch.stack(first).max()]
+            + [torch.stack(deviations).max(), torch.stack(deviations[:first]).max()]
         )
         everywhere = accelerator.gather(local_values[None]).cpu()
         names = ["clip_frac" if n == "clipped" else "ratio_mean" if n == "ratio" else n for n in sums]
@@ -607,6 +607,8 @@ def open_output(config: GRPOConfig) -> Path | None:
     output = Path(config.output_dir)
     if config.resume_from_checkpoint:
         checkpoint = find_checkpoint(config.resume_from_checkpoint, output)
+        if (output / "metrics.jsonl").exists() and checkpoint.resolve().parent != output.resolve():
+            raise ValueError(f"--output_dir {output}: holds another run than --resume_from_checkpoint {checkpoint}")
         truncate_metrics(output / "metrics.jsonl", load_state(checkpoint)["iteration"])
     elif (output / "metrics.jsonl").exists():
         raise ValueError(
@@ -614,7 +616,10 @@ def open_output(config: GRPOConfig) -> Path | None:
         )
     else:
         checkpoint = None
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output_dir {output}: can't be made: {error.strerror}") from error
     return checkpoint
 
 
@@ -624,7 +629,12 @@ def set_up(config: GRPOConfig) -> tuple[Trainer, PromptSampler, DataLoader]:
     dataset = (
         LatentFluxRLDataset(config.data_json_path, config.cfg, config.sampler_seed) if config.data_json_path else None
     )
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    # Without cpu=True Accelerate leaves processes on a machine without a GPU unconnected, each training alone.
+    accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=not torch.cuda.is_available())
+    if accelerator.num_processes != world_size_of_environment():
+        raise ValueError(
+            f"{world_size_of_environment()} processes were started, but Accelerate connects {accelerator.num_processes}"
+        )
     if accelerator.device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
         torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention backward crashes on Hopper (torch 2.11)
@@ -639,7 +649,7 @@ def set_up(config: GRPOConfig) -> tuple[Trainer, PromptSampler, DataLoader]:
             world_size=accelerator.num_processes,
         )
         dataset = LatentFluxRLDataset(index, config.cfg, config.sampler_seed)
-    dataset[0]  # an embedding that can't be read is found before the models are loaded
+    dataset.check_files()  # before the models are loaded
     trainer = Trainer(config, accelerator, checkpoint)
     sampler = PromptSampler(
         len(dataset),

@@ -1,10 +1,10 @@
 import io
 
+from fastvideo.models.reward_model.jpeg import JpegCompressibilityRewardModel, JpegIncompressibilityRewardModel
+
 import numpy as np
 import pytest
 from PIL import Image
-
-from fastvideo.models.reward_model.jpeg import JpegCompressibilityRewardModel, JpegIncompressibilityRewardModel
 
 
 @pytest.fixture

@@ -1,9 +1,5 @@
 import dataclasses
 
-import numpy as np
-import pytest
-from PIL import Image
-
 from fastvideo.models.reward_model.shapes import (
     BACKGROUNDS,
     COLORS,
@@ -19,6 +15,10 @@ from fastvideo.models.reward_model.shapes import (
     hard_checks,
     parse_caption,
 )
+
+import numpy as np
+import pytest
+from PIL import Image
 
 SCENES = all_scenes(withheld=False)[::7] + all_scenes(withheld=True)[::5]
 CAPTIONS = [scene.caption() for scene in SCENES]

@@ -1,13 +1,13 @@
 import json
 from pathlib import Path
 
+from fastvideo.models.reward_model.shapes import ShapesRewardModel, all_scenes, color_and_shape_correct, parse_caption
+from fastvideo.models.tiny_flux import CLIP_LENGTH, MAX_BYTES, T5_LENGTH, build_tiny_flux, main, sample
+
 import numpy as np
 import pytest
 import torch
 from diffusers import FluxPipeline
-
-from fastvideo.models.reward_model.shapes import ShapesRewardModel, all_scenes, color_and_shape_correct, parse_caption
-from fastvideo.models.tiny_flux import CLIP_LENGTH, MAX_BYTES, T5_LENGTH, build_tiny_flux, main, sample
 
 DATA = Path(__file__).parents[1] / "data"
 SHIPPED = DATA / "tiny_flux"
@@ -15,7 +15,7 @@ SHIPPED = DATA / "tiny_flux"
 
 @pytest.fixture(scope="module")
 def shipped() -> FluxPipeline:
-    return FluxPipeline.from_pretrained(SHIPPED, torch_dtype=torch.float32)
+    return FluxPipeline.from_pretrained(SHIPPED, dtype=torch.float32)
 
 
 def lines(name: str) -> list[str]:
@@ -86,7 +86,7 @@ def test_every_caption_word_is_one_token_and_no_caption_is_cut(shipped):
 @pytest.mark.parametrize("guidance_embeds", [True, False])
 def test_untrained_pipelines_load_and_draw(tmp_path, guidance_embeds):
     build_tiny_flux(tmp_path, guidance_embeds=guidance_embeds, seed=3, single_layers=1)
-    pipe = FluxPipeline.from_pretrained(tmp_path, torch_dtype=torch.float32)
+    pipe = FluxPipeline.from_pretrained(tmp_path, dtype=torch.float32)
     assert pipe.transformer.config.guidance_embeds is guidance_embeds
     has_embedder = any("guidance_embedder" in name for name, _ in pipe.transformer.named_parameters())
     assert has_embedder is guidance_embeds
@@ -107,7 +107,7 @@ def test_training_through_the_command_line_saves_a_pipeline_that_can_be_measured
     arguments = ["--vae_steps", "2", "--steps", "2", "--check_every", "2", "--threads", str(threads)]
     main(["--output_dir", str(tmp_path / "pipe"), *arguments])
     assert "saved" in capsys.readouterr().out
-    pipe = FluxPipeline.from_pretrained(tmp_path / "pipe", torch_dtype=torch.float32)
+    pipe = FluxPipeline.from_pretrained(tmp_path / "pipe", dtype=torch.float32)
     assert pipe.vae.config.scaling_factor != 1
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from fastvideo.config import flag, parse_dataclass
 from fastvideo.dataset.latent_flux_rl_datasets import FOLDERS
 from fastvideo.models.flux import encode_prompts, load_text_encoders
-from fastvideo.utils.files import read_prompts, write_json, write_tensor
+from fastvideo.utils.files import is_tensor_file, read_prompts, write_json, write_tensor
 from fastvideo.utils.fingerprint import model_fingerprint
 from fastvideo.utils.processes import barrier, processes
 
@@ -30,14 +30,6 @@ from tqdm import tqdm
 
 ENCODERS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def _is_intact(path: Path) -> bool:
-    """Whether a tensor can be read from `path`. Only maps the file, so that many large ones are checked quickly."""
-    try:
-        return isinstance(torch.load(path, weights_only=True, mmap=True, map_location="cpu"), torch.Tensor)
-    except Exception:  # torch raises half a dozen types for a damaged file; whichever it is, the embedding is made anew
-        return False
 
 
 def embed_prompts(
@@ -98,7 +90,7 @@ def embed_prompts(
     batches = [captions[i : i + batch_size] for i in range(0, len(captions), batch_size)][rank::world_size]
     made = 0
     for batch in tqdm(batches, desc="embedding prompts", unit="batch", disable=rank != 0):
-        missing = [caption for caption in batch if not all(_is_intact(path) for path in paths(caption))]
+        missing = [caption for caption in batch if not all(is_tensor_file(path) for path in paths(caption))]
         if not missing:
             continue
         # A restart with all embeddings there loads no encoders: T5-XXL has 9 GB.

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fastvideo.utils.files import is_tensor_file
+
 import numpy as np
 import torch
 
@@ -77,6 +79,13 @@ class LatentFluxRLDataset(torch.utils.data.Dataset):
     def _paths(self, entry: dict[str, str]) -> list[Path]:
         return [self.json_path.parent / folder / entry[key] for key, folder in FOLDERS.items()]
 
+    def check_files(self) -> None:
+        """Raises ValueError, one line, for the first embedding that can't be read. Maps files without reading them."""
+        for entry in self.entries:
+            for path in self._paths(entry):
+                if not is_tensor_file(path):
+                    raise self._error(f"{path} can't be read; delete it and preprocess again")
+
     def __len__(self) -> int:
         return len(self.entries)
 
@@ -92,7 +101,8 @@ class LatentFluxRLDataset(torch.utils.data.Dataset):
             try:
                 tensor = torch.load(path, weights_only=True, map_location="cpu")
             except Exception as error:  # torch raises half a dozen types for a damaged file
-                raise self._error(f"{path} can't be read; delete it and preprocess again: {error}") from error
+                cause = str(error).partition("\n")[0]
+                raise self._error(f"{path} can't be read; delete it and preprocess again: {cause}") from error
             dims = 1 if name == "pooled_prompt_embeds" else 2
             if not isinstance(tensor, torch.Tensor) or tensor.ndim != dims:
                 raise self._error(f"{path} holds no tensor of {dims} dimensions; delete it and preprocess again")

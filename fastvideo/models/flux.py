@@ -42,7 +42,12 @@ def _load(cls: type, path: str, **kwargs):
 def load_transformer(path: str, dtype: torch.dtype = torch.float32) -> FluxTransformer2DModel:
     """The transformer of the pipeline at `path`, or of a checkpoint folder that holds only a transformer."""
     alone = any(Path(path).glob("diffusion_pytorch_model*.safetensors"))
-    return _load(FluxTransformer2DModel, path, dtype=dtype, **({} if alone else {"subfolder": "transformer"}))
+    transformer = _load(FluxTransformer2DModel, path, dtype=dtype, **({} if alone else {"subfolder": "transformer"}))
+    # Weights of an unconverted file are views into it, at whatever alignment they have there; CPU kernels round
+    # differently on those, and a resumed run would differ from an uninterrupted one.
+    for parameter in transformer.parameters():
+        parameter.data = parameter.data.clone()
+    return transformer
 
 
 def load_vae(path: str, dtype: torch.dtype = torch.float32) -> AutoencoderKL:

@@ -20,17 +20,6 @@ from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 
-import diffusers
-import numpy as np
-import torch
-import transformers
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from torch.nn import functional as F
-from tqdm import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
-
 from fastvideo.models.reward_model.shapes import (
     IMAGE_SIZE,
     JITTER,
@@ -41,6 +30,17 @@ from fastvideo.models.reward_model.shapes import (
     draw,
     hard_checks,
 )
+
+import diffusers
+import numpy as np
+import torch
+import transformers
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
 CLIP_LENGTH = 24  # tokens, special ones included
 T5_LENGTH = 16  # tokens: the longest caption has 12. Without an attention mask the padding is part of the prompt
@@ -342,7 +342,7 @@ def _choose(scenes: list[Scene], count: int, seed: int) -> list[Scene]:
 
 def evaluate(directory: str | Path, seed: int = 1234) -> str:
     """Measure a saved pipeline (float32): 200 training captions and all 150 withheld ones, as a text report."""
-    pipe = FluxPipeline.from_pretrained(directory, torch_dtype=torch.float32)
+    pipe = FluxPipeline.from_pretrained(directory, dtype=torch.float32)
     size = sum(file.stat().st_size for file in Path(directory).rglob("*") if file.is_file())
     parameters = sum(
         p.numel() for part in pipe.components.values() if hasattr(part, "parameters") for p in part.parameters()

@@ -35,6 +35,16 @@ def write_tensor(path: Path, tensor: torch.Tensor) -> None:
     write_bytes(path, buffer.getvalue())
 
 
+def is_tensor_file(path: Path) -> bool:
+    """Whether a tensor can be read from `path`. Only maps the file, so that many large ones are checked quickly."""
+    try:
+        return isinstance(torch.load(path, weights_only=True, mmap=True, map_location="cpu"), torch.Tensor)
+    except (
+        Exception
+    ):  # torch raises half a dozen types for a damaged file
+        return False
+
+
 @dataclass(frozen=True)
 class PromptFile:
     """The prompts of a text file, one a line, and what was left out."""

@@ -9,10 +9,10 @@ import itertools
 import re
 from dataclasses import dataclass
 
+from fastvideo.models.reward_model.granular import GranularRewardModel
+
 import numpy as np
 from PIL import Image
-
-from fastvideo.models.reward_model.granular import GranularRewardModel
 
 IMAGE_SIZE = 32  # pixels; pictures of any other size are resized to it before scoring
 PALETTE = {  # RGB 0-255, close to the corners of the colour cube so that no two are easily confused
