@@ -378,7 +378,7 @@ def main(argv: list[str] | None = None) -> None:
     task.add_argument("--evaluate", type=Path, help="measure the pipeline in this directory")
     parser.add_argument("--vae_steps", type=int, default=2500, help="optimizer steps of the VAE")
     parser.add_argument("--steps", type=int, default=8000, help="most optimizer steps of the flow matching part")
-    parser.add_argument("--stop_at", type=float, default=0.85, help="stop at this share of right pictures, 0-1")
+    parser.add_argument("--stop_at", type=float, default=0.90, help="stop at this share of right pictures, 0-1")
     parser.add_argument("--check_every", type=int, default=500, help="steps between measurements")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and pictures")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: all)")
