@@ -39,9 +39,7 @@ def is_tensor_file(path: Path) -> bool:
     """Whether a tensor can be read from `path`. Only maps the file, so that many large ones are checked quickly."""
     try:
         return isinstance(torch.load(path, weights_only=True, mmap=True, map_location="cpu"), torch.Tensor)
-    except (
-        Exception
-    ):  # torch raises half a dozen types for a damaged file
+    except Exception:  # torch raises half a dozen types for a damaged file
         return False
 
 
