@@ -20,8 +20,8 @@ run "1/5 embed the training prompts" fastvideo.data_preprocess.preprocess_flux_e
 run "2/5 train MixGRPO" fastvideo.train_grpo_flux \
   --pretrained_model_name_or_path $model --data_json_path "$out/rl_embeddings/prompt.json" --output_dir "$out/run" \
   --experiment_name quickstart --no_use_wandb --mixed_precision no --no_gradient_checkpointing --dataloader_num_workers 0 \
-  --h 32 --w 32 --sampling_steps 10 --train_batch_size 6 --train_micro_batch_size 18 \
-  --iters_per_group 10 --max_train_steps 60 --learning_rate 1e-4 --reward_model $reward "$@"
+  --h 32 --w 32 --sampling_steps 10 --train_batch_size 24 --train_micro_batch_size 72 \
+  --iters_per_group 10 --max_train_steps 46 --learning_rate 1e-4 --reward_model $reward "$@"
 tuned=$(ls -d "$out"/run/checkpoint-* | sort -V | tail -n 1)
 
 for which in base tuned; do
