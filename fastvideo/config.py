@@ -105,10 +105,10 @@ def parse_dataclass(
         parser.error(str(error))
 
 
-# Flags of the reference recipe that did nothing there, or only concern engines of several processes.
+# Flags of the reference recipe that did nothing there.
 IGNORED_FLAGS = (
     "vae_model_path cache_dir num_latent_t t ignore_last dit_model_name_or_path precondition_outputs "
-    "logging_dir loss_coef train_sp_batch_size fsdp_sharding_startegy use_cpu_offload"
+    "logging_dir loss_coef train_sp_batch_size"
 ).split()
 
 # An algorithm is what its `requires` fields say; `defaults` are its paper's values where the user gives none.
@@ -192,6 +192,7 @@ class GRPOConfig(RewardConfig):
     rollout_batch_size: int | None = flag(None, "rows a forward pass of the rollout; speed and memory only (None: all)")
     train_micro_batch_size: int = flag(1, "rows a training forward pass; speed and memory only")
     checkpointing_steps: int = flag(50, "iterations between checkpoints; the last one is always saved")
+    checkpoints_total_limit: int | None = flag(None, "checkpoints kept; older ones are deleted (None: all are kept)")
 
     # --- sampling ---------------------------------------------------------------------------------------------------
     algorithm: str | None = flag(None, "derived from the flags below when not given", choices=list(ALGORITHMS))
@@ -282,6 +283,32 @@ class GRPOConfig(RewardConfig):
     selective_checkpointing: float = flag(1.0, "share of the blocks that gradient_checkpointing covers")
     sp_size: int = flag(1, "sequence-parallel ranks")
 
+    # --- LoRA -------------------------------------------------------------------------------------------------------
+    use_lora: bool = flag(False, "train low-rank adapters; the model itself stays frozen")
+    lora_rank: int = flag(128, "rank of the adapters")
+    lora_alpha: int = flag(256, "scale of the adapters, times their rank")
+    lora_target_modules: list[str] = flag(
+        ["to_q", "to_k", "to_v", "to_out.0"], "linear layers that get an adapter", metavar="MODULE"
+    )
+
+    # --- processes --------------------------------------------------------------------------------------------------
+    parallel: str | None = flag(
+        None,
+        "how the model lies on the processes (None: ddp for several, else none)",
+        choices=["none", "ddp", "fsdp", "deepspeed"],
+    )
+    zero_stage: int = flag(2, "deepspeed: what is split, gradients and moments (2) or parameters too (3)", choices=[2, 3])
+    fsdp_sharding_startegy: str | None = flag(
+        None,
+        "fsdp: split over all processes, over those of a node, or that without splitting again after the forward pass; "
+        "given without --parallel, chooses fsdp (none: ddp)",
+        choices=["full", "hybrid_full", "hybrid_zero2", "none"],
+    )
+    use_cpu_offload: bool = flag(False, "fsdp, deepspeed: parameters and moments wait in the CPU's memory")
+    rollout_keep_gathered: str = flag(
+        "auto", "fsdp: gather parameters once a rollout, not at every step", choices=["auto", "true", "false"]
+    )
+
     # --- logging ----------------------------------------------------------------------------------------------------
     experiment_name: str = flag("mixgrpo", "name of the run in wandb")
     wandb_key: str | None = flag(None, "refused: set WANDB_API_KEY in the environment instead")
@@ -325,10 +352,10 @@ class GRPOConfig(RewardConfig):
         for name in (
             "max_train_steps train_batch_size gradient_accumulation_steps train_micro_batch_size checkpointing_steps "
             "h w group_size iters_per_group max_iters_per_group min_iters_per_group unified_reward_num_workers "
-            "reward_batch_size max_skipped_steps"
+            "reward_batch_size max_skipped_steps lora_rank lora_alpha"
         ).split():
             need(getattr(self, name) >= 1, name, "must be at least 1")
-        for name in ("prompts_per_iteration rollout_batch_size").split():
+        for name in ("prompts_per_iteration rollout_batch_size checkpoints_total_limit").split():
             need(getattr(self, name) is None or getattr(self, name) >= 1, name, "must be at least 1, or None")
         for name in (
             "seed sampler_seed dataloader_num_workers frozen_init_timesteps prog_overlap_step eta kl_coeff "
@@ -416,6 +443,20 @@ class GRPOConfig(RewardConfig):
             "max_iters_per_group",
             "must not be below min_iters_per_group",
         )
+        engine = self.parallel or ("ddp" if self.fsdp_sharding_startegy == "none" else None)
+        need(
+            self.fsdp_sharding_startegy in (None, "none") or engine in (None, "fsdp"),
+            "fsdp_sharding_startegy",
+            f"goes with --parallel fsdp, not {engine}",
+        )
+        need(
+            self.fsdp_sharding_startegy != "none" or engine != "fsdp",
+            "fsdp_sharding_startegy",
+            "splits nothing; choose --parallel ddp, or full, hybrid_full or hybrid_zero2",
+        )
+        if engine == "deepspeed":
+            need(self.ema_decay == 0, "ema_decay", "DeepSpeed splits the weights its own way; choose --parallel fsdp")
+            need(self.master_weight_type == "fp32", "master_weight_type", "--parallel deepspeed knows only fp32")
         need(self.sp_size == 1, "sp_size", "sequence parallelism is not available; choose 1")
         need(
             (self.data_json_path is None) != (self.prompts_file is None),

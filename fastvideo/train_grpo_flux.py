@@ -15,9 +15,10 @@ import math
 import os
 import sys
 import time
+import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -28,18 +29,31 @@ from fastvideo.dataset.latent_flux_rl_datasets import LatentFluxRLDataset, Promp
 from fastvideo.models.flux import (
     Conditioning,
     LatentShape,
+    add_lora,
+    check_lora_targets,
     decode_latents,
     enable_gradient_checkpointing,
     load_transformer,
     load_vae,
+    meta_transformer,
     predict_velocity,
 )
 from fastvideo.models.reward_model.granular import GranularRewardModel
 from fastvideo.models.reward_model.utils import build_reward_models, check_reward_files, compute_reward
 from fastvideo.rollout_plan import Plan, describe_plan, function_evaluations, make_plan, rows_per_prompt, start_rows
 from fastvideo.utils.advantages import mix_advantages, sample_order
-from fastvideo.utils.checkpoint import find_checkpoint, load_state, save_checkpoint, truncate_metrics
+from fastvideo.utils.checkpoint import (
+    CheckpointNotWritten,
+    open_output,
+    read_record,
+    read_weights,
+    run_settings,
+    save_checkpoint,
+    swap_in,
+)
+from fastvideo.utils.engines import Engine, build_engine
 from fastvideo.utils.files import write_bytes, write_json
+from fastvideo.utils.fingerprint import model_fingerprint
 from fastvideo.utils.grpo_states import windows
 from fastvideo.utils.sampling_utils import coefficients, log_prob, transition_mean
 
@@ -47,6 +61,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from diffusers import FluxTransformer2DModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
@@ -232,64 +247,87 @@ class TrainingStopped(RuntimeError):
 class Trainer:
     """State of a run: models, optimizer, where it is. `iteration` does the work."""
 
-    def __init__(self, config: GRPOConfig, accelerator: Accelerator, checkpoint: Path | None) -> None:
-        self.config, self.accelerator = config, accelerator
-        self.local_prompts = config.local_prompts(accelerator.num_processes)
-        device, path = accelerator.device, config.pretrained_model_name_or_path
-        master = torch.bfloat16 if config.master_weight_type == "bf16" else torch.float32
-        self.transformer = load_transformer(str(checkpoint or path), master)
-        if config.gradient_checkpointing:
-            enable_gradient_checkpointing(self.transformer, config.selective_checkpointing)
-        on_gpu = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
-        self.vae = load_vae(path, on_gpu if device.type == "cuda" else torch.float32).to(device)
+    def __init__(self, config: GRPOConfig, engine: Engine, checkpoint: Path | None) -> None:
+        self.config, self.engine, self.accelerator = config, engine, engine.accelerator
+        self.local_prompts = config.local_prompts(self.accelerator.num_processes)
+        device, path = self.accelerator.device, config.pretrained_model_name_or_path
+        transformer = self._load_transformer(checkpoint)
+        self.vae = load_vae(path, self.frozen_dtype).to(device)
         self.shape = LatentShape.of(self.vae, config.h, config.w)
         self.image_ids = self.shape.image_ids(device)
-        self.guidance_embeds = bool(self.transformer.config.guidance_embeds)
+        self.guidance_embeds = bool(transformer.config.guidance_embeds)
         self.reward_models, self.reward_weights = build_reward_models(config, str(device))
 
-        self.transformer.train().requires_grad_(True).to(device)
-        optimizer = torch.optim.AdamW(
-            self.transformer.parameters(),
-            lr=config.learning_rate,
-            weight_decay=config.weight_decay,
-            fused=device.type == "cuda",
-        )
-        self.model, self.optimizer = accelerator.prepare(self.transformer, optimizer)
+        engine.prepare(transformer, {"lr": config.learning_rate, "weight_decay": config.weight_decay})
         self.steps_per_iteration = config.num_generations // config.gradient_accumulation_steps
         self.lr_scheduler = get_scheduler(
             config.lr_scheduler,
-            optimizer,
+            engine.raw_optimizer,
             num_warmup_steps=config.lr_warmup_steps,
             num_training_steps=config.max_train_steps * self.steps_per_iteration,
             num_cycles=config.lr_num_cycles,
             power=config.lr_power,
         )
-        self.ema = EMAModel(self.transformer.parameters(), decay=config.ema_decay) if config.ema_decay else None
+        self.ema = EMAModel(engine.trained_parameters(), decay=config.ema_decay) if config.ema_decay else None
         self.done = 0  # iterations
+        self.optimizer_steps = 0
         self.skipped_in_a_row = 0
+        self.wandb_id = uuid.uuid4().hex[:8]
         if checkpoint is not None:
             self._resume(checkpoint)
 
+    @property
+    def frozen_dtype(self) -> torch.dtype:
+        """Of weights that aren't trained."""
+        on_gpu = self.accelerator.device.type == "cuda"
+        return torch.bfloat16 if on_gpu and self.config.mixed_precision == "bf16" else torch.float32
+
+    def _load_transformer(self, checkpoint: Path | None) -> FluxTransformer2DModel:
+        """The model with its trained parameters, the whole or adapters, as the base model or a checkpoint has them."""
+        config, base = self.config, self.config.pretrained_model_name_or_path
+        source = base if config.use_lora or checkpoint is None else str(checkpoint)
+        master = torch.bfloat16 if config.master_weight_type == "bf16" else torch.float32
+        dtype = self.frozen_dtype if config.use_lora else master
+        if self.engine.loads_weights:
+            transformer = load_transformer(source, dtype)
+        else:
+            transformer = meta_transformer(source, dtype).to_empty(device="cpu")
+        if config.use_lora:
+            add_lora(transformer, config.lora_rank, config.lora_alpha, config.lora_target_modules, config.seed)
+            if checkpoint is not None:
+                transformer.load_state_dict(read_weights(checkpoint), strict=False)
+        if config.gradient_checkpointing:
+            enable_gradient_checkpointing(transformer, config.selective_checkpointing)
+        return transformer.train()
+
     def _resume(self, checkpoint: Path) -> None:
-        state = load_state(checkpoint)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
-        self.done = state["iteration"]
+        record = read_record(checkpoint)
+        self.engine.load_optimizer(checkpoint / "optimizer")
+        self.done, self.optimizer_steps = record["iteration"], record["optimizer_steps"]
+        self.wandb_id = record["wandb_id"]
+        if self.optimizer_steps:  # the learning rate of the flags' schedule at this place
+            self.lr_scheduler._step_count = self.lr_scheduler.last_epoch = self.optimizer_steps - 1
+            self.lr_scheduler.step()
         if self.ema is not None and (checkpoint / "ema").is_dir():
-            average = load_transformer(str(checkpoint / "ema"))
-            self.ema.shadow_params = [p.detach().to(self.accelerator.device) for p in average.parameters()]
-            self.ema.optimization_step = state["ema_optimization_step"]
+            weights = read_weights(checkpoint / "ema") if self.accelerator.is_main_process else {}
+            swap_in(self.ema, self.engine.trained_parameters())
+            self.engine.set_trained_weights(weights)
+            swap_in(self.ema, self.engine.trained_parameters())
+            self.ema.optimization_step = record["ema_optimization_step"]
 
     def save(self, epoch: int) -> None:
         """Writes checkpoint-{iterations done}-{epoch}."""
-        if self.accelerator.is_main_process:
-            state = {
-                "optimizer": self.optimizer.state_dict(),
-                "lr_scheduler": self.lr_scheduler.state_dict(),
-                "iteration": self.done,
-            }
-            save_checkpoint(Path(self.config.output_dir), self.done, epoch, self.transformer, state, self.ema)
-        self.accelerator.wait_for_everyone()
+        config = self.config
+        record = {
+            "iteration": self.done,
+            "epoch": epoch,
+            "optimizer_steps": self.optimizer_steps,
+            "ema_optimization_step": self.ema.optimization_step if self.ema is not None else 0,
+            "wandb_id": self.wandb_id,
+            "base_model_hash": model_fingerprint(config.pretrained_model_name_or_path, ("transformer",)),
+            "settings": run_settings(config, self.accelerator.num_processes),
+        }
+        save_checkpoint(Path(config.output_dir), self.engine, self.ema, record)
 
     def velocity(self, model: torch.nn.Module, conditioning: Conditioning) -> Velocity:
         """The same prediction, precision and autocast for rollout and training."""
@@ -324,14 +362,15 @@ class Trainer:
         latents = noise(0, 1 if config.init_same_noise else group)
         if config.init_same_noise:
             latents = latents.repeat_interleave(start, 0)
-        whole = self.velocity(self.transformer, conditioning)
         size = config.rollout_batch_size or len(slots) * group
 
         def velocity(latents: torch.Tensor, sigma: torch.Tensor, prompt_index: torch.Tensor) -> torch.Tensor:
             parts = zip(latents.split(size), sigma.split(size), prompt_index.split(size), strict=True)
             return torch.cat([whole(*part) for part in parts])
 
-        return rollout(plan, latents, len(slots), velocity, lambda position, rows: noise(position + 1, rows))
+        with self.engine.rollout() as model:
+            whole = self.velocity(model, conditioning)
+            return rollout(plan, latents, len(slots), velocity, lambda position, rows: noise(position + 1, rows))
 
     def score(self, latents: torch.Tensor, captions: list[str], seconds: dict[str, float]) -> tuple[list, dict]:
         """Pictures and gathered scores: name -> [P, G] over all ranks, NaN where failed."""
@@ -405,40 +444,43 @@ class Trainer:
         )
         trained = self.trained_positions(plan, number, slots)
         rows, table = rows_per_prompt(plan, start_rows(config)), transition_table(plan, accelerator.device)
-        velocity = self.velocity(self.model, conditioning)
+        velocity = self.velocity(self.engine.model, conditioning)
         # Mean over prompts of all ranks, their k samples and trained steps; the engine averages gradients over ranks.
         weight = 1 / (local * k * trained.shape[-1])
         sums: dict[str, torch.Tensor] = {}
         deviations, norms, skipped, first = [], [], 0, 0
-        for s in range(self.steps_per_iteration):
-            transitions = slice_transitions(plan, rows, order[:, s * k : (s + 1) * k], trained, own)
-            batches = micro_batches(transitions, config.train_micro_batch_size)
+        slices = [
+            micro_batches(
+                slice_transitions(plan, rows, order[:, s * k : (s + 1) * k], trained, own), config.train_micro_batch_size
+            )
+            for s in range(self.steps_per_iteration)
+        ]
+        for batches, passes in zip(slices, self.passes(slices), strict=True):
             step_loss = torch.zeros((), device=accelerator.device)
-            for i, batch in enumerate(batches):
-                last = i == len(batches) - 1
-                with nullcontext() if last else accelerator.no_sync(self.model):
+            for i in range(passes):
+                # Some processes may have fewer micro-batches than others: they repeat one, which then counts nothing.
+                batch, share = (batches[i], weight) if i < len(batches) else (batches[-1], 0.0)
+                with self.engine.micro_batch(last=i == passes - 1):
                     loss, parts = transitions_loss(batch, sampled, table, velocity, config)
-                    loss = loss.sum() * weight
-                    accelerator.backward(loss)
+                    loss = loss.sum() * share
+                    self.engine.backward(loss)
                 step_loss += loss.detach()
                 for name, part in (parts | {"loss": loss.detach()}).items():
-                    share = part if name == "loss" else part.sum() * weight
-                    sums[name] = sums.get(name, 0) + share / self.steps_per_iteration
+                    part = part if name == "loss" else part.sum() * share
+                    sums[name] = sums.get(name, 0) + part / self.steps_per_iteration
                 deviations.append((parts["ratio"] - 1).abs().max())
             first = first or len(deviations)  # micro-batches before the first update
-            norm = accelerator.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
-            # The one wait in a step: all ranks learn alike whether its numbers are finite.
-            if torch.isfinite(accelerator.reduce(step_loss + norm, "sum")):
-                self.optimizer.step()
+            norm = self.engine.step(step_loss)
+            if norm is not None:
                 self.lr_scheduler.step()
+                self.optimizer_steps += 1
                 self.skipped_in_a_row = 0
-                norms.append(norm.detach())
+                norms.append(norm)
                 if self.ema is not None and number > config.ema_start_step:
-                    self.ema.step(self.transformer.parameters())
+                    self.ema.step(self.engine.trained_parameters())
             else:
                 skipped += 1
                 self.skipped_in_a_row += 1
-            self.optimizer.zero_grad(set_to_none=True)
             if self.skipped_in_a_row >= config.max_skipped_steps:
                 break
         local_values = torch.stack(
@@ -454,6 +496,14 @@ class Trainer:
             "skipped_steps": skipped,
             "lr": self.lr_scheduler.get_last_lr()[0],
         }
+
+    def passes(self, slices: list[list[list[Transition]]]) -> list[int]:
+        """How many micro-batches to run in each optimizer step: as many as the process with the most has, if need be."""
+        counts = [len(batches) for batches in slices]
+        if not self.engine.equal_batches:
+            return counts
+        here = torch.tensor([counts], device=self.accelerator.device)
+        return self.accelerator.gather(here).max(0).values.tolist()
 
     def iteration(self, batch: dict, window: list[int]) -> tuple[dict, list]:
         """Rollout, rewards, advantages, optimizer steps. Returns the metrics of all ranks and this rank's pictures."""
@@ -546,7 +596,7 @@ def describe(config: GRPOConfig, world_size: int) -> str:
 class Log:
     """metrics.jsonl, image grids and wandb, on the main process."""
 
-    def __init__(self, config: GRPOConfig) -> None:
+    def __init__(self, config: GRPOConfig, wandb_id: str) -> None:
         self.folder, self.run = Path(config.output_dir), None
         write_json(self.folder / "args.json", config.to_public_dict())
         if config.use_wandb:
@@ -556,6 +606,8 @@ class Log:
             self.run = wandb.init(
                 project="mixgrpo-flux",
                 name=config.experiment_name,
+                id=wandb_id,
+                resume="allow",
                 dir=config.output_dir,
                 config=config.to_public_dict(),
                 mode=mode,
@@ -602,35 +654,16 @@ def main_process_first(accelerator: Accelerator, work: Callable[[], object]) -> 
     return answer[0]
 
 
-def open_output(config: GRPOConfig) -> Path | None:
-    """Makes the output folder ready; returns the checkpoint to resume from. Never mixes two runs in one folder."""
-    output = Path(config.output_dir)
-    if config.resume_from_checkpoint:
-        checkpoint = find_checkpoint(config.resume_from_checkpoint, output)
-        if (output / "metrics.jsonl").exists() and checkpoint.resolve().parent != output.resolve():
-            raise ValueError(f"--output_dir {output}: holds another run than --resume_from_checkpoint {checkpoint}")
-        truncate_metrics(output / "metrics.jsonl", load_state(checkpoint)["iteration"])
-    elif (output / "metrics.jsonl").exists():
-        raise ValueError(
-            f"--output_dir {output}: holds a run already; choose another folder, or --resume_from_checkpoint latest"
-        )
-    else:
-        checkpoint = None
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--output_dir {output}: can't be made: {error.strerror}") from error
-    return checkpoint
-
-
 def set_up(config: GRPOConfig) -> tuple[Trainer, PromptSampler, DataLoader]:
     """Everything that can fail on bad input, the cheap checks first."""
     check_reward_files(config)
     dataset = (
         LatentFluxRLDataset(config.data_json_path, config.cfg, config.sampler_seed) if config.data_json_path else None
     )
-    # Without cpu=True Accelerate leaves processes on a machine without a GPU unconnected, each training alone.
-    accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=not torch.cuda.is_available())
+    if config.use_lora:
+        check_lora_targets(meta_transformer(config.pretrained_model_name_or_path), config.lora_target_modules)
+    engine = build_engine(config, world_size_of_environment())
+    accelerator = engine.accelerator
     if accelerator.num_processes != world_size_of_environment():
         raise ValueError(
             f"{world_size_of_environment()} processes were started, but Accelerate connects {accelerator.num_processes}"
@@ -638,7 +671,7 @@ def set_up(config: GRPOConfig) -> tuple[Trainer, PromptSampler, DataLoader]:
     if accelerator.device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
         torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention backward crashes on Hopper (torch 2.11)
-    checkpoint = main_process_first(accelerator, lambda: open_output(config))
+    checkpoint = main_process_first(accelerator, lambda: open_output(config, accelerator.num_processes))
     if dataset is None:
         index = embed_prompts(
             config.pretrained_model_name_or_path,
@@ -650,7 +683,7 @@ def set_up(config: GRPOConfig) -> tuple[Trainer, PromptSampler, DataLoader]:
         )
         dataset = LatentFluxRLDataset(index, config.cfg, config.sampler_seed)
     dataset.check_files()  # before the models are loaded
-    trainer = Trainer(config, accelerator, checkpoint)
+    trainer = Trainer(config, engine, checkpoint)
     sampler = PromptSampler(
         len(dataset),
         trainer.local_prompts * accelerator.num_processes,
@@ -676,7 +709,7 @@ def train(trainer: Trainer, sampler: PromptSampler, loader: DataLoader) -> None:
         TrainingStopped: max_skipped_steps optimizer steps in a row had non-finite numbers. A checkpoint is saved first.
     """
     config, main_process = trainer.config, trainer.accelerator.is_main_process
-    log = Log(config) if main_process else None
+    log = Log(config, trainer.wandb_id) if main_process else None
     schedule = islice(windows(config), trainer.done, config.max_train_steps)
     with tqdm(total=config.max_train_steps, initial=trainer.done, desc="training", disable=not main_process) as bar:
         for window, batch in zip(schedule, loader, strict=False):
@@ -716,7 +749,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(2) from error
     try:
         train(*run)
-    except TrainingStopped as error:
+    except (TrainingStopped, CheckpointNotWritten) as error:
         print(f"train_grpo_flux.py: stopped: {error}", file=sys.stderr)
         raise SystemExit(1) from error
 

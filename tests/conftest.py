@@ -17,6 +17,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "data/tiny_flux"
@@ -102,13 +103,13 @@ class Run:
     def weights(self, which: int = -1, part: str = ".") -> dict[str, torch.Tensor]:
         return load_file(self.checkpoints[which] / part / "diffusion_pytorch_model.safetensors")
 
-    def state(self, which: int = -1) -> dict[str, Any]:
-        return torch.load(self.checkpoints[which] / "training_state.pt", weights_only=True)
-
     def gradient(self, which: int = -1) -> torch.Tensor:
         """AdamW's running mean of the gradients, flat: what all optimizer steps up to there computed, in one vector."""
-        moments = self.state(which)["optimizer"]["state"].values()
-        return torch.cat([entry["exp_avg"].flatten() for entry in moments]).double()
+        whole = self.checkpoints[which].with_suffix(".optimizer")
+        dcp_to_torch_save(self.checkpoints[which] / "optimizer", whole)
+        moments = torch.load(whole, weights_only=True)["optimizer"]
+        whole.unlink()
+        return torch.cat([moments[name]["exp_avg"].flatten() for name in sorted(moments)]).double()
 
 
 def relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -386,7 +386,7 @@ def test_a_checkpoint_is_a_transformer_that_diffusers_loads_and_differs_from_the
     moved = [not torch.equal(a, b.float()) for a, b in zip(tuned.parameters(), base.parameters(), strict=True)]
     assert all(moved)
     assert sorted(path.name for path in run.checkpoints[-1].iterdir()) == [
-        "config.json", "diffusion_pytorch_model.safetensors", "training_state.pt"
+        "checkpoint.json", "config.json", "diffusion_pytorch_model.safetensors", "optimizer"
     ]  # fmt: skip
 
 
@@ -538,7 +538,7 @@ def test_resuming_a_finished_run_does_nothing(train):
     assert whole.metrics == metrics and [path.name for path in whole.checkpoints] == names
 
 
-@pytest.mark.parametrize("value,message", [("latest", "no checkpoint in"), ("data", "no training_state.pt in it")])
+@pytest.mark.parametrize("value,message", [("latest", "no checkpoint in"), ("data", "no checkpoint.json in it")])
 def test_a_checkpoint_that_is_not_there_is_refused(train, capsys, value, message):
     with pytest.raises(SystemExit) as stop:
         train(resume_from_checkpoint=value)

@@ -4,6 +4,7 @@ Shapes: N rows, L = (height / f / 2) · (width / f / 2) packed latent tokens of 
 is the VAE's down-scaling factor (8 in FLUX.1).
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,9 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from diffusers.image_processor import VaeImageProcessor
+from peft import LoraConfig
 from PIL import Image
+from safetensors.torch import load_file
 
 
 class ModelNotFoundError(ValueError):
@@ -39,15 +42,88 @@ def _load(cls: type, path: str, **kwargs):
         ) from error
 
 
+def _transformer_place(path: str) -> dict[str, str]:
+    """Where from_pretrained finds the transformer: in a pipeline, or in a checkpoint that holds nothing else."""
+    return {} if any(Path(path).glob("diffusion_pytorch_model*.safetensors")) else {"subfolder": "transformer"}
+
+
 def load_transformer(path: str, dtype: torch.dtype = torch.float32) -> FluxTransformer2DModel:
     """The transformer of the pipeline at `path`, or of a checkpoint folder that holds only a transformer."""
-    alone = any(Path(path).glob("diffusion_pytorch_model*.safetensors"))
-    transformer = _load(FluxTransformer2DModel, path, dtype=dtype, **({} if alone else {"subfolder": "transformer"}))
+    transformer = _load(FluxTransformer2DModel, path, dtype=dtype, **_transformer_place(path))
     # Weights of an unconverted file are views into it, at whatever alignment they have there; CPU kernels round
     # differently on those, and a resumed run would differ from an uninterrupted one.
     for parameter in transformer.parameters():
         parameter.data = parameter.data.clone()
     return transformer
+
+
+def meta_transformer(path: str, dtype: torch.dtype = torch.float32) -> FluxTransformer2DModel:
+    """The same without weights, on the meta device: costs neither time nor memory."""
+    config = _load(_TransformerConfig, path, **_transformer_place(path))
+    with torch.device("meta"):
+        return FluxTransformer2DModel.from_config(config).to(dtype)
+
+
+class _TransformerConfig:
+    """Gives `_load` the configuration alone."""
+
+    @staticmethod
+    def from_pretrained(path: str, **kwargs) -> dict:
+        return FluxTransformer2DModel.load_config(path, **kwargs)
+
+
+# --- LoRA -------------------------------------------------------------------------------------------------------------
+
+LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that FluxPipeline.load_lora_weights looks for
+
+
+def check_lora_targets(transformer: FluxTransformer2DModel, targets: Sequence[str]) -> None:
+    """Raises ValueError naming the choices, unless each target is the end of some linear layer's name."""
+    linear = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in linear):
+            blocks = (name.split(".", 2) for name in linear if "transformer_blocks." in name)
+            choices = ", ".join(dict.fromkeys(inside for _, _, inside in blocks))
+            raise ValueError(f"--lora_target_modules {target}: no linear layer of that name; choose from {choices}")
+
+
+def add_lora(transformer: FluxTransformer2DModel, rank: int, alpha: int, targets: Sequence[str], seed: int) -> None:
+    """Freezes the transformer and adds float32 adapters that change nothing yet: W + alpha / rank · B A with B = 0."""
+    check_lora_targets(transformer, targets)
+    transformer.requires_grad_(False)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        transformer.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets)))
+    for parameter in transformer.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def save_lora(folder: Path, weights: dict[str, torch.Tensor], transformer: FluxTransformer2DModel) -> None:
+    """Writes adapters, named as in the transformer, as a file that FluxPipeline.load_lora_weights reads."""
+    FluxPipeline.save_lora_weights(
+        folder,
+        transformer_lora_layers={name.replace(".default.", "."): tensor for name, tensor in weights.items()},
+        transformer_lora_adapter_metadata=transformer.peft_config["default"].to_dict(),
+    )
+
+
+def read_lora(folder: Path) -> dict[str, torch.Tensor]:
+    """The adapters that `save_lora` wrote, named as in a transformer with one adapter, `default`."""
+    stored = load_file(folder / LORA_FILE)
+    return {re.sub(r"\.(lora_[AB])\.", r".\1.default.", k.removeprefix("transformer.")): v for k, v in stored.items()}
+
+
+def load_with_lora(base: str, lora: str, dtype: torch.dtype = torch.float32) -> FluxTransformer2DModel:
+    """The transformer of the pipeline `base` with the adapters of the folder `lora` switched on."""
+    transformer = load_transformer(base, dtype)
+    transformer.load_lora_adapter(lora, weight_name=LORA_FILE, prefix="transformer")
+    return transformer
+
+
+def is_lora(path: str | Path) -> bool:
+    """Whether the folder holds adapters rather than a whole transformer."""
+    return (Path(path) / LORA_FILE).is_file()
 
 
 def load_vae(path: str, dtype: torch.dtype = torch.float32) -> AutoencoderKL:

@@ -2,76 +2,279 @@
 
 checkpoint-{step}-{epoch}/
     config.json, diffusion_pytorch_model.safetensors   loads with FluxTransformer2DModel.from_pretrained
-    training_state.pt                                  optimizer, schedule, iteration; only resuming needs it
-    ema/                                               the averaged transformer, with --ema_decay
+    pytorch_lora_weights.safetensors                   instead, with --use_lora: FluxPipeline.load_lora_weights
+    ema/                                               the same for the average of the weights, with --ema_decay
+    optimizer/                                         only resuming needs it; split over the processes
+    checkpoint.json                                    iteration, settings, versions, sizes and hashes of all files
 """
 
+import importlib.metadata
 import json
 import os
+import platform
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
-from fastvideo.utils.files import write_bytes
+from fastvideo.config import GRPOConfig
+from fastvideo.models.flux import is_lora, load_transformer, read_lora, save_lora
+from fastvideo.utils.engines import Engine, choose_engine
+from fastvideo.utils.files import write_bytes, write_json
+from fastvideo.utils.fingerprint import model_fingerprint, sample_file
 
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch.distributed.checkpoint.api import CheckpointException
 
-STATE = "training_state.pt"
-ONE_FILE = "1TB"  # diffusers would split FLUX.1's weights
-
-
-def find_checkpoint(value: str, output_dir: Path) -> Path:
-    """The folder that `--resume_from_checkpoint` means. Raises ValueError when there is none that can be resumed."""
-    if value == "latest":
-        found = sorted(
-            (path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+-\d+", path.name)),
-            key=lambda path: int(path.name.split("-")[1]),
-        )
-        if not found:
-            raise ValueError(f"--resume_from_checkpoint latest: no checkpoint in --output_dir {output_dir}")
-        return found[-1]
-    path = Path(value)
-    for name in (STATE, "config.json", "diffusion_pytorch_model.safetensors"):
-        if not (path / name).is_file():
-            raise ValueError(
-                f"--resume_from_checkpoint {value}: no {name} in it; give a checkpoint folder, or `latest`"
-            )
-    return path
+RECORD = "checkpoint.json"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+FORMAT = 1
+# Settings that say where things are or how they are shown, not what is computed.
+PLACES = ("output_dir", "resume_from_checkpoint", "dry_run", "use_wandb", "experiment_name", "image_log_steps")
 
 
-def save_checkpoint(
-    output_dir: Path, step: int, epoch: int, transformer: FluxTransformer2DModel, state: dict[str, Any], ema: Any = None
-) -> Path:
+class CheckpointNotWritten(RuntimeError):
+    """The disk is full or gone. The earlier checkpoints are untouched."""
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that decide what a run computes."""
+    names = ("torch", "diffusers", "transformers", "accelerate", "peft", "deepspeed")
+    found = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions() if d.metadata["Name"]}
+    return {"python": platform.python_version()} | {name: found[name] for name in names if name in found}
+
+
+def _write_weights(folder: Path, weights: dict[str, torch.Tensor], engine: Engine) -> None:
+    folder.mkdir(exist_ok=True)
+    if engine.config.use_lora:
+        save_lora(folder, weights, engine.transformer)
+    else:
+        engine.transformer.save_config(folder)
+        save_file({k: v.contiguous() for k, v in weights.items()}, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file's content, or a folder's list of names, is on the disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def swap_in(ema: EMAModel, parameters: list[torch.nn.Parameter]) -> None:
+    """Exchanges the average and the parameters; a second call undoes it."""
+    for parameter, average in zip(parameters, ema.shadow_params, strict=True):
+        keep = parameter.detach().clone()
+        parameter.data.copy_(average)
+        average.copy_(keep)
+
+
+def save_checkpoint(output_dir: Path, engine: Engine, ema: EMAModel | None, record: dict[str, Any]) -> Path:
     """Writes a checkpoint beside its final place and renames it, so that a kill leaves the old ones and no half one.
 
-    state: tensors, numbers, strings, lists and dicts only, as it is read back with weights_only. ema: an EMAModel.
+    All processes call it. record: JSON values; `iteration` and `epoch` name the folder.
+
+    Raises:
+        CheckpointNotWritten: it can't be written; the part that was is removed.
     """
-    final = output_dir / f"checkpoint-{step}-{epoch}"
+    main, wait = engine.accelerator.is_main_process, engine.accelerator.wait_for_everyone
+    final = output_dir / f"checkpoint-{record['iteration']}-{record['epoch']}"
     part = output_dir / f".{final.name}.part"
-    shutil.rmtree(part, ignore_errors=True)
-    transformer.save_pretrained(part, max_shard_size=ONE_FILE)
-    if ema is not None:
-        ema.store(transformer.parameters())
-        ema.copy_to(transformer.parameters())
-        transformer.save_pretrained(part / "ema", max_shard_size=ONE_FILE)
-        ema.restore(transformer.parameters())
-        state = {**state, "ema_optimization_step": ema.optimization_step}
-    torch.save(state, part / STATE)
-    for path in part.rglob("*"):
-        if path.is_file():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-    if final.exists():
-        shutil.rmtree(final)
-    os.replace(part, final)
+    if engine.any_process(main and final.exists()):  # the one resumed from, and no iteration since
+        return final
+    try:
+        if main:
+            part.mkdir()
+        wait()
+        engine.save_optimizer(part / "optimizer")
+        weights = engine.trained_weights()
+        if main:
+            _write_weights(part, weights, engine)
+        if ema is not None:
+            swap_in(ema, engine.trained_parameters())
+            weights = engine.trained_weights()
+            swap_in(ema, engine.trained_parameters())
+            if main:
+                _write_weights(part / "ema", weights, engine)
+        wait()
+        if main:
+            files = sorted(path for path in part.rglob("*") if path.is_file())
+            sizes = {path.relative_to(part).as_posix(): sample_file(path) for path in files}
+            write_json(part / RECORD, record | {"format": FORMAT, "versions": versions(), "files": sizes})
+            for path in (*part.rglob("*"), part):
+                _sync(path)
+            os.replace(part, final)
+            _sync(output_dir)
+            _rotate(output_dir, engine.config.checkpoints_total_limit)
+        wait()
+    except (OSError, SafetensorError, CheckpointException) as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise CheckpointNotWritten(f"{final} can't be written: {str(error).strip().splitlines()[-1]}") from error
     return final
 
 
-def load_state(checkpoint: Path) -> dict[str, Any]:
-    """What `save_checkpoint` was given as `state`, on the CPU."""
-    return torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
+def checkpoints(output_dir: Path) -> list[Path]:
+    """The checkpoints in a folder, by iteration."""
+    found = (path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+-\d+", path.name))
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def _rotate(output_dir: Path, limit: int | None) -> None:
+    for path in checkpoints(output_dir)[: -limit if limit else 0]:
+        gone = path.with_name(f".{path.name}.part")  # half deleted, it must not pass for a checkpoint
+        os.replace(path, gone)
+        shutil.rmtree(gone)
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def find_checkpoint(value: str, output_dir: Path) -> Path:
+    """The folder that `--resume_from_checkpoint` means: `latest` is the one of the highest iteration in output_dir.
+
+    Raises:
+        ValueError: there is none, or it is damaged, or not one of this trainer.
+    """
+    if value == "latest":
+        found = checkpoints(output_dir)
+        if not found:
+            raise ValueError(f"--resume_from_checkpoint latest: no checkpoint in --output_dir {output_dir}")
+        path = found[-1]
+    else:
+        path = Path(value)
+    if not (path / RECORD).is_file():
+        raise ValueError(f"--resume_from_checkpoint {path}: no {RECORD} in it; give a checkpoint folder, or `latest`")
+    problem = _damage(path)
+    if problem:
+        raise ValueError(f"--resume_from_checkpoint {path}: damaged: {problem}; resume from an earlier checkpoint")
+    return path
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint's files."""
+    try:
+        record = read_record(path)
+        if record["format"] != FORMAT:
+            return f"{RECORD} has format {record['format']}, this version reads {FORMAT}"
+        for name, expected in record["files"].items():
+            if not (path / name).is_file():
+                return f"{name} is missing"
+            found = sample_file(path / name)
+            if found["bytes"] != expected["bytes"]:
+                return f"{name} has {found['bytes']} bytes, {expected['bytes']} were written"
+            if found != expected:
+                return f"the content of {name} has changed"
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{RECORD} can't be read: {error!r}"
+    return None
+
+
+def read_record(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / RECORD).read_text(encoding="utf-8"))
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The trained parameters of a checkpoint or its ema/, named as in the transformer."""
+    return read_lora(folder) if is_lora(folder) else load_transformer(str(folder)).state_dict()
+
+
+def changed_settings(record: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+    """`name: then -> now` for every setting that a resumed run changes."""
+    then = record["settings"]
+    names = sorted((then.keys() | settings.keys()) - set(PLACES))
+    return [f"{n}: {then.get(n)} -> {settings.get(n)}" for n in names if then.get(n) != settings.get(n)]
+
+
+def set_aside_later(checkpoint: Path, output_dir: Path) -> list[Path]:
+    """Moves checkpoints after `checkpoint` into superseded/, so that `latest` means the resumed run. Returns them."""
+    later = [p for p in checkpoints(output_dir) if int(p.name.split("-")[1]) > read_record(checkpoint)["iteration"]]
+    moved = []
+    for path in later:
+        attempt = 0
+        while (target := output_dir / "superseded" / f"{path.name}.{attempt}").exists():
+            attempt += 1
+        target.parent.mkdir(exist_ok=True)
+        os.replace(path, target)
+        moved.append(target)
+    return moved
+
+
+def remove_leftovers(output_dir: Path) -> None:
+    """Parts of checkpoints that a kill cut off."""
+    for path in output_dir.glob(".checkpoint-*.part"):
+        shutil.rmtree(path)
+
+
+def run_settings(config: GRPOConfig, processes: int) -> dict[str, object]:
+    """What a checkpoint records of its run, and a resumed run is compared with."""
+    return config.to_public_dict() | {
+        "engine": choose_engine(config, processes),
+        "processes": processes,
+        "prompts_per_iteration": config.local_prompts(processes) * processes,
+    }
+
+
+def open_output(config: GRPOConfig, processes: int) -> Path | None:
+    """Makes the output folder ready; returns the checkpoint to resume from. Never mixes two runs in one folder."""
+    output = Path(config.output_dir)
+    used = (output / "metrics.jsonl").exists() or bool(checkpoints(output))
+    checkpoint = None
+    if config.resume_from_checkpoint:
+        checkpoint = find_checkpoint(config.resume_from_checkpoint, output)
+        if used and checkpoint.resolve().parent != output.resolve():
+            raise ValueError(f"--output_dir {output}: holds another run than --resume_from_checkpoint {checkpoint}")
+        check_resumable(checkpoint, config, processes)
+        for moved in set_aside_later(checkpoint, output):
+            print(f"warning: a checkpoint after {checkpoint.name} was moved to {moved}", file=sys.stderr)
+        truncate_metrics(output / "metrics.jsonl", read_record(checkpoint)["iteration"])
+    elif used:
+        raise ValueError(
+            f"--output_dir {output}: holds a run already; choose another folder, or --resume_from_checkpoint latest"
+        )
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output_dir {output}: can't be made: {error.strerror}") from error
+    remove_leftovers(output)
+    return checkpoint
+
+
+def check_resumable(checkpoint: Path, config: GRPOConfig, processes: int) -> None:
+    """Lists what differs between a checkpoint's run and this one. The command line's values are used.
+
+    Raises:
+        ValueError: with these settings the checkpoint can't be gone on from.
+    """
+    record, where = read_record(checkpoint), f"--resume_from_checkpoint {checkpoint}"
+    then, now = record["settings"], run_settings(config, processes)
+    changed = changed_settings(record, now)
+    fixed = ["use_lora", *(("lora_rank", "lora_alpha", "lora_target_modules") if config.use_lora else ())]
+    for name in fixed:
+        if then[name] != now[name]:
+            raise ValueError(f"--{name} {now[name]}: {where} was trained with {then[name]}")
+    if record["base_model_hash"] != model_fingerprint(config.pretrained_model_name_or_path, ("transformer",)):
+        raise ValueError(
+            f"{where}: was trained from another base model ({then['pretrained_model_name_or_path']}) than "
+            f"--pretrained_model_name_or_path {config.pretrained_model_name_or_path}"
+        )
+    engine = choose_engine(config, processes)
+    if "deepspeed" in (engine, then["engine"]) and (engine, processes, config.zero_stage) != (
+        then["engine"], then["processes"], then["zero_stage"],
+    ):
+        raise ValueError(
+            f"{where}: DeepSpeed's optimizer state can't change hands: it is of {then['engine']} (ZeRO-"
+            f"{then['zero_stage']}) on {then['processes']} processes, this run is {engine} on {processes}"
+        )
+    if changed:
+        print(f"resuming {checkpoint} with changed settings, which count from now on: {'; '.join(changed)}")
 
 
 def truncate_metrics(path: Path, last_step: int) -> None:

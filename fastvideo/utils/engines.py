@@ -1,0 +1,302 @@
+"""How the transformer lies on the processes: one process, DDP, FSDP2 or DeepSpeed, all through Accelerate.
+
+The trainer sees one interface: `prepare`, a model to call, `rollout` around sampling, `backward` for a micro-batch,
+`step` for an optimizer step, and state that goes to disk and back. docs/distributed.md explains the flags.
+"""
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+
+from fastvideo.config import GRPOConfig
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlugin, InitProcessGroupKwargs
+from accelerate.parallelism_config import ParallelismConfig
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from diffusers import FluxTransformer2DModel
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+
+# What Accelerate must report for each engine.
+EXPECTED = {
+    "none": {DistributedType.NO},
+    "ddp": {DistributedType.MULTI_GPU, DistributedType.MULTI_CPU},
+    "fsdp": {DistributedType.FSDP},
+    "deepspeed": {DistributedType.DEEPSPEED},
+}
+
+
+def choose_engine(config: GRPOConfig, world_size: int) -> str:
+    """The engine's name. Without --parallel: ddp for several processes, else none.
+
+    Raises:
+        ValueError: the processes don't fit the engine asked for.
+    """
+    sharded = config.fsdp_sharding_startegy not in (None, "none") and world_size > 1
+    name = config.parallel or ("fsdp" if sharded else "ddp" if world_size > 1 else "none")
+    if name == "none" and world_size > 1:
+        raise ValueError(f"--parallel none: {world_size} processes were started; choose ddp, fsdp or deepspeed")
+    if name == "ddp" and world_size == 1:
+        raise ValueError("--parallel ddp: only one process was started; use torchrun, or --parallel none")
+    if name in ("fsdp", "deepspeed") and "LOCAL_RANK" not in os.environ:
+        raise ValueError(f"--parallel {name}: start it with torchrun (--nproc_per_node 1 for a single process)")
+    return name
+
+
+def build_accelerator(config: GRPOConfig, name: str) -> Accelerator:
+    """The Accelerator of engine `name`.
+
+    Raises:
+        ValueError: Accelerate set up something else.
+    """
+    cpu = not torch.cuda.is_available()
+    settings = {"mixed_precision": config.mixed_precision, "cpu": cpu}
+    if name == "fsdp":
+        compute = torch.bfloat16 if config.mixed_precision == "bf16" else None
+        settings["fsdp_plugin"] = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["FluxTransformerBlock", "FluxSingleTransformerBlock"],
+            reshard_after_forward=config.fsdp_sharding_startegy != "hybrid_zero2",
+            cpu_offload=config.use_cpu_offload,
+            cpu_ram_efficient_loading=True,  # the first process alone reads the weights
+            # Inputs stay float32: the time step would lose digits in bf16. Autocast does the rest, as without FSDP.
+            mixed_precision_policy=MixedPrecisionPolicy(
+                param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False
+            ),
+        )
+        per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        nodes = int(os.environ.get("WORLD_SIZE", "1")) // per_node
+        if nodes > 1 and (config.fsdp_sharding_startegy or "").startswith("hybrid"):
+            settings["parallelism_config"] = ParallelismConfig(dp_replicate_size=nodes, dp_shard_size=per_node)
+        if cpu:  # Accelerate skips FSDP there without a word
+            PartialState(cpu=True)
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    elif name == "deepspeed":
+        offload = "cpu" if config.use_cpu_offload else "none"
+        settings["deepspeed_plugin"] = DeepSpeedPlugin(
+            hf_ds_config={
+                "train_micro_batch_size_per_gpu": 1,
+                "gradient_accumulation_steps": 1,
+                "gradient_clipping": config.max_grad_norm,
+                "zero_optimization": {
+                    "stage": config.zero_stage,
+                    "offload_optimizer": {"device": offload},
+                    **({"offload_param": {"device": offload}} if config.zero_stage == 3 else {}),
+                },
+                "communication_data_type": "fp32",
+            }
+        )
+        settings["cpu"] = False  # True would drop the plugin without a word
+        if cpu:
+            settings["kwargs_handlers"] = [InitProcessGroupKwargs(backend="gloo")]
+    accelerator = Accelerator(**settings)
+    if accelerator.distributed_type not in EXPECTED[name]:
+        raise ValueError(f"--parallel {name}: Accelerate set up {accelerator.distributed_type.value} instead")
+    return accelerator
+
+
+class Engine:
+    """One process, DDP or FSDP2.
+
+    Attributes:
+        transformer: the FluxTransformer2DModel itself, sharded in place under FSDP2. model: what to call. optimizer.
+    """
+
+    def __init__(self, config: GRPOConfig, name: str) -> None:
+        self.config, self.name = config, name
+        self.accelerator = build_accelerator(config, name)
+
+    @property
+    def loads_weights(self) -> bool:
+        """Whether this process must read the weights; under FSDP2 the first one hands them out."""
+        return self.name != "fsdp" or self.accelerator.is_main_process
+
+    @property
+    def equal_batches(self) -> bool:
+        """Whether every forward or backward pass communicates, so that all processes must make as many."""
+        return self.name in ("fsdp", "deepspeed")
+
+    def prepare(self, transformer: FluxTransformer2DModel, optimizer_settings: dict) -> None:
+        """Takes the transformer, its trained parameters marked by requires_grad, and makes AdamW for those."""
+        self.transformer = transformer
+        if self.name != "fsdp":
+            transformer.to(self.accelerator.device)
+        self.raw_optimizer = torch.optim.AdamW(
+            self.trained_parameters(), fused=self.accelerator.device.type == "cuda", **optimizer_settings
+        )
+        self.model, self.optimizer = self._wrap()
+        self._choose_memory()
+
+    def _wrap(self) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        return self.accelerator.prepare(self.transformer, self.raw_optimizer)
+
+    def _choose_memory(self) -> None:
+        """Decides whether whole parameters and whole gradients fit between rollout and optimizer step (FSDP2)."""
+        self.keep_gathered, self.defer_sync = False, True
+        if self.name != "fsdp":
+            return
+        if any(not isinstance(block, FSDPModule) for block in self.blocks()):
+            raise ValueError("--parallel fsdp: Accelerate left transformer blocks unsharded")
+        everything = sum(p.numel() for p in self.transformer.parameters())
+        trained = sum(p.numel() for p in self.trained_parameters())
+        compute = 2 if self.config.mixed_precision == "bf16" else 4
+        self.defer_sync = self._fits(4 * trained)
+        choice = self.config.rollout_keep_gathered
+        self.keep_gathered = self._fits(compute * everything) if choice == "auto" else choice == "true"
+
+    def _fits(self, size: int) -> bool:
+        """Whether `size` bytes more take at most half of what every GPU has left for them and for activations."""
+        if self.accelerator.device.type != "cuda":
+            return True
+        trained = sum(p.to_local().numel() for p in self.trained_parameters())
+        left = torch.cuda.mem_get_info()[0] - 12 * trained  # gradients and AdamW's two moments are still to come
+        return not self.any_process(size > left / 2)
+
+    def any_process(self, value: bool) -> bool:
+        """Whether `value` holds on any process; all must ask."""
+        flag = torch.tensor(float(value), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, "sum") > 0)
+
+    def blocks(self) -> list[torch.nn.Module]:
+        return [*self.transformer.transformer_blocks, *self.transformer.single_transformer_blocks]
+
+    def trained_parameters(self) -> list[torch.nn.Parameter]:
+        return [p for p in self.transformer.parameters() if p.requires_grad]
+
+    @contextmanager
+    def rollout(self) -> Iterator[torch.nn.Module]:
+        """The model to sample with. FSDP2 then gathers each block once, not once a step, if memory allows."""
+        if self.keep_gathered:
+            for block in self.blocks():
+                block.set_reshard_after_forward(False)
+        # DDP would synchronise buffers at every call; DeepSpeed's engine gathers what ZeRO-3 has split.
+        yield self.model if self.name == "deepspeed" else self.transformer
+        if self.name == "fsdp":
+            for block in self.blocks():
+                block.set_reshard_after_forward(self.config.fsdp_sharding_startegy != "hybrid_zero2")
+            for module in self.transformer.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Adds the gradient of a micro-batch."""
+        self.accelerator.backward(loss)
+
+    def micro_batch(self, last: bool) -> AbstractContextManager:
+        """Context of a micro-batch's forward and backward pass: gradients are exchanged in the last one alone."""
+        return nullcontext() if last or not self.defer_sync else self.accelerator.no_sync(self.model)
+
+    def step(self, loss: torch.Tensor) -> torch.Tensor | None:
+        """Clips, and steps unless the loss or gradient of any process isn't finite. Returns the norm, or None."""
+        accelerator = self.accelerator
+        norm = accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        # The one wait in a step: all processes learn alike whether its numbers are finite.
+        finite = bool(torch.isfinite(accelerator.reduce(loss + norm, "sum")))
+        if finite:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm.detach() if finite else None
+
+    # --- to disk and back -------------------------------------------------------------------------------------------
+
+    def trained_weights(self) -> dict[str, torch.Tensor]:
+        """The whole trained parameters on the CPU, by name, on the first process; elsewhere empty. All must call it."""
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+        return get_model_state_dict(self.model, options=options)
+
+    def set_trained_weights(self, weights: dict[str, torch.Tensor]) -> None:
+        """The reverse. Only the first process's `weights` count."""
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.is_initialized(), strict=False)
+        set_model_state_dict(self.model, weights, options=options)
+
+    def save_optimizer(self, folder: Path) -> None:
+        """Every process writes its share of the optimizer's state, by torch.distributed.checkpoint."""
+        if self.raw_optimizer.state:  # without a step there is none, and asking for it would make one
+            state = get_optimizer_state_dict(self.model, self.raw_optimizer)["state"]
+            with _without_warning():
+                dcp.save({"optimizer": state}, checkpoint_id=folder, no_dist=not dist.is_initialized())
+
+    def load_optimizer(self, folder: Path) -> None:
+        """The reverse, also for another number of processes. Learning rate and the like stay those of the flags."""
+        if not folder.is_dir():
+            return
+        template = get_optimizer_state_dict(self.model, self.raw_optimizer)
+        with _without_warning():
+            dcp.load({"optimizer": template["state"]}, checkpoint_id=folder, no_dist=not dist.is_initialized())
+        set_optimizer_state_dict(self.model, self.raw_optimizer, template)
+
+
+@contextmanager
+def _without_warning() -> Iterator[None]:
+    """torch.distributed.checkpoint warns that one process is only one."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        yield
+
+
+class DeepSpeedEngine(Engine):
+    """DeepSpeed ZeRO-2 or -3, which clips, steps and skips bad steps itself."""
+
+    def _wrap(self) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        # DeepSpeed turns autocast off around the model, and the float32 latents would meet bf16 weights.
+        device, mixed = self.accelerator.device.type, self.config.mixed_precision == "bf16"
+        self.transformer.forward = torch.autocast(device, torch.bfloat16, enabled=mixed)(self.transformer.forward)
+        model, optimizer = super()._wrap()
+        self.raw_optimizer = model.optimizer.optimizer  # another one than ours with CPU offload
+        return model, optimizer
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self.model.backward(loss)
+
+    def micro_batch(self, last: bool) -> AbstractContextManager:
+        self.model.set_gradient_accumulation_boundary(last)
+        return nullcontext()  # ZeRO splits gradients as they come
+
+    def step(self, loss: torch.Tensor) -> torch.Tensor | None:
+        self.model.step()
+        if self.model.optimizer.overflow:
+            return None
+        norm = self.model.get_global_grad_norm()
+        return torch.as_tensor(norm, dtype=torch.float32, device=loss.device).detach()
+
+    def trained_weights(self) -> dict[str, torch.Tensor]:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        weights = {}
+        for name, parameter in self.transformer.named_parameters():
+            if parameter.requires_grad:
+                whole = safe_get_full_fp32_param(parameter)
+                if self.accelerator.is_main_process:
+                    weights[name] = whole.detach().cpu().clone()
+        return weights
+
+    def save_optimizer(self, folder: Path) -> None:
+        self.model.save_checkpoint(folder, tag="state", save_latest=False, exclude_frozen_parameters=True)
+
+    def load_optimizer(self, folder: Path) -> None:
+        wanted = [{k: v for k, v in group.items() if k != "params"} for group in self.raw_optimizer.param_groups]
+        loaded, _ = self.model.load_checkpoint(folder, tag="state", load_lr_scheduler_states=False)
+        if loaded is None:
+            raise ValueError(f"--resume_from_checkpoint {folder.parent}: DeepSpeed can't read its state")
+        for group, values in zip(self.raw_optimizer.param_groups, wanted, strict=True):
+            group.update(values)
+
+
+def build_engine(config: GRPOConfig, world_size: int) -> Engine:
+    """The engine of the flags. Raises ValueError when it can't be had."""
+    name = choose_engine(config, world_size)
+    return (DeepSpeedEngine if name == "deepspeed" else Engine)(config, name)
