@@ -264,6 +264,7 @@ class GRPOConfig(RewardConfig):
     adv_clip_max: float = flag(5.0, "advantages are clamped to ± this")
     clip_range: float = flag(1e-4, "clip range of the probability ratio")
     kl_coeff: float = flag(0.0, "weight of the squared log-probability change against the old policy")
+    ref_kl_coeff: float = flag(0.0, "weight of the KL divergence from the base model's transitions; 0: not computed")
 
     # --- optimizer --------------------------------------------------------------------------------------------------
     learning_rate: float = flag(1e-5, "AdamW learning rate")
@@ -297,7 +298,7 @@ class GRPOConfig(RewardConfig):
         "how the model lies on the processes (None: ddp for several, else none)",
         choices=["none", "ddp", "fsdp", "deepspeed"],
     )
-    zero_stage: int = flag(2, "deepspeed: what is split, gradients and moments (2) or parameters too (3)", choices=[2, 3])
+    zero_stage: int = flag(2, "deepspeed: splits gradients and moments (2), or parameters too (3)", choices=[2, 3])
     fsdp_sharding_startegy: str | None = flag(
         None,
         "fsdp: split over all processes, over those of a node, or that without splitting again after the forward pass; "
@@ -359,7 +360,7 @@ class GRPOConfig(RewardConfig):
             need(getattr(self, name) is None or getattr(self, name) >= 1, name, "must be at least 1, or None")
         for name in (
             "seed sampler_seed dataloader_num_workers frozen_init_timesteps prog_overlap_step eta kl_coeff "
-            "lr_warmup_steps weight_decay ema_start_step image_log_steps"
+            "lr_warmup_steps weight_decay ema_start_step image_log_steps ref_kl_coeff"
         ).split():
             need(getattr(self, name) >= 0, name, "must not be negative")
         for name in ("shift adv_clip_max clip_range learning_rate max_grad_norm guidance_scale").split():

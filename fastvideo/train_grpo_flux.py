@@ -9,10 +9,9 @@ scripts/finetune holds recipes, docs/algorithms.md the formulas beside their fla
 the references on purpose.
 """
 
-import io
-import json
 import math
 import os
+import signal
 import sys
 import time
 import uuid
@@ -51,20 +50,18 @@ from fastvideo.utils.checkpoint import (
     save_checkpoint,
     swap_in,
 )
-from fastvideo.utils.engines import Engine, build_engine
-from fastvideo.utils.files import write_bytes, write_json
+from fastvideo.utils.engines import Engine, build_engine, main_process_first
 from fastvideo.utils.fingerprint import model_fingerprint
 from fastvideo.utils.grpo_states import windows
+from fastvideo.utils.processes import stop_signals
+from fastvideo.utils.run_log import Log
 from fastvideo.utils.sampling_utils import coefficients, log_prob, transition_mean
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from diffusers import FluxTransformer2DModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from diffusers.utils import make_image_grid
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -169,6 +166,14 @@ def policy_loss(
     return surrogate + kl_coeff * kl, {name: part.detach() for name, part in parts.items()}
 
 
+def reference_kl(mean: torch.Tensor, reference: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """KL divergence [N] of a transition from the base model's, mean((μ − μ_ref)²) / (2 std²): Gaussians of equal std.
+
+    mean, reference: [N, L, C]. std: [N, 1, 1]. The mean over elements, as in the log-probability.
+    """
+    return ((mean - reference) ** 2 / (2 * std**2)).mean(dim=(1, 2))
+
+
 @dataclass(frozen=True)
 class Transition:
     """A trained transition of this rank: step position in the plan, row before it, row after it, its advantage."""
@@ -215,9 +220,17 @@ def micro_batches(transitions: list[Transition], size: int) -> list[list[Transit
 
 
 def transitions_loss(
-    batch: list[Transition], sampled: Rollout, table: torch.Tensor, velocity: Velocity, config: GRPOConfig
+    batch: list[Transition],
+    sampled: Rollout,
+    table: torch.Tensor,
+    velocity: Velocity,
+    config: GRPOConfig,
+    reference: Velocity | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Loss [N] of a micro-batch's N transitions, with its parts: what the rollout did, once more with gradient."""
+    """Loss [N] of a micro-batch's N transitions, with its parts: what the rollout did, once more with gradient.
+
+    reference: the base model's velocity, with --ref_kl_coeff.
+    """
     rows = list(dict.fromkeys((t.position, t.parent, t.prompt) for t in batch))
     place = {row[:2]: i for i, row in enumerate(rows)}
     device = table.device
@@ -227,14 +240,21 @@ def transitions_loss(
 
     latents = torch.stack([sampled.before[position][parent] for position, parent, _ in rows])
     sigma = table[indices([position for position, _, _ in rows]), 3]
-    v = velocity(latents, sigma, indices([prompt for _, _, prompt in rows]))
+    prompt_index = indices([prompt for _, _, prompt in rows])
+    base_v = reference(latents, sigma, prompt_index) if reference else None  # first: adapters are off meanwhile
+    v = velocity(latents, sigma, prompt_index)
     leaving = indices([place[t.position, t.parent] for t in batch])
     x_weight, v_weight, std = table[indices([t.position for t in batch]), :3, None, None].unbind(1)
     mean = transition_mean(latents[leaving], v[leaving], x_weight, v_weight)
     after = torch.stack([sampled.after[t.position][t.child] for t in batch])
     old = torch.stack([sampled.log_probs[t.position][t.child] for t in batch])
     advantages = torch.tensor([t.advantage for t in batch], device=device)
-    return policy_loss(log_prob(after, mean, std), old, advantages, config.clip_range, config.kl_coeff)
+    loss, parts = policy_loss(log_prob(after, mean, std), old, advantages, config.clip_range, config.kl_coeff)
+    if base_v is not None:
+        base_mean = transition_mean(latents[leaving], base_v[leaving], x_weight, v_weight)
+        divergence = reference_kl(mean, base_mean, std)
+        loss, parts = loss + config.ref_kl_coeff * divergence, parts | {"ref_kl_loss": divergence.detach()}
+    return loss, parts
 
 
 # --- one run ----------------------------------------------------------------------------------------------------------
@@ -242,6 +262,14 @@ def transitions_loss(
 
 class TrainingStopped(RuntimeError):
     """Too many optimizer steps in a row had non-finite numbers."""
+
+
+class Interrupted(TrainingStopped):
+    """SIGTERM or SIGINT, after the iteration was finished and saved."""
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.number = number
 
 
 class Trainer:
@@ -259,6 +287,10 @@ class Trainer:
         self.reward_models, self.reward_weights = build_reward_models(config, str(device))
 
         engine.prepare(transformer, {"lr": config.learning_rate, "weight_decay": config.weight_decay})
+        self.frozen = None
+        if config.ref_kl_coeff and not config.use_lora:
+            base = load_transformer(path, self.frozen_dtype).requires_grad_(False).eval()
+            self.frozen = engine.prepare_frozen(base)
         self.steps_per_iteration = config.num_generations // config.gradient_accumulation_steps
         self.lr_scheduler = get_scheduler(
             config.lr_scheduler,
@@ -335,6 +367,21 @@ class Trainer:
         def predict(latents: torch.Tensor, sigma: torch.Tensor, prompt_index: torch.Tensor) -> torch.Tensor:
             with self.accelerator.autocast():
                 return predict_velocity(model, latents, sigma, prompt_index, conditioning, self.guidance_embeds)
+
+        return predict
+
+    def reference(self, conditioning: Conditioning) -> Velocity:
+        """The base model's prediction: that of a frozen copy, or of the model without its adapters."""
+        frozen = self.velocity(self.frozen or self.engine.model, conditioning)
+
+        @torch.no_grad()
+        def predict(latents: torch.Tensor, sigma: torch.Tensor, prompt_index: torch.Tensor) -> torch.Tensor:
+            if self.frozen is None:
+                self.engine.transformer.disable_adapters()
+            v = frozen(latents, sigma, prompt_index)
+            if self.frozen is None:
+                self.engine.transformer.enable_adapters()
+            return v
 
         return predict
 
@@ -445,13 +492,15 @@ class Trainer:
         trained = self.trained_positions(plan, number, slots)
         rows, table = rows_per_prompt(plan, start_rows(config)), transition_table(plan, accelerator.device)
         velocity = self.velocity(self.engine.model, conditioning)
+        reference = self.reference(conditioning) if config.ref_kl_coeff else None
         # Mean over prompts of all ranks, their k samples and trained steps; the engine averages gradients over ranks.
         weight = 1 / (local * k * trained.shape[-1])
         sums: dict[str, torch.Tensor] = {}
         deviations, norms, skipped, first = [], [], 0, 0
         slices = [
             micro_batches(
-                slice_transitions(plan, rows, order[:, s * k : (s + 1) * k], trained, own), config.train_micro_batch_size
+                slice_transitions(plan, rows, order[:, s * k : (s + 1) * k], trained, own),
+                config.train_micro_batch_size,
             )
             for s in range(self.steps_per_iteration)
         ]
@@ -461,7 +510,7 @@ class Trainer:
                 # Some processes may have fewer micro-batches than others: they repeat one, which then counts nothing.
                 batch, share = (batches[i], weight) if i < len(batches) else (batches[-1], 0.0)
                 with self.engine.micro_batch(last=i == passes - 1):
-                    loss, parts = transitions_loss(batch, sampled, table, velocity, config)
+                    loss, parts = transitions_loss(batch, sampled, table, velocity, config, reference)
                     loss = loss.sum() * share
                     self.engine.backward(loss)
                 step_loss += loss.detach()
@@ -498,7 +547,7 @@ class Trainer:
         }
 
     def passes(self, slices: list[list[list[Transition]]]) -> list[int]:
-        """How many micro-batches to run in each optimizer step: as many as the process with the most has, if need be."""
+        """Micro-batches to run in each optimizer step: as many as the process with the most has, where need be."""
         counts = [len(batches) for batches in slices]
         if not self.engine.equal_batches:
             return counts
@@ -593,67 +642,6 @@ def describe(config: GRPOConfig, world_size: int) -> str:
     )
 
 
-class Log:
-    """metrics.jsonl, image grids and wandb, on the main process."""
-
-    def __init__(self, config: GRPOConfig, wandb_id: str) -> None:
-        self.folder, self.run = Path(config.output_dir), None
-        write_json(self.folder / "args.json", config.to_public_dict())
-        if config.use_wandb:
-            import wandb
-
-            mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
-            self.run = wandb.init(
-                project="mixgrpo-flux",
-                name=config.experiment_name,
-                id=wandb_id,
-                resume="allow",
-                dir=config.output_dir,
-                config=config.to_public_dict(),
-                mode=mode,
-            )
-
-    def write(self, metrics: dict) -> None:
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
-        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(finite, allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        if self.run is not None:
-            self.run.log(finite, step=metrics["step"])
-
-    def write_images(self, step: int, images: list) -> None:
-        rows = max(n for n in range(1, math.isqrt(len(images)) + 1) if len(images) % n == 0)
-        path = self.folder / "images" / f"iteration_{step:06d}.png"
-        path.parent.mkdir(exist_ok=True)
-        grid = make_image_grid(images, rows=rows, cols=len(images) // rows)
-        data = io.BytesIO()
-        grid.save(data, "PNG")
-        write_bytes(path, data.getvalue())
-        if self.run is not None:
-            import wandb
-
-            self.run.log({"samples": wandb.Image(grid)}, step=step)
-
-    def close(self) -> None:
-        if self.run is not None:
-            self.run.finish()
-
-
-def main_process_first(accelerator: Accelerator, work: Callable[[], object]) -> object:
-    """Result of `work`, done by the main process alone; its ValueError is raised on all."""
-    answer = [None, None]
-    if accelerator.is_main_process:
-        try:
-            answer[0] = work()
-        except ValueError as error:
-            answer[1] = str(error)
-    broadcast_object_list(answer)
-    if answer[1] is not None:
-        raise ValueError(answer[1])
-    return answer[0]
-
-
 def set_up(config: GRPOConfig) -> tuple[Trainer, PromptSampler, DataLoader]:
     """Everything that can fail on bad input, the cheap checks first."""
     check_reward_files(config)
@@ -707,11 +695,14 @@ def train(trainer: Trainer, sampler: PromptSampler, loader: DataLoader) -> None:
 
     Raises:
         TrainingStopped: max_skipped_steps optimizer steps in a row had non-finite numbers. A checkpoint is saved first.
+        Interrupted: SIGTERM or SIGINT came to any process. A checkpoint is saved first.
+        CheckpointNotWritten: the disk is full, for instance.
     """
     config, main_process = trainer.config, trainer.accelerator.is_main_process
     log = Log(config, trainer.wandb_id) if main_process else None
     schedule = islice(windows(config), trainer.done, config.max_train_steps)
-    with tqdm(total=config.max_train_steps, initial=trainer.done, desc="training", disable=not main_process) as bar:
+    bar = tqdm(total=config.max_train_steps, initial=trainer.done, desc="training", disable=not main_process)
+    with bar, stop_signals() as asked:
         for window, batch in zip(schedule, loader, strict=False):
             metrics, images = trainer.iteration(batch, window)
             epoch = sampler.epoch_of(trainer.done)
@@ -722,13 +713,23 @@ def train(trainer: Trainer, sampler: PromptSampler, loader: DataLoader) -> None:
             bar.set_postfix(reward=f"{metrics['reward']:.4f}", window=f"{window[0]}-{window[-1]}")
             bar.update()
             stopped = trainer.skipped_in_a_row >= config.max_skipped_steps
-            if stopped or trainer.done % config.checkpointing_steps == 0 or trainer.done == config.max_train_steps:
+            interrupted = trainer.engine.any_process(bool(asked))
+            due = trainer.done % config.checkpointing_steps == 0 or trainer.done == config.max_train_steps
+            if stopped or interrupted or due:
                 trainer.save(epoch)
             if stopped:
                 raise TrainingStopped(
                     f"{trainer.skipped_in_a_row} optimizer steps in a row had a non-finite loss, reward or gradient, "
                     f"the last in iteration {trainer.done}; none of them changed the weights, which are saved in "
                     f"{config.output_dir}"
+                )
+            if interrupted and trainer.done < config.max_train_steps:
+                if log is not None:
+                    log.close()
+                raise Interrupted(
+                    asked[0] if asked else signal.SIGTERM,
+                    f"asked to by a signal, after iteration {trainer.done}, which is saved; go on with "
+                    "--resume_from_checkpoint latest",
                 )
     if log is not None:
         log.close()
@@ -751,7 +752,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         train(*run)
     except (TrainingStopped, CheckpointNotWritten) as error:
         print(f"train_grpo_flux.py: stopped: {error}", file=sys.stderr)
-        raise SystemExit(1) from error
+        raise SystemExit(128 + error.number if isinstance(error, Interrupted) else 1) from error
 
 
 if __name__ == "__main__":

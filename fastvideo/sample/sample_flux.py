@@ -22,7 +22,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastvideo.config import flag, parse_dataclass
-from fastvideo.models.flux import LatentShape, ModelNotFoundError, load_text_encoders, load_transformer, load_vae
+from fastvideo.models.flux import (
+    LatentShape,
+    ModelNotFoundError,
+    is_lora,
+    load_text_encoders,
+    load_transformer,
+    load_vae,
+    load_with_lora,
+)
 from fastvideo.utils.files import read_prompts, write_bytes, write_json
 from fastvideo.utils.fingerprint import model_fingerprint
 from fastvideo.utils.processes import Processes, barrier, processes
@@ -43,7 +51,7 @@ class SampleConfig:
 
     pretrained_model_name_or_path: str = flag("data/flux", "base FLUX pipeline: a folder or a hub id")
     model_path: str | None = flag(
-        None, "tuned transformer: a training checkpoint or a folder; None: only the base model"
+        None, "tuned transformer or LoRA adapters: a training checkpoint or a folder; None: only the base model"
     )
     baseline: bool = flag(False, "sample the base model even if model_path is given")
     prompts_file: str = flag("data/prompts_test.txt", "text file with one prompt a line")
@@ -146,12 +154,15 @@ class HybridPipeline:
         base = config.pretrained_model_name_or_path
         self.config = config
         self.tuned: FluxTransformer2DModel | None = None
-        if config.tuned_steps > 0:
+        self.lora = config.tuned_steps > 0 and is_lora(config.model_path)
+        if self.lora:
+            self.tuned = load_with_lora(base, config.model_path, dtype).to(device)
+        elif config.tuned_steps > 0:
             try:
                 self.tuned = load_transformer(config.model_path, dtype).to(device)
             except ModelNotFoundError as error:
                 raise ValueError(str(error).replace("--pretrained_model_name_or_path", "--model_path")) from error
-        only_tuned = config.tuned_steps == config.total_sampling_steps
+        only_tuned = config.tuned_steps == config.total_sampling_steps or self.lora
         self.base = self.tuned if only_tuned else load_transformer(base, dtype)
         components = load_text_encoders(base, dtype).components
         self.pipe = FluxPipeline(**{**components, "vae": vae.to(dtype), "transformer": self.base}).to(device)
@@ -161,17 +172,23 @@ class HybridPipeline:
                 self.pipe.scheduler.config, shift=config.shift, use_dynamic_shifting=False
             )
 
+    def _use(self, tuned: bool) -> None:
+        """The transformer of the next steps; adapters are switched rather than models."""
+        self.pipe.transformer = self.tuned if tuned else self.base
+        if self.lora:
+            (self.tuned.enable_adapters if tuned else self.tuned.disable_adapters)()
+
     def __call__(self, pictures: Sequence[Picture]) -> list[Image.Image]:
         """Samples a batch; every picture from its own CPU generator, so that its noise doesn't depend on the others."""
         config = self.config
 
         def after_step(pipe: FluxPipeline, step: int, _timestep: torch.Tensor, tensors: dict) -> dict:
             if step + 1 == config.tuned_steps:
-                pipe.transformer = self.base
+                self._use(tuned=False)
             return tensors
 
         if self.tuned is not None:
-            self.pipe.transformer = self.tuned
+            self._use(tuned=True)
         return self.pipe(
             prompt=[picture.prompt for picture in pictures],
             height=config.h,

@@ -101,9 +101,9 @@ def save_checkpoint(output_dir: Path, engine: Engine, ema: EMAModel | None, reco
         if ema is not None:
             swap_in(ema, engine.trained_parameters())
             weights = engine.trained_weights()
-            swap_in(ema, engine.trained_parameters())
             if main:
                 _write_weights(part / "ema", weights, engine)
+            swap_in(ema, engine.trained_parameters())
         wait()
         if main:
             files = sorted(path for path in part.rglob("*") if path.is_file())
@@ -267,7 +267,9 @@ def check_resumable(checkpoint: Path, config: GRPOConfig, processes: int) -> Non
         )
     engine = choose_engine(config, processes)
     if "deepspeed" in (engine, then["engine"]) and (engine, processes, config.zero_stage) != (
-        then["engine"], then["processes"], then["zero_stage"],
+        then["engine"],
+        then["processes"],
+        then["zero_stage"],
     ):
         raise ValueError(
             f"{where}: DeepSpeed's optimizer state can't change hands: it is of {then['engine']} (ZeRO-"

@@ -6,7 +6,7 @@ The trainer sees one interface: `prepare`, a model to call, `rollout` around sam
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
@@ -18,7 +18,8 @@ import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlugin, InitProcessGroupKwargs
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.state import PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from diffusers import FluxTransformer2DModel
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -81,6 +82,8 @@ def build_accelerator(config: GRPOConfig, name: str) -> Accelerator:
         nodes = int(os.environ.get("WORLD_SIZE", "1")) // per_node
         if nodes > 1 and (config.fsdp_sharding_startegy or "").startswith("hybrid"):
             settings["parallelism_config"] = ParallelismConfig(dp_replicate_size=nodes, dp_shard_size=per_node)
+        # FLUX's blocks return views, which nothing changes in place.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         if cpu:  # Accelerate skips FSDP there without a word
             PartialState(cpu=True)
             PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
@@ -142,6 +145,12 @@ class Engine:
 
     def _wrap(self) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
         return self.accelerator.prepare(self.transformer, self.raw_optimizer)
+
+    def prepare_frozen(self, transformer: FluxTransformer2DModel) -> torch.nn.Module:
+        """A second model that is only evaluated, split like the trained one under FSDP2."""
+        if self.name == "fsdp":
+            return fsdp2_prepare_model(self.accelerator, transformer)
+        return transformer.to(self.accelerator.device)
 
     def _choose_memory(self) -> None:
         """Decides whether whole parameters and whole gradients fit between rollout and optimizer step (FSDP2)."""
@@ -300,3 +309,17 @@ def build_engine(config: GRPOConfig, world_size: int) -> Engine:
     """The engine of the flags. Raises ValueError when it can't be had."""
     name = choose_engine(config, world_size)
     return (DeepSpeedEngine if name == "deepspeed" else Engine)(config, name)
+
+
+def main_process_first(accelerator: Accelerator, work: Callable[[], object]) -> object:
+    """Result of `work`, done by the main process alone; its ValueError is raised on all."""
+    answer = [None, None]
+    if accelerator.is_main_process:
+        try:
+            answer[0] = work()
+        except ValueError as error:
+            answer[1] = str(error)
+    broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise ValueError(answer[1])
+    return answer[0]

@@ -1,7 +1,9 @@
-"""Processes started by torchrun (or one plain process) for jobs that share files, not tensors."""
+"""Processes started by torchrun (or one plain process) that share files, and the signals that end them."""
 
 import datetime
 import os
+import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,3 +46,30 @@ def processes(device: str | None = None) -> Iterator[Processes]:
     finally:
         if started:
             dist.destroy_process_group()
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """A list that the first SIGTERM or SIGINT puts its number into; a second one acts as usual."""
+    asked: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def note(number: int, _frame: object) -> None:
+        asked.append(number)
+        restore()
+        if os.environ.get("RANK", "0") == "0":
+            name = signal.Signals(number).name
+            print(
+                f"\n{name}: this iteration ends, then a checkpoint is saved; once more stops at once", file=sys.stderr
+            )
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield asked
+    finally:
+        restore()
