@@ -7,39 +7,17 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 from fastvideo import train_grpo_flux
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, Run, relative_difference
+from conftest import ROOT, Run, assert_same_update, base_weights, relative_difference, same_weights, torchrun
 from diffusers import FluxTransformer2DModel
 from PIL import Image
-from safetensors.torch import load_file
 
-# Relative difference of float32 gradients, summed over a few optimizer steps. Positive and negative advantages nearly
-# cancel, which magnifies rounding: 2.4e-4 was measured. A wrong weight of one micro-batch shows as 1e-1.
-ROUNDING = 5e-4
 COMPONENTS = ("color", "form", "clean")
-
-
-def same_weights(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def base_weights(model: str) -> dict[str, torch.Tensor]:
-    stored = load_file(Path(model) / "transformer/diffusion_pytorch_model.safetensors")
-    return {name: tensor.float() for name, tensor in stored.items()}
-
-
-def assert_same_update(a: Run, b: Run) -> None:
-    """Equal to float32 rounding: what was sampled, scored and learnt."""
-    assert relative_difference(a.gradient(), b.gradient()) < ROUNDING
-    for one, other in zip(a.numbers(), b.numbers(), strict=True):
-        for name in ("reward", "grad_norm", "nfe", "images", "optimizer_steps", "lr", "window", "zero_spread_groups"):
-            assert one[name] == pytest.approx(other[name], rel=1e-3), name
 
 
 # --- same seed, same numbers ------------------------------------------------------------------------------------------
@@ -95,14 +73,6 @@ def test_gradient_checkpointing_changes_nothing_but_memory(train, reference):
     for share in (1.0, 0.5):
         other = train(train_batch_size=4, gradient_checkpointing=True, selective_checkpointing=share, **settings)
         assert_same_update(other, run)
-
-
-def torchrun(argv: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    return subprocess.run(
-        [*command, "fastvideo/train_grpo_flux.py", *argv],
-        cwd=ROOT, env=environment, timeout=120, capture_output=True, text=True,
-    )  # fmt: skip
 
 
 @pytest.mark.slow

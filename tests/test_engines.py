@@ -1,0 +1,189 @@
+"""Engines, each as real processes under torchrun: the same numbers, the same checkpoints, no needless communication."""
+
+import json
+from pathlib import Path
+
+from fastvideo.config import GRPOConfig
+from fastvideo.utils.engines import choose_engine
+
+import pytest
+import torch
+from conftest import Run, assert_same_update, relative_difference, torchrun
+from safetensors.torch import load_file
+
+# Samples draw their own steps: the processes have different numbers of micro-batches.
+UNEVEN = {
+    "algorithm": "dance_grpo",
+    "sampling_steps": 6,
+    "timestep_fraction": 0.4,
+    "gradient_accumulation_steps": 2,
+    "prompts_per_iteration": 4,
+    "learning_rate": 1e-6,
+    "train_micro_batch_size": 1,
+}
+LORA = {"use_lora": True, "lora_rank": 4, "lora_alpha": 8, "learning_rate": 1e-4}
+ENGINES = {
+    "ddp": {"parallel": "ddp"},
+    "fsdp": {"parallel": "fsdp"},
+    "fsdp, gathered anew at every step": {"fsdp_sharding_startegy": "full", "rollout_keep_gathered": "false"},
+    "fsdp, gathered between forward and backward": {"fsdp_sharding_startegy": "hybrid_zero2"},
+    "fsdp, in the CPU's memory": {"parallel": "fsdp", "use_cpu_offload": True},
+    "ZeRO-2": {"parallel": "deepspeed", "zero_stage": 2},
+    "ZeRO-3": {"parallel": "deepspeed", "zero_stage": 3},
+}
+
+
+def weights(run: Run, part: str = ".") -> dict[str, torch.Tensor]:
+    (path,) = (run.checkpoints[-1] / part).glob("*.safetensors")
+    return load_file(path)
+
+
+def assert_same_numbers(a: Run, b: Run) -> None:
+    """Metrics and weights equal to float32 rounding, for engines whose optimizer state has a format of its own too."""
+    assert len(a.metrics) == len(b.metrics) > 0
+    for one, other in zip(a.numbers(), b.numbers(), strict=True):
+        assert one.keys() == other.keys()
+        for name in ("reward", "grad_norm", "nfe", "optimizer_steps", "lr", "window", "reward_std"):
+            assert one[name] == pytest.approx(other[name], rel=1e-3), name
+        for name in ("loss", "ratio_mean", "ratio_max_deviation", "clip_frac"):
+            assert one[name] == pytest.approx(other[name], abs=2e-5), name
+    first, second = (torch.cat([w.flatten() for _, w in sorted(weights(run).items())]) for run in (a, b))
+    assert relative_difference(first, second) < 1e-6
+
+
+@pytest.fixture
+def on_two(flags, tmp_path, subprocess_environment):
+    """on_two(name, flag=value, ...) -> the Run of two processes."""
+
+    def run(name: str, **given) -> Run:
+        done = torchrun(flags(output_dir=tmp_path / name, **given), subprocess_environment)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return Run(tmp_path / name)
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ENGINES)
+def test_every_engine_gives_the_numbers_of_one_process(train, on_two, name):
+    alone, together = train(**UNEVEN), on_two("two", **UNEVEN, **ENGINES[name])
+    assert_same_numbers(alone, together)
+    if ENGINES[name].get("parallel") != "deepspeed":
+        assert_same_update(alone, together)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "ZeRO-3"])
+def test_every_engine_trains_adapters_alike(train, on_two, name):
+    settings = {**UNEVEN, **LORA, "ref_kl_coeff": 0.1}
+    assert_same_numbers(train(**settings), on_two("two", **settings, **ENGINES[name]))
+
+
+@pytest.mark.slow
+def test_a_checkpoint_goes_from_fsdp_to_one_process_and_back_with_its_average(train, on_two):
+    settings = {
+        "prompts_per_iteration": 4, "learning_rate": 1e-5, "max_train_steps": 4, "checkpointing_steps": 2,
+        "ema_decay": 0.5, "lr_scheduler": "cosine",
+    }  # fmt: skip
+    whole = train("whole", **settings)
+    sharded = on_two("sharded", **settings, parallel="fsdp")
+    assert_same_update(sharded, whole)
+    for name, rest in {
+        "one": train("one", **settings, resume_from_checkpoint=sharded.checkpoints[0]),
+        "two": on_two("two", **settings, parallel="fsdp", resume_from_checkpoint=whole.checkpoints[0]),
+    }.items():
+        assert [line["step"] for line in rest.metrics] == [3, 4], name
+        for line, other in zip(rest.metrics, whole.metrics[2:], strict=True):
+            assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3), name
+            assert line["lr"] == other["lr"]
+        assert relative_difference(rest.gradient(), whole.gradient()) < 5e-4, name
+        for part in (".", "ema"):
+            a, b = weights(rest, part), weights(whole, part)
+            assert max((a[key] - b[key]).abs().max() for key in b) < 1e-6, (name, part)
+
+
+@pytest.mark.slow
+def test_deepspeed_goes_on_exactly_and_only_where_its_state_fits(on_two, flags, tmp_path, subprocess_environment):
+    settings = {"parallel": "deepspeed", "max_train_steps": 2, "checkpointing_steps": 1, "learning_rate": 1e-5}
+    whole = on_two("whole", **settings)
+    rest = on_two("rest", **settings, resume_from_checkpoint=whole.checkpoints[0])
+    assert rest.numbers() == whole.numbers()[1:]
+    assert all(torch.equal(w, weights(whole)[name]) for name, w in weights(rest).items())
+    argv = flags(output_dir=tmp_path / "one", **settings, resume_from_checkpoint=whole.checkpoints[0])
+    refused = torchrun(argv, subprocess_environment, processes=1)
+    assert refused.returncode != 0 and "deepspeed (ZeRO-2) on 2 processes" in refused.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fsdp", "ZeRO-2", "ZeRO-3"])
+def test_all_processes_of_a_sharded_model_skip_a_step_that_is_bad_on_one(on_two, name):
+    run = on_two("two", **ENGINES[name], reward_model="custom_rewards:spoils_one_step_of_rank_1")
+    assert [(line["optimizer_steps"], line["skipped_steps"]) for line in run.metrics] == [(1, 1), (2, 0)]
+    assert all(tensor.isfinite().all() for tensor in weights(run).values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name,exchange", [("ddp", "allreduce_"), ("fsdp", "_reduce_scatter_base_")])
+def test_gradients_are_exchanged_once_an_optimizer_step(flags, tmp_path, subprocess_environment, name, exchange):
+    def collectives(folder: str, **given) -> dict[str, int]:
+        argv = [str(tmp_path / f"{folder}.json"), *flags(output_dir=tmp_path / folder, **ENGINES[name], **given)]
+        done = torchrun(argv, subprocess_environment, script="tests/count_collectives.py")
+        assert done.returncode == 0, done.stderr[-4000:]
+        return json.loads((tmp_path / f"{folder}.json").read_text())
+
+    one, many = collectives("one", train_micro_batch_size=100), collectives("many", train_micro_batch_size=1)
+    assert one[exchange] == many[exchange] > 0
+    if name == "fsdp":  # a rollout gathers each block once instead of in each of its steps
+        anew = collectives("anew", train_micro_batch_size=100, rollout_keep_gathered="false")
+        assert one["_allgather_base_"] < anew["_allgather_base_"]
+
+
+# --- what the flags ask for -------------------------------------------------------------------------------------------
+
+
+def config(**given) -> GRPOConfig:
+    return GRPOConfig(prompts_file="prompts.txt", reward_model="shapes", **given)
+
+
+@pytest.mark.parametrize(
+    "given,processes,expected",
+    [
+        ({}, 1, "none"),
+        ({}, 2, "ddp"),
+        ({"fsdp_sharding_startegy": "full"}, 1, "none"),
+        ({"fsdp_sharding_startegy": "full"}, 2, "fsdp"),
+        ({"fsdp_sharding_startegy": "none"}, 2, "ddp"),
+        ({"parallel": "fsdp"}, 1, "fsdp"),
+        ({"parallel": "deepspeed", "zero_stage": 3}, 2, "deepspeed"),
+    ],
+)
+def test_the_engine_follows_from_flags_and_processes(monkeypatch, given, processes, expected):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert choose_engine(config(**given), processes) == expected
+
+
+@pytest.mark.parametrize(
+    "given,processes,message",
+    [
+        ({"parallel": "none"}, 2, "--parallel none: 2 processes"),
+        ({"parallel": "ddp"}, 1, "--parallel ddp: only one process"),
+        ({"parallel": "fsdp"}, 1, "torchrun"),
+        ({"parallel": "deepspeed"}, 1, "torchrun"),
+        ({"parallel": "ddp", "fsdp_sharding_startegy": "full"}, 2, "--fsdp_sharding_startegy full"),
+        ({"parallel": "fsdp", "fsdp_sharding_startegy": "none"}, 2, "--fsdp_sharding_startegy none"),
+        ({"parallel": "deepspeed", "ema_decay": 0.9}, 2, "--ema_decay"),
+        ({"parallel": "deepspeed", "master_weight_type": "bf16"}, 2, "--master_weight_type"),
+    ],
+)
+def test_an_engine_that_can_not_be_had_is_refused(monkeypatch, given, processes, message):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(ValueError, match=message):
+        choose_engine(config(**given), processes)
+
+
+@pytest.mark.parametrize("parallel", ["fsdp", "deepspeed", "ddp"])
+def test_the_command_line_refuses_an_engine_without_torchrun(train, capsys, parallel, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        train("out", parallel=parallel)
+    assert stop.value.code == 2 and f"--parallel {parallel}" in capsys.readouterr().err.splitlines()[-1]
+    assert not Path(tmp_path / "out").exists()

@@ -1,0 +1,146 @@
+"""LoRA through the command line: what is trained, saved, resumed, merged and sampled with."""
+
+import json
+from pathlib import Path
+
+from fastvideo import train_grpo_flux
+from fastvideo.models import merge_lora
+from fastvideo.models.flux import LORA_FILE, add_lora, load_transformer, load_with_lora
+from fastvideo.sample import sample_flux
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxPipeline, FluxTransformer2DModel
+from PIL import Image
+from safetensors.torch import load_file
+
+LORA = {"use_lora": True, "lora_rank": 4, "lora_alpha": 8, "learning_rate": 1e-2}
+
+
+def predict(transformer: FluxTransformer2DModel) -> torch.Tensor:
+    """The output for one fixed input, of the tiny model's sizes."""
+    config, random = transformer.config, torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        return transformer(
+            hidden_states=torch.randn(2, 16, config.in_channels, generator=random),
+            encoder_hidden_states=torch.randn(2, 5, config.joint_attention_dim, generator=random),
+            pooled_projections=torch.randn(2, config.pooled_projection_dim, generator=random),
+            timestep=torch.tensor([0.3, 0.9]),
+            guidance=torch.tensor([3.5, 3.5]),
+            img_ids=torch.zeros(16, 3),
+            txt_ids=torch.zeros(5, 3),
+            return_dict=False,
+        )[0]
+
+
+def test_new_adapters_change_nothing_and_depend_on_the_seed_alone(tiny_flux):
+    plain, first, again, other = (load_transformer(tiny_flux) for _ in range(4))
+    before = torch.random.get_rng_state()
+    for transformer, seed in ((first, 1), (again, 1), (other, 2)):
+        add_lora(transformer, 4, 8, ["to_q", "to_out.0"], seed)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert torch.equal(predict(first), predict(plain))
+    weights = [{n: p for n, p in t.named_parameters() if p.requires_grad} for t in (first, again, other)]
+    assert all("lora_" in name and ("to_q" in name or "to_out.0" in name) for name in weights[0])
+    assert all(torch.equal(p, weights[1][n]) for n, p in weights[0].items())
+    assert not all(torch.equal(p, weights[2][n]) for n, p in weights[0].items())
+
+
+def test_only_adapters_change_and_all_of_them(train, tiny_flux, monkeypatch):
+    trainers, real = [], train_grpo_flux.train
+    monkeypatch.setattr(train_grpo_flux, "train", lambda t, *rest: trainers.append(t) or real(t, *rest))
+    run = train(**LORA)
+    assert [line["optimizer_steps"] for line in run.metrics] == [2, 2]
+    base = load_transformer(tiny_flux).state_dict()
+    trained = trainers[0].engine.transformer.state_dict()
+    frozen = {name.replace(".base_layer", ""): p for name, p in trained.items() if "lora_" not in name}
+    assert frozen.keys() == base.keys()
+    assert all(torch.equal(p, base[name]) for name, p in frozen.items())
+    fresh = load_transformer(tiny_flux)
+    add_lora(fresh, 4, 8, ["to_q", "to_k", "to_v", "to_out.0"], seed=714)
+    saved = load_file(run.checkpoints[-1] / LORA_FILE)
+    for name, start in fresh.named_parameters():
+        if start.requires_grad:
+            assert not torch.equal(saved["transformer." + name.replace(".default.", ".")], start), name
+    assert {p.name for p in run.checkpoints[-1].iterdir()} == {"checkpoint.json", "optimizer", LORA_FILE}
+
+
+def test_a_wrong_target_is_refused_with_the_choices_before_any_weight_is_loaded(train, capsys, monkeypatch):
+    monkeypatch.setattr(train_grpo_flux, "load_transformer", lambda *_: pytest.fail("weights were loaded"))
+    with pytest.raises(SystemExit) as stop:
+        train(use_lora=True, lora_target_modules=["to_q", "to_quary"])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "--lora_target_modules to_quary" in error
+    assert all(name in error for name in ("attn.to_q", "attn.to_out.0", "ff.net.0.proj", "proj_mlp"))
+
+
+def test_a_resumed_lora_run_equals_an_uninterrupted_one(train):
+    settings = {**LORA, "max_train_steps": 4, "checkpointing_steps": 2, "ema_decay": 0.5, "train_batch_size": 2}
+    whole = train("whole", **settings)
+    rest = train("rest", **settings, resume_from_checkpoint=whole.checkpoints[0])
+    assert rest.numbers() == whole.numbers()[2:]
+    assert torch.equal(rest.gradient(), whole.gradient())
+    for part in (".", "ema"):
+        a, b = (load_file(run.checkpoints[-1] / part / LORA_FILE) for run in (whole, rest))
+        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a), part
+
+
+@pytest.mark.parametrize("name,value", [("lora_rank", 8), ("lora_alpha", 4), ("lora_target_modules", ["to_q"])])
+def test_adapters_of_another_shape_are_not_resumed(train, capsys, name, value):
+    run = train(**LORA, max_train_steps=1)
+    with pytest.raises(SystemExit) as stop:
+        train(**{**LORA, name: value}, resume_from_checkpoint=run.checkpoints[-1])
+    assert stop.value.code == 2
+    assert f"--{name}" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.fixture
+def adapters(train) -> Path:
+    """A LoRA checkpoint whose pictures differ from the base model's."""
+    return train(**{**LORA, "learning_rate": 3e-2}, max_train_steps=4).checkpoints[-1]
+
+
+def test_a_merged_model_computes_what_the_adapters_do(adapters, tiny_flux, tmp_path):
+    merged = tmp_path / "merged"
+    argv = ["--pretrained_model_name_or_path", tiny_flux, "--model_path", str(adapters), "--output_dir", str(merged)]
+    merge_lora.main([*argv, "--dtype", "fp32"])
+    whole, base = FluxTransformer2DModel.from_pretrained(merged), load_transformer(tiny_flux)
+    assert not any("lora" in name for name in whole.state_dict())
+    with_adapters = predict(load_with_lora(tiny_flux, str(adapters)))
+    torch.testing.assert_close(predict(whole), with_adapters, rtol=1e-4, atol=1e-5)
+    assert (predict(base) - with_adapters).abs().max() > 0.05
+    with pytest.raises(SystemExit):  # the folder is in use
+        merge_lora.main(argv)
+
+
+def test_diffusers_loads_the_adapters_with_their_scale(adapters, tiny_flux):
+    pipe = FluxPipeline.from_pretrained(tiny_flux, dtype=torch.float32)
+    pipe.load_lora_weights(adapters)
+    assert torch.equal(predict(pipe.transformer), predict(load_with_lora(tiny_flux, str(adapters))))
+    (config,) = pipe.transformer.peft_config.values()
+    assert (config.r, config.lora_alpha) == (4, 8)
+
+
+def test_sampling_takes_a_lora_checkpoint_and_can_hand_over_to_the_base_model(adapters, tiny_flux, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    merged = tmp_path / "merged"
+    base = ["--pretrained_model_name_or_path", tiny_flux]
+    merge_lora.main([*base, "--model_path", str(adapters), "--output_dir", str(merged), "--dtype", "fp32"])
+
+    def sample(name: str, *flags: str) -> Image.Image:
+        common = f"--prompts_file {tmp_path}/prompts.txt --output_dir {tmp_path}/{name} --h 32 --w 32 --device cpu"
+        manifest = sample_flux.main([*base, *common.split(), "--total_sampling_steps", "4", *flags])
+        (entry,) = json.loads(manifest.read_text())
+        return Image.open(manifest.parent / entry["image"]).convert("RGB")
+
+    def difference(a: Image.Image, b: Image.Image) -> int:
+        return int(np.abs(np.asarray(a, int) - np.asarray(b, int)).max())
+
+    half = ("--mix_sampling_steps", "2")
+    for name, more in (("whole", ()), ("half", half)):
+        pictures = [sample(f"{name}{i}", "--model_path", str(path), *more) for i, path in enumerate((adapters, merged))]
+        assert difference(*pictures) <= 2, name
+    assert difference(sample("whole0", "--model_path", str(adapters)), sample("base")) > 8
+    assert difference(sample("half0", "--model_path", str(adapters), *half), sample("base")) > 2
