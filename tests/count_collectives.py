@@ -1,4 +1,4 @@
-"""Trains like train_grpo_flux.py and writes, on the first process, how often each collective ran. Argument 1: the file."""
+"""Trains like train_grpo_flux.py and writes, on the first process, how often each collective ran, into argument 1."""
 
 import json
 import os

@@ -34,6 +34,12 @@ def red_prompts_fail(images: Images, prompts: list[str]) -> list[float]:
     return [math.nan if "red" in p else b for p, b in zip(prompts, brightness(images, prompts), strict=True)]
 
 
+def raises_on_rank_1(images: Images, prompts: list[str]) -> list[float]:
+    if os.environ["RANK"] == "1":
+        raise RuntimeError("on purpose")
+    return brightness(images, prompts)
+
+
 def spoils_one_step_of_rank_1(images: Images, prompts: list[str]) -> list[float]:
     """Makes the loss of one optimizer step infinite, on the second of two processes alone."""
     trainer = sys.modules["__main__"]

@@ -27,7 +27,6 @@ ENGINES = {
     "fsdp": {"parallel": "fsdp"},
     "fsdp, gathered anew at every step": {"fsdp_sharding_startegy": "full", "rollout_keep_gathered": "false"},
     "fsdp, gathered between forward and backward": {"fsdp_sharding_startegy": "hybrid_zero2"},
-    "fsdp, in the CPU's memory": {"parallel": "fsdp", "use_cpu_offload": True},
     "ZeRO-2": {"parallel": "deepspeed", "zero_stage": 2},
     "ZeRO-3": {"parallel": "deepspeed", "zero_stage": 3},
 }
@@ -63,8 +62,13 @@ def on_two(flags, tmp_path, subprocess_environment):
     return run
 
 
+def engines(*in_every_run: str) -> list:
+    """All engines, those not named only in the long test run."""
+    return [pytest.param(name, marks=() if name in in_every_run else pytest.mark.long) for name in ENGINES]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", engines("ddp", "fsdp", "ZeRO-2", "ZeRO-3"))
 def test_every_engine_gives_the_numbers_of_one_process(train, on_two, name):
     alone, together = train(**UNEVEN), on_two("two", **UNEVEN, **ENGINES[name])
     assert_same_numbers(alone, together)
@@ -73,7 +77,7 @@ def test_every_engine_gives_the_numbers_of_one_process(train, on_two, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ddp", "fsdp", "ZeRO-3"])
+@pytest.mark.parametrize("name", engines("fsdp"))
 def test_every_engine_trains_adapters_alike(train, on_two, name):
     settings = {**UNEVEN, **LORA, "ref_kl_coeff": 0.1}
     assert_same_numbers(train(**settings), on_two("two", **settings, **ENGINES[name]))
@@ -82,7 +86,7 @@ def test_every_engine_trains_adapters_alike(train, on_two, name):
 @pytest.mark.slow
 def test_a_checkpoint_goes_from_fsdp_to_one_process_and_back_with_its_average(train, on_two):
     settings = {
-        "prompts_per_iteration": 4, "learning_rate": 1e-5, "max_train_steps": 4, "checkpointing_steps": 2,
+        "prompts_per_iteration": 4, "learning_rate": 1e-6, "max_train_steps": 4, "checkpointing_steps": 2,
         "ema_decay": 0.5, "lr_scheduler": "cosine",
     }  # fmt: skip
     whole = train("whole", **settings)
@@ -115,7 +119,7 @@ def test_deepspeed_goes_on_exactly_and_only_where_its_state_fits(on_two, flags, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["fsdp", "ZeRO-2", "ZeRO-3"])
+@pytest.mark.parametrize("name", engines("fsdp", "ZeRO-2"))
 def test_all_processes_of_a_sharded_model_skip_a_step_that_is_bad_on_one(on_two, name):
     run = on_two("two", **ENGINES[name], reward_model="custom_rewards:spoils_one_step_of_rank_1")
     assert [(line["optimizer_steps"], line["skipped_steps"]) for line in run.metrics] == [(1, 1), (2, 0)]
@@ -171,6 +175,7 @@ def test_the_engine_follows_from_flags_and_processes(monkeypatch, given, process
         ({"parallel": "deepspeed"}, 1, "torchrun"),
         ({"parallel": "ddp", "fsdp_sharding_startegy": "full"}, 2, "--fsdp_sharding_startegy full"),
         ({"parallel": "fsdp", "fsdp_sharding_startegy": "none"}, 2, "--fsdp_sharding_startegy none"),
+        ({"parallel": "ddp", "use_cpu_offload": True}, 2, "--use_cpu_offload"),
         ({"parallel": "deepspeed", "ema_decay": 0.9}, 2, "--ema_decay"),
         ({"parallel": "deepspeed", "master_weight_type": "bf16"}, 2, "--master_weight_type"),
     ],

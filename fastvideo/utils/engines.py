@@ -63,6 +63,8 @@ def build_accelerator(config: GRPOConfig, name: str) -> Accelerator:
         ValueError: Accelerate set up something else.
     """
     cpu = not torch.cuda.is_available()
+    if config.use_cpu_offload and cpu:
+        raise ValueError("--use_cpu_offload: there is no GPU whose memory it could save")
     settings = {"mixed_precision": config.mixed_precision, "cpu": cpu}
     if name == "fsdp":
         compute = torch.bfloat16 if config.mixed_precision == "bf16" else None

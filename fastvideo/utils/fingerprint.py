@@ -22,7 +22,7 @@ def local_folder(model_path: str) -> Path | None:
 
 
 def model_fingerprint(model_path: str, folders: Sequence[str] = (".",)) -> str | None:
-    """A hash of the configs, tokenizers and safetensors in `folders`: every file's name, size and 16 samples of 64 KiB.
+    """A hash of the configs, tokenizers and safetensors in `folders`: every file's name, size and 1 MiB of its content.
 
     The content, not the path, so that a moved model is recognised and a retrained one is not mistaken for the old one.
     None when there are no such files: a wrong path, or a hub id that hasn't been downloaded.
@@ -41,16 +41,20 @@ def model_fingerprint(model_path: str, folders: Sequence[str] = (".",)) -> str |
     return digest.hexdigest()
 
 
-def _add_samples(path: Path, digest: "hashlib._Hash") -> None:
+def _add_samples(path: Path, digest: "hashlib._Hash", samples: int = 16, length: int = 1 << 16) -> None:
+    """`samples` pieces of `length` bytes, evenly spaced; the whole file when it is no longer than they are together."""
     size = path.stat().st_size
     with open(path, "rb") as file:
-        for sample in range(16):
-            file.seek(size * sample // 16)
-            digest.update(file.read(1 << 16))
+        if size <= samples * length:
+            digest.update(file.read())
+            return
+        for sample in range(samples):
+            file.seek((size - length) * sample // (samples - 1))
+            digest.update(file.read(length))
 
 
 def sample_file(path: Path) -> dict[str, int | str]:
-    """Size and a hash of 16 samples of 64 KiB of a file: quick to compare, whatever its size."""
+    """Size and hash of a file; above 256 MiB, of 256 MiB evenly spread over it, so that any file is quick to compare."""
     digest = hashlib.sha256()
-    _add_samples(path, digest)
-    return {"bytes": path.stat().st_size, "sha256_of_samples": digest.hexdigest()}
+    _add_samples(path, digest, 1 << 12, 1 << 16)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}

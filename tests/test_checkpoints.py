@@ -1,0 +1,285 @@
+"""Checkpoints through the command line: what is refused, what goes on, and what a kill or a full disk leaves behind."""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, same_weights
+from safetensors.torch import load_file
+
+SETTINGS = {"max_train_steps": 4, "checkpointing_steps": 2, "learning_rate": 1e-4}
+
+
+@pytest.fixture
+def refuse(train, capsys) -> Callable[..., str]:
+    """refuse(flag=value, ...) -> the one line with which a run is refused."""
+
+    def run(*args, **given) -> str:
+        with pytest.raises(SystemExit) as stop:
+            train(*args, **{**SETTINGS, **given})
+        assert stop.value.code == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+    return run
+
+
+# --- which checkpoint -------------------------------------------------------------------------------------------------
+
+
+def test_older_checkpoints_are_deleted_beyond_the_limit(train):
+    run = train(max_train_steps=6, checkpointing_steps=1, checkpoints_total_limit=2)
+    assert [path.name.split("-")[1] for path in run.checkpoints] == ["5", "6"]
+    assert not list(run.folder.glob(".*"))
+    train(run.folder.name, max_train_steps=7, checkpointing_steps=1, checkpoints_total_limit=2,
+          resume_from_checkpoint="latest")  # fmt: skip
+    assert [path.name.split("-")[1] for path in run.checkpoints] == ["6", "7"]
+
+
+def test_resuming_from_an_earlier_checkpoint_sets_later_ones_aside(train, capsys):
+    settings = {"max_train_steps": 6, "checkpointing_steps": 2, "learning_rate": 1e-4}
+    run = train("out", **settings)
+    later = run.weights(1)
+    train("out", **{**settings, "max_train_steps": 3}, seed=5, resume_from_checkpoint=run.checkpoints[0])
+    assert [path.name.split("-")[1] for path in run.checkpoints] == ["2", "3"]
+    assert [line["step"] for line in run.metrics] == [1, 2, 3]
+    moved = sorted((run.folder / "superseded").iterdir())
+    assert [path.name for path in moved] == ["checkpoint-4-0.0", "checkpoint-6-1.0"]
+    assert same_weights(later, load_file(moved[0] / "diffusion_pytorch_model.safetensors"))
+    assert "was moved to" in capsys.readouterr().err
+    train("out", **settings, resume_from_checkpoint="latest")  # goes on from 3, not from 6
+    assert [line["step"] for line in run.metrics] == [1, 2, 3, 4, 5, 6]
+
+
+DAMAGE = {
+    "cut off": (lambda p: p.write_bytes(p.read_bytes()[:-100]), "bytes"),
+    "gone": (Path.unlink, "is missing"),
+    "a flipped bit": (lambda p: p.write_bytes(p.read_bytes()[:-1] + bytes([p.read_bytes()[-1] ^ 1])), "has changed"),
+}
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model.safetensors", "optimizer/__0_0.distcp", "config.json"])
+def test_a_damaged_checkpoint_is_refused_with_what_is_wrong(train, refuse, how, name):
+    run = train("out", **SETTINGS)
+    before = run.metrics
+    damage, message = DAMAGE[how]
+    damage(run.checkpoints[-1] / name)
+    error = refuse("out", resume_from_checkpoint="latest")
+    assert str(run.checkpoints[-1]) in error and name in error and message in error
+    assert run.metrics == before
+    train("out", **SETTINGS, resume_from_checkpoint=run.checkpoints[0])
+    assert run.numbers() == [{k: v for k, v in line.items() if not k.startswith("seconds_")} for line in before]
+
+
+def test_a_record_that_is_no_json_or_of_another_format_is_refused(train, refuse):
+    run = train("out", **SETTINGS)
+    record = run.checkpoints[-1] / "checkpoint.json"
+    whole = json.loads(record.read_text())
+    for text, message in (("{", "can't be read"), (json.dumps({**whole, "format": 99}), "format 99"), ("[]", "read")):
+        record.write_text(text)
+        assert message in refuse("out", resume_from_checkpoint="latest")
+
+
+def test_a_checkpoint_of_another_base_model_or_kind_is_refused(train, refuse, random_flux):
+    run = train("out", **SETTINGS)
+    path = run.checkpoints[0]
+    assert "another base model" in refuse(pretrained_model_name_or_path=random_flux, resume_from_checkpoint=path)
+    assert "--use_lora True" in refuse(use_lora=True, resume_from_checkpoint=path)
+
+
+# --- what goes on -----------------------------------------------------------------------------------------------------
+
+
+def test_changed_settings_are_listed_and_count(train, capsys):
+    run = train("out", **SETTINGS)
+    capsys.readouterr()
+    changed = {"learning_rate": 5e-4, "weight_decay": 0.5, "eta": 0.5}
+    rest = train("rest", **{**SETTINGS, **changed}, resume_from_checkpoint=run.checkpoints[0])
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("resuming"))
+    for text in ("learning_rate: 0.0001 -> 0.0005", "weight_decay: 0.0001 -> 0.5", "eta: 0.7 -> 0.5"):
+        assert text in line
+    assert "output_dir" not in line and "seed" not in line
+    assert [line["lr"] for line in rest.metrics] == [5e-4, 5e-4]
+    assert not same_weights(rest.weights(), run.weights())
+    saved = json.loads((rest.checkpoints[-1] / "checkpoint.json").read_text())
+    assert saved["settings"]["learning_rate"] == 5e-4 and saved["versions"]["torch"] == torch.__version__
+
+
+def test_a_schedule_goes_on_where_it_was(train):
+    settings = {**SETTINGS, "lr_scheduler": "linear", "lr_warmup_steps": 3}
+    run = train(**settings)
+    rest = train(**settings, resume_from_checkpoint=run.checkpoints[0])
+    assert [line["lr"] for line in rest.metrics] == [line["lr"] for line in run.metrics[2:]]
+
+
+def test_a_run_saved_before_its_first_optimizer_step_goes_on_as_if_never_stopped(train):
+    settings = {**SETTINGS, "checkpointing_steps": 1, "reward_model": "custom_rewards:red_prompts_fail"}
+    whole = train("whole", **settings, sampler_seed=next_red_first())
+    assert whole.metrics[0]["optimizer_steps"] == 0
+    rest = train("rest", **settings, sampler_seed=next_red_first(), resume_from_checkpoint=whole.checkpoints[0])
+    assert rest.numbers() == whole.numbers()[1:]
+    assert same_weights(rest.weights(), whole.weights())
+
+
+def next_red_first() -> int:
+    """A sampler_seed with which the one red prompt comes first."""
+    from fastvideo.dataset.latent_flux_rl_datasets import PromptSampler
+
+    return next(seed for seed in range(100) if PromptSampler(5, 1, seed=seed).draws(1)[0].index == 0)
+
+
+@pytest.mark.slow
+def test_a_resumed_run_keeps_its_wandb_run(train, monkeypatch, tmp_path):
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run = train("out", **SETTINGS, use_wandb=True)
+    train("rest", **SETTINGS, use_wandb=True, resume_from_checkpoint=run.checkpoints[0])
+    ids = {path.name.rsplit("-", 1)[1] for path in tmp_path.glob("*/wandb/offline-run-*")}
+    assert len(list(tmp_path.glob("*/wandb/offline-run-*"))) == 2 and len(ids) == 1
+
+
+# --- signals, kills, full disks ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def start(flags, tmp_path, subprocess_environment):
+    """start(name, processes, flag=value, ...) -> a training run in the background, in a process group of its own."""
+    running = []
+
+    def run(name: str, processes: int = 1, limit: int | None = None, **given) -> subprocess.Popen:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        argv = ["fastvideo/train_grpo_flux.py", *flags(output_dir=tmp_path / name, **given)]
+        with open(tmp_path / f"{name}.log", "a") as log:
+            process = subprocess.Popen(
+                [sys.executable, *(torchrun if processes > 1 else []), *argv],
+                cwd=ROOT, env=subprocess_environment, stdout=log, stderr=log, start_new_session=True,
+                preexec_fn=(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))) if limit else None,
+            )  # fmt: skip
+        running.append(process)
+        return process
+
+    yield run
+    for process in running:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen, log: Path) -> None:
+    """Fails with the log's end when the run ends before the condition holds."""
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+        time.sleep(0.005)
+
+
+def lines(folder: Path) -> int:
+    path = folder / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_after_saving(start, train, run_at, tmp_path, number):
+    settings = {**SETTINGS, "max_train_steps": 12, "checkpointing_steps": 50}
+    process, log = start("cut", **settings), tmp_path / "cut.log"
+    wait_for(lambda: lines(tmp_path / "cut") >= 2, process, tmp_path / "cut.log")
+    process.send_signal(number)
+    assert process.wait(60) == 128 + number
+    assert "Traceback" not in log.read_text() and "--resume_from_checkpoint latest" in log.read_text()
+    done = len(run_at("cut").metrics)
+    assert [path.name.split("-")[1] for path in run_at("cut").checkpoints] == [str(done)] and done < 12
+    train("cut", **settings, resume_from_checkpoint="latest")
+    whole = train("whole", **settings)
+    assert run_at("cut").numbers() == whole.numbers()
+    assert same_weights(run_at("cut").weights(), whole.weights())
+
+
+@pytest.mark.slow
+def test_a_signal_to_torchrun_ends_all_processes_after_saving(start, run_at, tmp_path):
+    process = start("cut", 2, parallel="fsdp", max_train_steps=500, checkpointing_steps=500)
+    wait_for(lambda: lines(tmp_path / "cut") >= 2, process, tmp_path / "cut.log")
+    process.terminate()
+    process.wait(60)
+    (checkpoint,) = run_at("cut").checkpoints
+    assert checkpoint.name.split("-")[1] == str(len(run_at("cut").metrics))
+
+
+def kill_at_random_moments(start, train, run_at, tmp_path, kills: int, processes: int) -> None:
+    """A run that is killed again and again, and saves all the time, comes to the same end as one that isn't."""
+    settings = {**SETTINGS, "max_train_steps": 6 * kills, "checkpointing_steps": 1, "prompts_per_iteration": 2}
+    moments, cut, begun = random.Random(0), run_at("cut"), tmp_path / "cut/args.json"
+    for kill in range(kills):
+        if cut.folder.exists() and not cut.checkpoints:
+            shutil.rmtree(cut.folder)  # killed before the first checkpoint
+        begun.unlink(missing_ok=True)
+        go_on = {"resume_from_checkpoint": "latest"} if cut.checkpoints else {}
+        process = start("cut", processes, **settings, **go_on)
+        wait_for(begun.exists, process, tmp_path / "cut.log")
+        time.sleep(moments.random() * 1.5)
+        victims = [process.pid] if processes == 1 else children(process.pid)
+        for victim in victims if kill % 2 else victims[-1:]:  # all, or the last alone
+            os.kill(victim, signal.SIGKILL)
+        assert process.wait(90) != 0, "the run was too fast to be killed"
+    train("cut", **settings, **({"resume_from_checkpoint": "latest"} if cut.checkpoints else {}))
+    whole = train("whole", **settings)
+    assert [line["step"] for line in cut.metrics] == list(range(1, 6 * kills + 1))
+    assert not list(cut.folder.glob(".*.part"))
+    if processes == 1:
+        assert cut.numbers() == whole.numbers()
+        assert same_weights(cut.weights(), whole.weights())
+
+
+def children(pid: int) -> list[int]:
+    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout.split()
+    return [int(child) for child in found]
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_random_moments_ends_alike(start, train, run_at, tmp_path):
+    kill_at_random_moments(start, train, run_at, tmp_path, kills=2, processes=1)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_killed_at_twenty_random_moments_ends_alike(start, train, run_at, tmp_path, processes):
+    kill_at_random_moments(start, train, run_at, tmp_path, kills=20, processes=processes)
+
+
+@pytest.mark.slow
+def test_a_process_that_raises_ends_all_within_a_minute_with_its_traceback_last(start, run_at, tmp_path):
+    given = {**SETTINGS, "prompts_per_iteration": 2, "reward_model": "custom_rewards:raises_on_rank_1"}
+    process, log = start("out", 2, **given), tmp_path / "out.log"
+    wait_for(lambda: "on purpose" in log.read_text(), process, log)
+    assert process.wait(60) != 0
+    text = log.read_text()
+    assert "RuntimeError: on purpose" in text and "Traceback" in text
+
+
+@pytest.mark.slow
+def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(start, train, run_at, tmp_path):
+    """The operating system refuses files above a limit, which is below the size of the weights from the second on."""
+    settings = {**SETTINGS, "max_train_steps": 2, "checkpointing_steps": 1}
+    whole = train("whole", **settings)
+    weights = (whole.checkpoints[0] / "diffusion_pytorch_model.safetensors").stat().st_size
+    train("cut", **{**settings, "max_train_steps": 1})
+    process = start("cut", limit=weights // 2, **settings, resume_from_checkpoint="latest")
+    assert process.wait(120) == 1
+    log = (tmp_path / "cut.log").read_text()
+    assert "can't be written" in log.splitlines()[-1] and "Traceback" not in log
+    assert [path.name for path in run_at("cut").checkpoints] == [whole.checkpoints[0].name]
+    assert not list((tmp_path / "cut").glob(".*.part"))
+    train("cut", **settings, resume_from_checkpoint="latest")
+    assert same_weights(run_at("cut").weights(), whole.weights())
