@@ -9,17 +9,15 @@ scripts/finetune holds recipes, docs/algorithms.md the formulas beside their fla
 the references on purpose.
 """
 
-import io
-import json
 import math
 import os
 import sys
 import time
-from collections import deque
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 from pathlib import Path
 
 from fastvideo.config import IGNORED_FLAGS, GRPOConfig, parse_dataclass, world_size_of_environment
@@ -36,11 +34,25 @@ from fastvideo.models.flux import (
 )
 from fastvideo.models.reward_model.granular import GranularRewardModel
 from fastvideo.models.reward_model.utils import build_reward_models, check_reward_files, compute_reward
-from fastvideo.rollout_plan import Plan, describe_plan, function_evaluations, make_plan, rows_per_prompt, start_rows
-from fastvideo.utils.advantages import mix_advantages, sample_order
+from fastvideo.rollout_plan import (
+    Plan,
+    describe,
+    entropies,
+    function_evaluations,
+    leaf_columns,
+    leaves,
+    make_plan,
+    optimizer_steps,
+    parents,
+    rows_after,
+    start_rows,
+    trained_above,
+    updates,
+)
+from fastvideo.utils.advantages import fuse, kept_pictures, mix_advantages, picture_shares, sample_order
 from fastvideo.utils.checkpoint import find_checkpoint, load_state, save_checkpoint, truncate_metrics
-from fastvideo.utils.files import write_bytes, write_json
 from fastvideo.utils.grpo_states import windows
+from fastvideo.utils.log import Log
 from fastvideo.utils.sampling_utils import coefficients, log_prob, transition_mean
 
 import numpy as np
@@ -49,12 +61,16 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from diffusers.utils import make_image_grid
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 # What a random stream is for; the last entry of its seed.
 NOISE, STEP_SUBSET, ORDER = 0, 1, 2
+
+DRIFT = (
+    "before the first update the probability ratio deviates from 1 by more than a tenth of --clip_range "
+    "(ratio_first_deviation in metrics.jsonl): rollout and training round differently. Use --recompute_old_log_prob"
+)
 
 # v = velocity(x [N, L, C], σ [N], prompt index [N])
 Velocity = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -81,7 +97,7 @@ def draw_noise(
 class Rollout:
     """Samples of a plan and what training needs of its trained steps; dict keys are positions in the plan."""
 
-    latents: torch.Tensor  # [P·G, L, C] at σ = 0
+    latents: torch.Tensor  # [P·pictures, L, C] at σ = 0, a prompt's together, in the order of `leaves`
     before: dict[int, torch.Tensor] = field(default_factory=dict)  # x, [P·rows, L, C]
     after: dict[int, torch.Tensor] = field(default_factory=dict)  # x', [P·rows·branch, L, C]
     log_probs: dict[int, torch.Tensor] = field(default_factory=dict)  # of x' under the sampling policy, [P·rows·branch]
@@ -103,27 +119,36 @@ def rollout(
         latents: [P·rows, L, C] at σ = 1, the rows of a prompt together. prompts: P.
         noise: (position in the plan, rows a prompt) -> standard normal [P·rows, L, C].
     """
-    table, history = transition_table(plan, latents.device), deque(maxlen=3)
+    table, origins = transition_table(plan, latents.device), parents(plan)
     result = Rollout(latents)
-    for position, (step, numbers) in enumerate(zip(plan, coefficients(plan), strict=True)):
+    states = {-1: (latents, ())}  # position -> x after it, the latest x0 predictions on the way there
+    velocities: dict[int, torch.Tensor] = {}
+    for position, (step, numbers, origin) in enumerate(zip(plan, coefficients(plan), origins, strict=True)):
         x_weight, v_weight, std, sigma = table[position]
+        latents, history = states[origin]
         rows = len(latents) // prompts
-        prompt_index = torch.arange(prompts, device=latents.device).repeat_interleave(rows)
-        v = velocity(latents, sigma.expand(len(latents)), prompt_index)
+        if origin not in velocities:  # steps that start from the same state share it
+            prompt_index = torch.arange(prompts, device=latents.device).repeat_interleave(rows)
+            velocities[origin] = velocity(latents, sigma.expand(len(latents)), prompt_index)
+        v = velocities[origin]
         if step.train:
             result.before[position] = latents
+        history = (latents - sigma * v, *history[:2])
         if step.branch > 1:
-            latents, v = latents.repeat_interleave(step.branch, 0), v.repeat_interleave(step.branch, 0)
-            history = deque((x0.repeat_interleave(step.branch, 0) for x0 in history), maxlen=3)
-        history.appendleft(latents - sigma * v)
+            latents, v, *history = (x.repeat_interleave(step.branch, 0) for x in (latents, v, *history))
         mean = transition_mean(latents, v, x_weight, v_weight)
-        for weight, x0 in zip(numbers.history, list(history)[1:], strict=False):
+        for weight, x0 in zip(numbers.history, history[1:], strict=False):
             mean = mean + weight * x0
         latents = mean + std * noise(position, rows * step.branch) if numbers.std else mean
         if step.train:
             result.after[position] = latents
+        if step.train or step.branch > 1:
             result.log_probs[position] = log_prob(latents, mean, std)
-    result.latents = latents
+        states[position] = (latents, tuple(history))
+        if origin not in origins[position + 1 :]:
+            del states[origin], velocities[origin]
+    pictures = [states[leaf][0].unflatten(0, (prompts, -1)) for leaf in leaves(plan)]
+    result.latents = torch.cat(pictures, 1).flatten(0, 1)
     return result
 
 
@@ -156,33 +181,40 @@ def policy_loss(
 
 @dataclass(frozen=True)
 class Transition:
-    """A trained transition of this rank: step position in the plan, row before it, row after it, its advantage."""
+    """A trained transition of this rank: step position in the plan, row before it, row after it, its advantage, and
+    its weight in the loss of its optimizer step.
+    """
 
     position: int
     parent: int
     child: int
     prompt: int
     advantage: float
+    weight: float = 1.0
 
 
 def slice_transitions(
-    plan: Plan, rows: list[int], order: np.ndarray, trained: np.ndarray, advantages: np.ndarray
+    plan: Plan, rows: list[int], order: np.ndarray, trained: np.ndarray, advantages: dict[int, np.ndarray]
 ) -> list[Transition]:
-    """The transitions of one optimizer step, sorted so that those leaving one row stand together.
+    """The transitions of one optimizer step, sorted so that those leaving one row stand together. Weights make their
+    loss the mean over prompts of the mean over a prompt's transitions.
 
     Args:
-        rows: rows a prompt at each step. order: [P, k] samples of this step. trained: [P, G, n] positions in the plan.
-        advantages: [P, G].
+        rows: rows a prompt after each step. order: [P, k] samples of this step. trained: [P, G, n] plan positions.
+        advantages: position that this step trains -> [P, rows after it], NaN where the transition is pruned.
     """
-    group = advantages.shape[1]
-    found = []
+    group, found = trained.shape[1], []
     for prompt, samples in enumerate(order):
+        edges = {}  # samples that still are one row share a transition
         for sample in samples:
-            for position in trained[prompt, sample]:
-                width = rows[position + 1]
-                child = prompt * width + int(sample) * width // group
-                parent = child // plan[position].branch
-                found.append(Transition(int(position), parent, child, prompt, float(advantages[prompt, sample])))
+            for position in advantages.keys() & trained[prompt, sample].tolist():
+                row = int(sample) * rows[position] // group
+                advantage = float(advantages[position][prompt, row])
+                if not math.isnan(advantage):
+                    edges[position, prompt * rows[position] + row] = advantage
+        for (position, child), advantage in edges.items():
+            weight = 1 / (len(order) * len(edges))
+            found.append(Transition(position, child // plan[position].branch, child, prompt, advantage, weight))
     return sorted(found, key=lambda t: (t.position, t.parent, t.child))
 
 
@@ -199,10 +231,10 @@ def micro_batches(transitions: list[Transition], size: int) -> list[list[Transit
     return batches
 
 
-def transitions_loss(
-    batch: list[Transition], sampled: Rollout, table: torch.Tensor, velocity: Velocity, config: GRPOConfig
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Loss [N] of a micro-batch's N transitions, with its parts: what the rollout did, once more with gradient."""
+def transitions_log_prob(
+    batch: list[Transition], sampled: Rollout, table: torch.Tensor, velocity: Velocity
+) -> torch.Tensor:
+    """Log-probability [N] of a micro-batch's N transitions: what the rollout did, once more with gradient."""
     rows = list(dict.fromkeys((t.position, t.parent, t.prompt) for t in batch))
     place = {row[:2]: i for i, row in enumerate(rows)}
     device = table.device
@@ -217,9 +249,17 @@ def transitions_loss(
     x_weight, v_weight, std = table[indices([t.position for t in batch]), :3, None, None].unbind(1)
     mean = transition_mean(latents[leaving], v[leaving], x_weight, v_weight)
     after = torch.stack([sampled.after[t.position][t.child] for t in batch])
+    return log_prob(after, mean, std)
+
+
+def transitions_loss(
+    batch: list[Transition], sampled: Rollout, table: torch.Tensor, velocity: Velocity, config: GRPOConfig
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Loss [N] of a micro-batch's N transitions, with its parts."""
+    new = transitions_log_prob(batch, sampled, table, velocity)
     old = torch.stack([sampled.log_probs[t.position][t.child] for t in batch])
-    advantages = torch.tensor([t.advantage for t in batch], device=device)
-    return policy_loss(log_prob(after, mean, std), old, advantages, config.clip_range, config.kl_coeff)
+    advantages = torch.tensor([t.advantage for t in batch], device=new.device)
+    return policy_loss(new, old, advantages, config.clip_range, config.kl_coeff)
 
 
 # --- one run ----------------------------------------------------------------------------------------------------------
@@ -255,7 +295,7 @@ class Trainer:
             fused=device.type == "cuda",
         )
         self.model, self.optimizer = accelerator.prepare(self.transformer, optimizer)
-        self.steps_per_iteration = config.num_generations // config.gradient_accumulation_steps
+        self.steps_per_iteration = optimizer_steps(config)
         self.lr_scheduler = get_scheduler(
             config.lr_scheduler,
             optimizer,
@@ -333,40 +373,86 @@ class Trainer:
 
         return rollout(plan, latents, len(slots), velocity, lambda position, rows: noise(position + 1, rows))
 
-    def score(self, latents: torch.Tensor, captions: list[str], seconds: dict[str, float]) -> tuple[list, dict]:
-        """Pictures and gathered scores: name -> [P, G] over all ranks, NaN where failed."""
-        config, group = self.config, self.config.num_generations
+    def score(
+        self, plan: Plan, latents: torch.Tensor, captions: list[str], seconds: dict[str, float]
+    ) -> tuple[list, dict]:
+        """Pictures and gathered scores: name -> [P, pictures] over all ranks, NaN where failed."""
+        config, places = self.config, self.places(plan)
         with self.phase("decode", seconds):
-            batch = config.rollout_batch_size or group
+            batch = config.rollout_batch_size or config.num_generations
             images = decode_latents(self.vae, latents, config.h, config.w, batch)
         with self.phase("reward", seconds):
-            prompts = [caption for caption in captions for _ in range(group)]
-            step, total = self.progress(len(prompts))
+            prompts = [caption for caption in captions for _ in places]
+            step, total = self.progress(np.tile(places, len(captions)))
             _, _, scores, _ = compute_reward(
                 images, prompts, self.reward_models, self.reward_weights, curr_step=step, total_steps=total
             )
             stacked = torch.tensor(np.stack(list(scores.values()), axis=-1), device=self.accelerator.device)
-            everywhere = self.accelerator.gather(stacked).reshape(-1, group, len(scores)).cpu().numpy()
+            everywhere = self.accelerator.gather(stacked).reshape(-1, len(places), len(scores)).cpu().numpy()
         return images, {name: everywhere[..., i] for i, name in enumerate(scores)}
 
-    def progress(self, images: int) -> tuple[int | np.ndarray, int]:
+    def places(self, plan: Plan) -> np.ndarray:
+        """The place of each of a prompt's pictures in its group, from 0 to below G."""
+        sizes = [columns.stop - columns.start for columns in leaf_columns(plan, start_rows(self.config)).values()]
+        return np.concatenate([np.arange(size) * self.config.num_generations / size for size in sizes])
+
+    def progress(self, places: np.ndarray) -> tuple[int | np.ndarray, int]:
         """curr_step and total_steps of the granular weights: over training, or each picture's place in its group."""
         if self.config.granular_progress == "batch_index":
-            return np.arange(images) % self.config.num_generations, self.config.num_generations
+            return places, self.config.num_generations
         return self.done + 1, self.config.max_train_steps
 
-    def advantage_weights(self, shape: tuple[int, int]) -> dict[str, np.ndarray | float]:
-        """Weight of each score in the advantage. With `--granular_mix advantage` components stand for their model."""
-        weights: dict[str, np.ndarray | float] = {}
+    def advantage_weights(self, places: np.ndarray) -> dict[str, np.ndarray]:
+        """Weight of each score in the advantage, [pictures]. With `--granular_mix advantage` components stand for their
+        model.
+        """
+        weights: dict[str, np.ndarray] = {}
         for name, weight in self.reward_weights.items():
             model = self.reward_models[name]
             if self.config.granular_mix == "advantage" and isinstance(model, GranularRewardModel):
-                images = shape[0] * shape[1]
-                parts = model.component_weights(*self.progress(images), images)
-                weights |= {key: weight * part.reshape(shape) for key, part in parts.items()}
+                parts = model.component_weights(*self.progress(places), len(places))
+                weights |= {key: weight * part for key, part in parts.items()}
             else:
-                weights[name] = weight
+                weights[name] = np.full(len(places), weight)
         return weights
+
+    def advantages(
+        self, plan: Plan, sampled: Rollout, scores: dict[str, np.ndarray]
+    ) -> tuple[dict[int, np.ndarray], int]:
+        """Advantages of all ranks, position -> [P, rows after it], NaN where pruned; and the number of flat groups.
+
+        A row scores what its pictures score together, compared with the other rows of its step and prompt. Several
+        tails (Granular-GRPO) add their advantages.
+        """
+        config, start = self.config, start_rows(self.config)
+        rows, weights = rows_after(plan, start), self.advantage_weights(self.places(plan))
+        log_probs: dict[int, np.ndarray] = {}  # of the splits, by the number of rows before them; none: plain means
+        if config.tree_fusion == "probability":
+            for position, step in enumerate(plan):
+                if step.branch > 1:
+                    own = sampled.log_probs[position].reshape(self.local_prompts, -1)
+                    before = rows[position] // step.branch
+                    log_probs[before] = self.accelerator.gather(own).double().cpu().numpy()
+        found: dict[int, np.ndarray] = {}
+        groups: dict[tuple[int, int], tuple[np.ndarray, int]] = {}
+        for leaf, columns in leaf_columns(plan, start).items():
+            for position in trained_above(plan, leaf):
+                count, group = rows[position], (leaf, rows[position])
+                if group not in groups:
+                    shares = picture_shares(log_probs, count, rows[leaf], config.tree_fusion_temperature)
+                    fused = {name: fuse(values[:, columns], count, shares) for name, values in scores.items()}
+                    shaped = {name: fuse(weight[None, columns], count, shares) for name, weight in weights.items()}
+                    groups[group] = mix_advantages(
+                        fused, shaped, config.multi_reward_mix, config.use_group, config.trimmed_ratio
+                    )
+                found[position] = found.get(position, 0) + groups[group][0]
+        if config.tree_width_prune:
+            mode, share = config.tree_width_prune, config.tree_width_prune_share
+            for position, values in found.items():
+                if rows[position] == config.num_generations:  # from the last split on
+                    kept = kept_pictures(values, config.tree_split_children, mode, share)
+                    found[position] = np.where(kept, values, np.nan)
+        return found, sum(flat for _, flat in groups.values())
 
     def rng(self, number: int, slot: int, purpose: int) -> np.random.Generator:
         """Random choices of one prompt, a function of (seed, iteration, prompt slot)."""
@@ -387,42 +473,59 @@ class Trainer:
         )
 
     def train_on(
-        self, plan: Plan, number: int, sampled: Rollout, advantages: np.ndarray, conditioning: Conditioning
+        self, plan: Plan, number: int, sampled: Rollout, advantages: dict[int, np.ndarray], conditioning: Conditioning
     ) -> dict[str, float]:
-        """G/k optimizer steps; step s uses samples [ks, ks+k) of every prompt's group. advantages: [P, G], all ranks.
+        """G/k optimizer steps; step s uses samples [ks, ks+k) of every prompt's group (see `updates`).
 
-        Returns the metrics of all ranks.
+        advantages: position -> [P, rows after it], all ranks. Returns the metrics of all ranks.
         """
         config, accelerator = self.config, self.accelerator
         k, local = config.gradient_accumulation_steps, self.local_prompts
         slots = range(accelerator.process_index * local, (accelerator.process_index + 1) * local)
-        own = np.clip(advantages[slots.start : slots.stop], -config.adv_clip_max, config.adv_clip_max)
+        own = {
+            position: np.clip(values[slots.start : slots.stop], -config.adv_clip_max, config.adv_clip_max)
+            for position, values in advantages.items()
+        }
+        whole = np.nan_to_num(own[max(own)])  # where all samples are rows of their own
         order = np.stack(
             [
-                sample_order(own[i], config.advantage_rerange_strategy, self.rng(number, slot, ORDER))
+                sample_order(whole[i], config.advantage_rerange_strategy, self.rng(number, slot, ORDER))
                 for i, slot in enumerate(slots)
             ]
         )
         trained = self.trained_positions(plan, number, slots)
-        rows, table = rows_per_prompt(plan, start_rows(config)), transition_table(plan, accelerator.device)
+        rows, table = rows_after(plan, start_rows(config)), transition_table(plan, accelerator.device)
         velocity = self.velocity(self.model, conditioning)
-        # Mean over prompts of all ranks, their k samples and trained steps; the engine averages gradients over ranks.
-        weight = 1 / (local * k * trained.shape[-1])
+        work = []  # the micro-batches of each optimizer step
+        for samples, positions in updates(plan, config.num_generations, k):
+            chosen = {position: own[position] for position in positions}
+            transitions = slice_transitions(plan, rows, order[:, samples], trained, chosen)
+            work.append(micro_batches(transitions, config.train_micro_batch_size))
+        counts = torch.tensor([[len(batches) for batches in work]], device=accelerator.device)
+        most = accelerator.gather(counts).amax(0).tolist()
+        for batches, count in zip(work, most, strict=True):
+            # All ranks run the model equally often; where the numbers of rows differ, some runs count nothing.
+            batches += [[replace(t, weight=0.0) for t in batches[-1]]] * (count - len(batches))
+        if config.recompute_old_log_prob:
+            for batch in chain.from_iterable(work):
+                with accelerator.no_sync(self.model):
+                    new = transitions_log_prob(batch, sampled, table, velocity).detach()
+                for transition, value in zip(batch, new, strict=True):
+                    sampled.log_probs[transition.position][transition.child] = value
         sums: dict[str, torch.Tensor] = {}
         deviations, norms, skipped, first = [], [], 0, 0
-        for s in range(self.steps_per_iteration):
-            transitions = slice_transitions(plan, rows, order[:, s * k : (s + 1) * k], trained, own)
-            batches = micro_batches(transitions, config.train_micro_batch_size)
+        for batches in work:
             step_loss = torch.zeros((), device=accelerator.device)
             for i, batch in enumerate(batches):
                 last = i == len(batches) - 1
+                weights = torch.tensor([t.weight for t in batch], device=accelerator.device)
                 with nullcontext() if last else accelerator.no_sync(self.model):
                     loss, parts = transitions_loss(batch, sampled, table, velocity, config)
-                    loss = loss.sum() * weight
+                    loss = loss @ weights
                     accelerator.backward(loss)
                 step_loss += loss.detach()
                 for name, part in (parts | {"loss": loss.detach()}).items():
-                    share = part if name == "loss" else part.sum() * weight
+                    share = part if name == "loss" else part @ weights
                     sums[name] = sums.get(name, 0) + share / self.steps_per_iteration
                 deviations.append((parts["ratio"] - 1).abs().max())
             first = first or len(deviations)  # micro-batches before the first update
@@ -449,6 +552,8 @@ class Trainer:
         names = ["clip_frac" if n == "clipped" else "ratio_mean" if n == "ratio" else n for n in sums]
         metrics = dict(zip([*names, "grad_norm"], everywhere.mean(0).tolist(), strict=False))
         metrics["ratio_max_deviation"], metrics["ratio_first_deviation"] = everywhere.max(0).values[-2:].tolist()
+        if accelerator.is_main_process and metrics["ratio_first_deviation"] > config.clip_range / 10:
+            warnings.warn(DRIFT, stacklevel=1)  # shown once
         return metrics | {
             "optimizer_steps": len(norms),
             "skipped_steps": skipped,
@@ -466,16 +571,13 @@ class Trainer:
             self.image_ids,
             config.guidance_scale,
         )
-        plan = make_plan(config, window)
+        plan = make_plan(config, window, number)
         with self.phase("rollout", seconds):
             sampled = self.sample(plan, number, conditioning)
-        images, scores = self.score(sampled.latents, batch["caption"], seconds)
+        images, scores = self.score(plan, sampled.latents, batch["caption"], seconds)
         shape = next(iter(scores.values())).shape
-        weights = self.advantage_weights(shape)
-        advantages, flat = mix_advantages(
-            scores, weights, config.multi_reward_mix, config.use_group, config.trimmed_ratio
-        )
-        reward_metrics = self.reward_metrics(scores)
+        advantages, flat = self.advantages(plan, sampled, scores)
+        reward_metrics = self.reward_metrics(plan, scores)
         with self.phase("train", seconds):
             if math.isfinite(reward_metrics["reward"]):
                 metrics = self.train_on(plan, number, sampled, advantages, conditioning)
@@ -488,12 +590,32 @@ class Trainer:
             "images": shape[0] * shape[1],
             "nfe": shape[0] * function_evaluations(plan, start_rows(config)),
             "window": [step.index for step in plan if step.train],
+            "merges": [step.span for step in plan if step.train],
+            "entropies": entropies(plan),
             "zero_spread_groups": flat,
         }
         return metrics | reward_metrics | seconds | {"seconds_total": time.perf_counter() - start}, images
 
-    def reward_metrics(self, scores: dict[str, np.ndarray]) -> dict[str, float]:
-        """Means of the weighted reward, of every model and component, and the granular weights of this iteration."""
+    def reward_metrics(self, plan: Plan, scores: dict[str, np.ndarray]) -> dict[str, float]:
+        """Means of the weighted reward, of every model and component, and the granular weights of this iteration.
+
+        Pictures that train nothing (E-GRPO's anchors, the noise-free samples) are reported apart, as eval_reward….
+        """
+        columns = leaf_columns(plan, start_rows(self.config))
+        trained = sum(c.stop - c.start for leaf, c in columns.items() if trained_above(plan, leaf))  # they come first
+        metrics = self.reward_means({name: values[:, :trained] for name, values in scores.items()})
+        if trained < max(c.stop for c in columns.values()):
+            anchors = self.reward_means({name: values[:, trained:] for name, values in scores.items()})
+            metrics |= {f"eval_{name}": value for name, value in anchors.items()}
+        for model in self.reward_models.values():
+            if isinstance(model, GranularRewardModel):
+                current = model.get_dynamic_weights(*self.progress(self.places(plan)[:trained]))
+                mean = np.atleast_2d(current).mean(0)
+                metrics |= {f"granular_weight_{c}": w for c, w in zip(model.component_names, mean, strict=True)}
+        return metrics
+
+    def reward_means(self, scores: dict[str, np.ndarray]) -> dict[str, float]:
+        """reward, reward_std, failed_rewards, and the mean score of every model and component."""
         used = np.stack([scores[name] for name in self.reward_weights])
         complete = np.isfinite(used).all(0)
         reward = np.tensordot(list(self.reward_weights.values()), used[:, complete], 1)
@@ -505,87 +627,10 @@ class Trainer:
         for name, values in scores.items():
             finite = values[np.isfinite(values)]
             metrics[f"reward_{name}"] = finite.mean() if len(finite) else math.nan
-        for model in self.reward_models.values():
-            if isinstance(model, GranularRewardModel):
-                current = model.get_dynamic_weights(*self.progress(self.config.num_generations))
-                mean = np.atleast_2d(current).mean(0)
-                metrics |= {f"granular_weight_{c}": w for c, w in zip(model.component_names, mean, strict=True)}
         return metrics
 
 
 # --- command line -----------------------------------------------------------------------------------------------------
-
-
-def describe(config: GRPOConfig, world_size: int) -> str:
-    """The derived arithmetic and the first window's plan. Every window of the run is checked on the way.
-
-    Raises:
-        ValueError: a window can't be planned, or the prompts don't divide among the processes.
-    """
-    prompts = config.local_prompts(world_size) * world_size
-    start = start_rows(config)
-    schedule = list(islice(windows(config), config.max_train_steps))
-    evaluations = {tuple(w): function_evaluations(make_plan(config, w), start) for w in schedule}
-    nfe = [evaluations[tuple(w)] for w in schedule]
-    steps = config.num_generations // config.gradient_accumulation_steps
-    first = make_plan(config, schedule[0])
-    return "\n".join(
-        [
-            f"{config.algorithm}: {prompts} prompts x {config.num_generations} samples = "
-            f"{prompts * config.num_generations} images an iteration on {world_size} process(es)",
-            f"{steps} optimizer steps an iteration, each on {config.gradient_accumulation_steps} samples a prompt, "
-            f"in {config.max_train_steps} iterations: {config.max_train_steps * steps} optimizer steps",
-            f"velocity evaluations (NFE) a prompt and iteration: {min(nfe)} to {max(nfe)}, mean {np.mean(nfe):.1f} "
-            f"(without sharing {config.num_generations * len(first)})",
-            f"plan of the first window {schedule[0]}:",
-            describe_plan(first, start),
-        ]
-    )
-
-
-class Log:
-    """metrics.jsonl, image grids and wandb, on the main process."""
-
-    def __init__(self, config: GRPOConfig) -> None:
-        self.folder, self.run = Path(config.output_dir), None
-        write_json(self.folder / "args.json", config.to_public_dict())
-        if config.use_wandb:
-            import wandb
-
-            mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
-            self.run = wandb.init(
-                project="mixgrpo-flux",
-                name=config.experiment_name,
-                dir=config.output_dir,
-                config=config.to_public_dict(),
-                mode=mode,
-            )
-
-    def write(self, metrics: dict) -> None:
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
-        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(finite, allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        if self.run is not None:
-            self.run.log(finite, step=metrics["step"])
-
-    def write_images(self, step: int, images: list) -> None:
-        rows = max(n for n in range(1, math.isqrt(len(images)) + 1) if len(images) % n == 0)
-        path = self.folder / "images" / f"iteration_{step:06d}.png"
-        path.parent.mkdir(exist_ok=True)
-        grid = make_image_grid(images, rows=rows, cols=len(images) // rows)
-        data = io.BytesIO()
-        grid.save(data, "PNG")
-        write_bytes(path, data.getvalue())
-        if self.run is not None:
-            import wandb
-
-            self.run.log({"samples": wandb.Image(grid)}, step=step)
-
-    def close(self) -> None:
-        if self.run is not None:
-            self.run.finish()
 
 
 def main_process_first(accelerator: Accelerator, work: Callable[[], object]) -> object:
@@ -686,7 +731,8 @@ def train(trainer: Trainer, sampler: PromptSampler, loader: DataLoader) -> None:
                 log.write(metrics | {"epoch": epoch})
                 if config.image_log_steps and trainer.done % config.image_log_steps == 0:
                     log.write_images(trainer.done, images[: config.num_generations])
-            bar.set_postfix(reward=f"{metrics['reward']:.4f}", window=f"{window[0]}-{window[-1]}")
+            first, *_, last = metrics["window"] * 2
+            bar.set_postfix(reward=f"{metrics['reward']:.4f}", window=f"{first}-{last}")
             bar.update()
             stopped = trainer.skipped_in_a_row >= config.max_skipped_steps
             if stopped or trainer.done % config.checkpointing_steps == 0 or trainer.done == config.max_train_steps:

@@ -141,7 +141,7 @@ def test_an_optimizer_step_descends_the_mean_over_prompts_samples_and_steps(flag
     expected = torch.autograd.grad(total, list(trainer.transformer.parameters()))
     expected = torch.cat([gradient.flatten() for gradient in expected])
 
-    metrics = trainer.train_on(plan, 1, sampled, advantages, conditioning)
+    metrics = trainer.train_on(plan, 1, sampled, dict.fromkeys(window, advantages), conditioning)
     moments = trainer.optimizer.state_dict()["state"].values()
     found = torch.cat([entry["exp_avg"].flatten() for entry in moments]) / (1 - 0.9)
     assert relative_difference(found, expected) < 1e-4

@@ -1,0 +1,57 @@
+"""What a run writes while it trains: metrics.jsonl, image grids, and wandb on request."""
+
+import io
+import json
+import math
+import os
+from pathlib import Path
+
+from fastvideo.config import GRPOConfig
+from fastvideo.utils.files import write_bytes, write_json
+
+from diffusers.utils import make_image_grid
+
+
+class Log:
+    """metrics.jsonl, image grids and wandb, on the main process."""
+
+    def __init__(self, config: GRPOConfig) -> None:
+        self.folder, self.run = Path(config.output_dir), None
+        write_json(self.folder / "args.json", config.to_public_dict())
+        if config.use_wandb:
+            import wandb
+
+            mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
+            self.run = wandb.init(
+                project=config.wandb_project,
+                name=config.experiment_name,
+                dir=config.output_dir,
+                config=config.to_public_dict(),
+                mode=mode,
+            )
+
+    def write(self, metrics: dict) -> None:
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
+        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(finite, allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        if self.run is not None:
+            self.run.log(finite, step=metrics["step"])
+
+    def write_images(self, step: int, images: list) -> None:
+        rows = max(n for n in range(1, math.isqrt(len(images)) + 1) if len(images) % n == 0)
+        path = self.folder / "images" / f"iteration_{step:06d}.png"
+        path.parent.mkdir(exist_ok=True)
+        grid = make_image_grid(images, rows=rows, cols=len(images) // rows)
+        data = io.BytesIO()
+        grid.save(data, "PNG")
+        write_bytes(path, data.getvalue())
+        if self.run is not None:
+            import wandb
+
+            self.run.log({"samples": wandb.Image(grid)}, step=step)
+
+    def close(self) -> None:
+        if self.run is not None:
+            self.run.finish()
