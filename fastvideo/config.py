@@ -9,8 +9,8 @@ import math
 import os
 import re
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -41,6 +41,21 @@ class _Switch(argparse.Action):
         setattr(namespace, self.dest, not option_string.startswith("--no_"))
 
 
+class _List(argparse.Action):
+    """`--x 1 2`, `--x 1,2` and `--x [1,2]`; None is an empty list."""
+
+    def __init__(self, *args: Any, type: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.convert = type
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        parts = [part for part in re.split(r"[\s,\[\]]+", " ".join(values)) if not is_none(part)]
+        try:
+            setattr(namespace, self.dest, [self.convert(part) for part in parts])
+        except ValueError:
+            parser.error(f"--{self.dest} {' '.join(values)}: expected a list of {self.convert.__name__} values")
+
+
 class _Parser(argparse_dataclass.ArgumentParser):
     """argparse-dataclass with underscored names, `--no_` forms, None, defaults in --help and one-line errors."""
 
@@ -59,6 +74,8 @@ class _Parser(argparse_dataclass.ArgumentParser):
                 f"--{f.name}", action=_Switch, dest=f.name, default=kwargs["default"], help=help
             )
         kwargs["help"] = help
+        if get_origin(f.type) is list:
+            kwargs |= {"action": _List, "type": get_args(f.type)[0]}
         if get_origin(f.type) is UnionType:  # int | None, which argparse-dataclass doesn't know
             inner = next(a for a in get_args(f.type) if a is not NoneType)
             kwargs["type"] = lambda text: None if is_none(text) else inner(text)
@@ -139,6 +156,28 @@ ALGORITHMS: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
 }
+# Never derived from other flags. All samples of a prompt have to start from the same noise.
+_SHARED_START = {
+    "training_strategy": "all",
+    "dpm_algorithm_type": None,
+    "flow_grpo_sampling": False,
+    "init_same_noise": True,
+}
+_MERGE_DEFAULTS = {"sampling_steps": 16, "learning_rate": 2e-6}
+_TREE_DEFAULTS = {
+    "sde_type": "dance",
+    "sampling_steps": 20,
+    "eta": 0.3,
+    "clip_range": 1e-3,
+    "drop_last_sample": True,
+}
+ALGORITHMS |= {
+    "grpo_merge": {"requires": _SHARED_START, "defaults": _MERGE_DEFAULTS},
+    "granular_grpo": {"requires": _SHARED_START, "defaults": {**_MERGE_DEFAULTS, "granular_list": [1, 2, 3]}},
+    "branch_grpo": {"requires": _SHARED_START, "defaults": _TREE_DEFAULTS},
+    "branch_grpo_mix": {"requires": _SHARED_START, "defaults": _TREE_DEFAULTS},
+}
+MERGES, TREES = ("grpo_merge", "granular_grpo"), ("branch_grpo", "branch_grpo_mix")
 
 
 @dataclass
@@ -187,7 +226,7 @@ class GRPOConfig(RewardConfig):
     prompts_per_iteration: int | None = flag(None, "prompts an iteration over all ranks; overrides train_batch_size")
     num_generations: int = flag(12, "images a prompt (G), the group of the advantages")
     gradient_accumulation_steps: int = flag(
-        3, "samples of each group an optimizer step uses (k): G/k steps an iteration"
+        3, "samples of each group an optimizer step uses (k): G/k steps an iteration; E-GRPO and trees: all"
     )
     rollout_batch_size: int | None = flag(None, "rows a forward pass of the rollout; speed and memory only (None: all)")
     train_micro_batch_size: int = flag(1, "rows a training forward pass; speed and memory only")
@@ -210,6 +249,33 @@ class GRPOConfig(RewardConfig):
     frozen_init_timesteps: int = flag(0, "train just the first n steps (strategy all); 0: see timestep_fraction")
     flow_grpo_sampling: bool = flag(False, "training_strategy all with Flow-GRPO's steps instead of DanceGRPO's")
     drop_last_sample: bool = flag(False, "score the last x0 prediction, not a noisy last step (strategy all)")
+    flow_grpo_fast_steps: int = flag(
+        0, "Flow-GRPO-Fast: noise only in so many consecutive steps, drawn at random; 0: all"
+    )
+
+    # --- E-GRPO and Granular-GRPO -----------------------------------------------------------------------------------
+    entropy_threshold: float = flag(2.2, "a stochastic step is merged with following ones until its e^h exceeds this")
+    eta_step_list: list[int] = flag([], "active steps, from 0, instead of the first half", metavar="E")
+    eta_step_merge_list: list[int] = flag([], "steps that each active step is merged into, instead of by entropy")
+    granular_list: list[int] = flag([1], "strides of the ODE tails; each tail is scored, its advantages are summed")
+
+    # --- BranchGRPO -------------------------------------------------------------------------------------------------
+    tree_split_points: list[int] = flag([0, 3, 6, 9], "steps at which every row splits", metavar="STEP")
+    tree_split_children: int = flag(2, "successors of a row at a split; G is this to the power of the number of splits")
+    tree_split_noise_scale: float = flag(4.0, "factor of the standard deviation at splits")
+    tree_fusion: str = flag(
+        "mean",
+        "reward of an inner node: mean of its leaves, or weighted by edge probability",
+        choices=["mean", "probability"],
+    )
+    tree_fusion_temperature: float = flag(1.0, "divides log-probabilities, means over elements, before the softmax")
+    tree_width_prune: int = flag(
+        0, "after the last split train 0: all edges, 1: the best of each branch, 2: best and worst", choices=[0, 1, 2]
+    )
+    tree_width_prune_share: float = flag(0.5, "share of the edges that width pruning keeps")
+    depth_pruning: list[int] = flag([], "depths, in steps from the root, whose edges are not trained", metavar="DEPTH")
+    depth_pruning_slide_interval: int = flag(0, "iterations until these depths move one shallower; 0: never")
+    depth_pruning_stop_depth: int = flag(1, "where the shallowest of these depths stops")
 
     # --- MixGRPO's window -------------------------------------------------------------------------------------------
     group_size: int = flag(4, "window size: stochastic, trained steps an iteration")
@@ -265,6 +331,7 @@ class GRPOConfig(RewardConfig):
     clip_range: float = flag(1e-4, "clip range of the probability ratio")
     kl_coeff: float = flag(0.0, "weight of the squared log-probability change against the old policy")
     ref_kl_coeff: float = flag(0.0, "weight of the KL divergence from the base model's transitions; 0: not computed")
+    recompute_old_log_prob: bool = flag(False, "compute the old log-probabilities again in the batches of training")
 
     # --- optimizer --------------------------------------------------------------------------------------------------
     learning_rate: float = flag(1e-5, "AdamW learning rate")
@@ -313,6 +380,7 @@ class GRPOConfig(RewardConfig):
     # --- logging ----------------------------------------------------------------------------------------------------
     experiment_name: str = flag("mixgrpo", "name of the run in wandb")
     wandb_key: str | None = flag(None, "refused: set WANDB_API_KEY in the environment instead")
+    wandb_project: str = flag("mixgrpo-flux", "project of the run in wandb")
     use_wandb: bool = flag(True, "log to wandb too; offline without a key")
     image_log_steps: int = flag(10, "iterations between saved image grids; 0: none")
 
@@ -323,7 +391,7 @@ class GRPOConfig(RewardConfig):
         Raises:
             ValueError: a flag contradicts the algorithm, or a value is out of range.
         """
-        base = {f.name: f.default for f in fields(cls)}
+        base = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(cls)}
         given = {**base, **explicit}
         fitting = (
             name
@@ -337,6 +405,13 @@ class GRPOConfig(RewardConfig):
                 if explicit.get(key, value) != value:
                     raise ValueError(f"--algorithm {name} contradicts --{key} {explicit[key]}: it needs {value}")
             explicit = {**algorithm["defaults"], **algorithm["requires"], **explicit, "algorithm": name}
+            if name in TREES:
+                tree = {**base, **explicit}
+                leaves = tree["tree_split_children"] ** len(tree["tree_split_points"])
+                if leaves >= 2:  # else _check_algorithm says what is wrong
+                    explicit.setdefault("num_generations", leaves)
+            if name in (*MERGES, *TREES):
+                explicit["gradient_accumulation_steps"] = explicit.get("num_generations", base["num_generations"])
         return cls(**explicit)
 
     def __post_init__(self) -> None:
@@ -360,14 +435,20 @@ class GRPOConfig(RewardConfig):
             need(getattr(self, name) is None or getattr(self, name) >= 1, name, "must be at least 1, or None")
         for name in (
             "seed sampler_seed dataloader_num_workers frozen_init_timesteps prog_overlap_step eta kl_coeff "
-            "lr_warmup_steps weight_decay ema_start_step image_log_steps ref_kl_coeff"
+            "lr_warmup_steps weight_decay ema_start_step image_log_steps flow_grpo_fast_steps "
+            "depth_pruning_slide_interval ref_kl_coeff"
         ).split():
             need(getattr(self, name) >= 0, name, "must not be negative")
-        for name in ("shift adv_clip_max clip_range learning_rate max_grad_norm guidance_scale").split():
+        for name in (
+            "shift adv_clip_max clip_range learning_rate max_grad_norm guidance_scale entropy_threshold "
+            "tree_split_noise_scale tree_fusion_temperature"
+        ).split():
             need(getattr(self, name) > 0, name, "must be greater than 0")
         for name in ("cfg trimmed_ratio ema_decay").split():
             need(0 <= getattr(self, name) < 1, name, "must be at least 0 and below 1")
-        for name in ("timestep_fraction dpm_post_compress_ratio selective_checkpointing").split():
+        for name in (
+            "timestep_fraction dpm_post_compress_ratio selective_checkpointing tree_width_prune_share"
+        ).split():
             need(0 < getattr(self, name) <= 1, name, "must be above 0 and at most 1")
         for f in fields(self):  # argparse has checked the command line; this is for other callers
             if f.metadata.get("choices"):
@@ -408,6 +489,7 @@ class GRPOConfig(RewardConfig):
                 "timestep_fraction",
                 f"leaves no step of {trainable} to train",
             )
+        self._check_algorithm(need)
         need(self.eta > 0, "eta", "must be greater than 0: deterministic steps can't be trained")
         need(
             self.sde_type != "cps" or self.eta < 1,
@@ -476,6 +558,48 @@ class GRPOConfig(RewardConfig):
         from fastvideo.models.reward_model.utils import resolve_reward_spec
 
         resolve_reward_spec(self)
+
+    def _check_algorithm(self, need: Callable[[bool, str, str], None]) -> None:
+        """The flags of Flow-GRPO-Fast, E-GRPO, Granular-GRPO and BranchGRPO."""
+        steps, name = self.sampling_steps, self.algorithm
+        window = {"flow_grpo": self.flow_grpo_fast_steps, "branch_grpo_mix": self.group_size}.get(name, 0)
+        need(window <= steps - 2, "group_size" if name in TREES else "flow_grpo_fast_steps", f"at most {steps - 2}")
+        for given, owners in {
+            "flow_grpo_fast_steps": ("flow_grpo",),
+            "eta_step_list": MERGES,
+            "eta_step_merge_list": ("grpo_merge",),
+            "tree_width_prune": TREES,
+            "depth_pruning": TREES,
+        }.items():
+            need(not getattr(self, given) or name in owners, given, f"goes with --algorithm {' or '.join(owners)}")
+        if self.flow_grpo_fast_steps:
+            share = int(self.flow_grpo_fast_steps * self.timestep_fraction)
+            need(share >= 1, "timestep_fraction", f"leaves no step of {self.flow_grpo_fast_steps} to train")
+        if name in (*MERGES, *TREES):
+            for value, plain in {"timestep_fraction": 1, "frozen_init_timesteps": 0}.items():
+                need(getattr(self, value) == plain, value, f"--algorithm {name} needs {plain}")
+        if name in MERGES:
+            active, merges = self.eta_step_list, self.eta_step_merge_list
+            need(active == sorted(set(active)), "eta_step_list", "steps must ascend, each once")
+            need(all(0 <= e < steps - 1 for e in active), "eta_step_list", f"choose from 0 to {steps - 2}")
+            need(not merges or len(merges) == len(active), "eta_step_merge_list", f"--eta_step_list has {len(active)}")
+            for step, merge in zip(active, merges, strict=False):
+                fits = merge >= 1 and step + merge < steps
+                need(fits, "eta_step_merge_list", f"step {step} can be merged into 1 to {steps - 1 - step} steps")
+            strides = self.granular_list
+            need(bool(strides) and min(strides) >= 1, "granular_list", "give strides of at least 1")
+            need(len(set(strides)) == len(strides), "granular_list", "give each stride once")
+        if name in TREES:
+            splits, children = self.tree_split_points, self.tree_split_children
+            need(self.share_prefix, "share_prefix", f"--algorithm {name} always shares what its rows have in common")
+            need(children >= 2, "tree_split_children", "must be at least 2")
+            need(bool(splits) and splits == sorted(set(splits)), "tree_split_points", "steps must ascend, each once")
+            need(splits[0] >= 0 and splits[-1] < steps - 1, "tree_split_points", f"choose from 0 to {steps - 2}")
+            leaves = children ** len(splits)
+            need(self.num_generations == leaves, "num_generations", f"the tree has {children}^{len(splits)} = {leaves}")
+            inside = all(1 <= depth < steps for depth in self.depth_pruning)
+            need(inside, "depth_pruning", f"depths lie between 1 and {steps - 1}")
+            need(self.depth_pruning_stop_depth >= 1, "depth_pruning_stop_depth", "must be at least 1")
 
     def local_prompts(self, world_size: int) -> int:
         """Prompts of each rank, P / world size. Raises ValueError if P doesn't divide."""

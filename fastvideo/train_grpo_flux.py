@@ -15,11 +15,11 @@ import signal
 import sys
 import time
 import uuid
-from collections import deque
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 from pathlib import Path
 
 from fastvideo.config import IGNORED_FLAGS, GRPOConfig, parse_dataclass, world_size_of_environment
@@ -28,10 +28,8 @@ from fastvideo.dataset.latent_flux_rl_datasets import LatentFluxRLDataset, Promp
 from fastvideo.models.flux import (
     Conditioning,
     LatentShape,
-    add_lora,
     check_lora_targets,
     decode_latents,
-    enable_gradient_checkpointing,
     load_transformer,
     load_vae,
     meta_transformer,
@@ -39,27 +37,38 @@ from fastvideo.models.flux import (
 )
 from fastvideo.models.reward_model.granular import GranularRewardModel
 from fastvideo.models.reward_model.utils import build_reward_models, check_reward_files, compute_reward
-from fastvideo.rollout_plan import Plan, describe_plan, function_evaluations, make_plan, rows_per_prompt, start_rows
-from fastvideo.utils.advantages import mix_advantages, sample_order
+from fastvideo.rollout_plan import (
+    Plan,
+    describe,
+    entropies,
+    function_evaluations,
+    leaf_columns,
+    leaves,
+    make_plan,
+    optimizer_steps,
+    parents,
+    rows_after,
+    start_rows,
+    trained_above,
+    updates,
+)
+from fastvideo.utils.advantages import fuse, kept_pictures, mix_advantages, picture_shares, sample_order
 from fastvideo.utils.checkpoint import (
     CheckpointNotWritten,
+    load_ema,
+    load_trained,
     open_output,
     read_record,
-    read_weights,
-    run_settings,
     save_checkpoint,
-    swap_in,
 )
 from fastvideo.utils.engines import Engine, build_engine, main_process_first
-from fastvideo.utils.fingerprint import model_fingerprint
 from fastvideo.utils.grpo_states import windows
+from fastvideo.utils.log import Log
 from fastvideo.utils.processes import stop_signals
-from fastvideo.utils.run_log import Log
 from fastvideo.utils.sampling_utils import coefficients, log_prob, transition_mean
 
 import numpy as np
 import torch
-from diffusers import FluxTransformer2DModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader
@@ -67,6 +76,11 @@ from tqdm import tqdm
 
 # What a random stream is for; the last entry of its seed.
 NOISE, STEP_SUBSET, ORDER = 0, 1, 2
+
+DRIFT = (
+    "before the first update the probability ratio deviates from 1 by more than a tenth of --clip_range "
+    "(ratio_first_deviation in metrics.jsonl): rollout and training round differently. Use --recompute_old_log_prob"
+)
 
 # v = velocity(x [N, L, C], σ [N], prompt index [N])
 Velocity = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -93,7 +107,7 @@ def draw_noise(
 class Rollout:
     """Samples of a plan and what training needs of its trained steps; dict keys are positions in the plan."""
 
-    latents: torch.Tensor  # [P·G, L, C] at σ = 0
+    latents: torch.Tensor  # [P·pictures, L, C] at σ = 0, a prompt's together, in the order of `leaves`
     before: dict[int, torch.Tensor] = field(default_factory=dict)  # x, [P·rows, L, C]
     after: dict[int, torch.Tensor] = field(default_factory=dict)  # x', [P·rows·branch, L, C]
     log_probs: dict[int, torch.Tensor] = field(default_factory=dict)  # of x' under the sampling policy, [P·rows·branch]
@@ -115,27 +129,36 @@ def rollout(
         latents: [P·rows, L, C] at σ = 1, the rows of a prompt together. prompts: P.
         noise: (position in the plan, rows a prompt) -> standard normal [P·rows, L, C].
     """
-    table, history = transition_table(plan, latents.device), deque(maxlen=3)
+    table, origins = transition_table(plan, latents.device), parents(plan)
     result = Rollout(latents)
-    for position, (step, numbers) in enumerate(zip(plan, coefficients(plan), strict=True)):
+    states = {-1: (latents, ())}  # position -> x after it, the latest x0 predictions on the way there
+    velocities: dict[int, torch.Tensor] = {}
+    for position, (step, numbers, origin) in enumerate(zip(plan, coefficients(plan), origins, strict=True)):
         x_weight, v_weight, std, sigma = table[position]
+        latents, history = states[origin]
         rows = len(latents) // prompts
-        prompt_index = torch.arange(prompts, device=latents.device).repeat_interleave(rows)
-        v = velocity(latents, sigma.expand(len(latents)), prompt_index)
+        if origin not in velocities:  # steps that start from the same state share it
+            prompt_index = torch.arange(prompts, device=latents.device).repeat_interleave(rows)
+            velocities[origin] = velocity(latents, sigma.expand(len(latents)), prompt_index)
+        v = velocities[origin]
         if step.train:
             result.before[position] = latents
+        history = (latents - sigma * v, *history[:2])
         if step.branch > 1:
-            latents, v = latents.repeat_interleave(step.branch, 0), v.repeat_interleave(step.branch, 0)
-            history = deque((x0.repeat_interleave(step.branch, 0) for x0 in history), maxlen=3)
-        history.appendleft(latents - sigma * v)
+            latents, v, *history = (x.repeat_interleave(step.branch, 0) for x in (latents, v, *history))
         mean = transition_mean(latents, v, x_weight, v_weight)
-        for weight, x0 in zip(numbers.history, list(history)[1:], strict=False):
+        for weight, x0 in zip(numbers.history, history[1:], strict=False):
             mean = mean + weight * x0
         latents = mean + std * noise(position, rows * step.branch) if numbers.std else mean
         if step.train:
             result.after[position] = latents
+        if step.train or step.branch > 1:
             result.log_probs[position] = log_prob(latents, mean, std)
-    result.latents = latents
+        states[position] = (latents, tuple(history))
+        if origin not in origins[position + 1 :]:
+            del states[origin], velocities[origin]
+    pictures = [states[leaf][0].unflatten(0, (prompts, -1)) for leaf in leaves(plan)]
+    result.latents = torch.cat(pictures, 1).flatten(0, 1)
     return result
 
 
@@ -176,33 +199,40 @@ def reference_kl(mean: torch.Tensor, reference: torch.Tensor, std: torch.Tensor)
 
 @dataclass(frozen=True)
 class Transition:
-    """A trained transition of this rank: step position in the plan, row before it, row after it, its advantage."""
+    """A trained transition of this rank: step position in the plan, row before it, row after it, its advantage, and
+    its weight in the loss of its optimizer step.
+    """
 
     position: int
     parent: int
     child: int
     prompt: int
     advantage: float
+    weight: float = 1.0
 
 
 def slice_transitions(
-    plan: Plan, rows: list[int], order: np.ndarray, trained: np.ndarray, advantages: np.ndarray
+    plan: Plan, rows: list[int], order: np.ndarray, trained: np.ndarray, advantages: dict[int, np.ndarray]
 ) -> list[Transition]:
-    """The transitions of one optimizer step, sorted so that those leaving one row stand together.
+    """The transitions of one optimizer step, sorted so that those leaving one row stand together. Weights make their
+    loss the mean over prompts of the mean over a prompt's transitions.
 
     Args:
-        rows: rows a prompt at each step. order: [P, k] samples of this step. trained: [P, G, n] positions in the plan.
-        advantages: [P, G].
+        rows: rows a prompt after each step. order: [P, k] samples of this step. trained: [P, G, n] plan positions.
+        advantages: position that this step trains -> [P, rows after it], NaN where the transition is pruned.
     """
-    group = advantages.shape[1]
-    found = []
+    group, found = trained.shape[1], []
     for prompt, samples in enumerate(order):
+        edges = {}  # samples that still are one row share a transition
         for sample in samples:
-            for position in trained[prompt, sample]:
-                width = rows[position + 1]
-                child = prompt * width + int(sample) * width // group
-                parent = child // plan[position].branch
-                found.append(Transition(int(position), parent, child, prompt, float(advantages[prompt, sample])))
+            for position in advantages.keys() & trained[prompt, sample].tolist():
+                row = int(sample) * rows[position] // group
+                advantage = float(advantages[position][prompt, row])
+                if not math.isnan(advantage):
+                    edges[position, prompt * rows[position] + row] = advantage
+        for (position, child), advantage in edges.items():
+            weight = 1 / (len(order) * len(edges))
+            found.append(Transition(position, child // plan[position].branch, child, prompt, advantage, weight))
     return sorted(found, key=lambda t: (t.position, t.parent, t.child))
 
 
@@ -219,6 +249,30 @@ def micro_batches(transitions: list[Transition], size: int) -> list[list[Transit
     return batches
 
 
+def predicted(
+    batch: list[Transition], sampled: Rollout, table: torch.Tensor, velocity: Velocity
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean [N, L, C] and std [N, 1, 1] of a micro-batch's N transitions under the model of `velocity`."""
+    rows = list(dict.fromkeys((t.position, t.parent, t.prompt) for t in batch))
+    place = {row[:2]: i for i, row in enumerate(rows)}
+    device = table.device
+
+    def indices(values: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(values, device=device)
+
+    latents = torch.stack([sampled.before[position][parent] for position, parent, _ in rows])
+    sigma = table[indices([position for position, _, _ in rows]), 3]
+    v = velocity(latents, sigma, indices([prompt for _, _, prompt in rows]))
+    leaving = indices([place[t.position, t.parent] for t in batch])
+    x_weight, v_weight, std = table[indices([t.position for t in batch]), :3, None, None].unbind(1)
+    return transition_mean(latents[leaving], v[leaving], x_weight, v_weight), std
+
+
+def sampled_after(batch: list[Transition], sampled: Rollout) -> torch.Tensor:
+    """What the rollout went to in a micro-batch's transitions, [N, L, C]."""
+    return torch.stack([sampled.after[t.position][t.child] for t in batch])
+
+
 def transitions_loss(
     batch: list[Transition],
     sampled: Rollout,
@@ -231,27 +285,13 @@ def transitions_loss(
 
     reference: the base model's velocity, with --ref_kl_coeff.
     """
-    rows = list(dict.fromkeys((t.position, t.parent, t.prompt) for t in batch))
-    place = {row[:2]: i for i, row in enumerate(rows)}
-    device = table.device
-
-    def indices(values: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(values, device=device)
-
-    latents = torch.stack([sampled.before[position][parent] for position, parent, _ in rows])
-    sigma = table[indices([position for position, _, _ in rows]), 3]
-    prompt_index = indices([prompt for _, _, prompt in rows])
-    base_v = reference(latents, sigma, prompt_index) if reference else None  # first: adapters are off meanwhile
-    v = velocity(latents, sigma, prompt_index)
-    leaving = indices([place[t.position, t.parent] for t in batch])
-    x_weight, v_weight, std = table[indices([t.position for t in batch]), :3, None, None].unbind(1)
-    mean = transition_mean(latents[leaving], v[leaving], x_weight, v_weight)
-    after = torch.stack([sampled.after[t.position][t.child] for t in batch])
+    base_mean = predicted(batch, sampled, table, reference)[0] if reference else None
+    mean, std = predicted(batch, sampled, table, velocity)
+    new = log_prob(sampled_after(batch, sampled), mean, std)
     old = torch.stack([sampled.log_probs[t.position][t.child] for t in batch])
-    advantages = torch.tensor([t.advantage for t in batch], device=device)
-    loss, parts = policy_loss(log_prob(after, mean, std), old, advantages, config.clip_range, config.kl_coeff)
-    if base_v is not None:
-        base_mean = transition_mean(latents[leaving], base_v[leaving], x_weight, v_weight)
+    advantages = torch.tensor([t.advantage for t in batch], device=new.device)
+    loss, parts = policy_loss(new, old, advantages, config.clip_range, config.kl_coeff)
+    if base_mean is not None:
         divergence = reference_kl(mean, base_mean, std)
         loss, parts = loss + config.ref_kl_coeff * divergence, parts | {"ref_kl_loss": divergence.detach()}
     return loss, parts
@@ -279,8 +319,8 @@ class Trainer:
         self.config, self.engine, self.accelerator = config, engine, engine.accelerator
         self.local_prompts = config.local_prompts(self.accelerator.num_processes)
         device, path = self.accelerator.device, config.pretrained_model_name_or_path
-        transformer = self._load_transformer(checkpoint)
-        self.vae = load_vae(path, self.frozen_dtype).to(device)
+        transformer = load_trained(config, engine, checkpoint)
+        self.vae = load_vae(path, engine.frozen_dtype).to(device)
         self.shape = LatentShape.of(self.vae, config.h, config.w)
         self.image_ids = self.shape.image_ids(device)
         self.guidance_embeds = bool(transformer.config.guidance_embeds)
@@ -289,9 +329,8 @@ class Trainer:
         engine.prepare(transformer, {"lr": config.learning_rate, "weight_decay": config.weight_decay})
         self.frozen = None
         if config.ref_kl_coeff and not config.use_lora:
-            base = load_transformer(path, self.frozen_dtype).requires_grad_(False).eval()
-            self.frozen = engine.prepare_frozen(base)
-        self.steps_per_iteration = config.num_generations // config.gradient_accumulation_steps
+            self.frozen = engine.prepare_frozen(load_transformer(path, engine.frozen_dtype))
+        self.steps_per_iteration = optimizer_steps(config)
         self.lr_scheduler = get_scheduler(
             config.lr_scheduler,
             engine.raw_optimizer,
@@ -308,30 +347,6 @@ class Trainer:
         if checkpoint is not None:
             self._resume(checkpoint)
 
-    @property
-    def frozen_dtype(self) -> torch.dtype:
-        """Of weights that aren't trained."""
-        on_gpu = self.accelerator.device.type == "cuda"
-        return torch.bfloat16 if on_gpu and self.config.mixed_precision == "bf16" else torch.float32
-
-    def _load_transformer(self, checkpoint: Path | None) -> FluxTransformer2DModel:
-        """The model with its trained parameters, the whole or adapters, as the base model or a checkpoint has them."""
-        config, base = self.config, self.config.pretrained_model_name_or_path
-        source = base if config.use_lora or checkpoint is None else str(checkpoint)
-        master = torch.bfloat16 if config.master_weight_type == "bf16" else torch.float32
-        dtype = self.frozen_dtype if config.use_lora else master
-        if self.engine.loads_weights:
-            transformer = load_transformer(source, dtype)
-        else:
-            transformer = meta_transformer(source, dtype).to_empty(device="cpu")
-        if config.use_lora:
-            add_lora(transformer, config.lora_rank, config.lora_alpha, config.lora_target_modules, config.seed)
-            if checkpoint is not None:
-                transformer.load_state_dict(read_weights(checkpoint), strict=False)
-        if config.gradient_checkpointing:
-            enable_gradient_checkpointing(transformer, config.selective_checkpointing)
-        return transformer.train()
-
     def _resume(self, checkpoint: Path) -> None:
         record = read_record(checkpoint)
         self.engine.load_optimizer(checkpoint / "optimizer")
@@ -340,26 +355,18 @@ class Trainer:
         if self.optimizer_steps:  # the learning rate of the flags' schedule at this place
             self.lr_scheduler._step_count = self.lr_scheduler.last_epoch = self.optimizer_steps - 1
             self.lr_scheduler.step()
-        if self.ema is not None and (checkpoint / "ema").is_dir():
-            weights = read_weights(checkpoint / "ema") if self.accelerator.is_main_process else {}
-            swap_in(self.ema, self.engine.trained_parameters())
-            self.engine.set_trained_weights(weights)
-            swap_in(self.ema, self.engine.trained_parameters())
-            self.ema.optimization_step = record["ema_optimization_step"]
+        if self.ema is not None:
+            load_ema(checkpoint, self.engine, self.ema)
 
     def save(self, epoch: int) -> None:
         """Writes checkpoint-{iterations done}-{epoch}."""
-        config = self.config
-        record = {
+        place = {
             "iteration": self.done,
             "epoch": epoch,
             "optimizer_steps": self.optimizer_steps,
-            "ema_optimization_step": self.ema.optimization_step if self.ema is not None else 0,
             "wandb_id": self.wandb_id,
-            "base_model_hash": model_fingerprint(config.pretrained_model_name_or_path, ("transformer",)),
-            "settings": run_settings(config, self.accelerator.num_processes),
         }
-        save_checkpoint(Path(config.output_dir), self.engine, self.ema, record)
+        save_checkpoint(self.engine, self.ema, place)
 
     def velocity(self, model: torch.nn.Module, conditioning: Conditioning) -> Velocity:
         """The same prediction, precision and autocast for rollout and training."""
@@ -419,40 +426,86 @@ class Trainer:
             whole = self.velocity(model, conditioning)
             return rollout(plan, latents, len(slots), velocity, lambda position, rows: noise(position + 1, rows))
 
-    def score(self, latents: torch.Tensor, captions: list[str], seconds: dict[str, float]) -> tuple[list, dict]:
-        """Pictures and gathered scores: name -> [P, G] over all ranks, NaN where failed."""
-        config, group = self.config, self.config.num_generations
+    def score(
+        self, plan: Plan, latents: torch.Tensor, captions: list[str], seconds: dict[str, float]
+    ) -> tuple[list, dict]:
+        """Pictures and gathered scores: name -> [P, pictures] over all ranks, NaN where failed."""
+        config, places = self.config, self.places(plan)
         with self.phase("decode", seconds):
-            batch = config.rollout_batch_size or group
+            batch = config.rollout_batch_size or config.num_generations
             images = decode_latents(self.vae, latents, config.h, config.w, batch)
         with self.phase("reward", seconds):
-            prompts = [caption for caption in captions for _ in range(group)]
-            step, total = self.progress(len(prompts))
+            prompts = [caption for caption in captions for _ in places]
+            step, total = self.progress(np.tile(places, len(captions)))
             _, _, scores, _ = compute_reward(
                 images, prompts, self.reward_models, self.reward_weights, curr_step=step, total_steps=total
             )
             stacked = torch.tensor(np.stack(list(scores.values()), axis=-1), device=self.accelerator.device)
-            everywhere = self.accelerator.gather(stacked).reshape(-1, group, len(scores)).cpu().numpy()
+            everywhere = self.accelerator.gather(stacked).reshape(-1, len(places), len(scores)).cpu().numpy()
         return images, {name: everywhere[..., i] for i, name in enumerate(scores)}
 
-    def progress(self, images: int) -> tuple[int | np.ndarray, int]:
+    def places(self, plan: Plan) -> np.ndarray:
+        """The place of each of a prompt's pictures in its group, from 0 to below G."""
+        sizes = [columns.stop - columns.start for columns in leaf_columns(plan, start_rows(self.config)).values()]
+        return np.concatenate([np.arange(size) * self.config.num_generations / size for size in sizes])
+
+    def progress(self, places: np.ndarray) -> tuple[int | np.ndarray, int]:
         """curr_step and total_steps of the granular weights: over training, or each picture's place in its group."""
         if self.config.granular_progress == "batch_index":
-            return np.arange(images) % self.config.num_generations, self.config.num_generations
+            return places, self.config.num_generations
         return self.done + 1, self.config.max_train_steps
 
-    def advantage_weights(self, shape: tuple[int, int]) -> dict[str, np.ndarray | float]:
-        """Weight of each score in the advantage. With `--granular_mix advantage` components stand for their model."""
-        weights: dict[str, np.ndarray | float] = {}
+    def advantage_weights(self, places: np.ndarray) -> dict[str, np.ndarray]:
+        """Weight of each score in the advantage, [pictures]. With `--granular_mix advantage` components stand for their
+        model.
+        """
+        weights: dict[str, np.ndarray] = {}
         for name, weight in self.reward_weights.items():
             model = self.reward_models[name]
             if self.config.granular_mix == "advantage" and isinstance(model, GranularRewardModel):
-                images = shape[0] * shape[1]
-                parts = model.component_weights(*self.progress(images), images)
-                weights |= {key: weight * part.reshape(shape) for key, part in parts.items()}
+                parts = model.component_weights(*self.progress(places), len(places))
+                weights |= {key: weight * part for key, part in parts.items()}
             else:
-                weights[name] = weight
+                weights[name] = np.full(len(places), weight)
         return weights
+
+    def advantages(
+        self, plan: Plan, sampled: Rollout, scores: dict[str, np.ndarray]
+    ) -> tuple[dict[int, np.ndarray], int]:
+        """Advantages of all ranks, position -> [P, rows after it], NaN where pruned; and the number of flat groups.
+
+        A row scores what its pictures score together, compared with the other rows of its step and prompt. Several
+        tails (Granular-GRPO) add their advantages.
+        """
+        config, start = self.config, start_rows(self.config)
+        rows, weights = rows_after(plan, start), self.advantage_weights(self.places(plan))
+        log_probs: dict[int, np.ndarray] = {}  # of the splits, by the number of rows before them; none: plain means
+        if config.tree_fusion == "probability":
+            for position, step in enumerate(plan):
+                if step.branch > 1:
+                    own = sampled.log_probs[position].reshape(self.local_prompts, -1)
+                    before = rows[position] // step.branch
+                    log_probs[before] = self.accelerator.gather(own).double().cpu().numpy()
+        found: dict[int, np.ndarray] = {}
+        groups: dict[tuple[int, int], tuple[np.ndarray, int]] = {}
+        for leaf, columns in leaf_columns(plan, start).items():
+            for position in trained_above(plan, leaf):
+                count, group = rows[position], (leaf, rows[position])
+                if group not in groups:
+                    shares = picture_shares(log_probs, count, rows[leaf], config.tree_fusion_temperature)
+                    fused = {name: fuse(values[:, columns], count, shares) for name, values in scores.items()}
+                    shaped = {name: fuse(weight[None, columns], count, shares) for name, weight in weights.items()}
+                    groups[group] = mix_advantages(
+                        fused, shaped, config.multi_reward_mix, config.use_group, config.trimmed_ratio
+                    )
+                found[position] = found.get(position, 0) + groups[group][0]
+        if config.tree_width_prune:
+            mode, share = config.tree_width_prune, config.tree_width_prune_share
+            for position, values in found.items():
+                if rows[position] == config.num_generations:  # from the last split on
+                    kept = kept_pictures(values, config.tree_split_children, mode, share)
+                    found[position] = np.where(kept, values, np.nan)
+        return found, sum(flat for _, flat in groups.values())
 
     def rng(self, number: int, slot: int, purpose: int) -> np.random.Generator:
         """Random choices of one prompt, a function of (seed, iteration, prompt slot)."""
@@ -473,50 +526,60 @@ class Trainer:
         )
 
     def train_on(
-        self, plan: Plan, number: int, sampled: Rollout, advantages: np.ndarray, conditioning: Conditioning
+        self, plan: Plan, number: int, sampled: Rollout, advantages: dict[int, np.ndarray], conditioning: Conditioning
     ) -> dict[str, float]:
-        """G/k optimizer steps; step s uses samples [ks, ks+k) of every prompt's group. advantages: [P, G], all ranks.
+        """G/k optimizer steps; step s uses samples [ks, ks+k) of every prompt's group (see `updates`).
 
-        Returns the metrics of all ranks.
+        advantages: position -> [P, rows after it], all ranks. Returns the metrics of all ranks.
         """
         config, accelerator = self.config, self.accelerator
         k, local = config.gradient_accumulation_steps, self.local_prompts
         slots = range(accelerator.process_index * local, (accelerator.process_index + 1) * local)
-        own = np.clip(advantages[slots.start : slots.stop], -config.adv_clip_max, config.adv_clip_max)
+        own = {
+            position: np.clip(values[slots.start : slots.stop], -config.adv_clip_max, config.adv_clip_max)
+            for position, values in advantages.items()
+        }
+        whole = np.nan_to_num(own[max(own)])  # where all samples are rows of their own
         order = np.stack(
             [
-                sample_order(own[i], config.advantage_rerange_strategy, self.rng(number, slot, ORDER))
+                sample_order(whole[i], config.advantage_rerange_strategy, self.rng(number, slot, ORDER))
                 for i, slot in enumerate(slots)
             ]
         )
         trained = self.trained_positions(plan, number, slots)
-        rows, table = rows_per_prompt(plan, start_rows(config)), transition_table(plan, accelerator.device)
+        rows, table = rows_after(plan, start_rows(config)), transition_table(plan, accelerator.device)
         velocity = self.velocity(self.engine.model, conditioning)
         reference = self.reference(conditioning) if config.ref_kl_coeff else None
-        # Mean over prompts of all ranks, their k samples and trained steps; the engine averages gradients over ranks.
-        weight = 1 / (local * k * trained.shape[-1])
+        work = []  # the micro-batches of each optimizer step
+        for samples, positions in updates(plan, config.num_generations, k):
+            chosen = {position: own[position] for position in positions}
+            transitions = slice_transitions(plan, rows, order[:, samples], trained, chosen)
+            work.append(micro_batches(transitions, config.train_micro_batch_size))
+        counts = torch.tensor([[len(batches) for batches in work]], device=accelerator.device)
+        most = accelerator.gather(counts).amax(0).tolist()
+        for batches, count in zip(work, most, strict=True):
+            # All ranks run the model equally often; where the numbers of rows differ, some runs count nothing.
+            batches += [[replace(t, weight=0.0) for t in batches[-1]]] * (count - len(batches))
+        if config.recompute_old_log_prob:
+            for batch in chain.from_iterable(work):
+                with self.engine.micro_batch(last=False):
+                    new = log_prob(sampled_after(batch, sampled), *predicted(batch, sampled, table, velocity)).detach()
+                for transition, value in zip(batch, new, strict=True):
+                    sampled.log_probs[transition.position][transition.child] = value
         sums: dict[str, torch.Tensor] = {}
         deviations, norms, skipped, first = [], [], 0, 0
-        slices = [
-            micro_batches(
-                slice_transitions(plan, rows, order[:, s * k : (s + 1) * k], trained, own),
-                config.train_micro_batch_size,
-            )
-            for s in range(self.steps_per_iteration)
-        ]
-        for batches, passes in zip(slices, self.passes(slices), strict=True):
+        for batches in work:
             step_loss = torch.zeros((), device=accelerator.device)
-            for i in range(passes):
-                # Some processes may have fewer micro-batches than others: they repeat one, which then counts nothing.
-                batch, share = (batches[i], weight) if i < len(batches) else (batches[-1], 0.0)
-                with self.engine.micro_batch(last=i == passes - 1):
+            for i, batch in enumerate(batches):
+                weights = torch.tensor([t.weight for t in batch], device=accelerator.device)
+                with self.engine.micro_batch(last=i == len(batches) - 1):
                     loss, parts = transitions_loss(batch, sampled, table, velocity, config, reference)
-                    loss = loss.sum() * share
+                    loss = loss @ weights
                     self.engine.backward(loss)
                 step_loss += loss.detach()
                 for name, part in (parts | {"loss": loss.detach()}).items():
-                    part = part if name == "loss" else part.sum() * share
-                    sums[name] = sums.get(name, 0) + part / self.steps_per_iteration
+                    share = part if name == "loss" else part @ weights
+                    sums[name] = sums.get(name, 0) + share / self.steps_per_iteration
                 deviations.append((parts["ratio"] - 1).abs().max())
             first = first or len(deviations)  # micro-batches before the first update
             norm = self.engine.step(step_loss)
@@ -540,19 +603,13 @@ class Trainer:
         names = ["clip_frac" if n == "clipped" else "ratio_mean" if n == "ratio" else n for n in sums]
         metrics = dict(zip([*names, "grad_norm"], everywhere.mean(0).tolist(), strict=False))
         metrics["ratio_max_deviation"], metrics["ratio_first_deviation"] = everywhere.max(0).values[-2:].tolist()
+        if accelerator.is_main_process and metrics["ratio_first_deviation"] > config.clip_range / 10:
+            warnings.warn(DRIFT, stacklevel=1)  # shown once
         return metrics | {
             "optimizer_steps": len(norms),
             "skipped_steps": skipped,
             "lr": self.lr_scheduler.get_last_lr()[0],
         }
-
-    def passes(self, slices: list[list[list[Transition]]]) -> list[int]:
-        """Micro-batches to run in each optimizer step: as many as the process with the most has, where need be."""
-        counts = [len(batches) for batches in slices]
-        if not self.engine.equal_batches:
-            return counts
-        here = torch.tensor([counts], device=self.accelerator.device)
-        return self.accelerator.gather(here).max(0).values.tolist()
 
     def iteration(self, batch: dict, window: list[int]) -> tuple[dict, list]:
         """Rollout, rewards, advantages, optimizer steps. Returns the metrics of all ranks and this rank's pictures."""
@@ -565,16 +622,13 @@ class Trainer:
             self.image_ids,
             config.guidance_scale,
         )
-        plan = make_plan(config, window)
+        plan = make_plan(config, window, number)
         with self.phase("rollout", seconds):
             sampled = self.sample(plan, number, conditioning)
-        images, scores = self.score(sampled.latents, batch["caption"], seconds)
+        images, scores = self.score(plan, sampled.latents, batch["caption"], seconds)
         shape = next(iter(scores.values())).shape
-        weights = self.advantage_weights(shape)
-        advantages, flat = mix_advantages(
-            scores, weights, config.multi_reward_mix, config.use_group, config.trimmed_ratio
-        )
-        reward_metrics = self.reward_metrics(scores)
+        advantages, flat = self.advantages(plan, sampled, scores)
+        reward_metrics = self.reward_metrics(plan, scores)
         with self.phase("train", seconds):
             if math.isfinite(reward_metrics["reward"]):
                 metrics = self.train_on(plan, number, sampled, advantages, conditioning)
@@ -587,12 +641,32 @@ class Trainer:
             "images": shape[0] * shape[1],
             "nfe": shape[0] * function_evaluations(plan, start_rows(config)),
             "window": [step.index for step in plan if step.train],
+            "merges": [step.span for step in plan if step.train],
+            "entropies": entropies(plan),
             "zero_spread_groups": flat,
         }
         return metrics | reward_metrics | seconds | {"seconds_total": time.perf_counter() - start}, images
 
-    def reward_metrics(self, scores: dict[str, np.ndarray]) -> dict[str, float]:
-        """Means of the weighted reward, of every model and component, and the granular weights of this iteration."""
+    def reward_metrics(self, plan: Plan, scores: dict[str, np.ndarray]) -> dict[str, float]:
+        """Means of the weighted reward, of every model and component, and the granular weights of this iteration.
+
+        Pictures that train nothing (E-GRPO's anchors, the noise-free samples) are reported apart, as eval_reward….
+        """
+        columns = leaf_columns(plan, start_rows(self.config))
+        trained = sum(c.stop - c.start for leaf, c in columns.items() if trained_above(plan, leaf))  # they come first
+        metrics = self.reward_means({name: values[:, :trained] for name, values in scores.items()})
+        if trained < max(c.stop for c in columns.values()):
+            anchors = self.reward_means({name: values[:, trained:] for name, values in scores.items()})
+            metrics |= {f"eval_{name}": value for name, value in anchors.items()}
+        for model in self.reward_models.values():
+            if isinstance(model, GranularRewardModel):
+                current = model.get_dynamic_weights(*self.progress(self.places(plan)[:trained]))
+                mean = np.atleast_2d(current).mean(0)
+                metrics |= {f"granular_weight_{c}": w for c, w in zip(model.component_names, mean, strict=True)}
+        return metrics
+
+    def reward_means(self, scores: dict[str, np.ndarray]) -> dict[str, float]:
+        """reward, reward_std, failed_rewards, and the mean score of every model and component."""
         used = np.stack([scores[name] for name in self.reward_weights])
         complete = np.isfinite(used).all(0)
         reward = np.tensordot(list(self.reward_weights.values()), used[:, complete], 1)
@@ -604,42 +678,10 @@ class Trainer:
         for name, values in scores.items():
             finite = values[np.isfinite(values)]
             metrics[f"reward_{name}"] = finite.mean() if len(finite) else math.nan
-        for model in self.reward_models.values():
-            if isinstance(model, GranularRewardModel):
-                current = model.get_dynamic_weights(*self.progress(self.config.num_generations))
-                mean = np.atleast_2d(current).mean(0)
-                metrics |= {f"granular_weight_{c}": w for c, w in zip(model.component_names, mean, strict=True)}
         return metrics
 
 
 # --- command line -----------------------------------------------------------------------------------------------------
-
-
-def describe(config: GRPOConfig, world_size: int) -> str:
-    """The derived arithmetic and the first window's plan. Every window of the run is checked on the way.
-
-    Raises:
-        ValueError: a window can't be planned, or the prompts don't divide among the processes.
-    """
-    prompts = config.local_prompts(world_size) * world_size
-    start = start_rows(config)
-    schedule = list(islice(windows(config), config.max_train_steps))
-    evaluations = {tuple(w): function_evaluations(make_plan(config, w), start) for w in schedule}
-    nfe = [evaluations[tuple(w)] for w in schedule]
-    steps = config.num_generations // config.gradient_accumulation_steps
-    first = make_plan(config, schedule[0])
-    return "\n".join(
-        [
-            f"{config.algorithm}: {prompts} prompts x {config.num_generations} samples = "
-            f"{prompts * config.num_generations} images an iteration on {world_size} process(es)",
-            f"{steps} optimizer steps an iteration, each on {config.gradient_accumulation_steps} samples a prompt, "
-            f"in {config.max_train_steps} iterations: {config.max_train_steps * steps} optimizer steps",
-            f"velocity evaluations (NFE) a prompt and iteration: {min(nfe)} to {max(nfe)}, mean {np.mean(nfe):.1f} "
-            f"(without sharing {config.num_generations * len(first)})",
-            f"plan of the first window {schedule[0]}:",
-            describe_plan(first, start),
-        ]
-    )
 
 
 def set_up(config: GRPOConfig) -> tuple[Trainer, PromptSampler, DataLoader]:
@@ -710,7 +752,8 @@ def train(trainer: Trainer, sampler: PromptSampler, loader: DataLoader) -> None:
                 log.write(metrics | {"epoch": epoch})
                 if config.image_log_steps and trainer.done % config.image_log_steps == 0:
                     log.write_images(trainer.done, images[: config.num_generations])
-            bar.set_postfix(reward=f"{metrics['reward']:.4f}", window=f"{window[0]}-{window[-1]}")
+            first, *_, last = metrics["window"] * 2
+            bar.set_postfix(reward=f"{metrics['reward']:.4f}", window=f"{first}-{last}")
             bar.update()
             stopped = trainer.skipped_in_a_row >= config.max_skipped_steps
             interrupted = trainer.engine.any_process(bool(asked))

@@ -18,6 +18,7 @@ from fastvideo.models.tiny_flux import build_tiny_flux
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from reward_checkpoints import all_narrow_files, narrow_rewards  # noqa: F401  (fixtures)
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 

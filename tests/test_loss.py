@@ -121,7 +121,7 @@ def test_an_optimizer_step_descends_the_mean_over_prompts_samples_and_steps(flag
             for position in window:
                 step = plan[position]
                 x = sampled.before[position][4 * prompt + sample if step.branch == 1 else prompt][None]
-                v = trainer.transformer(
+                v = trainer.engine.transformer(
                     hidden_states=x,
                     timestep=torch.tensor([step.sigma]),
                     guidance=torch.tensor([3.5]),
@@ -138,11 +138,11 @@ def test_an_optimizer_step_descends_the_mean_over_prompts_samples_and_steps(flag
                 assert new.item() == pytest.approx(sampled.log_probs[position][4 * prompt + sample].item(), abs=1e-5)
                 advantage = min(max(advantages[prompt, sample], -1.5), 1.5)
                 total = total - advantage * torch.exp(new - new.detach()) / (2 * 4 * 2)
-    expected = torch.autograd.grad(total, list(trainer.transformer.parameters()))
+    expected = torch.autograd.grad(total, list(trainer.engine.transformer.parameters()))
     expected = torch.cat([gradient.flatten() for gradient in expected])
 
-    metrics = trainer.train_on(plan, 1, sampled, advantages, conditioning)
-    moments = trainer.optimizer.state_dict()["state"].values()
+    metrics = trainer.train_on(plan, 1, sampled, dict.fromkeys(window, advantages), conditioning)
+    moments = trainer.engine.optimizer.state_dict()["state"].values()
     found = torch.cat([entry["exp_avg"].flatten() for entry in moments]) / (1 - 0.9)
     assert relative_difference(found, expected) < 1e-4
     assert metrics["grad_norm"] == pytest.approx(expected.norm().item(), rel=1e-4)

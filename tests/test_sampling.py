@@ -341,7 +341,7 @@ def test_our_sampler_without_noise_draws_what_diffusers_pipeline_draws(flags, ti
     sigmas = sigma_schedule(5, 3.0)
     plan = tuple(Step(i, sigmas[i], sigmas[i + 1], sigmas[1], "ode") for i in range(5))
     start = draw_noise(0, 1, range(2), 1, 0, trainer.shape)
-    ours = rollout(plan, start, 2, trainer.velocity(trainer.transformer, conditioning), None).latents
+    ours = rollout(plan, start, 2, trainer.velocity(trainer.engine.transformer, conditioning), None).latents
     pipe = FluxPipeline.from_pretrained(tiny_flux, dtype=torch.float32)
     for vae in (trainer.vae, pipe.vae):  # the tiny one's shift is too small to be seen
         vae.register_to_config(shift_factor=0.3, scaling_factor=1.3)
@@ -381,7 +381,7 @@ def sampled(flags):
     def ratios(transitions: list[Transition] = transitions, size: int = 100) -> torch.Tensor:
         table, velocity = (
             transition_table(plan, trainer.accelerator.device),
-            trainer.velocity(trainer.model, conditioning),
+            trainer.velocity(trainer.engine.model, conditioning),
         )
         parts = [
             transitions_loss(batch, result, table, velocity, settings)[1]["ratio"]
@@ -401,7 +401,7 @@ def test_the_ratio_is_one_before_the_first_update(sampled):
 def test_log_probabilities_change_when_weights_change(sampled):
     trainer, _, ratios = sampled
     with torch.no_grad():
-        trainer.transformer.proj_out.weight.mul_(1.05)
+        trainer.engine.transformer.proj_out.weight.mul_(1.05)
     assert ((ratios() - 1).abs() > 1e-6).all()
 
 

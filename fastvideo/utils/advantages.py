@@ -3,6 +3,8 @@
 P prompts over all ranks, G samples each. All of it is small, on the host, in float64, and the same on every rank.
 """
 
+import math
+
 import numpy as np
 
 FLAT = 1e-6  # a standard deviation up to this, relative to max(1, |mean|), is rounding
@@ -28,6 +30,59 @@ def group_advantages(rewards: np.ndarray, trimmed_ratio: float = 0.0) -> tuple[n
         if not flat[group]:
             advantages[group][valid] = (rewards[group][valid] - mean) / (std + 1e-8)
     return advantages, flat
+
+
+def fuse(values: np.ndarray, rows: int, shares: np.ndarray) -> np.ndarray:
+    """What `rows` rows of a step score: the weighted mean of their pictures' scores (BranchGRPO, arXiv 2509.06040).
+
+    Args:
+        values: [P, n] of pictures, those of a row together; NaN marks a failed one, which is left out.
+        shares: [P, n] or [1, n], a picture's weight in its row.
+
+    Returns:
+        [P, rows], NaN where all pictures failed.
+    """
+    grouped, weights = (array.reshape(len(array), rows, -1) for array in np.broadcast_arrays(values, shares))
+    valid = np.isfinite(grouped)
+    weights = np.where(valid, weights, 0.0)
+    total = weights.sum(-1)
+    return (weights * np.where(valid, grouped, 0.0)).sum(-1) / np.where(total > 0, total, np.nan)
+
+
+def picture_shares(log_probs: dict[int, np.ndarray], rows: int, pictures: int, temperature: float) -> np.ndarray:
+    """BranchGRPO's probability-weighted fusion: product of softmax(log p / temperature) over the splits below a row.
+
+    Args:
+        log_probs: for every split, rows a prompt before it -> [P, rows after it], siblings together. rows: a prompt's,
+            at the step whose rows are scored. pictures: a prompt's.
+
+    Returns:
+        [P, pictures], for `fuse`; without splits [1, pictures], all the same.
+    """
+    shares = np.ones((1, pictures))
+    for before, found in log_probs.items():
+        if before >= rows:
+            siblings = found.reshape(len(found), before, -1) / temperature
+            weights = np.exp(siblings - siblings.max(-1, keepdims=True))
+            share = (weights / weights.sum(-1, keepdims=True)).reshape(found.shape)
+            shares = shares * share.repeat(pictures // found.shape[1], axis=1)
+    return shares
+
+
+def kept_pictures(advantages: np.ndarray, siblings: int, mode: int, share: float) -> np.ndarray:
+    """BranchGRPO's width pruning: the pictures [P, n], bool, whose edges after the last split are trained.
+
+    mode 1: of each branch of the last split, `siblings` pictures, the best ⌈share·siblings⌉. mode 2: ⌈share·n⌉ of a
+    prompt's, half of them the best and half the worst (one more best if that is odd). mode 0: all.
+    """
+    if mode == 0:
+        return np.ones_like(advantages, dtype=bool)
+    grouped = advantages.reshape(len(advantages), -1, siblings if mode == 1 else advantages.shape[1])
+    size = grouped.shape[-1]
+    place = (-grouped).argsort(-1, kind="stable").argsort(-1, kind="stable")  # 0: the best
+    count = math.ceil(share * size - 1e-9)
+    worst = count // 2 if mode == 2 else 0
+    return ((place < count - worst) | (place >= size - worst)).reshape(advantages.shape)
 
 
 def mix_advantages(

@@ -19,12 +19,21 @@ from pathlib import Path
 from typing import Any
 
 from fastvideo.config import GRPOConfig
-from fastvideo.models.flux import is_lora, load_transformer, read_lora, save_lora
+from fastvideo.models.flux import (
+    add_lora,
+    enable_gradient_checkpointing,
+    is_lora,
+    load_transformer,
+    meta_transformer,
+    read_lora,
+    save_lora,
+)
 from fastvideo.utils.engines import Engine, choose_engine
 from fastvideo.utils.files import write_bytes, write_json
 from fastvideo.utils.fingerprint import model_fingerprint, sample_file
 
 import torch
+from diffusers import FluxTransformer2DModel
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -77,16 +86,17 @@ def swap_in(ema: EMAModel, parameters: list[torch.nn.Parameter]) -> None:
         average.copy_(keep)
 
 
-def save_checkpoint(output_dir: Path, engine: Engine, ema: EMAModel | None, record: dict[str, Any]) -> Path:
+def save_checkpoint(engine: Engine, ema: EMAModel | None, place: dict[str, Any]) -> Path:
     """Writes a checkpoint beside its final place and renames it, so that a kill leaves the old ones and no half one.
 
-    All processes call it. record: JSON values; `iteration` and `epoch` name the folder.
+    All processes call it. place: where the run is, JSON values; `iteration` and `epoch` name the folder.
 
     Raises:
         CheckpointNotWritten: it can't be written; the part that was is removed.
     """
     main, wait = engine.accelerator.is_main_process, engine.accelerator.wait_for_everyone
-    final = output_dir / f"checkpoint-{record['iteration']}-{record['epoch']}"
+    config, output_dir = engine.config, Path(engine.config.output_dir)
+    final = output_dir / f"checkpoint-{place['iteration']}-{place['epoch']}"
     part = output_dir / f".{final.name}.part"
     if engine.any_process(main and final.exists()):  # the one resumed from, and no iteration since
         return final
@@ -108,12 +118,21 @@ def save_checkpoint(output_dir: Path, engine: Engine, ema: EMAModel | None, reco
         if main:
             files = sorted(path for path in part.rglob("*") if path.is_file())
             sizes = {path.relative_to(part).as_posix(): sample_file(path) for path in files}
-            write_json(part / RECORD, record | {"format": FORMAT, "versions": versions(), "files": sizes})
+            record = {
+                **place,
+                "ema_optimization_step": ema.optimization_step if ema is not None else 0,
+                "settings": run_settings(config, engine.accelerator.num_processes),
+                "base_model_hash": model_fingerprint(config.pretrained_model_name_or_path, ("transformer",)),
+                "versions": versions(),
+                "format": FORMAT,
+                "files": sizes,
+            }
+            write_json(part / RECORD, record)
             for path in (*part.rglob("*"), part):
                 _sync(path)
             os.replace(part, final)
             _sync(output_dir)
-            _rotate(output_dir, engine.config.checkpoints_total_limit)
+            _rotate(output_dir, config.checkpoints_total_limit)
         wait()
     except (OSError, SafetensorError, CheckpointException) as error:
         shutil.rmtree(part, ignore_errors=True)
@@ -184,6 +203,36 @@ def read_record(checkpoint: Path) -> dict[str, Any]:
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     """The trained parameters of a checkpoint or its ema/, named as in the transformer."""
     return read_lora(folder) if is_lora(folder) else load_transformer(str(folder)).state_dict()
+
+
+def load_trained(config: GRPOConfig, engine: Engine, checkpoint: Path | None) -> FluxTransformer2DModel:
+    """The model with its trained parameters, all of them or adapters, as the base model or a checkpoint has them."""
+    base = config.pretrained_model_name_or_path
+    source = base if config.use_lora or checkpoint is None else str(checkpoint)
+    master = torch.bfloat16 if config.master_weight_type == "bf16" else torch.float32
+    dtype = engine.frozen_dtype if config.use_lora else master
+    if engine.loads_weights:
+        transformer = load_transformer(source, dtype)
+    else:
+        transformer = meta_transformer(source, dtype).to_empty(device="cpu")
+    if config.use_lora:
+        add_lora(transformer, config.lora_rank, config.lora_alpha, config.lora_target_modules, config.seed)
+        if checkpoint is not None:
+            transformer.load_state_dict(read_weights(checkpoint), strict=False)
+    if config.gradient_checkpointing:
+        enable_gradient_checkpointing(transformer, config.selective_checkpointing)
+    return transformer.train()
+
+
+def load_ema(checkpoint: Path, engine: Engine, ema: EMAModel) -> None:
+    """Puts the average of a checkpoint, if it has one, into `ema`, which is split like the parameters."""
+    if not (checkpoint / "ema").is_dir():
+        return
+    weights = read_weights(checkpoint / "ema") if engine.accelerator.is_main_process else {}
+    swap_in(ema, engine.trained_parameters())
+    engine.set_trained_weights(weights)
+    swap_in(ema, engine.trained_parameters())
+    ema.optimization_step = read_record(checkpoint)["ema_optimization_step"]
 
 
 def changed_settings(record: dict[str, Any], settings: dict[str, Any]) -> list[str]:

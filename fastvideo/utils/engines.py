@@ -130,9 +130,10 @@ class Engine:
         return self.name != "fsdp" or self.accelerator.is_main_process
 
     @property
-    def equal_batches(self) -> bool:
-        """Whether every forward or backward pass communicates, so that all processes must make as many."""
-        return self.name in ("fsdp", "deepspeed")
+    def frozen_dtype(self) -> torch.dtype:
+        """Of weights that aren't trained."""
+        on_gpu = self.accelerator.device.type == "cuda"
+        return torch.bfloat16 if on_gpu and self.config.mixed_precision == "bf16" else torch.float32
 
     def prepare(self, transformer: FluxTransformer2DModel, optimizer_settings: dict) -> None:
         """Takes the transformer, its trained parameters marked by requires_grad, and makes AdamW for those."""
@@ -150,6 +151,7 @@ class Engine:
 
     def prepare_frozen(self, transformer: FluxTransformer2DModel) -> torch.nn.Module:
         """A second model that is only evaluated, split like the trained one under FSDP2."""
+        transformer.requires_grad_(False).eval()
         if self.name == "fsdp":
             return fsdp2_prepare_model(self.accelerator, transformer)
         return transformer.to(self.accelerator.device)

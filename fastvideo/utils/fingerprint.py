@@ -54,7 +54,7 @@ def _add_samples(path: Path, digest: "hashlib._Hash", samples: int = 16, length:
 
 
 def sample_file(path: Path) -> dict[str, int | str]:
-    """Size and hash of a file; above 256 MiB, of 256 MiB evenly spread over it, so that any file is quick to compare."""
+    """Size and hash of a file; above 256 MiB, of 256 MiB evenly spread over it, so that it is quick."""
     digest = hashlib.sha256()
     _add_samples(path, digest, 1 << 12, 1 << 16)
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}

@@ -106,17 +106,29 @@ STOCHASTIC_KINDS = ("flow_sde", "dance_sde", "cps")
 KINDS = (*_KINDS, "dpmpp")
 
 
+def ancestors(plan: tuple["Step", ...], position: int) -> list[int]:
+    """Positions of the steps that lead to the step at `position`, latest first. −1 would be the plan's start."""
+    found = []
+    while (position := position - 1 if plan[position].parent is None else plan[position].parent) >= 0:
+        found.append(position)
+    return found
+
+
 def coefficients(plan: tuple["Step", ...]) -> list[Coefficients]:
     """The numbers of every step of a plan; `noise_scale` multiplies the standard deviation."""
     found = []
     for i, step in enumerate(plan):
         if step.kind == "dpmpp":
-            earlier = [earlier_step.sigma for earlier_step in plan[:i]][::-1]
-            found.append(_dpmpp(step, earlier))
+            found.append(_dpmpp(step, [plan[earlier].sigma for earlier in ancestors(plan, i)]))
         else:
             c = _KINDS[step.kind](step)
             found.append(Coefficients(c.x, c.v, c.std * step.noise_scale))
     return found
+
+
+def entropy(std: float) -> float:
+    """e^h of a stochastic step per dimension, √(2πe)·std (E-GRPO, arXiv 2601.00423)."""
+    return math.sqrt(2 * math.pi * math.e) * std
 
 
 def transition_mean(latents: torch.Tensor, velocity: torch.Tensor, x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

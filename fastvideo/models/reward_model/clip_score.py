@@ -10,21 +10,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from fastvideo.models.reward_model.common import (
-    cosine,
-    demo_parser,
-    in_batches,
-    load_weights,
-    prepare,
-    print_scores,
-    proxies,
-    read_checkpoint,
-    scoring,
-)
+from fastvideo.models.reward_model.clip_base import OpenCLIPReward
+from fastvideo.models.reward_model.common import demo_parser, load_weights, proxies, read_checkpoint, run_demo
 
-import numpy as np
 import torch
-from PIL import Image
 
 DEFAULT_MODEL = "hf-hub:apple/DFN5B-CLIP-ViT-H-14-384"
 CONFIG_FILE = "open_clip_config.json"
@@ -59,8 +48,8 @@ def _load_local(path: Path, architecture: str) -> tuple[torch.nn.Module, Any, An
     return model, transform, open_clip.get_tokenizer(architecture)
 
 
-class CLIPScoreRewardModel:
-    """CLIP score of images against prompts.
+class CLIPScoreRewardModel(OpenCLIPReward):
+    """CLIP score of images against prompts: cosines, about 0.2 to 0.45 for real weights.
 
     model_path: an `hf-hub:owner/name`, a downloaded copy of such a repository, or a weight file. `architecture` is the
     open_clip name of the model in a weight file without open_clip_config.json beside it.
@@ -82,32 +71,16 @@ class CLIPScoreRewardModel:
 
         if model_path.startswith("hf-hub:"):
             with proxies(http_proxy, https_proxy):
-                model, self.preprocess = open_clip.create_model_from_pretrained(model_path)
-                self.tokenizer = open_clip.get_tokenizer(model_path)
+                model, preprocess = open_clip.create_model_from_pretrained(model_path)
+                tokenizer = open_clip.get_tokenizer(model_path)
         elif Path(model_path).exists():
-            model, self.preprocess, self.tokenizer = _load_local(Path(model_path), architecture)
+            model, preprocess, tokenizer = _load_local(Path(model_path), architecture)
         else:
             raise ValueError(f"--clip_score_path {model_path}: no such file, and not an hf-hub: name")
-        self.model = prepare(model, device, dtype)
-        self.device, self.dtype, self.batch_size = device, dtype, batch_size
-
-    def _encode_text(self, texts: list[str]) -> torch.Tensor:
-        return self.model.encode_text(self.tokenizer(texts).to(self.device))
-
-    def _score(self, images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
-        pixels = torch.stack([self.preprocess(image) for image in images]).to(self.device)
-        with scoring(self.device, self.dtype):
-            features = self.model.encode_image(pixels.to(self.model.logit_scale.dtype))
-            return cosine(features, prompts, self._encode_text)
-
-    def __call__(self, images: list[Image.Image], prompts: list[str]) -> np.ndarray:
-        """float64 [N], cosines; about 0.2 to 0.45 for real weights."""
-        return in_batches(self._score, images, prompts, self.batch_size)
+        super().__init__(model, tokenizer, preprocess, device, batch_size, dtype)
 
 
 if __name__ == "__main__":
     parser = demo_parser("Score pictures with a CLIP model.")
     parser.add_argument("--model_path", default=DEFAULT_MODEL)
-    args = parser.parse_args()
-    model = CLIPScoreRewardModel(args.model_path, args.device, args.http_proxy, args.https_proxy, dtype=args.dtype)
-    print_scores(model, args)
+    run_demo(CLIPScoreRewardModel, parser)

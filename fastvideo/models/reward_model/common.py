@@ -1,6 +1,7 @@
 """What the neural reward models share: loading, batching, number formats and a command line."""
 
 import argparse
+import inspect
 import logging
 import os
 import pickle
@@ -135,8 +136,8 @@ def demo_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="fp32", choices=list(DTYPES))
-    parser.add_argument("--http_proxy", default=None, help="proxy for downloads")
-    parser.add_argument("--https_proxy", default=None, help="proxy for downloads")
+    for proxy in ("--http_proxy", "--https_proxy"):
+        parser.add_argument(proxy, default=None, help="for models that download their weights")
     parser.add_argument("--image", nargs="+", default=[str(DEMO_IMAGE)], help="pictures to score")
     parser.add_argument("--prompt", default=DEMO_PROMPT, help="their prompt")
     return parser
@@ -150,3 +151,13 @@ def print_scores(model: Any, args: argparse.Namespace) -> None:
     _, _, scores, _ = compute_reward(images, [args.prompt] * len(images), {model.name: model}, {model.name: 1.0})
     for i, path in enumerate(args.image):
         print(f"{path}: " + ", ".join(f"{name} {values[i]:.4f}" for name, values in scores.items()))
+
+
+def run_demo(build: Callable[..., Any], parser: argparse.ArgumentParser) -> None:
+    """Parses the command line, builds a model from the flags that it has parameters for, and prints its scores."""
+    args = parser.parse_args()
+    known = inspect.signature(build).parameters
+    try:
+        print_scores(build(**{name: value for name, value in vars(args).items() if name in known}), args)
+    except (ValueError, OSError) as error:
+        parser.error(str(error).splitlines()[0])

@@ -21,9 +21,9 @@ from fastvideo.models.reward_model.common import (
     in_batches,
     load_weights,
     prepare,
-    print_scores,
     proxies,
     read_checkpoint,
+    run_demo,
     scoring,
 )
 from fastvideo.models.reward_model.granular import GranularRewardModel
@@ -219,15 +219,4 @@ if __name__ == "__main__":
     parser.add_argument("--model_name", default=HUB_NAME)
     parser.add_argument("--med_config", default=None)
     parser.add_argument("--score_dir", default="image_reward_ckpt")
-    args = parser.parse_args()
-    model = ImageRewardModel(
-        args.model_name,
-        args.device,
-        args.http_proxy,
-        args.https_proxy,
-        args.med_config,
-        mode=args.mode,
-        score_dir=args.score_dir,
-        dtype=args.dtype,
-    )
-    print_scores(model, args)
+    run_demo(ImageRewardModel, parser)

@@ -7,17 +7,9 @@ s = logit_scale * cosine lies about 18 to 24. Training uses (s - 18) / 8, evalua
 
 from pathlib import Path
 
-from fastvideo.models.reward_model.common import (
-    cosine,
-    demo_parser,
-    in_batches,
-    prepare,
-    print_scores,
-    proxies,
-    scoring,
-)
+from fastvideo.models.reward_model.clip_base import CLIPReward
+from fastvideo.models.reward_model.common import demo_parser, proxies, run_demo
 
-import numpy as np
 import torch
 from PIL import Image
 
@@ -26,8 +18,8 @@ DEFAULT_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")  # as saved by transformers 4 and 5
 
 
-class PickScoreRewardModel:
-    """PickScore of images against prompts.
+class PickScoreRewardModel(CLIPReward):
+    """PickScore of images against prompts: about 0 to 0.75 in training, 0.18 to 0.24 in evaluation.
 
     model_path: hub name or local folder. processor_path: where tokenizer and image processor come from; None: the local
     folder itself when it has them, else the model card's choice. evaluation: report s / 100 instead of (s - 18) / 8.
@@ -57,24 +49,21 @@ class PickScoreRewardModel:
         missing = [key for key in report["missing_keys"] if not key.endswith("position_ids")]
         if missing or report["mismatched_keys"]:
             raise ValueError(f"--pick_score_path {model_path}: wrong checkpoint for CLIPModel: {report}")
-        self.model = prepare(model, device, dtype)
+        super().__init__(model, device, batch_size, dtype)
         self.scale, self.shift = (100.0, 0.0) if evaluation else (8.0, 18.0)
-        self.device, self.dtype, self.batch_size = device, dtype, batch_size
+
+    def _pixels(self, images: list[Image.Image]) -> torch.Tensor:
+        return self.processor(images=images, return_tensors="pt")["pixel_values"]
+
+    def _encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
+        return _features(self.model.get_image_features(pixel_values=pixels))
 
     def _encode_text(self, texts: list[str]) -> torch.Tensor:
         inputs = self.processor(text=texts, padding=True, truncation=True, max_length=77, return_tensors="pt")
         return _features(self.model.get_text_features(**inputs.to(self.device)))
 
-    def _score(self, images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
-        pixels = self.processor(images=images, return_tensors="pt")["pixel_values"].to(self.device)
-        with scoring(self.device, self.dtype):
-            features = _features(self.model.get_image_features(pixel_values=pixels.to(self.model.dtype)))
-            logit = self.model.logit_scale.float().exp() * cosine(features, prompts, self._encode_text)
-            return (logit - self.shift) / self.scale
-
-    def __call__(self, images: list[Image.Image], prompts: list[str]) -> np.ndarray:
-        """float64 [N]: about 0 to 0.75 in training, 0.18 to 0.24 in evaluation."""
-        return in_batches(self._score, images, prompts, self.batch_size)
+    def _finish(self, cosines: torch.Tensor) -> torch.Tensor:
+        return (self.logit_scale * cosines - self.shift) / self.scale
 
 
 def _features(output: object) -> torch.Tensor:
@@ -86,8 +75,4 @@ if __name__ == "__main__":
     parser = demo_parser("Score pictures with PickScore.")
     parser.add_argument("--model_path", default=DEFAULT_MODEL)
     parser.add_argument("--evaluation", action="store_true", help="report s / 100 instead of (s - 18) / 8")
-    args = parser.parse_args()
-    model = PickScoreRewardModel(
-        args.model_path, args.device, args.http_proxy, args.https_proxy, args.evaluation, dtype=args.dtype
-    )
-    print_scores(model, args)
+    run_demo(PickScoreRewardModel, parser)

@@ -1,4 +1,4 @@
-"""What a run writes for people: metrics.jsonl, image grids, wandb."""
+"""What a run writes while it trains: metrics.jsonl, image grids, and wandb on request."""
 
 import io
 import json
@@ -13,12 +13,10 @@ from diffusers.utils import make_image_grid
 
 
 class Log:
-    """metrics.jsonl, image grids and wandb, on the main process.
-
-    wandb_id: a resumed run goes on under the id of its checkpoint.
-    """
+    """metrics.jsonl, image grids and wandb, on the main process."""
 
     def __init__(self, config: GRPOConfig, wandb_id: str) -> None:
+        """wandb_id: of the run in wandb; a resumed run goes on under that of its checkpoint."""
         self.folder, self.run = Path(config.output_dir), None
         write_json(self.folder / "args.json", config.to_public_dict())
         if config.use_wandb:
@@ -26,13 +24,13 @@ class Log:
 
             mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
             self.run = wandb.init(
-                project="mixgrpo-flux",
+                project=config.wandb_project,
                 name=config.experiment_name,
-                id=wandb_id,
-                resume="allow",
                 dir=config.output_dir,
                 config=config.to_public_dict(),
                 mode=mode,
+                id=wandb_id,
+                resume="allow",
             )
 
     def write(self, metrics: dict) -> None:

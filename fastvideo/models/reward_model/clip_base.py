@@ -1,0 +1,73 @@
+"""What the rewards made of one CLIP share: a batched score from the cosine of a picture's and its prompt's features."""
+
+from collections.abc import Callable
+from typing import Any
+
+from fastvideo.models.reward_model.common import DTYPES, cosine, in_batches, prepare, scoring
+
+import numpy as np
+import torch
+from PIL import Image
+
+
+class CLIPReward:
+    """A reward from cosines. Subclasses set `name` and define how pixels and features are made.
+
+    model: a CLIP with a `logit_scale`. device, dtype ("fp32", "bf16" or "fp16"): where and in what format it scores.
+    batch_size: pictures a forward pass.
+    """
+
+    name = ""
+
+    def __init__(self, model: torch.nn.Module, device: str, batch_size: int, dtype: str) -> None:
+        # Read before the weights are rounded: bf16 would move exp(logit_scale) by a hundredth.
+        self.logit_scale = model.logit_scale.exp().item()
+        self.model = prepare(model, device, dtype)
+        self.device, self.dtype, self.batch_size = device, dtype, batch_size
+
+    def _pixels(self, images: list[Image.Image]) -> torch.Tensor:
+        """RGB pictures -> normalised [n, 3, height, width] on the CPU."""
+        raise NotImplementedError
+
+    def _encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
+        """[n, 3, height, width] -> features [n, d]."""
+        return self.model.encode_image(pixels)
+
+    def _encode_text(self, texts: list[str]) -> torch.Tensor:
+        """Features [n, d]."""
+        raise NotImplementedError
+
+    def _finish(self, cosines: torch.Tensor) -> torch.Tensor:
+        """Cosines [n] -> scores [n]."""
+        return cosines
+
+    def _score(self, images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
+        pixels = self._pixels(images).to(self.device, DTYPES[self.dtype])
+        with scoring(self.device, self.dtype):
+            return self._finish(cosine(self._encode_image(pixels), prompts, self._encode_text))
+
+    def __call__(self, images: list[Image.Image], prompts: list[str]) -> np.ndarray:
+        """Scores of N images against N prompts, float64 [N]."""
+        return in_batches(self._score, images, prompts, self.batch_size)
+
+
+class OpenCLIPReward(CLIPReward):
+    """A CLIPReward on an open_clip model; preprocess turns an RGB picture into a [3, height, width] tensor."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        tokenizer: Any,
+        preprocess: Callable[[Image.Image], torch.Tensor],
+        device: str,
+        batch_size: int,
+        dtype: str,
+    ) -> None:
+        super().__init__(model, device, batch_size, dtype)
+        self.tokenizer, self.preprocess = tokenizer, preprocess
+
+    def _pixels(self, images: list[Image.Image]) -> torch.Tensor:
+        return torch.stack([self.preprocess(image) for image in images])
+
+    def _encode_text(self, texts: list[str]) -> torch.Tensor:
+        return self.model.encode_text(self.tokenizer(texts).to(self.device))

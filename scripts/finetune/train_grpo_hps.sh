@@ -1,0 +1,4 @@
+#!/usr/bin/env bash
+# E-GRPO with the HPSv2 reward, its merges chosen by entropy.
+source "$(dirname "${BASH_SOURCE[0]}")/train.sh"
+train algorithm=grpo_merge reward=hps output_dir=outputs/grpo_hps "$@"

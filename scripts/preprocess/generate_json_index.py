@@ -1,0 +1,57 @@
+"""Writes the index of a folder of prompt embeddings again, under any name, from those embeddings that are there.
+
+    python scripts/preprocess/generate_json_index.py --embedding_dir data/rl_embeddings \\
+        --output_path data/rl_embeddings/videos2caption.json
+
+Preprocessing writes such an index itself, prompt.json; this one serves E-GRPO's commands, and folders of which some
+embeddings were deleted. The captions come from prompt.json.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastvideo.dataset.latent_flux_rl_datasets import FOLDERS
+from fastvideo.utils.files import is_tensor_file, read_prompts, write_json
+
+
+def make_index(folder: Path, output: Path, prompt_file: str | None = None) -> int:
+    """Writes the entries of folder/prompt.json whose three files are whole; returns how many.
+
+    prompt_file: only these captions. Raises ValueError, one line, if there is no prompt.json, nothing is left, or the
+    index would lie apart from the embeddings, which training looks for beside it.
+    """
+    if output.resolve().parent != folder.resolve():
+        raise ValueError(f"--output_path {output}: must lie in --embedding_dir {folder}")
+    try:
+        entries = json.loads((folder / "prompt.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--embedding_dir {folder}: no prompt.json that can be read in it: {error}") from error
+    if prompt_file is not None:
+        wanted = set(read_prompts(prompt_file, "prompt_file").prompts)
+        entries = [entry for entry in entries if entry["caption"] in wanted]
+    whole = [e for e in entries if all(is_tensor_file(folder / name / e[key]) for key, name in FOLDERS.items())]
+    if not whole:
+        raise ValueError(f"--embedding_dir {folder}: none of {len(entries)} embeddings is there")
+    write_json(output, whole)
+    return len(whole)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--embedding_dir", "--data_dir", type=Path, default=Path("data/rl_embeddings"))
+    parser.add_argument("--output_path", type=Path, help="index to write (default: --output_name in the folder)")
+    parser.add_argument("--output_name", default="videos2caption.json")
+    parser.add_argument("--prompt_file", help="text file: index only these prompts")
+    given = parser.parse_args(argv)
+    output = given.output_path or given.embedding_dir / given.output_name
+    try:
+        count = make_index(given.embedding_dir, output, given.prompt_file)
+    except ValueError as error:
+        raise SystemExit(f"generate_json_index.py: error: {error}") from None
+    print(f"{output}: {count} prompts")
+
+
+if __name__ == "__main__":
+    main()

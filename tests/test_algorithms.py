@@ -1,0 +1,699 @@
+"""E-GRPO, Granular-GRPO, BranchGRPO, Flow-GRPO-Fast: their plans, samples, advantages, updates and flags."""
+
+import itertools
+import json
+import math
+from dataclasses import replace
+from itertools import islice
+
+from fastvideo import train_grpo_flux
+from fastvideo.config import GRPOConfig
+from fastvideo.models.flux import LatentShape
+from fastvideo.rollout_plan import (
+    Plan,
+    Step,
+    check_plan,
+    entropies,
+    evaluations_without_sharing,
+    function_evaluations,
+    leaves,
+    make_plan,
+    merged_steps,
+    parents,
+    pruned_depths,
+    rows_after,
+    start_rows,
+    trained_above,
+    updates,
+)
+from fastvideo.train_grpo_flux import Rollout, draw_noise, rollout
+from fastvideo.utils.advantages import fuse, kept_pictures, picture_shares
+from fastvideo.utils.grpo_states import windows
+from fastvideo.utils.sampling_utils import entropy, sigma_schedule
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, relative_difference
+from PIL import Image
+from test_train import assert_same_update, base_weights, same_weights, torchrun
+
+SHAPE = LatentShape(6, 8, 4, 6)
+NAN = math.nan
+
+
+def config(**given) -> GRPOConfig:
+    return GRPOConfig.create(data_json_path="unused", reward_model="shapes", **given)
+
+
+def toy(settings: GRPOConfig, window=(0,), prompts: int = 2) -> tuple[Plan, Rollout, int]:
+    """A rollout of a small velocity field, and how many rows a prompt were evaluated."""
+    plan, evaluated = make_plan(settings, list(window)), []
+
+    def velocity(x, sigma, prompt_index):
+        evaluated.append(len(x))
+        return field(x, sigma[:, None, None], prompt_index[:, None, None])
+
+    start = noise(0, 1, prompts).repeat_interleave(start_rows(settings), 0)
+    result = rollout(plan, start, prompts, velocity, lambda position, rows: noise(position + 1, rows, prompts))
+    return plan, result, sum(evaluated) / prompts
+
+
+def noise(stream: int, rows: int, prompts: int) -> torch.Tensor:
+    return draw_noise(0, 1, range(prompts), rows, stream, SHAPE)
+
+
+MATRIX = torch.randn(8, 8, generator=torch.Generator().manual_seed(3))
+
+
+def field(x: torch.Tensor, sigma, prompt) -> torch.Tensor:
+    return torch.tanh(x @ MATRIX) * (1 + sigma) + 0.3 * prompt
+
+
+# --- E-GRPO's plan ----------------------------------------------------------------------------------------------------
+
+
+def test_merges_at_the_defaults_of_e_grpo():
+    settings = config(algorithm="grpo_merge")
+    assert (settings.sampling_steps, settings.shift, settings.eta, settings.num_generations) == (16, 3.0, 0.7, 12)
+    assert settings.learning_rate == 2e-6 and settings.granular_list == [1]
+    assert [(s.index, s.span) for s in merged_steps(settings)] == list(enumerate([1, 1, 2, 2, 2, 3, 3, 3]))
+    plan = make_plan(settings, [0])
+    assert function_evaluations(plan, 1) == 1012
+    assert min(entropies(plan)) > 2.2
+
+
+def test_entropy_is_that_of_a_gaussian_per_dimension():
+    for std in (0.1, 0.7, 2.0):
+        gaussian = torch.distributions.Normal(0.0, std)
+        assert entropy(std) == pytest.approx(math.exp(gaussian.entropy()))
+
+
+@pytest.mark.parametrize("threshold", [0.5, 1.5, 2.2, 2.5, 3.0])
+@pytest.mark.parametrize("sde_type", ["flow", "dance", "cps"])
+def test_a_merge_is_the_shortest_that_passes_the_threshold(threshold, sde_type):
+    """By a direct search over the formulas of docs/algorithms.md."""
+
+    def std(first: int, last: int) -> float:
+        sigma, target = sigmas[first], sigmas[last]
+        if sde_type == "cps":
+            return target * math.sin(0.7 * math.pi / 2)
+        if sde_type == "dance":
+            return 0.7 * math.sqrt(sigma - target)
+        return 0.7 * math.sqrt(sigma / (1 - (sigmas[1] if first == 0 else sigma))) * math.sqrt(sigma - target)
+
+    for steps, shift in itertools.product((5, 16, 25), (1.0, 3.0)):
+        sigmas = sigma_schedule(steps, shift)
+        expected = []
+        for first in range(steps // 2):
+            passing = [last for last in range(first + 1, steps) if entropy(std(first, last)) > threshold]
+            expected += [(first, passing[0] - first)] if passing else []
+        given = {"sampling_steps": steps, "shift": shift, "entropy_threshold": threshold, "sde_type": sde_type}
+        settings = config(algorithm="grpo_merge", **given)
+        if expected:
+            assert [(s.index, s.span) for s in merged_steps(settings)] == expected
+        else:
+            with pytest.raises(ValueError, match=r"--entropy_threshold .*: no step"):
+                merged_steps(settings)
+
+
+def test_explicit_lists_override_the_entropy():
+    listed = config(algorithm="grpo_merge", eta_step_list=[1, 2, 5], eta_step_merge_list=[1, 3, 2])
+    assert [(s.index, s.span) for s in merged_steps(listed)] == [(1, 1), (2, 3), (5, 2)]
+    chosen = config(algorithm="grpo_merge", eta_step_list=[0, 5])
+    assert [(s.index, s.span) for s in merged_steps(chosen)] == [(0, 1), (5, 3)]
+    granular = config(algorithm="granular_grpo", eta_step_list=[0, 5, 9])
+    assert [(s.index, s.span) for s in merged_steps(granular)] == [(0, 1), (5, 1), (9, 1)]
+
+
+def merge_settings():
+    for steps, group, strides in itertools.product((4, 9, 16), (2, 5), ([1], [2], [1, 3], [4, 1, 2])):
+        for active in ([0], [1, 2], list(range(steps // 2)), [steps - 2]):
+            for merge in (1, 2):
+                if active[-1] + merge < steps:
+                    given = {"eta_step_list": active, "eta_step_merge_list": [merge] * len(active)}
+                    yield {"sampling_steps": steps, "num_generations": group, "granular_list": strides, **given}
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_every_plan_of_e_grpo_is_anchor_groups_and_tails(share):
+    for given in merge_settings():
+        settings = config(algorithm="grpo_merge", share_prefix=share, **given)
+        steps, group, strides = settings.sampling_steps, settings.num_generations, settings.granular_list
+        plan = make_plan(settings, [0])
+        rows, start = rows_after(plan, start_rows(settings)), start_rows(settings)
+        trained = [i for i, step in enumerate(plan) if step.train]
+        assert [plan[i].index for i in trained] == settings.eta_step_list
+        assert [plan[i].span for i in trained] == settings.eta_step_merge_list
+        assert all(rows[i] == group for i in trained)
+        sigmas = sigma_schedule(steps, settings.shift)
+        *groups, anchor = leaves(plan)
+        assert trained_above(plan, anchor) == [] and rows[anchor] == start
+        assert len(groups) == len(trained) * len(strides)
+        for number, leaf in enumerate(groups):
+            root, stride = trained[number // len(strides)], strides[number % len(strides)]
+            assert trained_above(plan, leaf) == [root]
+            path = [leaf]
+            while path[0] != root:
+                path.insert(0, parents(plan)[path[0]])
+            ends = [plan[i].sigma_next for i in path]
+            first = plan[root].index + plan[root].span
+            assert ends == [*(sigmas[i] for i in range(first, steps, stride)), 0]
+        assert updates(plan, group, settings.gradient_accumulation_steps) == [(slice(0, group), [i]) for i in trained]
+
+
+def test_evaluations_of_e_grpo_are_the_formula_and_what_the_sampler_does():
+    """T for the anchor, and G for every step of every tail but the first of each further stride, which is shared."""
+    for given in merge_settings():
+        settings = config(algorithm="grpo_merge", **given)
+        steps, group, strides = settings.sampling_steps, settings.num_generations, settings.granular_list
+        formula = steps
+        for e, m in zip(settings.eta_step_list, settings.eta_step_merge_list, strict=True):
+            formula += sum(math.ceil((steps - e - m) / g) for g in strides) * group - (len(strides) - 1) * group
+        plan, _, evaluated = toy(settings)
+        assert function_evaluations(plan, 1) == formula == evaluated
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_e_grpo_samples_are_what_the_formulas_give_one_at_a_time(share):
+    """The ODE to e, one noisy step e → e + m, the ODE from there in strides; anchors are the ODE alone."""
+    given = {"eta_step_list": [0, 2, 3], "eta_step_merge_list": [2, 1, 3], "granular_list": [1, 2]}
+    settings = config(algorithm="grpo_merge", sampling_steps=8, num_generations=3, share_prefix=share, eta=0.6, **given)
+    plan, result, _ = toy(settings)
+    sigmas = sigma_schedule(8, 3.0)
+    pictures = result.latents.unflatten(0, (2, -1))
+
+    def ode(x, first, last, stride, prompt):
+        for i in range(first, last, stride):
+            j = min(i + stride, last)
+            x = x + (sigmas[j] - sigmas[i]) * field(x, sigmas[i], prompt)
+        return x
+
+    found = 0
+    for prompt in range(2):
+        start = noise(0, 1, 2)[prompt]
+        columns = iter(range(pictures.shape[1]))
+        for e, m in zip(settings.eta_step_list, settings.eta_step_merge_list, strict=True):
+            (position,) = (i for i, step in enumerate(plan) if step.train and step.index == e)
+            x, sigma, delta = ode(start, 0, e, 1, prompt), sigmas[e], sigmas[e] - sigmas[e + m]
+            a = 0.6 * math.sqrt(sigma / (1 - (sigmas[1] if e == 0 else sigma)))
+            v = field(x, sigma, prompt)
+            mean = x * (1 - a * a * delta / (2 * sigma)) - v * delta * (1 + a * a * (1 - sigma) / (2 * sigma))
+            drawn = noise(position + 1, 3, 2).unflatten(0, (2, 3))[prompt]
+            after = mean + a * math.sqrt(delta) * drawn
+            torch.testing.assert_close(result.after[position].unflatten(0, (2, 3))[prompt], after, rtol=0, atol=1e-5)
+            for stride, sample in itertools.product((1, 2), range(3)):
+                expected = ode(after[sample], e + m, 8, stride, prompt)
+                torch.testing.assert_close(pictures[prompt, next(columns)], expected, rtol=0, atol=1e-4)
+                found += 1
+        for column in columns:
+            torch.testing.assert_close(pictures[prompt, column], ode(start, 0, 8, 1, prompt), rtol=0, atol=1e-5)
+    assert found == 2 * 3 * 2 * 3 and pictures.shape[1] == 18 + (1 if share else 3)
+
+
+def test_a_merged_cps_step_keeps_the_noise_level_of_where_it_ends():
+    settings = config(
+        algorithm="grpo_merge", sde_type="cps", eta_step_list=[2], eta_step_merge_list=[4], num_generations=2
+    )
+    plan = make_plan(settings, [0])
+    (merged,) = (step for step in plan if step.train)
+    sigmas = sigma_schedule(16, 3.0)
+    assert (merged.sigma, merged.sigma_next) == (sigmas[2], sigmas[6])
+    assert entropies(plan) == [pytest.approx(entropy(sigmas[6] * math.sin(0.35 * math.pi)))]
+
+
+# --- BranchGRPO's plan ------------------------------------------------------------------------------------------------
+
+
+def test_branch_grpo_at_its_defaults():
+    settings = config(algorithm="branch_grpo")
+    plan = make_plan(settings, [0])
+    assert function_evaluations(plan, 1) == 203 and evaluations_without_sharing(plan, 1) == 320
+    assert settings.num_generations == 16 and settings.clip_range == 1e-3
+    assert [s.index for s in plan if s.branch > 1] == [0, 3, 6, 9]
+    assert [s.noise_scale for s in plan] == [4 if s.index in (0, 3, 6, 9) else 1 for s in plan]
+    assert {s.kind for s in plan[:-1]} == {"dance_sde"} and [s.train for s in plan] == [True] * 19 + [False]
+    assert updates(plan, 16, 16) == [(slice(0, 16), list(range(19)))]
+
+
+def tree_settings():
+    for steps, children in itertools.product((5, 8, 12), (2, 3)):
+        for splits in ([0], [0, 1], [1, 3], [0, 2, 3]):
+            yield {"sampling_steps": steps, "tree_split_children": children, "tree_split_points": splits}
+
+
+@pytest.mark.parametrize("algorithm", ["branch_grpo", "branch_grpo_mix"])
+def test_evaluations_of_a_tree_are_its_inner_nodes(algorithm):
+    for given in tree_settings():
+        settings = config(algorithm=algorithm, group_size=2, **given)
+        plan, result, evaluated = toy(settings)
+        splits, children = settings.tree_split_points, settings.tree_split_children
+        nodes = [children ** sum(split < depth for split in splits) for depth in range(settings.sampling_steps + 1)]
+        assert function_evaluations(plan, 1) == sum(nodes[:-1]) == evaluated
+        assert len(result.latents) == 2 * nodes[-1] == 2 * settings.num_generations
+        assert rows_after(plan, 1) == nodes[1:]
+
+
+def test_the_mixed_variant_makes_noise_at_splits_and_in_the_moving_window_alone():
+    settings = config(algorithm="branch_grpo_mix", sampling_steps=10, tree_split_points=[0, 4], iters_per_group=1)
+    for window in islice(windows(settings), 12):
+        plan = make_plan(settings, window)
+        noisy = sorted({0, 4, *window})
+        assert [s.index for s in plan if s.kind == "dance_sde"] == [s.index for s in plan if s.train] == noisy
+        assert {s.kind for s in plan if s.index not in noisy} == {"ode"}
+
+
+def test_a_tree_gives_each_leaf_what_its_own_path_gives():
+    given = {"tree_split_points": [0, 2, 3], "sampling_steps": 6, "tree_split_noise_scale": 3.0, "eta": 0.4}
+    plan, result, _ = toy(config(algorithm="branch_grpo", **given))
+    sigmas, rows = sigma_schedule(6, 3.0), [2, 2, 4, 8, 8]
+    pictures = result.latents.unflatten(0, (2, 8))
+    for prompt, leaf in itertools.product(range(2), range(8)):
+        x = noise(0, 1, 2)[prompt]
+        for i in range(5):
+            sigma, delta = sigmas[i], sigmas[i] - sigmas[i + 1]
+            v = field(x, sigma, prompt)
+            score = -(x - (1 - sigma) * (x - sigma * v)) / sigma**2
+            mean = x - delta * v + 0.5 * 0.4**2 * delta * score
+            std = 0.4 * math.sqrt(delta) * (3 if i in (0, 2, 3) else 1)
+            node = leaf * rows[i] // 8
+            x = mean + std * noise(i + 1, rows[i], 2).unflatten(0, (2, rows[i]))[prompt, node]
+            density = torch.distributions.Normal(mean, std).log_prob(x).mean()
+            stored = result.log_probs[i].unflatten(0, (2, rows[i]))[prompt, node]
+            assert stored.item() == pytest.approx(density.item(), abs=1e-4)
+        x = x - sigmas[5] * field(x, sigmas[5], prompt)
+        torch.testing.assert_close(pictures[prompt, leaf], x, rtol=0, atol=1e-4)
+
+
+def test_depth_pruning_slides_towards_the_root_and_stops():
+    settings = config(
+        algorithm="branch_grpo", depth_pruning=[16, 17, 18], depth_pruning_slide_interval=3, depth_pruning_stop_depth=14
+    )
+    shifts = [min(pruned_depths(settings, number)) for number in range(1, 13)]
+    assert shifts == [16] * 3 + [15] * 3 + [14] * 6
+    plan = make_plan(settings, [0], 5)  # depths 15, 16 and 17 are the children of steps 14, 15 and 16
+    assert [s.index for s in plan if not s.train] == [14, 15, 16, 19]
+    still = replace(settings, depth_pruning_slide_interval=0)
+    assert pruned_depths(still, 1) == pruned_depths(still, 1000) == {16, 17, 18}
+    beyond = replace(settings, depth_pruning_stop_depth=17)  # starts shallower than where it would stop
+    assert pruned_depths(beyond, 1000) == {16, 17, 18}
+
+
+def test_check_plan_refuses_steps_that_start_from_elsewhere():
+    sigmas = sigma_schedule(4, 3.0)
+    chain = [Step(i, sigmas[i], sigmas[i + 1], sigmas[1], "dance_sde", 0.3, train=i == 0) for i in range(4)]
+    assert check_plan(tuple(chain))
+    for parent in (2, 3, -2):
+        with pytest.raises(ValueError, match="which comes later"):
+            check_plan((*chain[:2], replace(chain[2], parent=parent), chain[3]))
+    with pytest.raises(ValueError, match="step 0 ends at sigma"):
+        check_plan((*chain, replace(chain[2], parent=0)))
+    with pytest.raises(ValueError, match="from sigma 1 to 0, this one to"):
+        check_plan((*chain, replace(chain[1], parent=0)))
+    with pytest.raises(ValueError, match="from sigma 1 to 0, this one from"):
+        check_plan((*chain, replace(chain[1], parent=-1)))
+
+
+@pytest.mark.parametrize(
+    "algorithm,documented",
+    [
+        ("mix_grpo", "168 to 289"),
+        ("mix_grpo_flash", "74 to 123"),
+        ("mix_grpo_flash_star", "73"),
+        ("flow_grpo", "289"),
+        ("dance_grpo", "181"),
+        ("grpo_merge", "1012"),
+        ("granular_grpo", "1900"),
+        ("branch_grpo", "203"),
+        ("branch_grpo_mix", "203"),
+    ],
+)
+def test_evaluations_at_the_defaults_are_those_of_the_documentation(algorithm, documented):
+    settings = config(algorithm=algorithm)
+    found = [
+        function_evaluations(make_plan(settings, w), start_rows(settings))
+        for w in islice(windows(settings), settings.max_train_steps)
+    ]
+    assert " to ".join(map(str, sorted({min(found), max(found)}))) == documented
+    table = (ROOT / "docs/algorithms.md").read_text().partition("## Cost")[2]
+    (row,) = (
+        line for line in table.splitlines() if line.startswith("|") and f"`{algorithm.replace('_star', '')}`" in line
+    )
+    assert documented in row
+
+
+# --- advantages of trees ----------------------------------------------------------------------------------------------
+
+
+def brute_force(scores, split_log_probs, splits, steps, children, temperature) -> dict[tuple[int, int], float]:
+    """Advantage of every node (depth, number), by recursion from the root, with Python lists."""
+    values: dict[tuple[int, int], float] = {}
+
+    def value(depth: int, number: int) -> float:
+        if depth == steps:
+            found = scores[number]
+        elif depth not in splits:
+            found = value(depth + 1, number)
+        else:
+            numbers = [number * children + i for i in range(children)]
+            below = [value(depth + 1, n) for n in numbers]
+            weights = [math.exp(split_log_probs[depth][n] / temperature) if temperature else 1.0 for n in numbers]
+            found = sum(w * b for w, b in zip(weights, below, strict=True)) / sum(weights)
+        values[depth, number] = found
+        return found
+
+    value(0, 0)
+    advantages = {}
+    for depth in range(1, steps + 1):
+        level = {key: v for key, v in values.items() if key[0] == depth}
+        mean = sum(level.values()) / len(level)
+        std = math.sqrt(sum((v - mean) ** 2 for v in level.values()) / (len(level) - 1))
+        advantages |= {key: (v - mean) / (std + 1e-8) for key, v in level.items()}
+    return advantages
+
+
+@pytest.mark.parametrize("fusion,temperature", [("mean", 0), ("probability", 1.0), ("probability", 0.05)])
+def test_advantages_of_a_tree_are_those_of_a_recursion(train, monkeypatch, fusion, temperature):
+    seen, real = [], train_grpo_flux.Trainer.advantages
+
+    def recording(trainer, plan, sampled, scores):
+        seen.append((plan, sampled, scores, real(trainer, plan, sampled, scores)[0]))
+        return real(trainer, plan, sampled, scores)
+
+    monkeypatch.setattr(train_grpo_flux.Trainer, "advantages", recording)
+    train(
+        algorithm="branch_grpo", num_generations=8, tree_split_points=[0, 2, 3], sampling_steps=6, train_batch_size=2,
+        tree_fusion=fusion, tree_fusion_temperature=temperature or 1.0, max_train_steps=1,
+    )  # fmt: skip
+    ((plan, sampled, scores, advantages),) = seen
+    rows = rows_after(plan, 1)
+    assert sorted(advantages) == [0, 1, 2, 3, 4]
+    for prompt in range(2):
+        log_probs = {split: sampled.log_probs[split].unflatten(0, (2, -1))[prompt].tolist() for split in (0, 2, 3)}
+        expected = brute_force(scores["ShapesRewardModel"][prompt], log_probs, (0, 2, 3), 6, 2, temperature)
+        for position, found in advantages.items():
+            level = [expected[position + 1, number] for number in range(rows[position])]
+            assert found[prompt].tolist() == pytest.approx(level, abs=1e-5)
+
+
+def test_fusing_leaves_failed_pictures_out():
+    scores = np.array([[1.0, 3, NAN, 5, NAN, NAN, 7, 8]])
+    even = np.ones((1, 8))
+    np.testing.assert_allclose(fuse(scores, 8, even), scores)
+    np.testing.assert_allclose(fuse(scores, 4, even), [[2, 5, NAN, 7.5]])
+    np.testing.assert_allclose(fuse(scores, 2, even), [[3, 7.5]])
+    uneven = np.array([[0.25, 0.75, 0.9, 0.1, 0.5, 0.5, 0.2, 0.8]])
+    np.testing.assert_allclose(fuse(scores, 4, uneven), [[2.5, 5, NAN, 7.8]])
+
+
+def test_shares_by_probability():
+    """Splits into 2 and again into 2: e to the log-probability 0 and log 3 are 1 and 3."""
+    three = math.log(3)
+    log_probs = {1: np.array([[0, three]]), 2: np.array([[0, 0, three, 0]])}
+    np.testing.assert_allclose(picture_shares(log_probs, 4, 4, 1.0), [[1, 1, 1, 1]])
+    np.testing.assert_allclose(picture_shares(log_probs, 2, 4, 1.0), [[0.5, 0.5, 0.75, 0.25]])
+    np.testing.assert_allclose(picture_shares(log_probs, 1, 4, 1.0), [[0.125, 0.125, 0.5625, 0.1875]])
+    hot, cold = picture_shares(log_probs, 1, 4, 1e6), picture_shares(log_probs, 1, 4, 1e-3)
+    np.testing.assert_allclose(hot, [[0.25] * 4], atol=1e-5)
+    np.testing.assert_allclose(cold, [[0, 0, 1, 0]], atol=1e-9)
+
+
+def test_width_pruning_by_hand():
+    advantages = np.array([[0.1, 0.9, -0.5, 0.3, -2, 1.5, 0.2, -0.1]])
+    #                       0    1    2     3    4   5    6    7
+
+    def kept(siblings: int, mode: int, share: float) -> list[int]:
+        return np.flatnonzero(kept_pictures(advantages, siblings, mode, share)).tolist()
+
+    assert kept(2, 0, 0.5) == list(range(8))
+    assert kept(2, 1, 0.5) == [1, 3, 5, 6]  # the better of each pair
+    assert kept(4, 1, 0.25) == [1, 5]
+    assert kept(4, 1, 0.3) == [1, 3, 5, 6]  # ⌈1.2⌉ of each four
+    assert kept(2, 2, 0.5) == [1, 2, 4, 5]  # the two best and the two worst
+    assert kept(2, 2, 0.375) == [1, 4, 5]  # two best, one worst
+    assert kept(2, 2, 0.01) == [5] and kept(2, 2, 1.0) == kept(2, 1, 1.0) == list(range(8))
+    ties = kept_pictures(np.zeros((3, 8)), 2, 2, 0.5)
+    assert ties.sum(1).tolist() == [4, 4, 4]
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+SMALL = {  # name -> flags; with T 6 and G 4: trained steps, NFE, pictures, optimizer steps
+    "grpo_merge": ({}, [0, 1, 2], 6 + 4 * (5 + 4 + 3), 13, 3),
+    "grpo_merge, cps, strides": (
+        {"algorithm": "grpo_merge", "sde_type": "cps", "eta_step_list": [1, 3], "eta_step_merge_list": [2, 1],
+         "granular_list": [1, 2]}, [1, 3], 6 + 4 * (3 + 2 - 1) + 4 * (2 + 1 - 1), 17, 2),
+    "grpo_merge, dance": (
+        {"algorithm": "grpo_merge", "sde_type": "dance", "entropy_threshold": 1.0},  # merged in twos
+        [0, 1, 2], 6 + 4 * (4 + 3 + 2), 13, 3),
+    "granular_grpo": ({"granular_list": "1,3"}, [0, 1, 2], 6 + 4 * (5 + 2 - 1 + 4 + 2 - 1 + 3 + 1 - 1), 25, 3),
+    "branch_grpo": ({"tree_split_points": [0, 2]}, [0, 1, 2, 3, 4], 1 + 2 + 2 + 4 * 3, 4, 1),
+    "branch_grpo, flow": (
+        {"algorithm": "branch_grpo", "sde_type": "flow", "tree_split_points": [1, 2], "tree_fusion": "probability"},
+        [0, 1, 2, 3, 4], 1 + 1 + 2 + 4 * 3, 4, 1),
+    "branch_grpo, pruned": (
+        {"algorithm": "branch_grpo", "tree_split_points": [0, 2], "tree_width_prune": 2, "depth_pruning": [4, 5],
+         "depth_pruning_slide_interval": 1}, [0, 1, 2], 1 + 2 + 2 + 4 * 3, 4, 1),
+    "branch_grpo_mix": ({"tree_split_points": [0, 3]}, [0, 1, 3], 1 + 2 * 3 + 4 * 2, 4, 1),
+    "branch_grpo_mix, cps": (
+        {"algorithm": "branch_grpo_mix", "sde_type": "cps", "tree_split_points": [0, 3], "eta": 0.5,
+         "tree_split_noise_scale": 1}, [0, 1, 3], 1 + 2 * 3 + 4 * 2, 4, 1),
+    "flow_grpo, cps": ({"algorithm": "flow_grpo", "sde_type": "cps"}, [0, 1, 2, 3, 4], 1 + 5 * 4, 4, 2),
+    "dance_grpo, cps": (
+        {"algorithm": "dance_grpo", "sde_type": "cps", "timestep_fraction": 1}, [0, 1, 2, 3, 4], 1 + 5 * 4, 4, 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_every_algorithm_trains_and_starts_with_a_ratio_of_exactly_one(train, tiny_flux, name):
+    given, window, evaluations, pictures, steps = SMALL[name]
+    given = {"algorithm": name, "learning_rate": 1e-4, **given}
+    run = train(rollout_batch_size=1, train_micro_batch_size=1, **given)
+    assert run.metrics[0]["window"] == window
+    for line in run.metrics:
+        assert (line["nfe"], line["images"], line["optimizer_steps"]) == (evaluations, pictures, steps)
+        assert line["grad_norm"] > 0 and line["ratio_first_deviation"] == 0
+        assert len(line["entropies"]) == len(line["merges"]) == len(line["window"])
+        assert ("eval_reward" in line) == ("merge" in name or "granular" in name)
+    assert json.loads((run.folder / "args.json").read_text())["algorithm"] == given["algorithm"]
+    assert not same_weights(run.weights(), base_weights(tiny_flux))
+
+
+def test_one_split_at_the_first_step_is_flat_grpo(train):
+    flat = train(algorithm="dance_grpo", gradient_accumulation_steps=4, timestep_fraction=1.0, image_log_steps=1)
+    tree = train(
+        algorithm="branch_grpo", tree_split_points=[0], tree_split_children=4, tree_split_noise_scale=1,
+        clip_range=1e-4, image_log_steps=1,
+    )  # fmt: skip
+    assert flat.numbers() == tree.numbers()
+    assert same_weights(flat.weights(), tree.weights())
+
+
+@pytest.mark.parametrize("algorithm", ["grpo_merge", "granular_grpo"])
+def test_sharing_on_or_off_gives_the_same_pictures_and_gradients(train, algorithm):
+    given = {"algorithm": algorithm, "max_train_steps": 1, "train_batch_size": 2, "image_log_steps": 1}
+    shared, alone = train(**given), train(share_prefix=False, **given)
+    pictures = [
+        np.asarray(Image.open(run.folder / "images/iteration_000001.png")).astype(int) for run in (shared, alone)
+    ]
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1
+    assert relative_difference(shared.gradient(), alone.gradient()) < 5e-4
+    (one,), (other,) = shared.metrics, alone.metrics
+    for name in ("reward", "eval_reward", "grad_norm"):
+        assert one[name] == pytest.approx(other[name], rel=1e-3)
+    assert one["nfe"] < other["nfe"]
+
+
+def test_e_grpo_evaluates_the_gradient_once_a_group(train, monkeypatch):
+    rows = {True: 0, False: 0}
+    real = train_grpo_flux.predict_velocity
+
+    def counting(model, latents, *rest):
+        rows[torch.is_grad_enabled()] += len(latents)
+        return real(model, latents, *rest)
+
+    monkeypatch.setattr(train_grpo_flux, "predict_velocity", counting)
+    run = train(algorithm="grpo_merge", train_batch_size=2, max_train_steps=1)
+    assert rows == {True: 2 * 3, False: run.metrics[0]["nfe"]}
+
+
+def test_strides_add_their_advantages(train, monkeypatch):
+    calls, totals = [], []
+    mix, advantages = train_grpo_flux.mix_advantages, train_grpo_flux.Trainer.advantages
+    monkeypatch.setattr(train_grpo_flux, "mix_advantages", lambda *a: calls.append(mix(*a)) or calls[-1])
+    monkeypatch.setattr(train_grpo_flux.Trainer, "advantages", lambda *a: totals.append(advantages(*a)) or totals[-1])
+    train(algorithm="granular_grpo", granular_list=[1, 2, 3], eta_step_list=[0, 2], max_train_steps=1)
+    ((total, _),) = totals
+    assert len(calls) == 2 * 3
+    for number, found in enumerate(total.values()):
+        parts = [part for part, _ in calls[3 * number : 3 * number + 3]]
+        np.testing.assert_allclose(found, sum(parts))
+        assert all(np.abs(part).max() > 0.1 for part in parts)
+
+
+def test_pruned_edges_are_not_trained(train, monkeypatch):
+    seen, real = [], train_grpo_flux.slice_transitions
+    monkeypatch.setattr(train_grpo_flux, "slice_transitions", lambda *a: seen.append(real(*a)) or seen[-1])
+    train(
+        algorithm="branch_grpo", num_generations=8, tree_split_points=[0, 2, 3], tree_width_prune=1, depth_pruning=[2],
+        train_batch_size=2, max_train_steps=1,
+    )  # fmt: skip
+    (transitions,) = seen
+    counts = {position: [t.prompt for t in transitions if t.position == position] for position in range(5)}
+    # rows 2, 2 (depth 2, pruned), 4, 8, 8: of the last two the better half
+    assert {p: len(found) for p, found in counts.items()} == {0: 4, 1: 0, 2: 8, 3: 8, 4: 8}
+    assert all(found.count(0) == found.count(1) for found in counts.values())
+    assert sum(t.weight for t in transitions) == pytest.approx(1)
+    assert {t.child // 2 for t in transitions if t.position == 3} == set(range(8))  # one of each pair
+
+
+@pytest.mark.parametrize("algorithm", ["branch_grpo", "branch_grpo_mix", "grpo_merge"])
+def test_micro_batches_and_prompts_a_process_change_nothing_but_speed(train, algorithm):
+    given = {
+        "algorithm": algorithm, "learning_rate": 1e-6, "tree_split_points": [0, 2],
+        "tree_width_prune": 0 if algorithm == "grpo_merge" else 2,
+    }  # fmt: skip
+    run = train(train_batch_size=2, train_micro_batch_size=2, **given)
+    for micro, rows in ((1, 3), (100, None)):
+        other = train(train_batch_size=2, train_micro_batch_size=micro, rollout_batch_size=rows, **given)
+        assert_same_update(other, run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["grpo_merge", "branch_grpo"])
+def test_the_update_does_not_depend_on_how_prompts_lie_on_processes(
+    train, flags, run_at, tmp_path, subprocess_environment, algorithm
+):
+    given = {"algorithm": algorithm, "learning_rate": 1e-6, "prompts_per_iteration": 4}
+    if algorithm == "branch_grpo":  # of the split's two edges in a tree, one or two are trained: rows differ
+        pruning = {"tree_width_prune": 2, "tree_width_prune_share": 0.5, "tree_fusion": "probability"}
+        given |= {"tree_split_points": [0, 1, 2], "num_generations": 8, **pruning}
+    run = train(**given)
+    done = torchrun(flags(output_dir=tmp_path / "two", **given), subprocess_environment)
+    assert done.returncode == 0, done.stderr
+    assert_same_update(run_at("two"), run)
+
+
+# --- ratio drift ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("algorithm", ["mix_grpo", "grpo_merge", "branch_grpo"])
+def test_recomputed_old_log_probabilities_make_the_first_ratio_exactly_one(train, monkeypatch, algorithm):
+    """Here sampling rounds differently from training, as graphs compiled with and without gradient do."""
+    real = train_grpo_flux.predict_velocity
+
+    def drifting(*args):
+        velocity = real(*args)
+        return velocity if torch.is_grad_enabled() else velocity * (1 + 1e-3)
+
+    monkeypatch.setattr(train_grpo_flux, "predict_velocity", drifting)
+    given = {"algorithm": algorithm, "tree_split_points": [0, 2], "train_batch_size": 2, "clip_range": 1e-6}
+    given |= {"train_micro_batch_size": 3, "max_train_steps": 1, "mixed_precision": "bf16"}
+    with pytest.warns(UserWarning, match="deviates from 1 .* --recompute_old_log_prob"):
+        (line,) = train(**given).metrics
+    (recomputed,) = train(recompute_old_log_prob=True, **given).metrics
+    assert line["ratio_first_deviation"] > 1e-7 and recomputed["ratio_first_deviation"] == 0
+    assert line["reward"] == recomputed["reward"]
+
+
+# --- Flow-GRPO-Fast ---------------------------------------------------------------------------------------------------
+
+
+def test_flow_grpo_fast_draws_a_few_consecutive_steps_an_iteration(train):
+    settings = config(algorithm="flow_grpo", flow_grpo_fast_steps=2, sampling_steps=10)
+    drawn = list(islice(windows(settings), 100))
+    assert {w[0] for w in drawn} == set(range(7)) and all(w == [w[0], w[0] + 1] for w in drawn)
+    plan = make_plan(settings, [3, 4])
+    assert [s.index for s in plan if s.kind == "flow_sde"] == [s.index for s in plan if s.train] == [3, 4]
+    run = train(algorithm="flow_grpo", flow_grpo_fast_steps=2, max_train_steps=4)
+    starts = [line["window"][0] for line in run.metrics]
+    assert len(set(starts)) > 1
+    assert [line["nfe"] for line in run.metrics] == [1 + start + (5 - start) * 4 for start in starts]
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "argv,named",
+    [
+        ("grpo_merge --eta_step_list 1,2 --eta_step_merge_list 1", ("--eta_step_merge_list [1]", "list has 2")),
+        ("grpo_merge --eta_step_merge_list 1,1", ("--eta_step_merge_list [1, 1]", "--eta_step_list has 0")),
+        ("grpo_merge --eta_step_list 15", ("--eta_step_list [15]", "0 to 14")),
+        ("grpo_merge --eta_step_list=-1", ("--eta_step_list [-1]", "0 to 14")),
+        ("grpo_merge --eta_step_list 2 1", ("--eta_step_list [2, 1]", "ascend")),
+        ("grpo_merge --eta_step_list 1 1", ("--eta_step_list [1, 1]", "once")),
+        ("grpo_merge --eta_step_list one", ("--eta_step_list one", "int")),
+        ("grpo_merge --eta_step_list 10 --eta_step_merge_list 6", ("--eta_step_merge_list [6]", "step 10", "1 to 5")),
+        ("grpo_merge --eta_step_list 10 --eta_step_merge_list 0", ("--eta_step_merge_list [0]", "1 to 5")),
+        ("grpo_merge --granular_list None", ("--granular_list []",)),
+        ("grpo_merge --granular_list 0,1", ("--granular_list [0, 1]", "at least 1")),
+        ("grpo_merge --granular_list 2,2", ("--granular_list [2, 2]", "once")),
+        ("grpo_merge --entropy_threshold 0", ("--entropy_threshold 0",)),
+        ("grpo_merge --no_init_same_noise", ("grpo_merge", "--init_same_noise False")),
+        ("grpo_merge --training_strategy part", ("grpo_merge", "--training_strategy part")),
+        ("grpo_merge --frozen_init_timesteps 2", ("--frozen_init_timesteps 2", "grpo_merge")),
+        ("granular_grpo --eta_step_list 1 --eta_step_merge_list 1", ("--eta_step_merge_list [1]", "grpo_merge")),
+        ("mix_grpo --eta_step_list 1", ("--eta_step_list [1]", "grpo_merge or granular_grpo")),
+        ("mix_grpo --flow_grpo_fast_steps 2", ("--flow_grpo_fast_steps 2", "flow_grpo")),
+        ("flow_grpo --flow_grpo_fast_steps 24", ("--flow_grpo_fast_steps 24", "23")),
+        ("flow_grpo --flow_grpo_fast_steps 2 --timestep_fraction 0.4", ("--timestep_fraction 0.4",)),
+        ("branch_grpo --tree_split_points 0 19", ("--tree_split_points [0, 19]", "0 to 18")),
+        ("branch_grpo --tree_split_points 3 0", ("--tree_split_points [3, 0]", "ascend")),
+        ("branch_grpo --tree_split_points None", ("--tree_split_points []",)),
+        ("branch_grpo --tree_split_children 1", ("--tree_split_children 1", "at least 2")),
+        ("branch_grpo --num_generations 12", ("--num_generations 12", "2^4 = 16")),
+        ("branch_grpo --no_share_prefix", ("--share_prefix False", "branch_grpo")),
+        ("branch_grpo --no_init_same_noise", ("branch_grpo", "--init_same_noise False")),
+        ("branch_grpo --timestep_fraction 0.5", ("--timestep_fraction 0.5", "branch_grpo")),
+        ("branch_grpo --tree_split_noise_scale 0", ("--tree_split_noise_scale 0",)),
+        ("branch_grpo --tree_fusion sum", ("--tree_fusion", "sum", "probability")),
+        ("branch_grpo --tree_fusion_temperature 0", ("--tree_fusion_temperature 0",)),
+        ("branch_grpo --tree_width_prune 3", ("--tree_width_prune", "3")),
+        ("branch_grpo --tree_width_prune_share 0", ("--tree_width_prune_share 0",)),
+        ("branch_grpo --depth_pruning 0", ("--depth_pruning [0]", "1 and 19")),
+        ("branch_grpo --depth_pruning_stop_depth 0", ("--depth_pruning_stop_depth 0",)),
+        ("branch_grpo_mix --group_size 19", ("--group_size 19", "18")),
+        ("dance_grpo --depth_pruning 3", ("--depth_pruning [3]", "branch_grpo")),
+        ("dance_grpo --tree_width_prune 1", ("--tree_width_prune 1", "branch_grpo")),
+    ],
+)  # fmt: skip
+def test_bad_input_is_refused_in_one_line(capsys, argv, named):
+    with pytest.raises(SystemExit) as stop:
+        train_grpo_flux.main(["--data_json_path", "unused", "--reward_model", "shapes", "--algorithm", *argv.split()])
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ": error: " in line and all(text in line for text in named), line
+
+
+@pytest.mark.parametrize(
+    "argv,named",
+    [
+        ("grpo_merge --entropy_threshold 30", "--entropy_threshold 30.0: no step and no merge"),
+        ("branch_grpo --sampling_steps 4 --tree_split_points 0 --depth_pruning 1 2 3", "trains no step"),
+        ("branch_grpo --sde_type cps --eta 0.5 --no_drop_last_sample --sampling_steps 3 --tree_split_points 1", ""),
+    ],
+)
+def test_a_plan_that_trains_nothing_is_refused_before_anything_is_loaded(capsys, argv, named):
+    flags = ["--data_json_path", "unused", "--reward_model", "shapes", "--dry_run", "--algorithm", *argv.split()]
+    if not named:
+        train_grpo_flux.main(flags)
+        return
+    with pytest.raises(SystemExit) as stop:
+        train_grpo_flux.main(flags)
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert named in line
+
+
+def test_a_dry_run_shows_merges_entropies_and_inactive_steps(capsys):
+    flags = ["--data_json_path", "unused", "--reward_model", "shapes", "--dry_run", "--algorithm", "grpo_merge"]
+    train_grpo_flux.main(flags)
+    text = capsys.readouterr().out
+    assert "1 prompts x 97 samples = 97 images" in text and "8 optimizer steps an iteration" in text
+    assert "1012 to 1012" in text
+    trained = [line for line in text.splitlines() if line.endswith(")") and "trained" in line]
+    assert [("covers" in line, "e^h" in line) for line in trained] == [(False, True)] * 2 + [(True, True)] * 6
+    train_grpo_flux.main([*flags, "--sde_type", "dance", "--eta", "0.65"])
+    text = capsys.readouterr().out
+    assert "step 7 is inactive: no merge brings its e^h above --entropy_threshold 2.2" in text

@@ -1,0 +1,178 @@
+"""E-GRPO's command line, fastvideo/train.py: the same trainer under other names."""
+
+import json
+import subprocess
+import sys
+
+from fastvideo import train as front_door
+from fastvideo.config import ALGORITHMS, IGNORED_FLAGS, GRPOConfig, parse_dataclass
+
+import pytest
+from conftest import ROOT
+from test_config import recipe_command
+from test_train import same_weights
+
+# The command of E-GRPO's README, with values in the places it leaves open.
+DOCUMENTED = (
+    "algorithm=grpo_merge reward=hps model.pretrained_model_name_or_path=data/flux data.json_path=prompt.json "
+    "training.max_train_steps=300 training.learning_rate=1e-6 grpo.num_generations=16 grpo.eta_step_list=[1,2,3] "
+    "grpo.eta_step_merge_list=[1,1,1] grpo.granular_list=[1,2] sampling.height=512 sampling.width=512 "
+    "reward.hps_path=HPS.pt wandb.enabled=true wandb.project=mine output_dir=out"
+).split()
+
+
+def settings(*overrides: str) -> GRPOConfig:
+    return parse_dataclass(GRPOConfig, front_door.to_flags(overrides), "", IGNORED_FLAGS)
+
+
+def test_the_documented_command_gives_these_settings():
+    config = settings(*DOCUMENTED)
+    expected = {
+        "algorithm": "grpo_merge", "reward_model": "hpsv2", "pretrained_model_name_or_path": "data/flux",
+        "data_json_path": "prompt.json", "max_train_steps": 300, "learning_rate": 1e-6, "num_generations": 16,
+        "eta_step_list": [1, 2, 3], "eta_step_merge_list": [1, 1, 1], "granular_list": [1, 2], "h": 512, "w": 512,
+        "hps_path": "HPS.pt", "use_wandb": True, "wandb_project": "mine", "output_dir": "out",
+        "sampling_steps": 16,  # the algorithm's own
+    }  # fmt: skip
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    "override,name,value",
+    [
+        ("algorithm=grpo", "algorithm", "flow_grpo"),
+        *((f"algorithm={name}", "algorithm", name) for name in ALGORITHMS),
+        ("reward=clip", "reward_model", "clip_score"),
+        ("reward=combined", "reward_model", "hpsv2:0.7,clip_score:0.3"),
+        ("reward=multi_reward", "reward_model", "multi_reward"),
+        ("reward=pick_score", "reward_model", "pick_score"),
+        ("reward=shapes:2,jpeg_compressibility", "reward_model", "shapes:2,jpeg_compressibility"),
+        ("training.gradient_checkpointing=false", "gradient_checkpointing", False),
+        ("wandb.enabled=False", "use_wandb", False),
+        ("eta=0.5", "eta", 0.5),
+        ("training.rollout_batch_size=null", "rollout_batch_size", None),
+        ("grpo.depth_pruning=[]", "depth_pruning", []),
+        ("reward.granular_start_weights=[1, 0.5, 2]", "granular_start_weights", [1.0, 0.5, 2.0]),
+        ("sampling.sampling_steps=9", "sampling_steps", 9),
+        ("data.cfg_rate=0.1", "cfg", 0.1),
+        ("reward.clip_path=clip.bin", "hps_clip_path", "clip.bin"),
+        ("distributed.master_weight_type=bf16", "master_weight_type", "bf16"),
+        ("training.mixed_precision=no", "mixed_precision", "no"),  # which YAML takes for false
+        ("wandb.name='1e3'", "experiment_name", "1e3"),
+    ],
+)
+def test_a_key_is_a_flag(override, name, value):
+    assert getattr(settings("data.json_path=prompt.json", override), name) == value
+
+
+@pytest.mark.parametrize(
+    "override,named",
+    [
+        ("grpo.num_generation=16", ("grpo.num_generation", "grpo.num_generations?")),
+        ("training.lerning_rate=1", ("training.lerning_rate", "training.learning_rate")),
+        ("sampling.hight=512", ("sampling.hight", "sampling.height")),
+        ("gpro.eta=1", ("gpro.eta", "section", "grpo")),
+        ("wobble=1", ("unknown key wobble",)),
+        ("algorithm=ppo", ("algorithm=ppo", "grpo_merge", "branch_grpo")),
+        ("eta", ("eta", "key=value")),
+        ("--eta=1", ("unknown key --eta",)),
+        ("grpo.eta_step_list=[1,", ("grpo.eta_step_list=[1,", "YAML")),
+        ("grpo.eta={a: 1}", ("grpo.eta={a: 1}", "one value")),
+        ("wandb.enabled=maybe", ("wandb.enabled=maybe", "true")),
+        ("grpo.num_generations=many", ("--num_generations", "many")),
+        ("grpo.eta_step_list=[1,2]", ("--eta_step_merge_list [1, 1, 1]",)),
+        ("wandb.wandb_key=hush", ("WANDB_API_KEY",)),
+    ],
+)
+def test_a_bad_argument_is_refused_in_one_line(capsys, override, named):
+    with pytest.raises(SystemExit) as stop:
+        front_door.main([*DOCUMENTED, override])
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ": error: " in line and all(text in line for text in named), line
+    assert "hush" not in line
+
+
+@pytest.mark.slow
+def test_it_trains_what_the_flags_train(train, tiny_flux, embedded_prompts, tmp_path, subprocess_environment):
+    run = train(algorithm="grpo_merge", eta_step_list=[0, 2], eta_step_merge_list=[1, 2])
+    saved = json.loads((run.folder / "args.json").read_text())
+    given = {
+        "algorithm": "grpo_merge", "reward": "shapes", "model.pretrained_model_name_or_path": tiny_flux,
+        "data.json_path": embedded_prompts, "grpo.eta_step_list": "[0,2]", "grpo.eta_step_merge_list": "[1,2]",
+        "output_dir": tmp_path / "other", "sampling.height": 32, "sampling.width": 32, "wandb.enabled": "false",
+        "training.gradient_checkpointing": "false",
+    }  # fmt: skip
+    names = ("sampling_steps", "num_generations", "max_train_steps", "mixed_precision", "dataloader_num_workers")
+    given |= {f"training.{name}": saved[name] for name in (*names, "group_size", "image_log_steps")}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1"]
+    done = subprocess.run(
+        [*command, "fastvideo/train.py", *(f"{key}={value}" for key, value in given.items())],
+        cwd=ROOT, env=subprocess_environment, timeout=120, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    other = type(run)(tmp_path / "other")
+    assert other.numbers() == run.numbers() and same_weights(other.weights(), run.weights())
+
+
+# --- scripts ----------------------------------------------------------------------------------------------------------
+
+SCRIPTS = {
+    "train_grpo_hps": {"algorithm": "grpo_merge", "reward_model": "hpsv2", "eta_step_list": []},
+    "train_grpo_merge": {"algorithm": "grpo_merge", "eta_step_list": [1, 2, 3], "granular_list": [1, 2]},
+    "train_dance_grpo": {"algorithm": "dance_grpo", "sampling_steps": 16},
+    "train_mix_grpo": {"algorithm": "mix_grpo"},
+    "train_branch_grpo": {"algorithm": "branch_grpo", "num_generations": 16},
+    "train_multi_reward": {"reward_model": "multi_reward", "image_reward_mode": "overall"},
+}
+
+
+def test_no_script_is_left_untested():
+    assert set(SCRIPTS) == {path.stem for path in (ROOT / "scripts/finetune").glob("train_*.sh")}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_passes_a_dry_run(name, tmp_path, capsys):
+    launcher, *overrides = recipe_command(
+        ROOT / f"scripts/finetune/{name}.sh", tmp_path, "dry_run=true", MODEL_PATH="m"
+    )
+    assert launcher == "-m" and "fastvideo/train.py" in overrides
+    overrides = overrides[overrides.index("fastvideo/train.py") + 1 :]
+    front_door.main(overrides)
+    assert "images an iteration" in capsys.readouterr().out
+    config = settings(*overrides)
+    expected = {**SCRIPTS[name], "pretrained_model_name_or_path": "m", "max_train_steps": 300, "use_wandb": False}
+    assert {key: getattr(config, key) for key in expected} == expected
+
+
+@pytest.mark.slow
+def test_preprocessing_and_index_as_the_readme_of_e_grpo_writes_them(
+    tmp_path, tiny_flux, prompts_file, subprocess_environment
+):
+    folder = tmp_path / "rl_embeddings"
+    given = {"MODEL_PATH": tiny_flux, "PROMPT_FILE": str(prompts_file), "OUTPUT_DIR": str(folder)}
+    done = subprocess.run(
+        ["bash", "scripts/preprocess/preprocess_prompts.sh"],
+        cwd=ROOT, env={**subprocess_environment, **given, "PYTHON_BIN": sys.executable}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    index = json.loads((folder / "prompt.json").read_text())
+    assert json.loads((folder / "videos2caption.json").read_text()) == index and len(index) == 5
+
+    def generate(*flags) -> subprocess.CompletedProcess:
+        command = [sys.executable, "scripts/preprocess/generate_json_index.py", *map(str, flags)]
+        return subprocess.run(command, cwd=ROOT, env=subprocess_environment, capture_output=True, text=True)
+
+    (folder / "prompt_embed" / index[1]["prompt_embed_path"]).write_bytes(b"cut off")
+    done = generate("--embedding_dir", folder, "--output_path", folder / "new.json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((folder / "new.json").read_text()) == [index[0], *index[2:]]
+    (tmp_path / "some.txt").write_text(index[3]["caption"] + "\n")
+    generate("--data_dir", folder, "--output_name", "some.json", "--prompt_file", tmp_path / "some.txt")
+    assert json.loads((folder / "some.json").read_text()) == [index[3]]
+    for flags, named in (
+        (("--embedding_dir", tmp_path), "no prompt.json"),
+        (("--embedding_dir", folder, "--output_path", tmp_path / "x.json"), "--output_path"),
+    ):
+        done = generate(*flags)
+        assert done.returncode == 1 and named in done.stderr and len(done.stderr.splitlines()) == 1
