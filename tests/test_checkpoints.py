@@ -260,7 +260,7 @@ def test_a_run_killed_at_twenty_random_moments_ends_alike(start, train, run_at, 
 
 @pytest.mark.slow
 def test_a_process_that_raises_ends_all_within_a_minute_with_its_traceback_last(start, run_at, tmp_path):
-    given = {**SETTINGS, "prompts_per_iteration": 2, "reward_model": "custom_rewards:raises_on_rank_1"}
+    given = {**SETTINGS, "prompts_per_iteration": 2, "reward_model": "failing_rewards:raises_on_rank_1"}
     process, log = start("out", 2, **given), tmp_path / "out.log"
     wait_for(lambda: "on purpose" in log.read_text(), process, log)
     assert process.wait(60) != 0
@@ -271,7 +271,7 @@ def test_a_process_that_raises_ends_all_within_a_minute_with_its_traceback_last(
 @pytest.mark.slow
 def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(start, train, run_at, tmp_path):
     """The operating system refuses files above a limit, which is below the size of the weights from the second on."""
-    settings = {**SETTINGS, "max_train_steps": 2, "checkpointing_steps": 1}
+    settings = {**SETTINGS, "max_train_steps": 2, "checkpointing_steps": 1, "reward_model": "jpeg_compressibility"}
     whole = train("whole", **settings)
     weights = (whole.checkpoints[0] / "diffusion_pytorch_model.safetensors").stat().st_size
     train("cut", **{**settings, "max_train_steps": 1})
