@@ -5,11 +5,13 @@ The comparisons run at a quarter of the width, and with `scripts/test.sh --long`
 
 import gzip
 import io
+import re
 import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
 
+from fastvideo import train_grpo_flux
 from fastvideo.models.reward_model.clip_score import CLIPScoreRewardModel
 from fastvideo.models.reward_model.hps_score import HPSClipRewardModel, hps_preprocess
 from fastvideo.models.reward_model.image_reward import COMPONENTS, ImageRewardModel
@@ -258,6 +260,49 @@ def test_pick_score_equals_its_model_card(make):
     expected = np.array(expected)
     check_scores(PickScoreRewardModel(path, evaluation=True), expected / 100)
     check_scores(PickScoreRewardModel(path), (expected - 18) / 8)
+
+
+@pytest.mark.parametrize(
+    "settings,message",
+    [
+        ("hpsv2 hps_path {}/a.pt", "no such file"),
+        ("hpsv2 hps_path {}/half.pt", "not a readable checkpoint"),
+        ("hpsv2 hps_path {}/other.pt", "wrong checkpoint"),
+        ("clip_score clip_score_path {}", "none of open_clip_model.safetensors"),
+        ("clip_score clip_score_path hf-hub:no/thing", ""),
+        ("pick_score pick_score_path data/PickScore", "no such file"),
+        ("pick_score pick_score_path a/b/c", "no such file"),
+        ("pick_score pick_score_path no/thing", ""),
+        ("image_reward image_reward_score_dir {}", "no such file"),
+        ("image_reward image_reward_path {}/half.pt image_reward_mode overall", "not a readable checkpoint"),
+    ],
+)
+def test_a_missing_or_wrong_file_is_refused_with_flag_file_and_the_command_that_gets_it(
+    settings, message, narrow_rewards, tmp_path, monkeypatch, flags, capsys
+):
+    monkeypatch.chdir(Path(__file__).parents[1])
+    good = (narrow_rewards / "hps_ckpt" / HPS_FILE).read_bytes()
+    (tmp_path / "half.pt").write_bytes(good[: len(good) // 2])
+    torch.save({"state_dict": {"logit_scale": torch.zeros(())}}, tmp_path / "other.pt")
+    reward, *given = settings.format(tmp_path).split()
+    argv = flags(reward_model=reward, **dict(zip(given[::2], given[1::2], strict=True)))
+    with pytest.raises(SystemExit) as stop:
+        train_grpo_flux.main(argv)
+    assert stop.value.code == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    part = {"hpsv2": "hps", "clip_score": "clip", "pick_score": "pick"}.get(reward, reward)
+    assert re.search(f"--{given[0]} {re.escape(given[1])}.*: .*{message}", line)
+    assert f"`bash scripts/huggingface/download_checkpoints.sh {part}`" in line
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+def test_a_damaged_clip_file_of_the_granular_reward_is_named(narrow_rewards, tmp_path):
+    folder = tmp_path / "image_reward_ckpt"
+    shutil.copytree(narrow_rewards / "image_reward_ckpt", folder)
+    damaged = folder / "ViT-L-14.pt"
+    damaged.write_bytes(damaged.read_bytes()[:100_000])
+    with pytest.raises(ValueError, match="--image_reward_score_dir .*ViT-L-14.pt: not a readable CLIP checkpoint"):
+        ImageRewardModel(score_dir=str(folder))
 
 
 def test_proxies_last_for_the_download_only(monkeypatch):
