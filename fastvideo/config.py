@@ -541,11 +541,6 @@ class GRPOConfig(RewardConfig):
             "fsdp_sharding_startegy",
             "splits nothing; choose --parallel ddp, or full, hybrid_full or hybrid_zero2",
         )
-        need(
-            not self.use_cpu_offload or engine in ("fsdp", "deepspeed") or self.fsdp_sharding_startegy is not None,
-            "use_cpu_offload",
-            "goes with --parallel fsdp or deepspeed",
-        )
         if engine == "deepspeed":
             need(self.ema_decay == 0, "ema_decay", "DeepSpeed splits the weights its own way; choose --parallel fsdp")
             need(self.master_weight_type == "fp32", "master_weight_type", "--parallel deepspeed knows only fp32")

@@ -61,7 +61,7 @@ def meta_transformer(path: str, dtype: torch.dtype = torch.float32) -> FluxTrans
     """The same without weights, on the meta device: costs neither time nor memory."""
     config = _load(_TransformerConfig, path, **_transformer_place(path))
     with torch.device("meta"):
-        return FluxTransformer2DModel.from_config(config).to(dtype)
+        return torch.nn.Module.to(FluxTransformer2DModel.from_config(config), dtype)  # ModelMixin.to would warn
 
 
 class _TransformerConfig:

@@ -51,6 +51,8 @@ def choose_engine(config: GRPOConfig, world_size: int) -> str:
         raise ValueError(f"--parallel none: {world_size} processes were started; choose ddp, fsdp or deepspeed")
     if name == "ddp" and world_size == 1:
         raise ValueError("--parallel ddp: only one process was started; use torchrun, or --parallel none")
+    if name in ("none", "ddp") and config.use_cpu_offload:
+        raise ValueError(f"--use_cpu_offload: goes with --parallel fsdp or deepspeed; this run is {name}")
     if name in ("fsdp", "deepspeed") and "LOCAL_RANK" not in os.environ:
         raise ValueError(f"--parallel {name}: start it with torchrun (--nproc_per_node 1 for a single process)")
     return name
