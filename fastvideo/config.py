@@ -185,8 +185,12 @@ class RewardConfig:
     """Where the reward models lie and how they run; training and evaluation share it."""
 
     hps_path: str = flag("hps_ckpt/HPS_v2.1_compressed.pt", "HPS checkpoint")
-    hps_clip_path: str | None = flag("hps_ckpt/open_clip_pytorch_model.bin", "open_clip ViT-H-14 weights under HPS")
+    hps_clip_path: str | None = flag(
+        "hps_ckpt/open_clip_pytorch_model.bin", "not needed and not read: the HPS checkpoint holds the whole model"
+    )
     clip_score_path: str = flag("hf-hub:apple/DFN5B-CLIP-ViT-H-14-384", "open_clip model of CLIPScore: name or file")
+    clip_score_http_proxy: str | None = flag(None, "HTTP proxy for downloading CLIPScore's model")
+    clip_score_https_proxy: str | None = flag(None, "HTTPS proxy for downloading CLIPScore's model")
     image_reward_path: str = flag("ImageReward-v1.0", "ImageReward model: name or file (mode overall)")
     image_reward_med_config: str | None = flag(None, "med_config.json of ImageReward")
     image_reward_score_dir: str = flag("image_reward_ckpt", "folder of the three granular scorers' files")

@@ -16,6 +16,7 @@ from fastvideo.models.tiny_flux import build_tiny_flux
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from reward_checkpoints import all_narrow_files, narrow_rewards  # noqa: F401  (fixtures)
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[1]

@@ -3,6 +3,10 @@
 import math
 import os
 import sys
+from collections.abc import Sequence
+
+from fastvideo.models.reward_model.jpeg import JpegCompressibilityRewardModel
+from fastvideo.models.reward_model.shapes import ShapesRewardModel
 
 import numpy as np
 from PIL import Image
@@ -47,3 +51,24 @@ def spoils_one_step_of_rank_1(images: Images, prompts: list[str]) -> list[float]
 
         trainer.policy_loss = spoiled
     return brightness(images, prompts)
+
+
+def _shuffled_within_groups(scores: Sequence[float], prompts: list[str]) -> list[float]:
+    """Each score given to a picture drawn at random from its group: right on average, telling nothing."""
+    scores, prompts = np.array(scores), np.array(prompts)
+    for prompt in np.unique(prompts):
+        members = np.flatnonzero(prompts == prompt)
+        scores[members] = scores[RNG.permutation(members)]
+    return scores.tolist()
+
+
+RNG = np.random.default_rng(0)
+SHAPES, JPEG = ShapesRewardModel([1, 1, 1], [1, 1, 1]), JpegCompressibilityRewardModel()
+
+
+def shuffled_shapes(images: Images, prompts: list[str]) -> list[float]:
+    return _shuffled_within_groups(SHAPES(images, prompts), prompts)
+
+
+def shuffled_jpeg(images: Images, prompts: list[str]) -> list[float]:
+    return _shuffled_within_groups(JPEG(images, prompts), prompts)

@@ -1,59 +1,52 @@
-"""Random-weight checkpoints of the reward models in their real formats and under their real file names, but narrow."""
+"""Random-weight checkpoints of the reward models, in their real formats and under their real file names.
 
+`full` is the real architecture; without it the same one at a quarter of its width and a few layers deep, which takes a
+second. The packages only know the real architecture by name: `narrow_architectures` makes those names mean the small
+ones.
+"""
+
+import gzip
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a look-up on the hub is a mistake here: fail, don't retry
 
 import fastvideo  # noqa: F401  mends torchvision, before transformers looks for it
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
-SMALL_OPEN_CLIP = {
-    "embed_dim": 32,
-    "vision_cfg": {"image_size": 224, "layers": 2, "width": 64, "head_width": 32, "patch_size": 32},
-    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
-}
-MED_CONFIG = {
-    "architectures": ["BertModel"],
-    "attention_probs_dropout_prob": 0.1,
-    "hidden_act": "gelu",
-    "hidden_dropout_prob": 0.1,
-    "hidden_size": 768,  # ImageReward's head takes 768 features, whatever the depth
-    "initializer_range": 0.02,
-    "intermediate_size": 64,
-    "layer_norm_eps": 1e-12,
-    "max_position_embeddings": 512,
-    "model_type": "bert",
-    "num_attention_heads": 12,
-    "num_hidden_layers": 1,
-    "pad_token_id": 0,
-    "type_vocab_size": 2,
-    "vocab_size": 128,
-    "encoder_width": 32,
-    "add_cross_attention": True,
-}
+HPS_FILE = "HPS_v2.1_compressed.pt"
+CLIP_SCORE_FOLDER = "DFN5B-CLIP-ViT-H-14-384"
+CLIP_SCORE_ARCHITECTURE = "ViT-H-14-378-quickgelu"
+PICK_SCORE_FOLDER = "PickScore_v1"
 PROMPTS = [
     "a small red circle",
     "",
     "ein Bild von Straße und Café, 猫と犬, кошка",
     "a very long prompt " * 60,
     "a small red circle",
+    "THE SAME   in capitals, with  spaces",
+    "🦊\n\ttab and line",
 ]
 
 
 def pictures() -> list[Image.Image]:
-    """Five pictures of different sizes and modes, one for each of PROMPTS."""
+    """Pictures of different sizes and modes, one for each of PROMPTS."""
     noise = np.random.default_rng(0).integers(0, 256, (900, 1600, 4), dtype=np.uint8)
     return [
         Image.fromarray(noise[:300, :200, :3]),
-        Image.new("L", (1, 1), 90),
+        Image.fromarray(noise[:1, :1, :3]),  # one pixel
         Image.fromarray(noise[:100, :250]),  # RGBA
         Image.fromarray(noise[:64, :64, :3]).convert("P"),
         Image.fromarray(noise[..., :3]),
+        Image.fromarray(noise[:210, :90, 0]),  # grey
+        Image.fromarray(noise[:30, :40, :3]).resize((3000, 2000)),
     ]
 
 
@@ -64,110 +57,192 @@ def randomize(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
         for parameter in module.parameters():
             if parameter.dim() >= 2:
                 fan_in = parameter[0].numel()
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) / fan_in**0.5)
+                parameter.normal_(std=fan_in**-0.5, generator=generator)
             elif parameter.dim() == 1:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     return module.eval()
 
 
-def make_bert_tokenizer(folder: Path) -> None:
-    """`bert-base-uncased` with letters only."""
-    folder.mkdir(parents=True)
-    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
-    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters)]
-    (folder / "vocab.txt").write_text("\n".join(tokens) + "\n")
+def narrow(config: dict[str, Any]) -> dict[str, Any]:
+    """An open_clip model configuration at a quarter of its width, two layers deep."""
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    return {
+        **config,
+        "embed_dim": config["embed_dim"] // 4,
+        "vision_cfg": {**vision, "width": vision["width"] // 4, "layers": 2},
+        "text_cfg": {**text, "width": text["width"] // 4, "heads": text["heads"] // 4, "layers": 2},
+    }
 
 
-def use_small_blip(monkeypatch) -> None:
-    """image-reward's BLIP has a fixed ViT-L; give it one of width 32 and depth 2."""
+def narrow_architectures(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Until `patch` is undone, open_clip's ViT-H and image-reward's ViT-L are narrow; `folder` gets configurations."""
     from fastvideo.models.reward_model.image_reward_compat import import_image_reward
 
     import_image_reward()
+    import open_clip
     from ImageReward.models.BLIP import blip_pretrain
     from ImageReward.models.BLIP.vit import VisionTransformer
 
+    for name in ("ViT-H-14", CLIP_SCORE_ARCHITECTURE):
+        (folder / f"{name}.json").write_text(json.dumps(narrow(open_clip.get_model_config(name))))
+    # open_clip reads the files again whenever a configuration is added; later folders win.
+    patch.setattr(open_clip.factory, "_MODEL_CONFIGS", {})
+    patch.setattr(open_clip.factory, "_MODEL_CONFIG_PATHS", [*open_clip.factory._MODEL_CONFIG_PATHS, folder])
+    open_clip.factory._rescan_model_configs()
+
     def create_vit(vit: str, image_size: int, *args: object) -> tuple[torch.nn.Module, int]:
-        return VisionTransformer(img_size=image_size, patch_size=32, embed_dim=32, depth=2, num_heads=2), 32
+        return VisionTransformer(img_size=image_size, patch_size=16, embed_dim=256, depth=2, num_heads=4), 256
 
-    monkeypatch.setattr(blip_pretrain, "create_vit", create_vit)
+    patch.setattr(blip_pretrain, "create_vit", create_vit)
 
 
-def make_image_reward_files(folder: Path) -> None:
-    """ImageReward.pt, med_config.json, model_large.pth, ViT-L-14.pt, the aesthetic head and a BERT tokenizer."""
+def make_bert_tokenizer(folder: Path, size: int) -> None:
+    """`bert-base-uncased` with letters only, filled up to `size` tokens."""
+    folder.mkdir(parents=True)
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters)]
+    tokens += [f"[unused{i}]" for i in range(size - len(tokens))]
+    (folder / "vocab.txt").write_text("\n".join(tokens) + "\n")
+
+
+def _med_config(full: bool) -> dict[str, Any]:
+    return {
+        "architectures": ["BertModel"],
+        "attention_probs_dropout_prob": 0.1,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.1,
+        "hidden_size": 768,  # ImageReward's head takes 768 features, whatever the depth
+        "initializer_range": 0.02,
+        "intermediate_size": 3072 if full else 768,
+        "layer_norm_eps": 1e-12,
+        "max_position_embeddings": 512,
+        "model_type": "bert",
+        "num_attention_heads": 12,
+        "num_hidden_layers": 12 if full else 1,
+        "pad_token_id": 0,
+        "type_vocab_size": 2,
+        "vocab_size": 30524 if full else 128,
+        "encoder_width": 768,
+        "add_cross_attention": True,
+    }
+
+
+def _image_reward_package(folder: Path, full: bool) -> tuple[Any, str]:
+    """The package with a tokenizer, and med_config.json, both made in the folder unless they are there."""
     from fastvideo.models.reward_model.image_reward_compat import import_image_reward
 
-    from clip.model import CLIP
-
     folder.mkdir(parents=True, exist_ok=True)
-    make_bert_tokenizer(folder / "bert-base-uncased")
-    (folder / "med_config.json").write_text(json.dumps(MED_CONFIG))
-    package = import_image_reward(str(folder / "bert-base-uncased"))
-    med_config = str(folder / "med_config.json")
+    med_config, tokenizer = folder / "med_config.json", folder / "bert-base-uncased"
+    if not med_config.exists():
+        med_config.write_text(json.dumps(_med_config(full)))
+        make_bert_tokenizer(tokenizer, 30522 if full else 100)
+    return import_image_reward(str(tokenizer)), str(med_config)
+
+
+def make_image_reward(folder: Path, full: bool = False) -> None:
+    """ImageReward.pt, med_config.json and a BERT tokenizer in image_reward_ckpt."""
+    folder = folder / "image_reward_ckpt"
+    package, med_config = _image_reward_package(folder, full)
     torch.save(randomize(package.ImageReward(med_config=med_config), 1).state_dict(), folder / "ImageReward.pt")
+
+
+def make_granular(folder: Path, full: bool = False) -> None:
+    """model_large.pth, ViT-L-14.pt, the aesthetic head, med_config.json and a BERT tokenizer in image_reward_ckpt."""
+    folder = folder / "image_reward_ckpt"
+    package, med_config = _image_reward_package(folder, full)
+    from clip.model import CLIP
+    from ImageReward.models.AestheticScore import MLP
+
     blip = randomize(package.BLIPScore(med_config=med_config), 2).blip.state_dict()
     # The real file is a pretraining checkpoint: it holds the momentum encoder and the queues as well.
     momentum = {"vision_proj_m.weight": torch.zeros(2, 2), "image_queue": torch.zeros(2), "temp": torch.zeros(())}
     torch.save({"model": {**blip, **momentum}}, folder / "model_large.pth")
-    from ImageReward.models.AestheticScore import MLP
-
-    aesthetic = randomize(MLP(768), 3)
-    torch.save(aesthetic.state_dict(), folder / "sac%2Blogos%2Bava1-l14-linearMSE.pth")
+    torch.save(randomize(MLP(768), 3).state_dict(), folder / "sac%2Blogos%2Bava1-l14-linearMSE.pth")
+    vision, text = ((24, 1024), (768, 12, 12)) if full else ((2, 256), (192, 3, 2))
+    clip_model = randomize(CLIP(768, 224, *vision, 14, 77, 49408, *text), 4)
     # The real file is a TorchScript archive.
-    clip_model = randomize(CLIP(768, 224, 2, 64, 32, 77, 49408, 64, 1, 2), 4)
     archive = torch.jit.trace(clip_model, (torch.zeros(1, 3, 224, 224), torch.zeros(1, 77, dtype=torch.long)))
     torch.jit.save(archive, folder / "ViT-L-14.pt")
 
 
-def make_open_clip_config(folder: Path, name: str) -> Path:
-    """A model config file of open_clip's (and hpsv2's) format, for `add_model_config`."""
-    path = folder / f"{name}.json"
-    path.write_text(json.dumps(SMALL_OPEN_CLIP))
-    return path
-
-
-def make_hps_file(path: Path, architecture: str) -> None:
+def make_hps(folder: Path, full: bool = False) -> None:
+    """HPS_v2.1_compressed.pt in hps_ckpt."""
     import open_clip
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"state_dict": randomize(open_clip.create_model(architecture)).state_dict()}, path)
+    (folder / "hps_ckpt").mkdir(exist_ok=True)
+    torch.save(
+        {"state_dict": randomize(open_clip.create_model("ViT-H-14")).state_dict()}, folder / "hps_ckpt" / HPS_FILE
+    )
 
 
-def make_clip_score_folder(folder: Path, architecture: str) -> None:
-    """A downloaded hf-hub repository of open_clip."""
+def make_clip_score(folder: Path, full: bool = False) -> None:
+    """A downloaded hub repository of open_clip. Its preprocessing differs from the named architecture's."""
     import open_clip
 
-    folder.mkdir(parents=True)
+    folder = folder / CLIP_SCORE_FOLDER
+    folder.mkdir()
     preprocess = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.2], "interpolation": "bicubic", "resize_mode": "squash"}
-    config = {"model_cfg": SMALL_OPEN_CLIP, "preprocess_cfg": preprocess}
+    config = {"model_cfg": open_clip.get_model_config(CLIP_SCORE_ARCHITECTURE), "preprocess_cfg": preprocess}
     (folder / "open_clip_config.json").write_text(json.dumps(config))
-    weights = randomize(open_clip.create_model(architecture), 5).state_dict()
+    weights = randomize(open_clip.create_model(CLIP_SCORE_ARCHITECTURE), 5).state_dict()
     torch.save(weights, folder / "open_clip_pytorch_model.bin")
 
 
-def make_pick_score_folder(folder: Path) -> None:
-    """PickScore_v1: a transformers CLIPModel with its processor."""
+def make_pick_score(folder: Path, full: bool = False) -> None:
+    """PickScore_v1: a transformers CLIPModel with its processor. The tokenizer is CLIP's own, from open_clip's file."""
+    from open_clip.tokenizer import bytes_to_unicode, default_bpe
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    folder.mkdir(parents=True)
+    folder = folder / PICK_SCORE_FOLDER
+    folder.mkdir()
+    merges = gzip.decompress(Path(default_bpe()).read_bytes()).decode().split("\n")[1 : 49152 - 256 - 2 + 1]
     letters = list(bytes_to_unicode().values())
-    tokens = [*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
+    tokens = [*letters, *(f"{c}</w>" for c in letters), *(merge.replace(" ", "") for merge in merges)]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
     (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
     tokenizer = CLIPTokenizer.from_pretrained(folder)
     CLIPProcessor(image_processor=CLIPImageProcessor(), tokenizer=tokenizer).save_pretrained(folder)
-    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    share = 1 if full else 4
+
+    def tower(width: int, layers: int, **others: int) -> dict[str, Any]:
+        width //= share
+        sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": 16 // share}
+        return {**sizes, "num_hidden_layers": layers if full else 2, "hidden_act": "gelu", **others}
+
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     config = CLIPConfig(
-        text_config={
-            **tower,
-            "vocab_size": len(tokens),
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-        },
-        vision_config={**tower, "image_size": 224, "patch_size": 32},
-        projection_dim=32,
+        text_config=tower(1024, 24, vocab_size=len(tokens), **ends),
+        vision_config=tower(1280, 32, image_size=224, patch_size=14),
+        projection_dim=1024 // share,
     )
     model = randomize(CLIPModel(config), 6)
     with torch.no_grad():
         model.logit_scale.fill_(4.6052)
     model.save_pretrained(folder)
+
+
+MAKERS: dict[str, Callable[..., None]] = {
+    "granular": make_granular,
+    "image_reward": make_image_reward,
+    "hps": make_hps,
+    "clip_score": make_clip_score,
+    "pick_score": make_pick_score,
+}
+
+
+@pytest.fixture(scope="session")
+def all_narrow_files(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("rewards")
+    with pytest.MonkeyPatch.context() as patch:
+        narrow_architectures(patch, tmp_path_factory.mktemp("architectures"))
+        for make in MAKERS.values():
+            make(folder)
+    return folder
+
+
+@pytest.fixture
+def narrow_rewards(all_narrow_files, tmp_path_factory, monkeypatch) -> Path:
+    """A folder with the narrow checkpoints of all models, and the packages set up for them."""
+    narrow_architectures(monkeypatch, tmp_path_factory.mktemp("architectures"))
+    return all_narrow_files

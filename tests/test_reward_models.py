@@ -1,47 +1,89 @@
-"""The real reward models on random-weight files: batched scores equal the upstream packages' single-image scores."""
+"""The real reward models on random-weight files: batched scores equal the upstream packages' single-image scores.
+
+The comparisons run at a quarter of the width, and with `scripts/test.sh --long` at full architecture.
+"""
 
 import gzip
 import io
+import re
+import shutil
 import sys
+from pathlib import Path
 from types import ModuleType
+
+from fastvideo import train_grpo_flux
+from fastvideo.models.reward_model.clip_score import CLIPScoreRewardModel
+from fastvideo.models.reward_model.hps_score import HPSClipRewardModel, hps_preprocess
+from fastvideo.models.reward_model.image_reward import COMPONENTS, ImageRewardModel
+from fastvideo.models.reward_model.pick_score import PickScoreRewardModel
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from reward_checkpoints import (
+    CLIP_SCORE_ARCHITECTURE,
+    CLIP_SCORE_FOLDER,
+    HPS_FILE,
+    MAKERS,
+    PICK_SCORE_FOLDER,
     PROMPTS,
-    make_clip_score_folder,
-    make_hps_file,
-    make_image_reward_files,
-    make_open_clip_config,
-    make_pick_score_folder,
+    narrow,
     pictures,
-    use_small_blip,
 )
 
 TOLERANCE = dict(rtol=0, atol=1e-5)
+RGB = [image.convert("RGB") for image in pictures()]
 
 
-def check_order_and_batch_size(model, expected):
-    """Neither changes a score; `expected` are the scores of pictures() in one batch."""
+@pytest.fixture(params=["narrow", pytest.param("full", marks=pytest.mark.long)])
+def make(request, tmp_path):
+    """make(kind) -> the folder with this kind's files, narrow or of full architecture."""
+    if request.param == "narrow":
+        folder = request.getfixturevalue("narrow_rewards")
+        yield lambda kind: folder
+    else:
+
+        def make_full(kind):
+            MAKERS[kind](tmp_path, full=True)
+            return tmp_path
+
+        yield make_full
+        shutil.rmtree(tmp_path)  # gigabytes
+
+
+def check_scores(model, expected, scores=None):
+    """Batched scores equal `expected`, and neither order nor batch size changes them."""
+    expected = np.asarray(expected)
     images = pictures()
-    order = [3, 1, 4, 0, 2]
-    mixed = model([images[i] for i in order], [PROMPTS[i] for i in order])
-    np.testing.assert_allclose(mixed, np.asarray(expected)[order], **TOLERANCE)
-    model.batch_size = 2
-    np.testing.assert_allclose(model(images, PROMPTS), expected, **TOLERANCE)
+    found = np.asarray(model(images, PROMPTS)) if scores is None else scores
+    parameters = sum(p.numel() for m in vars(model).values() if isinstance(m, torch.nn.Module) for p in m.parameters())
+    print(
+        f"{type(model).__name__}, {parameters / 1e6:.0f} M parameters: {len(found)} scores, "
+        f"standard deviation {expected.std():.4f}, largest difference {np.abs(found - expected).max():.1e}"
+    )
+    np.testing.assert_allclose(found, expected, **TOLERANCE)
     assert np.std(expected) > 1e-4  # random weights, yet not a constant
+    if scores is not None:
+        return
+    order = [3, 1, 6, 4, 0, 5, 2]
+    mixed = model([images[i] for i in order], [PROMPTS[i] for i in order])
+    np.testing.assert_allclose(mixed, expected[order], **TOLERANCE)
+    for model.batch_size in (1, 2):
+        np.testing.assert_allclose(model(images, PROMPTS), expected, **TOLERANCE)
     assert len(model([], [])) == 0
 
 
-@pytest.fixture(scope="module")
-def image_reward_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("image_reward_ckpt")
-    with pytest.MonkeyPatch.context() as patch:
-        use_small_blip(patch)
-        make_image_reward_files(folder)
-        yield folder
+def build(kind, folder, dtype="fp32"):
+    """A model on the files that `make` has made."""
+    if kind == "hps":
+        return HPSClipRewardModel(str(folder / "hps_ckpt" / HPS_FILE), dtype=dtype)
+    if kind == "clip_score":
+        return CLIPScoreRewardModel(str(folder / CLIP_SCORE_FOLDER), dtype=dtype)
+    if kind == "pick_score":
+        return PickScoreRewardModel(str(folder / PICK_SCORE_FOLDER), evaluation=True, dtype=dtype)
+    mode = "granular" if kind == "granular" else "overall"
+    return ImageRewardModel(mode=mode, score_dir=str(folder / "image_reward_ckpt"), dtype=dtype)
 
 
 def upstream_scorer(monkeypatch, folder, name):
@@ -54,74 +96,57 @@ def upstream_scorer(monkeypatch, folder, name):
     return utils.load_score(name, device="cpu", download_root=str(folder))
 
 
-@pytest.mark.parametrize("component,upstream", [("blip", "BLIP"), ("clip", "CLIP"), ("aesthetic", "Aesthetic")])
-def test_granular_components_equal_the_image_reward_package(
-    image_reward_dir, monkeypatch, tmp_path, component, upstream
-):
-    from fastvideo.models.reward_model.image_reward import ImageRewardModel
+def test_granular_components_equal_the_image_reward_package(make, monkeypatch, tmp_path):
+    folder = make("granular")
+    model = build("granular", folder)
+    scores = model.score_components(pictures(), PROMPTS)
+    for component, upstream in zip(COMPONENTS, ("BLIP", "CLIP", "Aesthetic"), strict=True):
+        scorer = upstream_scorer(monkeypatch, folder / "image_reward_ckpt", upstream)
+        expected = []
+        for image, prompt in zip(RGB, PROMPTS, strict=True):
+            image.save(tmp_path / "image.bmp")
+            with torch.no_grad():
+                expected.append(scorer.score(prompt, str(tmp_path / "image.bmp")))
+        print(component, end=" of ")
+        check_scores(model, expected, scores[component])
+    check_scores(model, model(pictures(), PROMPTS))
 
-    model = ImageRewardModel(med_config=str(image_reward_dir / "med_config.json"), score_dir=str(image_reward_dir))
-    scorer = upstream_scorer(monkeypatch, image_reward_dir, upstream)
-    images = [image.convert("RGB") for image in pictures()]
-    expected = []
-    for image, prompt in zip(images, PROMPTS, strict=True):
-        image.save(tmp_path / "image.png")
-        with torch.no_grad():
-            expected.append(scorer.score(prompt, str(tmp_path / "image.png")))
-    np.testing.assert_allclose(model.score_components(images, PROMPTS)[component], expected, **TOLERANCE)
 
-
-def test_granular_reward_is_the_weighted_sum_and_loads_one_clip(image_reward_dir):
-    from fastvideo.models.reward_model.image_reward import ImageRewardModel
+def test_granular_reward_is_the_weighted_sum_and_loads_one_clip(narrow_rewards):
     from fastvideo.models.reward_model.utils import compute_reward
 
-    model = ImageRewardModel(score_dir=str(image_reward_dir))
+    model = build("granular", narrow_rewards)
     rewards, successes, scores, _ = compute_reward(
         pictures(), PROMPTS, {model.name: model}, {model.name: 1.0}, curr_step=150, total_steps=300
     )
-    parts = [scores[f"ImageRewardModel_{c}"] for c in ("blip", "clip", "aesthetic")]
+    parts = [scores[f"ImageRewardModel_{c}"] for c in COMPONENTS]
     np.testing.assert_allclose(rewards, 0.35 * parts[0] + 0.4 * parts[1] + 0.25 * parts[2], rtol=1e-12)
     assert successes.all()
     modules = [v for v in vars(model).values() if isinstance(v, torch.nn.Module)]
     assert len(modules) == 3  # BLIP, one CLIP for two scorers, the aesthetic head; no ImageReward
-    check_order_and_batch_size(model, model(pictures(), PROMPTS))
 
 
-def test_overall_mode_equals_the_image_reward_package(image_reward_dir):
-    from fastvideo.models.reward_model.image_reward import ImageRewardModel
-
+def test_overall_mode_equals_the_image_reward_package(make):
+    folder = make("image_reward")
+    model = build("image_reward", folder)
     from ImageReward.utils import load
 
-    files = str(image_reward_dir / "ImageReward.pt"), str(image_reward_dir / "med_config.json")
-    model = ImageRewardModel(files[0], med_config=files[1], mode="overall", score_dir=str(image_reward_dir))
-    upstream = load(files[0], device="cpu", med_config=files[1])
-    images = [image.convert("RGB") for image in pictures()]
+    folder = folder / "image_reward_ckpt"
+    upstream = load(str(folder / "ImageReward.pt"), device="cpu", med_config=str(folder / "med_config.json"))
     with torch.no_grad():
-        expected = [upstream.score(prompt, image) for image, prompt in zip(images, PROMPTS, strict=True)]
-    np.testing.assert_allclose(model(images, PROMPTS), expected, **TOLERANCE)
-    check_order_and_batch_size(model, expected)
+        expected = [upstream.score(prompt, image) for image, prompt in zip(RGB, PROMPTS, strict=True)]
+    check_scores(model, expected)
     assert model.component_weights(3, 10, 2).keys() == {"ImageRewardModel"}
     assert not hasattr(model, "clip")
 
 
-def test_a_wrong_image_reward_file_is_named(image_reward_dir, tmp_path):
-    from fastvideo.models.reward_model.image_reward import ImageRewardModel
-
+def test_a_wrong_image_reward_file_is_named(narrow_rewards, tmp_path):
+    folder = narrow_rewards / "image_reward_ckpt"
     with pytest.raises(ValueError, match="--image_reward_score_dir .*: no model_large.pth"):
         ImageRewardModel(score_dir=str(tmp_path))
-    aesthetic = image_reward_dir / "sac%2Blogos%2Bava1-l14-linearMSE.pth"
-    med_config = str(image_reward_dir / "med_config.json")
+    aesthetic = folder / "sac%2Blogos%2Bava1-l14-linearMSE.pth"
     with pytest.raises(ValueError, match="--image_reward_path .* is missing"):
-        ImageRewardModel(str(aesthetic), med_config=med_config, mode="overall", score_dir=str(image_reward_dir))
-
-
-@pytest.fixture(scope="module")
-def tiny_open_clip(tmp_path_factory):
-    import open_clip
-
-    folder = tmp_path_factory.mktemp("open_clip")
-    open_clip.add_model_config(make_open_clip_config(folder, "tiny-open-clip"))
-    return folder
+        ImageRewardModel(str(aesthetic), mode="overall", score_dir=str(folder))
 
 
 def import_hpsv2(monkeypatch):
@@ -139,125 +164,145 @@ def import_hpsv2(monkeypatch):
     return hpsv2
 
 
-def test_hps_equals_the_hpsv2_package(tiny_open_clip, monkeypatch, tmp_path):
-    from fastvideo.models.reward_model.hps_score import HPSClipRewardModel, hps_preprocess
-
-    checkpoint = tmp_path / "HPS_v2.1_compressed.pt"
-    make_hps_file(checkpoint, "tiny-open-clip")
-    model = HPSClipRewardModel(str(checkpoint), architecture="tiny-open-clip")
-
+def test_hps_equals_the_hpsv2_package(make, monkeypatch, request):
+    folder = make("hps")
+    model = build("hps", folder)
     hpsv2 = import_hpsv2(monkeypatch)
     import hpsv2.src.open_clip as upstream_clip
 
-    upstream_clip.add_model_config(tiny_open_clip / "tiny-open-clip.json")
+    if request.node.callspec.params["make"] == "narrow":
+        configs = upstream_clip.factory._MODEL_CONFIGS
+        monkeypatch.setitem(configs, "ViT-H-14", narrow(configs["ViT-H-14"]))
     upstream, _, preprocess = upstream_clip.create_model_and_transforms(
-        "tiny-open-clip", light_augmentation=True, output_dict=True
+        "ViT-H-14", light_augmentation=True, output_dict=True
     )
     monkeypatch.setattr(hpsv2.img_score, "model_dict", {"model": upstream, "preprocess_val": preprocess})
-    images = [image.convert("RGB") for image in pictures()]
-    for image in images:
+    for image in RGB:
         torch.testing.assert_close(hps_preprocess(image), preprocess(image), rtol=0, atol=1e-6)
+    checkpoint = str(folder / "hps_ckpt" / HPS_FILE)
     expected = [
-        hpsv2.img_score.score(image, prompt, cp=str(checkpoint))[0]
-        for image, prompt in zip(images, PROMPTS, strict=True)
+        hpsv2.img_score.score(image, prompt, cp=checkpoint)[0] for image, prompt in zip(RGB, PROMPTS, strict=True)
     ]
-    np.testing.assert_allclose(model(images, PROMPTS), expected, **TOLERANCE)
-    check_order_and_batch_size(model, expected)
+    check_scores(model, expected)
 
 
-def test_hps_refuses_other_files(tiny_open_clip, tmp_path):
-    from fastvideo.models.reward_model.hps_score import HPSClipRewardModel
+def test_hps_pads_a_picture_that_needs_no_resizing():
+    picture = Image.new("RGB", (90, 224), "red")
+    square = Image.new("RGB", (224, 224))
+    square.paste(picture, (67, 0))
+    torch.testing.assert_close(hps_preprocess(picture), hps_preprocess(square))
 
+
+def test_hps_refuses_other_files(narrow_rewards, tmp_path):
     with pytest.raises(ValueError, match="--hps_path .*: no such file"):
-        HPSClipRewardModel(str(tmp_path / "nothing.pt"), architecture="tiny-open-clip")
+        HPSClipRewardModel(str(tmp_path / "nothing.pt"))
     (tmp_path / "page.pt").write_text("<html>404</html>")
     with pytest.raises(ValueError, match="--hps_path .*page.pt: not a readable checkpoint"):
-        HPSClipRewardModel(str(tmp_path / "page.pt"), architecture="tiny-open-clip")
+        HPSClipRewardModel(str(tmp_path / "page.pt"))
     torch.save({"state_dict": {"logit_scale": torch.zeros(())}}, tmp_path / "part.pt")
     with pytest.raises(ValueError, match=r"--hps_path .*part.pt: wrong checkpoint .* is missing \(and \d+ more\)"):
-        HPSClipRewardModel(str(tmp_path / "part.pt"), architecture="tiny-open-clip")
+        HPSClipRewardModel(str(tmp_path / "part.pt"))
 
 
-@pytest.mark.parametrize("kind", ["granular", "overall", "hps", "clip_score", "pick_score"])
-def test_half_precision_scores_are_close(kind, tiny_open_clip, image_reward_dir, tmp_path):
-    from fastvideo.models.reward_model.clip_score import CLIPScoreRewardModel
-    from fastvideo.models.reward_model.hps_score import HPSClipRewardModel
-    from fastvideo.models.reward_model.image_reward import ImageRewardModel
-    from fastvideo.models.reward_model.pick_score import PickScoreRewardModel
-
-    def build(dtype):
-        if kind == "hps":
-            return HPSClipRewardModel(str(tmp_path / "hps.pt"), dtype=dtype, architecture="tiny-open-clip")
-        if kind == "clip_score":
-            return CLIPScoreRewardModel(str(tmp_path / "clip"), dtype=dtype)
-        if kind == "pick_score":
-            return PickScoreRewardModel(str(tmp_path / "pick"), evaluation=True, dtype=dtype)
-        path = str(image_reward_dir / "ImageReward.pt")
-        return ImageRewardModel(path, mode=kind, score_dir=str(image_reward_dir), dtype=dtype)
-
-    make_hps_file(tmp_path / "hps.pt", "tiny-open-clip")
-    make_clip_score_folder(tmp_path / "clip", "tiny-open-clip")
-    make_pick_score_folder(tmp_path / "pick")
-    half = build("bf16")(pictures(), PROMPTS)
-    np.testing.assert_allclose(half, build("fp32")(pictures(), PROMPTS), rtol=0, atol=0.03)
+@pytest.mark.parametrize("kind", list(MAKERS))
+def test_half_precision_scores_are_close(kind, narrow_rewards):
+    half = build(kind, narrow_rewards, "bf16")(pictures(), PROMPTS)
+    np.testing.assert_allclose(half, build(kind, narrow_rewards)(pictures(), PROMPTS), rtol=0, atol=0.03)
 
 
-def test_an_unknown_number_format_is_refused(image_reward_dir):
-    from fastvideo.models.reward_model.image_reward import ImageRewardModel
-
+def test_an_unknown_number_format_is_refused(narrow_rewards):
     with pytest.raises(ValueError, match="--reward_dtype 'int8': choose from fp32, bf16, fp16"):
-        ImageRewardModel(score_dir=str(image_reward_dir), dtype="int8")
+        build("granular", narrow_rewards, "int8")
 
 
-def test_clip_score_equals_open_clip_with_the_repository_s_own_preprocessing(tiny_open_clip, tmp_path):
-    from fastvideo.models.reward_model.clip_score import CLIPScoreRewardModel
-
+def test_clip_score_equals_open_clip_with_the_repository_s_own_preprocessing(make):
     import open_clip
 
-    folder = tmp_path / "DFN5B-CLIP-ViT-H-14-384"
-    make_clip_score_folder(folder, "tiny-open-clip")
-    model = CLIPScoreRewardModel(str(folder))
+    folder = make("clip_score") / CLIP_SCORE_FOLDER
+    weights = str(folder / "open_clip_pytorch_model.bin")
+    model = build("clip_score", folder.parent)
     upstream, _, preprocess = open_clip.create_model_and_transforms(
-        "tiny-open-clip",
-        pretrained=str(folder / "open_clip_pytorch_model.bin"),
+        CLIP_SCORE_ARCHITECTURE,
+        pretrained=weights,
         image_mean=(0.5, 0.4, 0.3),
         image_std=(0.2, 0.3, 0.2),
         image_resize_mode="squash",
     )
-    tokenizer = open_clip.get_tokenizer("tiny-open-clip")
-    images, expected = [image.convert("RGB") for image in pictures()], []
+    tokenizer = open_clip.get_tokenizer(CLIP_SCORE_ARCHITECTURE)
+    expected = []
     with torch.no_grad():
-        for image, prompt in zip(images, PROMPTS, strict=True):
-            seen = upstream.encode_image(preprocess(image)[None], normalize=True)
+        for image, prompt in zip(RGB, PROMPTS, strict=True):
+            seen = upstream.eval().encode_image(preprocess(image)[None], normalize=True)
             expected.append((seen @ upstream.encode_text(tokenizer([prompt]), normalize=True).T).item())
-    np.testing.assert_allclose(model(images, PROMPTS), expected, **TOLERANCE)
-    check_order_and_batch_size(model, expected)
+    check_scores(model, expected)
+
+
+def test_clip_score_takes_a_weight_file_and_names_a_missing_one(narrow_rewards):
+    folder = narrow_rewards / CLIP_SCORE_FOLDER
+    expected = CLIPScoreRewardModel(str(folder))(pictures(), PROMPTS)
     weights = str(folder / "open_clip_pytorch_model.bin")
-    np.testing.assert_allclose(CLIPScoreRewardModel(weights)(images, PROMPTS), expected, **TOLERANCE)
+    np.testing.assert_allclose(CLIPScoreRewardModel(weights)(pictures(), PROMPTS), expected, **TOLERANCE)
     with pytest.raises(ValueError, match="--clip_score_path nowhere.bin: no such file"):
         CLIPScoreRewardModel("nowhere.bin")
 
 
-def test_pick_score_equals_its_model_card(tmp_path):
-    from fastvideo.models.reward_model.pick_score import PickScoreRewardModel
-
+def test_pick_score_equals_its_model_card(make):
     from transformers import AutoModel, AutoProcessor
 
-    make_pick_score_folder(tmp_path / "PickScore_v1")
-    path = str(tmp_path / "PickScore_v1")
+    path = str(make("pick_score") / PICK_SCORE_FOLDER)
     processor, upstream = AutoProcessor.from_pretrained(path), AutoModel.from_pretrained(path).eval()
-    images, expected = [image.convert("RGB") for image in pictures()], []
+    expected = []
     with torch.no_grad():
-        for image, prompt in zip(images, PROMPTS, strict=True):
+        for image, prompt in zip(RGB, PROMPTS, strict=True):
             text = processor(text=prompt, padding=True, truncation=True, max_length=77, return_tensors="pt")
             output = upstream(**processor(images=image, return_tensors="pt"), **text)
             expected.append((upstream.logit_scale.exp() * (output.image_embeds @ output.text_embeds.T)).item())
     expected = np.array(expected)
-    model = PickScoreRewardModel(path)
-    np.testing.assert_allclose(model(images, PROMPTS), (expected - 18) / 8, rtol=0, atol=1e-4)
-    evaluation = PickScoreRewardModel(path, evaluation=True)
-    np.testing.assert_allclose(evaluation(images, PROMPTS), expected / 100, **TOLERANCE)
-    check_order_and_batch_size(evaluation, evaluation(images, PROMPTS))
+    check_scores(PickScoreRewardModel(path, evaluation=True), expected / 100)
+    check_scores(PickScoreRewardModel(path), (expected - 18) / 8)
+
+
+@pytest.mark.parametrize(
+    "settings,message",
+    [
+        ("hpsv2 hps_path {}/a.pt", "no such file"),
+        ("hpsv2 hps_path {}/half.pt", "not a readable checkpoint"),
+        ("hpsv2 hps_path {}/other.pt", "wrong checkpoint"),
+        ("clip_score clip_score_path {}", "none of open_clip_model.safetensors"),
+        ("clip_score clip_score_path hf-hub:no/thing", ""),
+        ("pick_score pick_score_path data/PickScore", "no such file"),
+        ("pick_score pick_score_path a/b/c", "no such file"),
+        ("pick_score pick_score_path no/thing", ""),
+        ("image_reward image_reward_score_dir {}", "no such file"),
+        ("image_reward image_reward_path {}/half.pt image_reward_mode overall", "not a readable checkpoint"),
+    ],
+)
+def test_a_missing_or_wrong_file_is_refused_with_flag_file_and_the_command_that_gets_it(
+    settings, message, narrow_rewards, tmp_path, monkeypatch, flags, capsys
+):
+    monkeypatch.chdir(Path(__file__).parents[1])
+    good = (narrow_rewards / "hps_ckpt" / HPS_FILE).read_bytes()
+    (tmp_path / "half.pt").write_bytes(good[: len(good) // 2])
+    torch.save({"state_dict": {"logit_scale": torch.zeros(())}}, tmp_path / "other.pt")
+    reward, *given = settings.format(tmp_path).split()
+    argv = flags(reward_model=reward, **dict(zip(given[::2], given[1::2], strict=True)))
+    with pytest.raises(SystemExit) as stop:
+        train_grpo_flux.main(argv)
+    assert stop.value.code == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    part = {"hpsv2": "hps", "clip_score": "clip", "pick_score": "pick"}.get(reward, reward)
+    assert re.search(f"--{given[0]} {re.escape(given[1])}.*: .*{message}", line)
+    assert f"`bash scripts/huggingface/download_checkpoints.sh {part}`" in line
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+def test_a_damaged_clip_file_of_the_granular_reward_is_named(narrow_rewards, tmp_path):
+    folder = tmp_path / "image_reward_ckpt"
+    shutil.copytree(narrow_rewards / "image_reward_ckpt", folder)
+    damaged = folder / "ViT-L-14.pt"
+    damaged.write_bytes(damaged.read_bytes()[:100_000])
+    with pytest.raises(ValueError, match="--image_reward_score_dir .*ViT-L-14.pt: not a readable CLIP checkpoint"):
+        ImageRewardModel(score_dir=str(folder))
 
 
 def test_proxies_last_for_the_download_only(monkeypatch):
@@ -272,19 +317,40 @@ def test_proxies_last_for_the_download_only(monkeypatch):
     assert "HTTP_PROXY" not in os.environ and os.environ["HTTPS_PROXY"] == "http://other:1"
 
 
-def test_a_model_file_runs_by_itself(tmp_path, capsys):
-    import runpy
-    from pathlib import Path
+DEMOS = {
+    "hps_score": ("HPSClipRewardModel", ["--checkpoint", f"hps_ckpt/{HPS_FILE}"]),
+    "clip_score": ("CLIPScoreRewardModel", ["--model_path", CLIP_SCORE_FOLDER]),
+    "pick_score": ("PickScoreRewardModel", ["--model_path", PICK_SCORE_FOLDER]),
+    "image_reward": ("ImageRewardModel_aesthetic", ["--score_dir", "image_reward_ckpt"]),
+    "image_reward overall": ("ImageRewardModel", ["--score_dir", "image_reward_ckpt", "--mode", "overall"]),
+}
 
-    make_pick_score_folder(tmp_path / "PickScore_v1")
-    picture = tmp_path / "picture.png"
-    pictures()[0].save(picture)
-    script = Path(__file__).parents[1] / "fastvideo/models/reward_model/pick_score.py"
-    arguments = ["--device", "cpu", "--model_path", str(tmp_path / "PickScore_v1"), "--image", str(picture)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [str(script), *arguments, "--prompt", "a cat"])
-        runpy.run_path(str(script), run_name="__main__")
-    assert f"{picture}: PickScoreRewardModel " in capsys.readouterr().out
+
+def run_demo(monkeypatch, file, *arguments):
+    import runpy
+
+    script = Path(__file__).parents[1] / f"fastvideo/models/reward_model/{file}.py"
+    proxies = ["--http_proxy", "http://proxy:1", "--https_proxy", "http://proxy:1"]
+    monkeypatch.setattr(sys, "argv", [str(script), "--device", "cpu", *proxies, *arguments])
+    runpy.run_path(str(script), run_name="__main__")
+
+
+@pytest.mark.parametrize("demo", DEMOS)
+def test_every_model_file_runs_by_itself(demo, narrow_rewards, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(narrow_rewards)
+    name, arguments = DEMOS[demo]
+    pictures()[0].save(tmp_path / "a.png")
+    run_demo(monkeypatch, demo.split()[0], *arguments)
+    assert f"reward_demo.png: {name.split('_')[0]} " in capsys.readouterr().out
+    run_demo(monkeypatch, demo.split()[0], *arguments, "--image", str(tmp_path / "a.png"), "--prompt", "a cat")
+    assert f"a.png: {name.split('_')[0]} " in (out := capsys.readouterr().out) and f"{name} " in out
+
+
+def test_a_model_file_names_a_missing_checkpoint_in_one_line(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run_demo(monkeypatch, "hps_score", "--checkpoint", "nowhere.pt")
+    assert stop.value.code == 2
+    assert "--hps_path nowhere.pt: no such file" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_the_demo_picture_is_there():

@@ -128,8 +128,8 @@ def test_training_prompts_belong_to_the_training_distribution():
 def test_test_prompts_are_new_and_half_of_them_withheld_combinations():
     prompts = lines("prompts_test.txt")
     scenes = [parse_caption(prompt) for prompt in prompts]
-    assert len(set(prompts)) == len(prompts) == 64 and not set(prompts) & set(lines("prompts.txt"))
-    assert sum(scene.withheld for scene in scenes) == 32
+    assert len(set(prompts)) == len(prompts) == 192 and not set(prompts) & set(lines("prompts.txt"))
+    assert sum(scene.withheld for scene in scenes) == 96
 
 
 def test_general_prompts_are_not_of_the_shapes_world():

@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from fastvideo.models.reward_model.clip_base import OpenCLIPReward
-from fastvideo.models.reward_model.common import demo_parser, load_weights, proxies, read_checkpoint, run_demo
+from fastvideo.models.reward_model.common import (
+    bad_file,
+    demo_parser,
+    load_weights,
+    proxies,
+    read_checkpoint,
+    run_demo,
+)
 
 import torch
 
@@ -28,7 +35,7 @@ def _load_local(path: Path, architecture: str) -> tuple[torch.nn.Module, Any, An
     if path.is_dir():
         found = [path / name for name in WEIGHT_FILES if (path / name).is_file()]
         if not found:
-            raise ValueError(f"--clip_score_path {path}: none of {', '.join(WEIGHT_FILES)} in this folder")
+            raise bad_file("clip_score_path", path, f"none of {', '.join(WEIGHT_FILES)} in this folder")
         path = found[0]
     preprocess = {}
     if (folder / CONFIG_FILE).is_file():
@@ -70,13 +77,16 @@ class CLIPScoreRewardModel(OpenCLIPReward):
         import open_clip
 
         if model_path.startswith("hf-hub:"):
-            with proxies(http_proxy, https_proxy):
-                model, preprocess = open_clip.create_model_from_pretrained(model_path)
-                tokenizer = open_clip.get_tokenizer(model_path)
+            try:
+                with proxies(http_proxy, https_proxy):
+                    model, preprocess = open_clip.create_model_from_pretrained(model_path)
+                    tokenizer = open_clip.get_tokenizer(model_path)
+            except (OSError, RuntimeError) as error:
+                raise bad_file("clip_score_path", model_path, str(error).splitlines()[0]) from error
         elif Path(model_path).exists():
             model, preprocess, tokenizer = _load_local(Path(model_path), architecture)
         else:
-            raise ValueError(f"--clip_score_path {model_path}: no such file, and not an hf-hub: name")
+            raise bad_file("clip_score_path", model_path, "no such file, and not an hf-hub: name")
         super().__init__(model, tokenizer, preprocess, device, batch_size, dtype)
 
 

@@ -17,6 +17,15 @@ from PIL import Image
 logger = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# The part of scripts/huggingface/download_checkpoints.sh that gets the file of a flag.
+DOWNLOADS = {
+    "hps_path": "hps",
+    "clip_score_path": "clip",
+    "image_reward_path": "image_reward",
+    "image_reward_med_config": "image_reward",
+    "image_reward_score_dir": "image_reward",
+    "pick_score_path": "pick",
+}
 DEMO_IMAGE = Path(__file__).parents[3] / "assets" / "reward_demo.png"
 DEMO_PROMPT = "a large red circle and a small yellow square on a blue background"
 
@@ -38,13 +47,19 @@ def proxies(http_proxy: str | None, https_proxy: str | None) -> Iterator[None]:
                 os.environ[key] = value
 
 
+def bad_file(flag: str, path: str | Path, problem: str) -> ValueError:
+    """An error that names flag, file, problem and the command that gets the right file."""
+    command = f"bash scripts/huggingface/download_checkpoints.sh {DOWNLOADS[flag]}"
+    return ValueError(f"--{flag} {path}: {problem}; `{command}` gets it")
+
+
 def read_checkpoint(path: str | Path, flag: str) -> dict[str, Any]:
     """The dict in a .pt, .pth, .bin or .safetensors file, tensors on the CPU; code in it is never run.
 
     Raises ValueError naming the flag when there is no such file or it isn't a checkpoint.
     """
     if not Path(path).is_file():
-        raise ValueError(f"--{flag} {path}: no such file")
+        raise bad_file(flag, path, "no such file")
     try:
         if Path(path).suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -52,9 +67,9 @@ def read_checkpoint(path: str | Path, flag: str) -> dict[str, Any]:
             return load_file(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-        raise ValueError(f"--{flag} {path}: not a readable checkpoint ({str(error).splitlines()[0]})") from error
+        raise bad_file(flag, path, f"not a readable checkpoint ({str(error).splitlines()[0]})") from error
     if not isinstance(loaded, dict):
-        raise ValueError(f"--{flag} {path}: holds a {type(loaded).__name__}, expected a dict of weights")
+        raise bad_file(flag, path, f"holds a {type(loaded).__name__}, expected a dict of weights")
     return loaded
 
 
@@ -77,7 +92,7 @@ def load_weights(module: torch.nn.Module, state: dict[str, torch.Tensor], path: 
     ]
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise ValueError(f"--{flag} {path}: wrong checkpoint for {type(module).__name__}: {problems[0]}{more}")
+        raise bad_file(flag, path, f"wrong checkpoint for {type(module).__name__}: {problems[0]}{more}")
     left_out = sorted({k.split(".")[0] for k in state} - parts)
     if left_out:
         logger.info("%s: not needed and left out: %s", path, ", ".join(left_out))

@@ -29,10 +29,11 @@ def hps_preprocess(image: Image.Image, size: int = 224) -> torch.Tensor:
     height, width = pixels.shape[1:]
     scale = size / max(height, width)
     if scale != 1:
-        new_height, new_width = max(1, round(height * scale)), max(1, round(width * scale))
-        pixels = F.resize(pixels, [new_height, new_width], F.InterpolationMode.BICUBIC, antialias=True)
-        left, top = (size - new_width) // 2, (size - new_height) // 2
-        pixels = F.pad(pixels, [left, top, size - new_width - left, size - new_height - top])
+        height, width = max(1, round(height * scale)), max(1, round(width * scale))
+        pixels = F.resize(pixels, [height, width], F.InterpolationMode.BICUBIC, antialias=True)
+    # hpsv2 leaves the bars out, and then fails, when the longest side has the right size already.
+    left, top = (size - width) // 2, (size - height) // 2
+    pixels = F.pad(pixels, [left, top, size - width - left, size - height - top])
     return F.normalize(pixels, OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)
 
 

@@ -11,11 +11,13 @@ aesthetic score whatever the weights. `--granular_mix advantage` puts the three 
 """
 
 import os
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fastvideo.models.reward_model.common import (
+    bad_file,
     cosine,
     demo_parser,
     in_batches,
@@ -97,7 +99,7 @@ class ImageRewardModel(GranularRewardModel):
         blip_file, clip_file, aesthetic_file = (score_dir / file for file in SCORE_FILES)
         for file, what in SCORE_FILES.items():
             if not (score_dir / file).is_file():
-                raise ValueError(f"--image_reward_score_dir {score_dir}: no {file} ({what}) in it")
+                raise bad_file("image_reward_score_dir", score_dir, f"no {file} ({what}) in it")
         scorer = package.BLIPScore(med_config=_med_config(package, med_config, score_dir))
         state = read_checkpoint(blip_file, "image_reward_score_dir")
         load_weights(scorer.blip, state.get("model", state), blip_file, "image_reward_score_dir")
@@ -106,9 +108,12 @@ class ImageRewardModel(GranularRewardModel):
 
         # Given a file, clip.load takes it as it is; one model then serves CLIP and Aesthetic. Both want what BLIP
         # wants: 224 pixels, normalised alike.
-        clip_model, _ = clip.load(str(clip_file), device="cpu", jit=False)
+        try:
+            clip_model, _ = clip.load(str(clip_file), device="cpu", jit=False)
+        except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+            raise bad_file("image_reward_score_dir", clip_file, "not a readable CLIP checkpoint") from error
         if clip_model.visual.input_resolution != 224:
-            raise ValueError(f"--image_reward_score_dir {clip_file}: a CLIP for 224 pixel pictures is needed")
+            raise bad_file("image_reward_score_dir", clip_file, "a CLIP for 224 pixel pictures is needed")
         self.clip = prepare(clip_model, self.device, self.dtype)
         self.tokenize = clip.tokenize
         aesthetic = MLP(clip_model.text_projection.shape[1])
@@ -209,7 +214,7 @@ def _med_config(package: Any, path: str | None, score_dir: Path) -> str:
         local = score_dir / MED_CONFIG_FILE
         return str(local) if local.is_file() else _download(package, MED_CONFIG_FILE, score_dir)
     if not os.path.isfile(path):
-        raise ValueError(f"--image_reward_med_config {path}: no such file")
+        raise bad_file("image_reward_med_config", path, "no such file")
     return path
 
 

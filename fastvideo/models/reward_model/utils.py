@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastvideo.models.reward_model.common import bad_file
 from fastvideo.models.reward_model.granular import GranularRewardModel, as_scores, check_schedule
 
 import numpy as np
@@ -61,7 +62,12 @@ def _clip_score(config: Any, device: str, evaluation: bool) -> RewardModel:
     from fastvideo.models.reward_model.clip_score import CLIPScoreRewardModel
 
     return CLIPScoreRewardModel(
-        config.clip_score_path, device, batch_size=config.reward_batch_size, dtype=config.reward_dtype
+        config.clip_score_path,
+        device,
+        http_proxy=config.clip_score_http_proxy,
+        https_proxy=config.clip_score_https_proxy,
+        batch_size=config.reward_batch_size,
+        dtype=config.reward_dtype,
     )
 
 
@@ -161,7 +167,12 @@ MIXES: dict[str, tuple[str, ...]] = {
 URL_MIXES = ("multi_reward", "all")
 
 # Hub names ("hf-hub:owner/name", "owner/name", "ImageReward-v1.0") are left to the loaders; these are files or folders.
-_LOCAL_PATH = re.compile(r"^[./]|\.(pt|pth|bin|safetensors|json|ckpt)$")
+_LOCAL_PATH = re.compile(r"^[./~]|/.*/|\.(pt|pth|bin|safetensors|json|ckpt)$")
+
+
+def _is_local(path: str) -> bool:
+    """Whether a path can only be meant on this machine: data/x can when there is a folder data, owner/name can not."""
+    return bool(_LOCAL_PATH.search(path)) or ("/" in path and Path(path).parent.is_dir())
 
 
 def _choices() -> str:
@@ -227,8 +238,8 @@ def resolve_reward_spec(config: Any) -> dict[str, float]:
 def _require_file(flag: str, path: str | None, what: str) -> None:
     if not path:
         raise ValueError(f"--{flag} is empty: give {what}")
-    if _LOCAL_PATH.search(str(path)) and not Path(path).exists():
-        raise ValueError(f"--{flag} {path}: no such file; {what} belongs there")
+    if _is_local(path) and not Path(path).exists():
+        raise bad_file(flag, path, f"no such file; {what} belongs there")
 
 
 def check_reward_files(config: Any, evaluation: bool = False) -> None:

@@ -1,0 +1,128 @@
+#!/usr/bin/env bash
+# Downloads what the recipes need, into the paths that the flags default to. Interrupted downloads go on where they were.
+#
+#   scripts/huggingface/download_checkpoints.sh [flux|hps|image_reward|clip|pick|mixgrpo|prompts|all] ... [--dry_run]
+#
+#   --dry_run    lists every file with rough size, source and target, and downloads nothing
+#   HTTP_PROXY, HTTPS_PROXY  are respected
+#   HF_TOKEN     for FLUX.1-dev, whose licence must be accepted on its page first
+#   HF_ENDPOINT  a mirror of the hub; WEB_MIRROR a server with the files that are not on the hub, under the same paths
+#
+# Files of the hub are compared with the SHA-256 that the hub states, the others with the sum and size written here.
+source "$(dirname "${BASH_SOURCE[0]}")/../environment.sh"
+
+PARTS=(flux hps image_reward clip pick mixgrpo prompts)
+dry_run=
+chosen=()
+for argument in "$@"; do
+  case "$argument" in
+    --dry_run | --dry-run) dry_run=1 ;;
+    all) chosen=("${PARTS[@]}") ;;
+    *)
+      [[ " ${PARTS[*]} " == *" $argument "* ]] || {
+        echo "download_checkpoints.sh: unknown part '$argument'; choose from ${PARTS[*]}, all" >&2
+        exit 2
+      }
+      chosen+=("$argument")
+      ;;
+  esac
+done
+[ ${#chosen[@]} -gt 0 ] || chosen=("${PARTS[@]}")
+
+hf=$(dirname "$PYTHON_BIN")/hf
+[ -x "$hf" ] || hf=hf
+
+listed() { # SIZE SOURCE TARGET
+  printf '%9s  %-74s -> %s\n' "$@"
+}
+
+# hub REPOSITORY TARGET [SIZE FILE]...   a TARGET of `cache` is the hub's own cache, where hub names are looked up.
+hub() {
+  local repository=$1 target=$2 files=() place=()
+  shift 2
+  while [ $# -gt 0 ]; do
+    [ -z "$dry_run" ] || listed "$1" "$repository $2" "$([ "$target" = cache ] && echo "the hub's cache" || echo "$target/$2")"
+    files+=(--include "$2")
+    shift 2
+  done
+  [ -z "$dry_run" ] || return 0
+  [ "$target" = cache ] || place=(--local-dir "$target")
+  echo "$repository -> $target"
+  "$hf" download "$repository" "${files[@]}" "${place[@]}"
+  "$hf" cache verify "$repository" "${place[@]}"
+}
+
+# web URL TARGET SIZE [SHA256]
+web() {
+  local url=$1 target=$2 size=$3 sum=${4:-} found
+  if [ -n "$dry_run" ]; then
+    listed "$size" "$url" "$target"
+    return
+  fi
+  if [ -f "$target" ] && { [ -z "$sum" ] || sha256sum -c --status <<< "$sum  $target"; }; then
+    echo "$target is there"
+    return
+  fi
+  [ -z "${WEB_MIRROR:-}" ] || url=$WEB_MIRROR/${url#*://*/}
+  mkdir -p "$(dirname "$target")"
+  echo "$url -> $target"
+  # A finished part of which only the renaming is missing needs no download; asking for more of it would be an error.
+  if ! { [ -n "$sum" ] && [ -f "$target.part" ] && sha256sum -c --status <<< "$sum  $target.part"; }; then
+    curl --fail --location --retry 5 --continue-at - --output "$target.part" "$url"
+  fi
+  if [ -n "$sum" ]; then
+    found=$(sha256sum "$target.part" | cut -d ' ' -f 1)
+    if [ "$found" != "$sum" ]; then
+      rm "$target.part"
+      echo "$url: SHA-256 is $found, expected $sum; the download was removed, run the command again" >&2
+      exit 1
+    fi
+  fi
+  mv "$target.part" "$target"
+}
+
+get_flux() {
+  hub black-forest-labs/FLUX.1-dev data/flux \
+    1KB model_index.json 24GB 'transformer/*' 168MB 'vae/*' 246MB 'text_encoder/*' 9.5GB 'text_encoder_2/*' \
+    2MB 'tokenizer/*' 3MB 'tokenizer_2/*' 1KB 'scheduler/*'
+}
+
+get_hps() {
+  hub xswu/HPSv2 hps_ckpt 2GB HPS_v2.1_compressed.pt
+}
+
+get_image_reward() {
+  hub THUDM/ImageReward image_reward_ckpt 1.8GB ImageReward.pt 485B med_config.json
+  hub bert-base-uncased image_reward_ckpt/bert-base-uncased 232KB vocab.txt 1KB tokenizer_config.json 1KB config.json
+  web https://storage.googleapis.com/sfr-vision-language-research/BLIP/models/model_large.pth \
+    image_reward_ckpt/model_large.pth 1.8GB
+  web https://openaipublic.azureedge.net/clip/models/b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/ViT-L-14.pt \
+    image_reward_ckpt/ViT-L-14.pt 890MB b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836
+  web https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/sac%2Blogos%2Bava1-l14-linearMSE.pth \
+    image_reward_ckpt/sac%2Blogos%2Bava1-l14-linearMSE.pth 3.7MB
+}
+
+get_clip() {
+  hub apple/DFN5B-CLIP-ViT-H-14-384 cache \
+    3.9GB open_clip_pytorch_model.bin 1KB open_clip_config.json 3MB 'tokenizer*' 1.4MB vocab.json 525KB merges.txt \
+    1KB special_tokens_map.json
+}
+
+get_pick() {
+  hub yuvalkirstain/PickScore_v1 cache 3.9GB model.safetensors 5KB config.json
+  hub laion/CLIP-ViT-H-14-laion2B-s32B-b79K cache \
+    1KB preprocessor_config.json 2.2MB 'tokenizer*' 862KB vocab.json 525KB merges.txt 1KB special_tokens_map.json
+}
+
+get_mixgrpo() {
+  hub tulvgengenr/MixGRPO mix_grpo_ckpt 24GB diffusion_pytorch_model.safetensors
+}
+
+get_prompts() { # the prompts of HPDv2 in the files of the MixGRPO repository, beside this repository's own
+  web https://github.com/Tencent-Hunyuan/MixGRPO/raw/main/data/prompts.txt data/prompts_hpdv2.txt ?
+  web https://github.com/Tencent-Hunyuan/MixGRPO/raw/main/data/prompts_test.txt data/prompts_hpdv2_test.txt ?
+}
+
+for part in "${chosen[@]}"; do
+  "get_$part"
+done

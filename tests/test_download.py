@@ -1,0 +1,208 @@
+"""scripts/huggingface/download_checkpoints.sh against a local server that is both the hub and the other hosts."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = "scripts/huggingface/download_checkpoints.sh"
+COMMIT = "0" * 40
+HPS = b"weights of HPS" * 1000
+AESTHETIC = "sac%2Blogos%2Bava1-l14-linearMSE.pth"
+
+
+class Server(ThreadingHTTPServer):
+    """files: URL path -> contents, for files that are not on the hub. repositories: id -> {file: contents}."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files, self.repositories, self.requests, self.lie = {}, {}, [], False
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        path = self.path.split("?")[0]
+        if path.startswith("http://hub.test/"):  # asked as a proxy
+            path = path.removeprefix("http://hub.test")
+        self.server.requests.append((self.command, self.path, self.headers.get("Range")))
+        for name, files in self.server.repositories.items():
+            if path.startswith((f"/api/models/{name}", f"/{name}/resolve/")):
+                return self.hub(name, files, unquote(path))
+        if path not in self.server.files:
+            return self.answer(404, b"no such file")
+        return self.content(self.server.files[path])
+
+    do_POST = do_GET
+
+    def hub(self, name, files, path):
+        sums = {file: hashlib.sha256(data).hexdigest() for file, data in files.items()}
+        if path.startswith("/api/models"):
+            if "/tree/" in path or "/paths-info/" in path:
+                entries = [
+                    {"type": "file", "path": file, "size": len(data), "oid": "1" * 40}
+                    | {"lfs": {"oid": "f" * 64 if self.server.lie else sums[file], "size": len(data), "pointerSize": 1}}
+                    for file, data in files.items()
+                ]
+                return self.answer(200, json.dumps(entries).encode(), {"Content-Type": "application/json"})
+            body = {"id": name, "modelId": name, "sha": COMMIT, "siblings": [{"rfilename": file} for file in files]}
+            return self.answer(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        file = path.split("/resolve/")[1].split("/", 1)[1]
+        return self.content(files[file], {"ETag": f'"{sums[file]}"', "X-Repo-Commit": COMMIT})
+
+    def content(self, data, headers=None):
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if not asked:
+            return self.answer(200, data, headers)
+        start = int(asked[1])
+        if start >= len(data):
+            return self.answer(416, b"")
+        end = min(int(asked[2] or len(data)), len(data) - 1) if asked[2] else len(data) - 1
+        ranged = {"Content-Range": f"bytes {start}-{end}/{len(data)}"}
+        return self.answer(206, data[start : end + 1], {**(headers or {}), **ranged})
+
+    def answer(self, status, body, headers=None):
+        self.send_response(status)
+        for name, value in {"Accept-Ranges": "bytes", "Content-Length": str(len(body)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def server():
+    with Server() as running:
+        running.repositories = {
+            "xswu/HPSv2": {"HPS_v2.1_compressed.pt": HPS, "HPS_v2_compressed.pt": b"older"},
+            "THUDM/ImageReward": {"ImageReward.pt": b"image reward", "med_config.json": b"{}"},
+            "bert-base-uncased": {"vocab.txt": b"[PAD]\n", "tokenizer_config.json": b"{}", "config.json": b"{}"},
+        }
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield running
+        running.shutdown()
+
+
+@pytest.fixture
+def download(server, tmp_path):
+    """download(argument, ...) runs the script in a copy of the tree's scripts; (exit status, output)."""
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+
+    def run(*arguments, **environment):
+        cleared = {k: v for k, v in os.environ.items() if "proxy" not in k.lower() and not k.startswith("HF_")}
+        settings = {
+            "HF_ENDPOINT": server.url,
+            "WEB_MIRROR": server.url,
+            "HF_HOME": str(tmp_path / "hf"),
+            "HF_HUB_DISABLE_XET": "1",
+            "PYTHON_BIN": sys.executable,
+        }
+        done = subprocess.run(
+            ["bash", str(tmp_path / SCRIPT), *arguments],
+            env={**cleared, **settings, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=120,
+        )
+        return done.returncode, done.stdout
+
+    return run
+
+
+def test_a_dry_run_lists_every_file_and_asks_nobody(download, server, tmp_path):
+    status, output = download("all", "--dry_run")
+    assert status == 0 and not server.requests
+    targets = [line.split(" -> ")[1] for line in output.splitlines()]
+    assert len(targets) == len(output.splitlines()) > 20
+    for target in (
+        "hps_ckpt/HPS_v2.1_compressed.pt", "image_reward_ckpt/model_large.pth", "image_reward_ckpt/ViT-L-14.pt",
+        f"image_reward_ckpt/{AESTHETIC}", "image_reward_ckpt/ImageReward.pt", "image_reward_ckpt/med_config.json",
+        "data/flux/transformer/*", "mix_grpo_ckpt/diffusion_pytorch_model.safetensors", "the hub's cache",
+    ):  # fmt: skip
+        assert target in targets
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["scripts"]
+    assert download("hps", "--dry_run")[1].count("\n") == 1
+
+
+def test_an_unknown_part_is_refused_naming_the_choices(download):
+    status, output = download("hsp")
+    assert status == 2 and "'hsp'; choose from flux hps image_reward clip pick mixgrpo prompts, all" in output
+
+
+@pytest.mark.slow
+def test_hub_files_come_whole_and_are_compared_with_the_hub_s_sums(download, server, tmp_path):
+    status, output = download("hps")
+    assert status == 0, output
+    assert (tmp_path / "hps_ckpt/HPS_v2.1_compressed.pt").read_bytes() == HPS
+    assert not (tmp_path / "hps_ckpt/HPS_v2_compressed.pt").exists()
+    server.lie = True
+    status, output = download("hps")
+    assert status != 0 and "HPS_v2.1_compressed.pt" in output
+
+
+def put_web_files(server, text):
+    """Serves the files that image_reward needs from other hosts; the CLIP file with the sum that `text` asks for."""
+    contents = {}
+    for url, target, sum_ in re.findall(r"web (https://\S+) \\\n\s+(\S+) \S+ ?([0-9a-f]{64})?", text):
+        contents[target] = b"contents of " + target.encode() * 500
+        server.files["/" + url.split("/", 3)[3]] = contents[target]
+        if sum_:
+            text = text.replace(f" {sum_}\n", f" {hashlib.sha256(contents[target]).hexdigest()}\n")
+    return contents, text
+
+
+@pytest.mark.slow
+def test_other_files_are_resumed_checked_and_kept(download, server, tmp_path):
+    del server.repositories["xswu/HPSv2"]
+    script = tmp_path / SCRIPT
+    contents, changed = put_web_files(server, script.read_text())
+    assert len(contents) == 3
+    true_sums, clip = script.read_text(), "image_reward_ckpt/ViT-L-14.pt"
+
+    status, output = download("image_reward")  # the sum of the real file, which these contents don't have
+    assert status == 1 and "SHA-256 is" in output and "ViT-L-14.pt" in output and "run the command again" in output
+    assert not (tmp_path / clip).exists() and not (tmp_path / f"{clip}.part").exists()
+
+    script.write_text(changed)
+    (tmp_path / f"{clip}.part").write_bytes(contents[clip][:1000])
+    server.requests.clear()
+    status, output = download("image_reward")
+    assert status == 0, output
+    for target, data in contents.items():
+        assert (tmp_path / target).read_bytes() == data
+    asked = {path.rsplit("/", 1)[1]: part for _, path, part in server.requests if "/resolve/" not in path}
+    assert asked["ViT-L-14.pt"] == "bytes=1000-"
+    assert "model_large.pth" not in asked  # came in the first run
+    assert (tmp_path / "image_reward_ckpt/bert-base-uncased/vocab.txt").read_text() == "[PAD]\n"
+
+    # A finished part whose renaming was cut off.
+    (tmp_path / clip).rename(tmp_path / f"{clip}.part")
+    assert download("image_reward")[0] == 0 and (tmp_path / clip).read_bytes() == contents[clip]
+    assert true_sums != changed
+
+
+@pytest.mark.slow
+def test_downloads_go_through_a_proxy(download, server, tmp_path):
+    status, output = download("hps", HF_ENDPOINT="http://hub.test", HTTP_PROXY=server.url, http_proxy=server.url)
+    assert status == 0, output
+    assert (tmp_path / "hps_ckpt/HPS_v2.1_compressed.pt").read_bytes() == HPS
+    assert any(path.startswith("http://hub.test/xswu/HPSv2") for _, path, _ in server.requests)
