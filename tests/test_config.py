@@ -485,7 +485,7 @@ def test_a_recipe_runs_from_anywhere(recipe, tmp_path):
         cwd=tmp_path, env={**os.environ, "PYTHON_BIN": sys.executable}, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "plan of the first window [0, 1, 2, 3" in done.stdout
+    assert "plan of the first window [0, 1, 2, 3]" in done.stdout
 
 
 # --- no flag without effect -------------------------------------------------------------------------------------------
