@@ -539,7 +539,8 @@ class Trainer:
             position: np.clip(values[slots.start : slots.stop], -config.adv_clip_max, config.adv_clip_max)
             for position, values in advantages.items()
         }
-        whole = np.nan_to_num(own[max(own)])  # where all samples are rows of their own
+        whole = np.nan_to_num(own[max(own)])
+        whole = whole.repeat(config.num_generations // whole.shape[1], axis=1)  # samples may still be one row there
         order = np.stack(
             [
                 sample_order(whole[i], config.advantage_rerange_strategy, self.rng(number, slot, ORDER))

@@ -36,6 +36,7 @@ import pytest
 import torch
 from conftest import ROOT, relative_difference
 from PIL import Image
+from test_config import recipe_command
 from test_train import assert_same_update, base_weights, same_weights, torchrun
 
 SHAPE = LatentShape(6, 8, 4, 6)
@@ -547,6 +548,14 @@ def test_pruned_edges_are_not_trained(train, monkeypatch):
     assert {t.child // 2 for t in transitions if t.position == 3} == set(range(8))  # one of each pair
 
 
+def test_all_rows_are_trained_where_only_steps_before_the_last_split_are(train, monkeypatch):
+    seen, real = [], train_grpo_flux.slice_transitions
+    monkeypatch.setattr(train_grpo_flux, "slice_transitions", lambda *a: seen.append(real(*a)) or seen[-1])
+    train(algorithm="branch_grpo", tree_split_points=[0, 2], depth_pruning=[3, 4, 5], max_train_steps=1)
+    (transitions,) = seen
+    assert [(t.position, t.child) for t in transitions] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+
+
 @pytest.mark.parametrize("algorithm", ["branch_grpo", "branch_grpo_mix", "grpo_merge"])
 def test_micro_batches_and_prompts_a_process_change_nothing_but_speed(train, algorithm):
     given = {
@@ -697,3 +706,23 @@ def test_a_dry_run_shows_merges_entropies_and_inactive_steps(capsys):
     train_grpo_flux.main([*flags, "--sde_type", "dance", "--eta", "0.65"])
     text = capsys.readouterr().out
     assert "step 7 is inactive: no merge brings its e^h above --entropy_threshold 2.2" in text
+
+
+# --- recipes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["E_GRPO", "Granular_GRPO", "BranchGRPO", "DanceGRPO", "FlowGRPO"])
+def test_a_recipe_trains_the_tiny_model_and_saves(name, run_at, tiny_flux, embedded_prompts, tmp_path):
+    """With its own number of steps and samples."""
+    small = "--h 32 --w 32 --reward_model shapes --mixed_precision no --no_gradient_checkpointing --no_use_wandb"
+    where = ["--pretrained_model_name_or_path", tiny_flux, "--data_json_path", str(embedded_prompts)]
+    where += ["--output_dir", str(tmp_path / "run"), "--max_train_steps", "2", "--train_micro_batch_size", "8"]
+    script = ROOT / f"scripts/finetune/finetune_flux_grpo_{name}.sh"
+    program, *argv = recipe_command(script, tmp_path, *where, *small.split(), "--dataloader_num_workers", "0")
+    assert program == "fastvideo/train_grpo_flux.py"
+    train_grpo_flux.main(argv)
+    run = run_at("run")
+    assert [line["step"] for line in run.metrics] == [1, 2]
+    assert all(line["grad_norm"] > 0 for line in run.metrics)
+    assert not same_weights(run.weights(), base_weights(tiny_flux))

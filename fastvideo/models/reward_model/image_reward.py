@@ -28,7 +28,7 @@ from fastvideo.models.reward_model.common import (
     run_demo,
     scoring,
 )
-from fastvideo.models.reward_model.granular import GranularRewardModel
+from fastvideo.models.reward_model.granular import GranularRewardModel, SmoothFunc
 
 import numpy as np
 import torch
@@ -195,6 +195,14 @@ class ImageRewardModel(GranularRewardModel):
         if self.mode == "overall":
             return in_batches(self._score_overall, images, prompts, self.batch_size), {}
         return super().score(images, prompts, curr_step, total_steps)
+
+    def get_dynamic_weights(
+        self, curr_step: float | np.ndarray, total_steps: float, smooth_func: SmoothFunc | str | None = None
+    ) -> np.ndarray:
+        """See GranularRewardModel; in mode "overall" there are no components and no weights: [0] or [N, 0]."""
+        if self.mode == "overall":
+            return np.zeros((*np.shape(curr_step), 0))
+        return super().get_dynamic_weights(curr_step, total_steps, smooth_func)
 
     def component_weights(
         self, curr_step: float | np.ndarray | None, total_steps: float | None, n: int

@@ -1,0 +1,131 @@
+"""Images a second and peak memory of every reward, and of the whole multi_reward set; random weights, no downloads.
+
+    python benchmarks/bench_rewards.py --device cuda --dtype bf16
+    python benchmarks/bench_rewards.py --device cpu --narrow --images 3 --image_size 256      # a quick look anywhere
+
+Makes each model's checkpoint at full architecture in its real format in a temporary folder (17 GB), loads it as
+training does, and times `compute_reward` on the pictures of one group: decoded pictures in, scores out, preprocessing
+on the CPU included. Prints the median of --repeats. Keep the output under benchmarks/results/.
+"""
+
+import platform
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastvideo.config import GRPOConfig, flag, parse_dataclass
+from fastvideo.models.reward_model.utils import build_reward_models, compute_reward
+
+import numpy as np
+import open_clip
+import pytest
+import timm
+import torch
+import transformers
+from PIL import Image
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+import reward_checkpoints as checkpoints  # noqa: E402
+
+# Name in the table -> (--reward_model, --image_reward_mode, checkpoints that it needs).
+SETS = {
+    "hpsv2": ("hpsv2", "overall", ["hps"]),
+    "image_reward overall": ("image_reward", "overall", ["image_reward"]),
+    "image_reward granular": ("image_reward", "granular", ["granular"]),
+    "clip_score": ("clip_score", "overall", ["clip_score"]),
+    "pick_score": ("pick_score", "overall", ["pick_score"]),
+    "multi_reward": ("multi_reward", "overall", ["hps", "image_reward", "pick_score"]),
+}
+
+
+@dataclass
+class BenchmarkConfig:
+    """What to time."""
+
+    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "where the models run")
+    dtype: str = flag("bf16", "number format of the models", choices=["fp32", "bf16", "fp16"])
+    images: int = flag(12, "pictures of one prompt")
+    image_size: int = flag(720, "their width and height")
+    repeats: int = flag(5, "timed runs, after one that warms up")
+    narrow: bool = flag(False, "quarter-width models, to try the benchmark itself")
+
+
+def seconds(
+    config: BenchmarkConfig, models: dict, weights: dict, pictures: list[Image.Image], batch_size: int
+) -> float:
+    """Median time for all pictures."""
+    for model in models.values():
+        model.batch_size = batch_size
+    prompts = ["a photograph of a lighthouse on a cliff in a storm, waves, dramatic light"] * len(pictures)
+    times = []
+    for _ in range(config.repeats + 1):
+        start = time.perf_counter()
+        rewards = compute_reward(pictures, prompts, models, weights, 1, 2)[0]  # on the CPU: the device has finished
+        times.append(time.perf_counter() - start)
+    assert np.isfinite(rewards).all()
+    return statistics.median(times[1:])
+
+
+def peak_gib(device: str) -> float:
+    """Of the device since its last reset, or of this process since it started."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def main() -> None:
+    config = parse_dataclass(BenchmarkConfig, doc=__doc__)
+    cuda = torch.device(config.device).type == "cuda"
+    name = torch.cuda.get_device_name() if cuda else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    print(
+        f"{name}; Python {platform.python_version()}, torch {torch.__version__}, transformers "
+        f"{transformers.__version__}, open_clip {open_clip.__version__}, timm {timm.__version__}\n"
+        f"{config.images} pictures of {config.image_size}x{config.image_size}, one prompt, {config.dtype}"
+        f"{', quarter-width models' if config.narrow else ''}\n"
+        f"{'reward':<22}{'single':>16}{'batched':>16}{'all pictures':>15}{'peak':>10}{'load':>9}"
+    )
+    rng = np.random.default_rng(0)
+    size = (config.image_size, config.image_size)
+    pictures = [Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).resize(size) for _ in range(config.images)]
+    with tempfile.TemporaryDirectory() as temporary, pytest.MonkeyPatch.context() as patch:
+        folder, made = Path(temporary), set()
+        if config.narrow:
+            checkpoints.narrow_architectures(patch, folder)
+        for name, (reward_model, mode, needed) in SETS.items():
+            for kind in set(needed) - made:
+                checkpoints.MAKERS[kind](folder, full=not config.narrow)
+                made.add(kind)
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+            start = time.perf_counter()
+            models, weights = build_reward_models(
+                GRPOConfig(
+                    data_json_path="none",
+                    reward_model=reward_model,
+                    image_reward_mode=mode,
+                    reward_dtype=config.dtype,
+                    hps_path=str(folder / "hps_ckpt" / checkpoints.HPS_FILE),
+                    clip_score_path=str(folder / checkpoints.CLIP_SCORE_FOLDER),
+                    pick_score_path=str(folder / checkpoints.PICK_SCORE_FOLDER),
+                    image_reward_score_dir=str(folder / "image_reward_ckpt"),
+                ),
+                config.device,
+            )
+            loaded = time.perf_counter() - start
+            single = seconds(config, models, weights, pictures, 1)
+            batched = seconds(config, models, weights, pictures, config.images)
+            rates, peak = (config.images / single, config.images / batched), peak_gib(config.device)
+            print(
+                f"{name:<22}{rates[0]:8.1f} image/s{rates[1]:8.1f} image/s{batched:13.3f} s"
+                f"{peak:6.1f} GiB{loaded:7.1f} s",
+                flush=True,
+            )
+            del models
+
+
+if __name__ == "__main__":
+    main()
