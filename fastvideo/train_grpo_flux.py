@@ -34,6 +34,7 @@ from fastvideo.models.flux import (
     load_vae,
     meta_transformer,
     predict_velocity,
+    without_lora,
 )
 from fastvideo.models.reward_model.granular import GranularRewardModel
 from fastvideo.models.reward_model.utils import build_reward_models, check_reward_files, compute_reward
@@ -383,12 +384,8 @@ class Trainer:
 
         @torch.no_grad()
         def predict(latents: torch.Tensor, sigma: torch.Tensor, prompt_index: torch.Tensor) -> torch.Tensor:
-            if self.frozen is None:
-                self.engine.transformer.disable_adapters()
-            v = frozen(latents, sigma, prompt_index)
-            if self.frozen is None:
-                self.engine.transformer.enable_adapters()
-            return v
+            with without_lora(self.engine.transformer):
+                return frozen(latents, sigma, prompt_index)
 
         return predict
 

@@ -5,7 +5,8 @@ is the VAE's down-scaling factor (8 in FLUX.1).
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from diffusers.image_processor import VaeImageProcessor
 from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -119,6 +121,20 @@ def load_with_lora(base: str, lora: str, dtype: torch.dtype = torch.float32) -> 
     transformer = load_transformer(base, dtype)
     transformer.load_lora_adapter(lora, weight_name=LORA_FILE, prefix="transformer")
     return transformer
+
+
+@contextmanager
+def without_lora(transformer: FluxTransformer2DModel) -> Iterator[None]:
+    """The transformer without its adapters, if it has any.
+
+    peft's public switch changes requires_grad too, of the whole or the split parameters, whichever FSDP2 shows then.
+    """
+    layers = [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer._disable_adapters = True
+    yield
+    for layer in layers:
+        layer._disable_adapters = False
 
 
 def is_lora(path: str | Path) -> bool:

@@ -202,9 +202,13 @@ class Engine:
         if self.name == "fsdp":
             for block in self.blocks():
                 block.set_reshard_after_forward(self.config.fsdp_sharding_startegy != "hybrid_zero2")
-            for module in self.transformer.modules():
-                if isinstance(module, FSDPModule):
-                    module.reshard()
+        self._reshard()
+
+    def _reshard(self) -> None:
+        """Drops whole parameters that FSDP2 still holds: they would be out of date after an optimizer step."""
+        for module in self.transformer.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def backward(self, loss: torch.Tensor) -> None:
         """Adds the gradient of a micro-batch."""
@@ -224,6 +228,7 @@ class Engine:
         if finite:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self._reshard()
         return norm.detach() if finite else None
 
     # --- to disk and back -------------------------------------------------------------------------------------------
