@@ -20,6 +20,7 @@ UNEVEN = {
     "prompts_per_iteration": 4,
     "learning_rate": 1e-6,
     "train_micro_batch_size": 1,
+    "reward_model": "custom_rewards:rough_brightness",
 }
 LORA = {"use_lora": True, "lora_rank": 4, "lora_alpha": 8, "learning_rate": 1e-4}
 ENGINES = {
@@ -87,7 +88,7 @@ def test_every_engine_trains_adapters_alike(train, on_two, name):
 def test_a_checkpoint_goes_from_fsdp_to_one_process_and_back_with_its_average(train, on_two):
     settings = {
         "prompts_per_iteration": 4, "learning_rate": 1e-6, "max_train_steps": 4, "checkpointing_steps": 2,
-        "ema_decay": 0.5, "lr_scheduler": "cosine",
+        "ema_decay": 0.5, "lr_scheduler": "cosine", "reward_model": "custom_rewards:rough_brightness",
     }  # fmt: skip
     whole = train("whole", **settings)
     sharded = on_two("sharded", **settings, parallel="fsdp")
@@ -100,7 +101,7 @@ def test_a_checkpoint_goes_from_fsdp_to_one_process_and_back_with_its_average(tr
         for line, other in zip(rest.metrics, whole.metrics[2:], strict=True):
             assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3), name
             assert line["lr"] == other["lr"]
-        assert relative_difference(rest.gradient(), whole.gradient()) < 5e-4, name
+        assert relative_difference(rest.gradient(), whole.gradient()) < 1e-4, name
         for part in (".", "ema"):
             a, b = weights(rest, part), weights(whole, part)
             assert max((a[key] - b[key]).abs().max() for key in b) < 1e-6, (name, part)

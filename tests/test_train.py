@@ -57,6 +57,7 @@ def reference(train) -> tuple[Run, dict]:
         "sampling_steps": 8,
         "advantage_rerange_strategy": "random",
         "learning_rate": 1e-6,
+        "reward_model": "custom_rewards:rough_brightness",
     }
     return train("reference", train_batch_size=4, train_micro_batch_size=2, **settings), settings
 
