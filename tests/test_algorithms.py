@@ -619,6 +619,13 @@ def test_recomputed_old_log_probabilities_make_the_first_ratio_exactly_one(train
     assert line["reward"] == recomputed["reward"]
 
 
+@pytest.mark.parametrize("algorithm", ["mix_grpo", "grpo_merge", "branch_grpo"])
+def test_the_first_ratio_stays_well_inside_the_clip_range_in_bf16(train, algorithm):
+    given = {"algorithm": algorithm, "tree_split_points": [0, 2], "mixed_precision": "bf16", "max_train_steps": 1}
+    (line,) = train(rollout_batch_size=2, train_micro_batch_size=2, clip_range=1e-4, **given).metrics
+    assert line["ratio_first_deviation"] < 1e-5
+
+
 # --- Flow-GRPO-Fast ---------------------------------------------------------------------------------------------------
 
 
