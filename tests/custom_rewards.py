@@ -18,6 +18,11 @@ def brightness(images: Images, prompts: list[str]) -> list[float]:
     return [float(np.asarray(image).mean()) / 255 for image in images]
 
 
+def rough_brightness(images: Images, prompts: list[str]) -> list[float]:
+    """Steps of 1/1000, so that a pixel which rounding moves to the next of its 256 values changes no reward."""
+    return [round(value, 3) for value in brightness(images, prompts)]
+
+
 def never(images: Images, prompts: list[str]) -> list[float]:
     return [math.nan] * len(images)
 

@@ -103,15 +103,12 @@ get_image_reward() {
 }
 
 get_clip() {
-  hub apple/DFN5B-CLIP-ViT-H-14-384 cache \
-    3.9GB open_clip_pytorch_model.bin 1KB open_clip_config.json 3MB 'tokenizer*' 1.4MB vocab.json 525KB merges.txt \
-    1KB special_tokens_map.json
+  hub apple/DFN5B-CLIP-ViT-H-14-384 cache 3.9GB open_clip_pytorch_model.bin 3MB '*.json' 525KB merges.txt
 }
 
 get_pick() {
   hub yuvalkirstain/PickScore_v1 cache 3.9GB model.safetensors 5KB config.json
-  hub laion/CLIP-ViT-H-14-laion2B-s32B-b79K cache \
-    1KB preprocessor_config.json 2.2MB 'tokenizer*' 862KB vocab.json 525KB merges.txt 1KB special_tokens_map.json
+  hub laion/CLIP-ViT-H-14-laion2B-s32B-b79K cache 3MB '*.json' 525KB merges.txt # its tokenizer and image processor
 }
 
 get_mixgrpo() {
