@@ -3,9 +3,10 @@
     python benchmarks/bench_rewards.py --device cuda --dtype bf16
     python benchmarks/bench_rewards.py --device cpu --narrow --images 3 --image_size 256      # a quick look anywhere
 
-Makes each model's checkpoint at full architecture in its real format in a temporary folder (17 GB), loads it as
-training does, and times `compute_reward` on the pictures of one group: decoded pictures in, scores out, preprocessing
-on the CPU included. Prints the median of --repeats. Keep the output under benchmarks/results/.
+Makes each model's checkpoint at full architecture in its real format on disk (17 GB; --folder keeps them for a run with
+another --dtype), loads it as training does, and times `compute_reward` on the pictures of one group: decoded pictures
+in, scores out, preprocessing on the CPU included. Prints the median of --repeats. Keep the output under
+benchmarks/results/.
 """
 
 import platform
@@ -52,6 +53,7 @@ class BenchmarkConfig:
     image_size: int = flag(720, "their width and height")
     repeats: int = flag(5, "timed runs, after one that warms up")
     narrow: bool = flag(False, "quarter-width models, to try the benchmark itself")
+    folder: str | None = flag(None, "keeps the checkpoints for another run (None: a temporary folder)")
 
 
 def seconds(
@@ -92,13 +94,15 @@ def main() -> None:
     size = (config.image_size, config.image_size)
     pictures = [Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).resize(size) for _ in range(config.images)]
     with tempfile.TemporaryDirectory() as temporary, pytest.MonkeyPatch.context() as patch:
-        folder, made = Path(temporary), set()
+        folder = Path(config.folder or temporary)
+        folder.mkdir(parents=True, exist_ok=True)
         if config.narrow:
             checkpoints.narrow_architectures(patch, folder)
         for name, (reward_model, mode, needed) in SETS.items():
-            for kind in set(needed) - made:
-                checkpoints.MAKERS[kind](folder, full=not config.narrow)
-                made.add(kind)
+            for kind in needed:
+                if not (folder / f"{kind}.made").exists():
+                    checkpoints.MAKERS[kind](folder, full=not config.narrow)
+                    (folder / f"{kind}.made").touch()
             if cuda:
                 torch.cuda.reset_peak_memory_stats()
             start = time.perf_counter()

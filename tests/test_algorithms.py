@@ -583,6 +583,20 @@ def test_the_update_does_not_depend_on_how_prompts_lie_on_processes(
     assert_same_update(run_at("two"), run)
 
 
+@pytest.mark.parametrize("algorithm", ["grpo_merge", "branch_grpo_mix", "flow_grpo"])
+def test_a_resumed_run_equals_an_uninterrupted_one(train, algorithm):
+    given = {"algorithm": algorithm, "max_train_steps": 4, "checkpointing_steps": 2, "lr_scheduler": "linear"}
+    if algorithm == "branch_grpo_mix":
+        given |= {"tree_split_points": [0, 3], "iters_per_group": 1, "depth_pruning": [5]}
+        given |= {"depth_pruning_slide_interval": 2, "tree_width_prune": 1}
+    if algorithm == "flow_grpo":
+        given["flow_grpo_fast_steps"] = 2
+    whole = train("whole", **given)
+    rest = train("rest", **given, resume_from_checkpoint=whole.checkpoints[0])
+    assert rest.numbers() == whole.numbers()[2:]
+    assert same_weights(rest.weights(), whole.weights())
+
+
 # --- ratio drift ------------------------------------------------------------------------------------------------------
 
 
@@ -603,6 +617,13 @@ def test_recomputed_old_log_probabilities_make_the_first_ratio_exactly_one(train
     (recomputed,) = train(recompute_old_log_prob=True, **given).metrics
     assert line["ratio_first_deviation"] > 1e-7 and recomputed["ratio_first_deviation"] == 0
     assert line["reward"] == recomputed["reward"]
+
+
+@pytest.mark.parametrize("algorithm", ["mix_grpo", "grpo_merge", "branch_grpo"])
+def test_the_first_ratio_stays_well_inside_the_clip_range_in_bf16(train, algorithm):
+    given = {"algorithm": algorithm, "tree_split_points": [0, 2], "mixed_precision": "bf16", "max_train_steps": 1}
+    (line,) = train(rollout_batch_size=2, train_micro_batch_size=2, clip_range=1e-4, **given).metrics
+    assert line["ratio_first_deviation"] < 1e-5
 
 
 # --- Flow-GRPO-Fast ---------------------------------------------------------------------------------------------------
