@@ -543,7 +543,6 @@ class GRPOConfig(RewardConfig):
         )
         if engine == "deepspeed":
             need(self.ema_decay == 0, "ema_decay", "DeepSpeed splits the weights its own way; choose --parallel fsdp")
-            need(self.master_weight_type == "fp32", "master_weight_type", "--parallel deepspeed knows only fp32")
         need(self.sp_size == 1, "sp_size", "sequence parallelism is not available; choose 1")
         need(
             (self.data_json_path is None) != (self.prompts_file is None),

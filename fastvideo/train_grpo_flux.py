@@ -642,6 +642,7 @@ class Trainer:
             "merges": [step.span for step in plan if step.train],
             "entropies": entropies(plan),
             "zero_spread_groups": flat,
+            **self.engine.peak_memory(),
         }
         return metrics | reward_metrics | seconds | {"seconds_total": time.perf_counter() - start}, images
 

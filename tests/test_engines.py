@@ -179,10 +179,13 @@ def test_the_engine_follows_from_flags_and_processes(monkeypatch, given, process
         ({"parallel": "ddp", "use_cpu_offload": True}, 2, "--use_cpu_offload"),
         ({"parallel": "deepspeed", "ema_decay": 0.9}, 2, "--ema_decay"),
         ({"parallel": "deepspeed", "master_weight_type": "bf16"}, 2, "--master_weight_type"),
+        ({"parallel": "fsdp", "master_weight_type": "bf16"}, 2, "--master_weight_type"),
     ],
 )
 def test_an_engine_that_can_not_be_had_is_refused(monkeypatch, given, processes, message):
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    if message == "torchrun":
+        monkeypatch.delenv("LOCAL_RANK")
     with pytest.raises(ValueError, match=message):
         choose_engine(config(**given), processes)
 

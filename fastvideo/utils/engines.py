@@ -51,6 +51,8 @@ def choose_engine(config: GRPOConfig, world_size: int) -> str:
         raise ValueError(f"--parallel none: {world_size} processes were started; choose ddp, fsdp or deepspeed")
     if name == "ddp" and world_size == 1:
         raise ValueError("--parallel ddp: only one process was started; use torchrun, or --parallel none")
+    if name in ("fsdp", "deepspeed") and config.master_weight_type != "fp32":
+        raise ValueError(f"--master_weight_type {config.master_weight_type}: --parallel {name} knows only fp32")
     if name in ("none", "ddp") and config.use_cpu_offload:
         raise ValueError(f"--use_cpu_offload: goes with --parallel fsdp or deepspeed; this run is {name}")
     if name in ("fsdp", "deepspeed") and "LOCAL_RANK" not in os.environ:
@@ -82,6 +84,8 @@ def build_accelerator(config: GRPOConfig, name: str) -> Accelerator:
                 param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False
             ),
         )
+        if config.use_cpu_offload:
+            os.environ["FSDP_OFFLOAD_PARAMS"] = "true"  # Accelerate then connects the CPUs too, to clip gradients there
         per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         nodes = int(os.environ.get("WORLD_SIZE", "1")) // per_node
         if nodes > 1 and (config.fsdp_sharding_startegy or "").startswith("hybrid"):
@@ -142,9 +146,8 @@ class Engine:
         self.transformer = transformer
         if self.name != "fsdp":
             transformer.to(self.accelerator.device)
-        self.raw_optimizer = torch.optim.AdamW(
-            self.trained_parameters(), fused=self.accelerator.device.type == "cuda", **optimizer_settings
-        )
+        on_gpu = self.accelerator.device.type == "cuda" and not self.config.use_cpu_offload
+        self.raw_optimizer = torch.optim.AdamW(self.trained_parameters(), fused=on_gpu, **optimizer_settings)
         self.model, self.optimizer = self._wrap()
         self._choose_memory()
 
@@ -209,6 +212,14 @@ class Engine:
         for module in self.transformer.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
+
+    def peak_memory(self) -> dict[str, float]:
+        """`gib_peak`, the most memory this GPU's tensors have taken since the last call; nothing on the CPU."""
+        if self.accelerator.device.type != "cuda":
+            return {}
+        peak = torch.cuda.max_memory_allocated() / 2**30
+        torch.cuda.reset_peak_memory_stats()
+        return {"gib_peak": peak}
 
     def backward(self, loss: torch.Tensor) -> None:
         """Adds the gradient of a micro-batch."""

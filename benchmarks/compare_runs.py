@@ -1,0 +1,23 @@
+"""A table of runs side by side: reward, loss and gradient norm of each iteration, seconds by phase, peak GPU memory.
+
+python benchmarks/compare_runs.py RUN/metrics.jsonl ...
+"""
+
+import json
+import sys
+from pathlib import Path
+
+COLUMNS = ("reward", "grad_norm", "loss", "ratio_first_deviation", "seconds_rollout", "seconds_train", "gib_peak")
+
+
+def main() -> None:
+    for path in map(Path, sys.argv[1:]):
+        print(path.parent.name)
+        print("  step" + "".join(f"{name:>22}" for name in COLUMNS))
+        for line in map(json.loads, path.read_text().splitlines()):
+            values = (line.get(name) for name in COLUMNS)
+            print(f"{line['step']:6d}" + "".join(f"{'':>22}" if v is None else f"{v:22.6g}" for v in values))
+
+
+if __name__ == "__main__":
+    main()
