@@ -53,7 +53,7 @@ def make(request, tmp_path):
 
 
 def check_scores(model, expected, scores=None):
-    """Batched scores equal `expected`, and neither order nor batch size changes them."""
+    """Batched scores equal `expected`; neither order nor batch size changes them."""
     expected = np.asarray(expected)
     images = pictures()
     found = np.asarray(model(images, PROMPTS)) if scores is None else scores
@@ -64,7 +64,7 @@ def check_scores(model, expected, scores=None):
     )
     np.testing.assert_allclose(found, expected, **TOLERANCE)
     assert np.std(expected) > 1e-4  # random weights, yet not a constant
-    if scores is not None:
+    if scores is not None or parameters > 1e8:  # order and batches are checked on the narrow models: 50 times faster
         return
     order = [3, 1, 6, 4, 0, 5, 2]
     mixed = model([images[i] for i in order], [PROMPTS[i] for i in order])
@@ -262,6 +262,7 @@ def test_pick_score_equals_its_model_card(make):
     check_scores(PickScoreRewardModel(path), (expected - 18) / 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings,message",
     [
