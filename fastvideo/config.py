@@ -156,7 +156,7 @@ ALGORITHMS: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
 }
-# Never derived from other flags. All samples of a prompt have to start from the same noise.
+# The others are never derived from other flags. All samples of a prompt have to start from the same noise in most.
 _SHARED_START = {
     "training_strategy": "all",
     "dpm_algorithm_type": None,
@@ -171,7 +171,12 @@ _TREE_DEFAULTS = {
     "clip_range": 1e-3,
     "drop_last_sample": True,
 }
+_DANCE = ALGORITHMS["dance_grpo"]
 ALGORITHMS |= {
+    "dance_grpo_lora": {
+        "requires": {**_DANCE["requires"], "use_lora": True},
+        "defaults": {**_DANCE["defaults"], "sampling_steps": 12, "learning_rate": 3e-4},
+    },
     "grpo_merge": {"requires": _SHARED_START, "defaults": _MERGE_DEFAULTS},
     "granular_grpo": {"requires": _SHARED_START, "defaults": {**_MERGE_DEFAULTS, "granular_list": [1, 2, 3]}},
     "branch_grpo": {"requires": _SHARED_START, "defaults": _TREE_DEFAULTS},

@@ -214,6 +214,7 @@ PLANNERS: dict[str, Callable[[GRPOConfig, Sequence[int]], list[Step]]] = {
     "mix_grpo_flash_star": plan_flash,
     "flow_grpo": plan_all,
     "dance_grpo": plan_all,
+    "dance_grpo_lora": plan_all,
     "grpo_merge": plan_merge,
     "granular_grpo": plan_merge,
     "branch_grpo": plan_branch,

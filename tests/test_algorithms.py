@@ -323,6 +323,7 @@ def test_check_plan_refuses_steps_that_start_from_elsewhere():
         ("mix_grpo_flash_star", "73"),
         ("flow_grpo", "289"),
         ("dance_grpo", "181"),
+        ("dance_grpo_lora", "133"),
         ("grpo_merge", "1012"),
         ("granular_grpo", "1900"),
         ("branch_grpo", "203"),
@@ -560,7 +561,7 @@ def test_all_rows_are_trained_where_only_steps_before_the_last_split_are(train, 
 def test_micro_batches_and_prompts_a_process_change_nothing_but_speed(train, algorithm):
     given = {
         "algorithm": algorithm, "learning_rate": 1e-6, "tree_split_points": [0, 2],
-        "tree_width_prune": 0 if algorithm == "grpo_merge" else 2,
+        "tree_width_prune": 0 if algorithm == "grpo_merge" else 2, "reward_model": "custom_rewards:rough_brightness",
     }  # fmt: skip
     run = train(train_batch_size=2, train_micro_batch_size=2, **given)
     for micro, rows in ((1, 3), (100, None)):
@@ -574,6 +575,7 @@ def test_the_update_does_not_depend_on_how_prompts_lie_on_processes(
     train, flags, run_at, tmp_path, subprocess_environment, algorithm
 ):
     given = {"algorithm": algorithm, "learning_rate": 1e-6, "prompts_per_iteration": 4}
+    given["reward_model"] = "custom_rewards:rough_brightness"
     if algorithm == "branch_grpo":  # of the split's two edges in a tree, one or two are trained: rows differ
         pruning = {"tree_width_prune": 2, "tree_width_prune_share": 0.5, "tree_fusion": "probability"}
         given |= {"tree_split_points": [0, 1, 2], "num_generations": 8, **pruning}
@@ -733,7 +735,7 @@ def test_a_dry_run_shows_merges_entropies_and_inactive_steps(capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["E_GRPO", "Granular_GRPO", "BranchGRPO", "DanceGRPO", "FlowGRPO"])
+@pytest.mark.parametrize("name", ["E_GRPO", "Granular_GRPO", "BranchGRPO", "DanceGRPO", "DanceGRPO_lora", "FlowGRPO"])
 def test_a_recipe_trains_the_tiny_model_and_saves(name, run_at, tiny_flux, embedded_prompts, tmp_path):
     """With its own number of steps and samples."""
     small = "--h 32 --w 32 --reward_model shapes --mixed_precision no --no_gradient_checkpointing --no_use_wandb"
@@ -746,4 +748,7 @@ def test_a_recipe_trains_the_tiny_model_and_saves(name, run_at, tiny_flux, embed
     run = run_at("run")
     assert [line["step"] for line in run.metrics] == [1, 2]
     assert all(line["grad_norm"] > 0 for line in run.metrics)
-    assert not same_weights(run.weights(), base_weights(tiny_flux))
+    if "lora" in name:
+        assert (run.checkpoints[-1] / "pytorch_lora_weights.safetensors").is_file()
+    else:
+        assert not same_weights(run.weights(), base_weights(tiny_flux))

@@ -453,6 +453,10 @@ RECIPE_VALUES = {
         "algorithm": "dance_grpo", "sampling_steps": 16, "eta": 0.3, "gradient_accumulation_steps": 12,
         "timestep_fraction": 0.6, "sde_type": "dance",
     },
+    "DanceGRPO_lora": {
+        "algorithm": "dance_grpo_lora", "sampling_steps": 12, "eta": 0.3, "learning_rate": 3e-4, "use_lora": True,
+        "lora_rank": 128, "lora_alpha": 256, "lora_target_modules": ["to_q", "to_k", "to_v", "to_out.0"],
+    },
     "FlowGRPO": {"algorithm": "flow_grpo", "sde_type": "flow", "flow_grpo_fast_steps": 0},
 }  # fmt: skip
 

@@ -262,6 +262,7 @@ def test_pick_score_equals_its_model_card(make):
     check_scores(PickScoreRewardModel(path), (expected - 18) / 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings,message",
     [
