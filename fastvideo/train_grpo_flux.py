@@ -1,7 +1,7 @@
 """MixGRPO training of FLUX.1: sample groups of pictures with a mixed ODE-SDE sampler, score them, learn from it.
 
     python fastvideo/train_grpo_flux.py --prompts_file prompts.txt --pretrained_model_name_or_path FLUX_PIPELINE ...
-    torchrun --nproc_per_node 2 fastvideo/train_grpo_flux.py ...        # prompts spread over processes
+    torchrun --nproc_per_node 8 fastvideo/train_grpo_flux.py --parallel fsdp ...        # docs/distributed.md
 
 One iteration, top to bottom in this file: `rollout` executes the plan that rollout_plan.py made for the current window
 → pictures → rewards → advantages → G/k optimizer steps of `train_on` with `policy_loss` on the trained transitions.
@@ -72,6 +72,7 @@ import numpy as np
 import torch
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -361,13 +362,8 @@ class Trainer:
 
     def save(self, epoch: int) -> None:
         """Writes checkpoint-{iterations done}-{epoch}."""
-        place = {
-            "iteration": self.done,
-            "epoch": epoch,
-            "optimizer_steps": self.optimizer_steps,
-            "wandb_id": self.wandb_id,
-        }
-        save_checkpoint(self.engine, self.ema, place)
+        place = {"iteration": self.done, "epoch": epoch, "optimizer_steps": self.optimizer_steps}
+        save_checkpoint(self.engine, self.ema, place | {"wandb_id": self.wandb_id})
 
     def velocity(self, model: torch.nn.Module, conditioning: Conditioning) -> Velocity:
         """The same prediction, precision and autocast for rollout and training."""
@@ -798,4 +794,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    record(main)()  # torchrun ends with the traceback of the process that failed first

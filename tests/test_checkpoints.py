@@ -264,8 +264,8 @@ def test_a_process_that_raises_ends_all_within_a_minute_with_its_traceback_last(
     process, log = start("out", 2, **given), tmp_path / "out.log"
     wait_for(lambda: "on purpose" in log.read_text(), process, log)
     assert process.wait(60) != 0
-    text = log.read_text()
-    assert "RuntimeError: on purpose" in text and "Traceback" in text
+    summary = log.read_text().rpartition("Root Cause")[2]
+    assert "rank      : 1" in summary and "Traceback" in summary and "RuntimeError: on purpose" in summary
 
 
 @pytest.mark.slow
