@@ -93,7 +93,7 @@ def add_lora(transformer: FluxTransformer2DModel, rank: int, alpha: int, targets
     """Freezes the transformer and adds float32 adapters that change nothing yet: W + alpha / rank · B A with B = 0."""
     check_lora_targets(transformer, targets)
     transformer.requires_grad_(False)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):  # the adapters are made on the CPU
         torch.manual_seed(seed)
         transformer.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets)))
     for parameter in transformer.parameters():
