@@ -2,7 +2,7 @@
 
     python benchmarks/learning_curves.py --output_dir outputs/learning --jobs 2
 
-Trains scripts/finetune/finetune_tiny_flux.sh for each run and seed, samples every tenth iteration's checkpoint on
+Trains scripts/finetune/finetune_tiny_flux.sh for each run and seed, samples a checkpoint every 15 iterations on
 data/prompts_test.txt with the base model's seeds, and prints the paired changes with standard errors clustered by
 prompt. Writes curves.json and curves.png to the folder; finished runs found there are kept. Keep the output under
 benchmarks/results/.
@@ -25,7 +25,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 MODEL, TEST_PROMPTS = ROOT / "data/tiny_flux", ROOT / "data/prompts_test.txt"
-JPEG_FLAGS = "--train_batch_size 6 --train_micro_batch_size 18 --learning_rate 5e-5".split()
+JPEG_FLAGS = "--lr_scheduler constant --train_batch_size 6 --train_micro_batch_size 18 --learning_rate 5e-5".split()
 # Run -> (held-out score that it should raise, more flags for the recipe). Shuffled rewards live with the tests.
 RUNS = {
     "granular": ("ShapesRewardModel", []),
@@ -43,17 +43,19 @@ class CurvesConfig:
     """What to run."""
 
     output_dir: str = flag("outputs/learning", "folder for runs, pictures and the curves")
+    runs: list[str] = flag([*RUNS], f"which of {', '.join(map(repr, RUNS))}", nargs="+")
     seeds: list[int] = flag([714, 1, 2], "training seeds", nargs="+")
-    iterations: int = flag(60, "training iterations")
-    every: int = flag(10, "iterations between measurements")
-    images_per_prompt: int = flag(4, "held-out pictures a prompt")
-    jobs: int = flag(1, "runs at a time, one thread each")
+    iterations: int = flag(75, "training iterations")
+    every: int = flag(15, "iterations between measurements")
+    images_per_prompt: int = flag(2, "held-out pictures a prompt")
+    jobs: int = flag(1, "runs at a time, which share the cores")
 
 
-def call(log: Path, *command: object) -> None:
-    """A child process with one thread; what it prints goes to `log`."""
+def call(config: CurvesConfig, log: Path, *command: object) -> None:
+    """A child process with its share of the cores; what it prints goes to `log`."""
+    threads = str(max(1, (os.cpu_count() or 1) // config.jobs))
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-    ours = {"PYTHON_BIN": sys.executable, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    ours = {"PYTHON_BIN": sys.executable, "PYTHONPATH": path, "OMP_NUM_THREADS": threads, "CUDA_VISIBLE_DEVICES": ""}
     with open(log, "a", encoding="utf-8") as file:
         subprocess.run([*map(str, command)], check=True, stdout=file, stderr=file, env=os.environ | ours)
 
@@ -63,7 +65,7 @@ def sample(config: CurvesConfig, folder: Path, log: Path, *weights: object) -> P
     settings = "--seed 42 --batch_size 64 --h 32 --w 32 --total_sampling_steps 10".split()
     where = ["--pretrained_model_name_or_path", MODEL, "--prompts_file", TEST_PROMPTS, "--output_dir", folder]
     count = ["--images_per_prompt", config.images_per_prompt]
-    call(log, sys.executable, "-m", "fastvideo.sample.sample_flux", *where, *settings, *count, *weights)
+    call(config, log, sys.executable, "-m", "fastvideo.sample.sample_flux", *where, *settings, *count, *weights)
     return folder / "manifest.json"
 
 
@@ -76,7 +78,7 @@ def run(config: CurvesConfig, name: str, seed: int) -> dict[str, dict]:
     steps = ["--max_train_steps", config.iterations, "--checkpointing_steps", config.every, "--seed", seed]
     embeddings = Path(config.output_dir) / "embeddings/prompt.json"
     where = ["--data_json_path", embeddings, "--output_dir", folder / "run"]
-    call(log, "bash", ROOT / "scripts/finetune/finetune_tiny_flux.sh", *where, *steps, *RUNS[name][1])
+    call(config, log, "bash", ROOT / "scripts/finetune/finetune_tiny_flux.sh", *where, *steps, *RUNS[name][1])
     changes = {}
     for done in range(config.every, config.iterations + 1, config.every):
         checkpoint = next((folder / "run").glob(f"checkpoint-{done}-*"))
@@ -84,7 +86,7 @@ def run(config: CurvesConfig, name: str, seed: int) -> dict[str, dict]:
         scores = folder / f"scores-{done}.json"
         compare = ["--manifest", manifest, "--baseline_manifest", Path(config.output_dir) / "base/manifest.json"]
         rewards = ["--reward_model_type", "shapes,jpeg_compressibility", "--output_json", scores, "--device", "cpu"]
-        call(log, sys.executable, "-m", "fastvideo.eval.eval_reward", *compare, *rewards)
+        call(config, log, sys.executable, "-m", "fastvideo.eval.eval_reward", *compare, *rewards)
         models = json.loads(scores.with_name(f"{scores.stem}_summary.json").read_text())["models"]
         changes[str(done)] = {k: [m["difference_mean"], m["difference_standard_error"]] for k, m in models.items()}
     result.write_text(json.dumps(changes))
@@ -115,9 +117,11 @@ def main() -> None:
     output = Path(config.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     embed = ["--model_path", MODEL, "--prompt_dir", ROOT / "data/prompts.txt", "--output_dir", output / "embeddings"]
-    call(output / "base.log", sys.executable, "-m", "fastvideo.data_preprocess.preprocess_flux_embedding", *embed)
+    call(
+        config, output / "base.log", sys.executable, "-m", "fastvideo.data_preprocess.preprocess_flux_embedding", *embed
+    )
     sample(config, output / "base", output / "base.log", "--baseline")
-    pairs = list(product(RUNS, config.seeds))
+    pairs = list(product(config.runs, config.seeds))
     with ThreadPoolExecutor(config.jobs) as pool:
         results = list(pool.map(lambda pair: run(config, *pair), pairs))
     curves = {f"{name}-{seed}": changes for (name, seed), changes in zip(pairs, results, strict=True)}

@@ -27,7 +27,7 @@ for which in base tuned; do
   [ $which = base ] && weights=(--baseline) || weights=(--model_path "$tuned")
   run "3/5 sample the $which model on held-out prompts" fastvideo.sample.sample_flux \
     --pretrained_model_name_or_path $model "${weights[@]}" --prompts_file data/prompts_test.txt --output_dir "$out/$which" \
-    --seed 42 --images_per_prompt 4 --batch_size 64 --h 32 --w 32 --total_sampling_steps 10
+    --seed 42 --images_per_prompt 2 --batch_size 64 --h 32 --w 32 --total_sampling_steps 10
   run "4/5 score them" fastvideo.eval.eval_reward --manifest "$out/$which/manifest.json" \
     --reward_model_type shapes,jpeg_compressibility --output_json "$out/$which/scores.json"
 done

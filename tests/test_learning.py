@@ -11,7 +11,7 @@ from fastvideo.eval.report import compare, read_pairs
 import pytest
 
 ROOT = Path(__file__).parents[1]
-JPEG_FLAGS = "--train_batch_size 6 --train_micro_batch_size 18 --learning_rate 5e-5".split()
+JPEG_FLAGS = "--max_train_steps 60 --lr_scheduler constant --learning_rate 5e-5 --train_batch_size 6".split()
 SEEDS = [714, *(pytest.param(seed, marks=pytest.mark.long) for seed in (1, 2))]
 
 
@@ -22,8 +22,8 @@ def quickstart(folder: Path, *flags: str) -> dict[str, dict]:
     command = ["bash", str(ROOT / "scripts/quickstart.sh"), *flags]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    table = [line for line in done.stdout.splitlines() if line.startswith("ShapesRewardModel ")]
-    assert len(table) == 1 and "before" in table[0] and "pairs" in table[0]
+    table = [line for line in done.stdout.splitlines() if line.startswith("ShapesRewardModel ") and "change" in line]
+    assert len(table) == 1 and "± " in table[0] and "(768 pairs)" in table[0]
     for shown in ("report/report.html", "run/metrics.jsonl", "run/images"):
         assert str(folder / shown) in done.stdout and (folder / shown).exists()
     return {row["model"]: row for row in compare(read_pairs(folder / "base/scores.json", folder / "tuned/scores.json"))}
@@ -39,7 +39,7 @@ def standard_errors(row: dict) -> float:
 def test_the_quickstart_raises_the_granular_reward_on_held_out_prompts_and_spoils_no_part(seed, tmp_path):
     rows = quickstart(tmp_path / "out", "--seed", str(seed))
     iterations = [json.loads(line) for line in (tmp_path / "out/run/metrics.jsonl").read_text().splitlines()]
-    assert len(iterations) == 60
+    assert len(iterations) == 75
     assert standard_errors(rows["ShapesRewardModel"]) > 5
     for part in ("color", "form", "clean"):  # 2.4: a two-sided 5 % over three parts
         assert standard_errors(rows[f"ShapesRewardModel_{part}"]) > -2.4, part
