@@ -211,10 +211,35 @@ class RewardConfig:
     reward_batch_size: int = flag(12, "images a forward pass of a reward model")
     reward_device: str | None = flag(None, "device of the reward models (None: the rank's own)")
     reward_dtype: str = flag("fp32", "number format of the reward models", choices=["fp32", "bf16", "fp16"])
+    reward_server: str | None = flag(
+        None, "score at these reward servers (server.py), comma-separated, shared over the ranks; None: in this process"
+    )
+    reward_server_timeout: float = flag(120.0, "seconds until a request to a reward server has failed")
+    reward_server_retries: int = flag(3, "further attempts after a failed request, at the next reward server")
 
 
 @dataclass
-class GRPOConfig(RewardConfig):
+class RewardSpecConfig(RewardConfig):
+    """Which rewards are scored for training, and how they add up; training and the reward server share it."""
+
+    reward_model: str = flag("image_reward", "reward or mix: names with optional weights, e.g. hpsv2,image_reward:0.5")
+    hps_weight: float = flag(1.0, "weight of HPSv2 in a mix")
+    clip_score_weight: float = flag(1.0, "weight of CLIPScore in a mix")
+    image_reward_weight: float = flag(1.0, "weight of ImageReward in a mix")
+    pick_score_weight: float = flag(1.0, "weight of PickScore in a mix")
+    unified_reward_weight: float = flag(1.0, "weight of UnifiedReward in a mix")
+    image_reward_mode: str = flag(
+        "granular", "three weighted scorers, or the plain score", choices=["granular", "overall"]
+    )
+    granular_end_weights: list[float] = flag([0.2, 0.5, 0.3], "component weights at the end", metavar="W")
+    granular_schedule: str = flag(
+        "linear", "how the weights move", choices=["linear", "exponential", "logarithmic", "cosine"]
+    )
+    granular_gamma: float | None = flag(None, "curve exponent; None: 2 for exponential, 0.5 for logarithmic")
+
+
+@dataclass
+class GRPOConfig(RewardSpecConfig):
     """All settings of a training run. Defaults are the MixGRPO recipe's."""
 
     # --- what to train on -------------------------------------------------------------------------------------------
@@ -306,28 +331,18 @@ class GRPOConfig(RewardConfig):
     dpm_solver_type: str = flag("midpoint", "second-order variant", choices=["midpoint", "heun"])
 
     # --- rewards ----------------------------------------------------------------------------------------------------
-    reward_model: str = flag("image_reward", "reward or mix: names with optional weights, e.g. hpsv2,image_reward:0.5")
     multi_reward_mix: str = flag(
         "advantage_aggr", "combine advantages per model, or rewards first", choices=["advantage_aggr", "reward_aggr"]
     )
-    hps_weight: float = flag(1.0, "weight of HPSv2 in a mix")
-    clip_score_weight: float = flag(1.0, "weight of CLIPScore in a mix")
-    image_reward_weight: float = flag(1.0, "weight of ImageReward in a mix")
-    pick_score_weight: float = flag(1.0, "weight of PickScore in a mix")
-    unified_reward_weight: float = flag(1.0, "weight of UnifiedReward in a mix")
-    image_reward_mode: str = flag(
-        "granular", "three weighted scorers, or the plain score", choices=["granular", "overall"]
-    )
-    granular_end_weights: list[float] = flag([0.2, 0.5, 0.3], "component weights at the end", metavar="W")
-    granular_schedule: str = flag(
-        "linear", "how the weights move", choices=["linear", "exponential", "logarithmic", "cosine"]
-    )
-    granular_gamma: float | None = flag(None, "curve exponent; None: 2 for exponential, 0.5 for logarithmic")
     granular_mix: str = flag(
         "raw", "weight raw component scores, or each one's advantage", choices=["raw", "advantage"]
     )
     granular_progress: str = flag(
         "train_step", "progress over training, or over the group", choices=["train_step", "batch_index"]
+    )
+    max_reward_failures: int | None = flag(
+        None,
+        "failed scores that an iteration may have, over all ranks, before the run stops (None: any number)",
     )
 
     # --- GRPO -------------------------------------------------------------------------------------------------------
@@ -442,6 +457,7 @@ class GRPOConfig(RewardConfig):
             need(getattr(self, name) >= 1, name, "must be at least 1")
         for name in ("prompts_per_iteration rollout_batch_size checkpoints_total_limit").split():
             need(getattr(self, name) is None or getattr(self, name) >= 1, name, "must be at least 1, or None")
+        need((self.max_reward_failures or 0) >= 0, "max_reward_failures", "must not be negative, or None")
         for name in (
             "seed sampler_seed dataloader_num_workers frozen_init_timesteps prog_overlap_step eta kl_coeff "
             "lr_warmup_steps weight_decay ema_start_step image_log_steps flow_grpo_fast_steps "

@@ -303,7 +303,7 @@ def transitions_loss(
 
 
 class TrainingStopped(RuntimeError):
-    """Too many optimizer steps in a row had non-finite numbers."""
+    """Too many optimizer steps in a row had non-finite numbers, or too many scores failed."""
 
 
 class Interrupted(TrainingStopped):
@@ -343,6 +343,7 @@ class Trainer:
         )
         self.ema = EMAModel(engine.trained_parameters(), decay=config.ema_decay) if config.ema_decay else None
         self.done = 0  # iterations
+        self.too_many_failures = False  # of rewards, in the last iteration
         self.optimizer_steps = 0
         self.skipped_in_a_row = 0
         self.wandb_id = uuid.uuid4().hex[:8]
@@ -623,10 +624,12 @@ class Trainer:
         shape = next(iter(scores.values())).shape
         advantages, flat = self.advantages(plan, sampled, scores)
         reward_metrics = self.reward_metrics(plan, scores)
+        failures = reward_metrics["failed_rewards"] + reward_metrics.get("eval_failed_rewards", 0)
+        self.too_many_failures = config.max_reward_failures is not None and failures > config.max_reward_failures
         with self.phase("train", seconds):
-            if math.isfinite(reward_metrics["reward"]):
+            if math.isfinite(reward_metrics["reward"]) and not self.too_many_failures:
                 metrics = self.train_on(plan, number, sampled, advantages, conditioning)
-            else:  # nothing could be scored, on any rank
+            else:  # nothing could be scored on any rank, or too little
                 self.skipped_in_a_row += self.steps_per_iteration
                 metrics = {"optimizer_steps": 0, "skipped_steps": self.steps_per_iteration}
         self.done = number
@@ -661,7 +664,7 @@ class Trainer:
         return metrics
 
     def reward_means(self, scores: dict[str, np.ndarray]) -> dict[str, float]:
-        """reward, reward_std, failed_rewards, and the mean score of every model and component."""
+        """reward, reward_std, failed_rewards and failed_{model}, and the mean score of every model and component."""
         used = np.stack([scores[name] for name in self.reward_weights])
         complete = np.isfinite(used).all(0)
         reward = np.tensordot(list(self.reward_weights.values()), used[:, complete], 1)
@@ -669,7 +672,7 @@ class Trainer:
             "reward": reward.mean() if complete.any() else math.nan,
             "reward_std": reward.std() if complete.any() else math.nan,
             "failed_rewards": int((~np.isfinite(used)).sum()),
-        }
+        } | {f"failed_{name}": int((~np.isfinite(scores[name])).sum()) for name in self.reward_weights}
         for name, values in scores.items():
             finite = values[np.isfinite(values)]
             metrics[f"reward_{name}"] = finite.mean() if len(finite) else math.nan
@@ -731,7 +734,8 @@ def train(trainer: Trainer, sampler: PromptSampler, loader: DataLoader) -> None:
     """The loop: iterations, metrics, pictures, checkpoints, until exactly max_train_steps.
 
     Raises:
-        TrainingStopped: max_skipped_steps optimizer steps in a row had non-finite numbers. A checkpoint is saved first.
+        TrainingStopped: max_skipped_steps optimizer steps in a row had non-finite numbers, or more than
+            max_reward_failures scores failed. A checkpoint is saved first.
         Interrupted: SIGTERM or SIGINT came to any process. A checkpoint is saved first.
         CheckpointNotWritten: the disk is full, for instance.
     """
@@ -753,8 +757,15 @@ def train(trainer: Trainer, sampler: PromptSampler, loader: DataLoader) -> None:
             stopped = trainer.skipped_in_a_row >= config.max_skipped_steps
             interrupted = trainer.engine.any_process(bool(asked))
             due = trainer.done % config.checkpointing_steps == 0 or trainer.done == config.max_train_steps
-            if stopped or interrupted or due:
+            if stopped or interrupted or due or trainer.too_many_failures:
                 trainer.save(epoch)
+            if trainer.too_many_failures:
+                failed = ", ".join(f"{v} {k}" for k, v in metrics.items() if "failed_" in k and v)
+                raise TrainingStopped(
+                    f"more scores failed in iteration {trainer.done} than --max_reward_failures "
+                    f"{config.max_reward_failures} ({failed}); nothing was trained with it, and all is saved in "
+                    f"{config.output_dir}"
+                )
             if stopped:
                 raise TrainingStopped(
                     f"{trainer.skipped_in_a_row} optimizer steps in a row had a non-finite loss, reward or gradient, "

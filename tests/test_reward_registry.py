@@ -14,6 +14,7 @@ DEFAULTS = dict(
     image_reward_weight=1.0,
     pick_score_weight=1.0,
     unified_reward_weight=1.0,
+    reward_server=None,
     hps_path="hps_ckpt/nothing.pt",
     hps_clip_path=None,
     clip_score_path="hf-hub:apple/DFN5B-CLIP-ViT-H-14-384",

@@ -5,16 +5,20 @@ import inspect
 import logging
 import os
 import pickle
+import random
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
 
 logger = logging.getLogger(__name__)
+
+Answer = TypeVar("Answer")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # The part of scripts/huggingface/download_checkpoints.sh that gets the file of a flag.
@@ -144,6 +148,47 @@ def cosine(
     unique = list(dict.fromkeys(prompts))
     text_features = encode_text(unique)[[unique.index(prompt) for prompt in prompts]]
     return torch.nn.functional.cosine_similarity(image_features.float(), text_features.float(), dim=-1)
+
+
+def server_urls(urls: str, flag: str) -> list[str]:
+    """The URLs of a comma-separated flag. Raises ValueError where one isn't the address of an HTTP server."""
+    import httpx  # not at the top: most rewards need no network
+
+    found = [url.strip().rstrip("/") for url in urls.split(",") if url.strip()]
+    for url in found:
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"--{flag} {urls}: {url!r} must start with http:// or https://")
+        try:
+            httpx.URL(url)
+        except httpx.InvalidURL as error:
+            raise ValueError(f"--{flag}: not a URL: {error}") from None
+    return found
+
+
+def ask_in_turn(
+    send: Callable[[str], Answer], urls: Sequence[str], first: int, retries: int, backoff: float
+) -> tuple[Answer | None, str]:
+    """(send(url), "") of the first server that answers, or (None, what went wrong last).
+
+    Begins at urls[first] (counted round) and goes to the next at each of `retries` further attempts. From the second
+    round on it waits backoff * 2**(attempt of that round on) seconds before each, give or take half, so that many
+    clients don't come back at the same moment. An answer that `send` can't read counts as a failure.
+    """
+    import httpx
+
+    problem = ""
+    for attempt in range(retries + 1):
+        url = urls[(first + attempt) % len(urls)]
+        if attempt >= len(urls):
+            time.sleep(backoff * 2 ** (attempt - len(urls)) * random.uniform(0.5, 1.5))
+        try:
+            return send(url), ""
+        except (httpx.HTTPError, ValueError, LookupError, TypeError, RecursionError) as error:
+            # httpx writes the whole URL, password included, into the message of a status error.
+            status = isinstance(error, httpx.HTTPStatusError)
+            what = f"HTTP {error.response.status_code} {error.response.text[:200]}" if status else f"{error!r}"
+            problem = f"{httpx.URL(url)!r}: {what}".splitlines()[0]
+    return None, problem
 
 
 def demo_parser(description: str) -> argparse.ArgumentParser:

@@ -11,12 +11,10 @@ import base64
 import io
 import logging
 import os
-import random
 import re
-import time
 from concurrent.futures import ThreadPoolExecutor
 
-from fastvideo.models.reward_model.common import demo_parser, print_scores
+from fastvideo.models.reward_model.common import ask_in_turn, demo_parser, print_scores, server_urls
 
 import httpx
 import numpy as np
@@ -52,7 +50,6 @@ def parse_score(reply: str, question_type: str) -> float:
 
 
 def _endpoint(url: str) -> str:
-    url = url.rstrip("/")
     if url.endswith("/chat/completions"):
         return url
     return f"{url}/chat/completions" if url.endswith("/v1") else f"{url}/v1/chat/completions"
@@ -69,7 +66,7 @@ class UnifiedRewardModel:
 
     urls: one endpoint or several, comma-separated; ranks start at different ones, and a retry goes to the next.
     question_type: "semantic" (does the picture match) or "score" (as a whole). num_workers: requests at the same time.
-    timeout: seconds for one request. retries: further attempts, after backoff * 2**attempt seconds, give or take half.
+    timeout: seconds for one request. retries: further attempts, with pauses that double from backoff seconds.
     """
 
     name = "UnifiedRewardModel"
@@ -87,10 +84,7 @@ class UnifiedRewardModel:
             raise ValueError(
                 f"--unified_reward_default_question_type {question_type!r}: choose from {', '.join(QUESTIONS)}"
             )
-        self.urls = [_endpoint(url.strip()) for url in urls.split(",") if url.strip()]
-        for url in self.urls:
-            if not url.startswith(("http://", "https://")):
-                raise ValueError(f"--unified_reward_url {urls}: {url!r} must start with http:// or https://")
+        self.urls = [_endpoint(url) for url in server_urls(urls, "unified_reward_url")]
         if not self.urls:
             raise ValueError("--unified_reward_url is empty: unified_reward needs the URL of a chat endpoint")
         self.question_type, self.num_workers = question_type, num_workers
@@ -107,27 +101,18 @@ class UnifiedRewardModel:
             {"type": "text", "text": QUESTIONS[self.question_type].format(prompt=prompt)},
         ]
         body = {"model": MODEL, "temperature": 0, "messages": [{"role": "user", "content": content}]}
-        problem = ""
-        for attempt in range(self.retries + 1):
-            url = self.urls[(self.first + index + attempt) % len(self.urls)]
-            if attempt:
-                time.sleep(self.backoff * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))
-            try:
-                response = self.client.post(url, json=body)
-                response.raise_for_status()
-                reply = response.json()["choices"][0]["message"]["content"]
-            except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
-                # httpx writes the whole URL, password included, into the message of a status error.
-                status = isinstance(error, httpx.HTTPStatusError)
-                what = f"HTTP {error.response.status_code}" if status else f"{type(error).__name__} {error}"
-                problem = f"{httpx.URL(url)!r}: {what}".splitlines()[0]
-                continue
-            score = parse_score(str(reply), self.question_type)
-            if np.isfinite(score):
-                return score, ""
-            # At temperature 0 the same question gets the same answer: asking again would not help.
-            return score, f"{httpx.URL(url)!r}: no score from 1 to 5 in {str(reply)[-80:]!r}"
-        return float("nan"), problem
+
+        def send(url: str) -> str:
+            response = self.client.post(url, json=body)
+            response.raise_for_status()
+            return str(response.json()["choices"][0]["message"]["content"])
+
+        reply, problem = ask_in_turn(send, self.urls, self.first + index, self.retries, self.backoff)
+        if reply is None:
+            return float("nan"), problem
+        score = parse_score(reply, self.question_type)
+        # At temperature 0 the same question gets the same answer: asking again would not help.
+        return score, "" if np.isfinite(score) else f"no score from 1 to 5 in {reply[-80:]!r}"
 
     def __call__(self, images: list[Image.Image], prompts: list[str]) -> np.ndarray:
         """float64 [N], 1 to 5; NaN for a failed sample (the number of them and one reason are logged)."""

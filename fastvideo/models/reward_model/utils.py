@@ -235,6 +235,30 @@ def resolve_reward_spec(config: Any) -> dict[str, float]:
     return {name: weight / total for name, weight in weights.items()}
 
 
+def reward_settings(config: Any, evaluation: bool) -> dict[str, Any]:
+    """What decides the scores of `--reward_model`, apart from checkpoint files: flat, and the same again after JSON.
+
+    A reward server and its clients each make it from their own flags; where these differ, so may the scores.
+    """
+    spec = resolve_reward_spec(config)
+    settings: dict[str, Any] = {"evaluation": evaluation, "reward_model": sorted(spec)}
+    for key, weight in spec.items():
+        settings[f"{key}.weight"] = round(weight, 9)  # a sum in another order rounds differently
+        components = REWARDS[key].components if key in REWARDS else ()
+        if key == "image_reward" and (evaluation or config.image_reward_mode == "overall"):
+            components = ()
+        settings[f"{key}.components"] = list(components)
+        if components:
+            settings[f"{key}.start_weights"] = list(config.granular_start_weights)
+        if components and not evaluation:  # an evaluation scores with the start weights
+            settings[f"{key}.end_weights"] = list(config.granular_end_weights)
+            settings[f"{key}.schedule"] = config.granular_schedule
+            settings[f"{key}.gamma"] = config.granular_gamma
+        if key == "unified_reward":
+            settings[f"{key}.question_type"] = config.unified_reward_default_question_type
+    return settings
+
+
 def _require_file(flag: str, path: str | None, what: str) -> None:
     if not path:
         raise ValueError(f"--{flag} is empty: give {what}")
@@ -245,8 +269,14 @@ def _require_file(flag: str, path: str | None, what: str) -> None:
 def check_reward_files(config: Any, evaluation: bool = False) -> None:
     """Raises ValueError, naming flag, path and what belongs there, when a chosen reward lacks something. Loads nothing.
 
-    Names on a hub are not looked up here. Custom rewards are imported, and weights of granular ones checked.
+    Names on a hub are not looked up here. Custom rewards are imported, and weights of granular ones checked. With
+    --reward_server nothing has to be here: the servers are asked whether they score the same.
     """
+    if config.reward_server:
+        from fastvideo.models.reward_model.remote import connect
+
+        connect(config, evaluation)
+        return
     chosen = resolve_reward_spec(config)
     if "hpsv2" in chosen:
         _require_file("hps_path", config.hps_path, "the HPSv2 checkpoint (HPS_v2.1_compressed.pt)")
@@ -290,8 +320,13 @@ def build_reward_models(
     """Loads the rewards of `--reward_model`: ({name: model}, {name: weight}) keyed by the models' `name`.
 
     device: used unless `--reward_device` names another. evaluation: ImageReward as its plain overall score, PickScore
-    on its scale for reports. Raises ValueError for missing files before the first model is loaded.
+    on its scale for reports. Raises ValueError for missing files before the first model is loaded. With --reward_server
+    nothing is loaded: the models are those of the servers.
     """
+    if config.reward_server:
+        from fastvideo.models.reward_model.remote import connect
+
+        return connect(config, evaluation)
     check_reward_files(config, evaluation)
     models: dict[str, RewardModel] = {}
     weights: dict[str, float] = {}
