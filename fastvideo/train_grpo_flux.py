@@ -17,7 +17,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -743,7 +743,7 @@ def train(trainer: Trainer, sampler: PromptSampler, loader: DataLoader) -> None:
     log = Log(config, trainer.wandb_id) if main_process else None
     schedule = islice(windows(config), trainer.done, config.max_train_steps)
     bar = tqdm(total=config.max_train_steps, initial=trainer.done, desc="training", disable=not main_process)
-    with bar, stop_signals() as asked:
+    with closing(log) if log else nullcontext(), bar, stop_signals() as asked:
         for window, batch in zip(schedule, loader, strict=False):
             metrics, images = trainer.iteration(batch, window)
             epoch = sampler.epoch_of(trainer.done)
@@ -773,15 +773,11 @@ def train(trainer: Trainer, sampler: PromptSampler, loader: DataLoader) -> None:
                     f"{config.output_dir}"
                 )
             if interrupted and trainer.done < config.max_train_steps:
-                if log is not None:
-                    log.close()
                 raise Interrupted(
                     asked[0] if asked else signal.SIGTERM,
                     f"asked to by a signal, after iteration {trainer.done}, which is saved; go on with "
                     "--resume_from_checkpoint latest",
                 )
-    if log is not None:
-        log.close()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
