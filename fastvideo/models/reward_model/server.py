@@ -114,9 +114,10 @@ def answer(
 ) -> dict[str, list[float | None]]:
     """Scores a request: {key of compute_reward's rewards_dict: one number an image, None where failed}."""
     try:
-        asked = dict(json.loads(body))
-    except (ValueError, TypeError, RecursionError):
-        raise HTTPException(400, "expected a JSON object") from None
+        asked = json.loads(body)
+    except (ValueError, RecursionError):
+        raise HTTPException(400, "not JSON") from None
+    _need(isinstance(asked, dict), 400, "expected a JSON object")
     _need(asked.get("settings") == settings, 409, f"this server has other settings: {settings}")
     name, images, prompts = asked.get("model"), asked.get("images"), asked.get("prompts")
     _need(isinstance(name, str) and name in models, 400, f"model: choose from {', '.join(models)}")

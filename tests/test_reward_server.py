@@ -1,0 +1,447 @@
+"""Remote rewards against real HTTP servers on the loopback: the same scores as here, and no score out of trouble."""
+
+import base64
+import io
+import json
+import math
+import struct
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from fastvideo.config import RewardSpecConfig
+from fastvideo.eval import eval_reward
+from fastvideo.models.reward_model import remote
+from fastvideo.models.reward_model.server import ServerConfig, build_app
+from fastvideo.models.reward_model.shapes import all_scenes, draw
+from fastvideo.models.reward_model.utils import build_reward_models, compute_reward, reward_settings
+
+import httpx
+import numpy as np
+import pytest
+import uvicorn
+from conftest import ROOT, base_weights, same_weights
+from PIL import Image
+
+SPEC = "shapes:3,custom_rewards:brightness"
+SCENES = all_scenes(withheld=False)[::97][:6]
+CAPTIONS = [scene.caption() for scene in SCENES]
+PICTURES = [draw(scene) for scene in SCENES]
+
+
+@pytest.fixture(autouse=True)
+def no_proxy_and_short_waits(monkeypatch):
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(remote, "BACKOFF", 0.001)
+
+
+@pytest.fixture
+def serve():
+    """serve(reward_model, models=None, **flags) runs the web application in a thread and returns its URL."""
+    running = []
+
+    def start(reward_model=SPEC, models=None, **given):
+        config = ServerConfig(reward_model=reward_model, port=0, **given)
+        models = models or build_reward_models(config, "cpu", config.evaluation)[0]
+        web = uvicorn.Config(build_app(config, models), port=0, log_level="error")
+        listener = web.bind_socket()
+        server = uvicorn.Server(web)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        running.append((server, thread))
+        return f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+    yield start
+    for server, thread in running:
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def process(tmp_path_factory):
+    """URL of the server as users start it, with the rewards SPEC of a training run."""
+    folder = tmp_path_factory.mktemp("server")
+    command = [sys.executable, "fastvideo/models/reward_model/server.py", "--reward_model", SPEC, "--port", "0"]
+    path = f"{ROOT}:{ROOT / 'tests'}"
+    environment = {"PYTHONPATH": path, "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "HOME": str(folder)}
+    with open(folder / "stderr", "w") as errors:
+        server = subprocess.Popen(
+            [*command, "--device", "cpu", "--granular_schedule", "cosine"],
+            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True,
+        )  # fmt: skip
+    lines = [server.stdout.readline(), server.stdout.readline()]
+    assert lines[0] == "rewards: ShapesRewardModel 0.75, brightness 0.25\n", (folder / "stderr").read_text()
+    yield lines[1].removeprefix("listening on ").strip()
+    server.terminate()
+    server.wait()
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.reply(200, json.dumps(self.server.health).encode())
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.server.lock:
+            self.server.requests.append(body)
+            status, reply = self.server.answer(body, len(self.server.requests))
+        if status is None:  # drop the connection
+            self.connection.close()
+        else:
+            self.reply(status, reply)
+
+    def reply(self, status, reply):
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(reply)))
+        self.end_headers()
+        self.wfile.write(reply)
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def troubled():
+    """troubled(answer) starts a server that says it serves brightness; answer(body, request number) is its reply."""
+    servers = []
+
+    def start(answer):
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        spec = RewardSpecConfig(reward_model="custom_rewards:brightness")
+        server.health = {
+            "settings": reward_settings(spec, False),
+            "models": {"custom_rewards:brightness": "brightness"},
+            "limits": {"images": 64},
+        }
+        server.answer, server.requests, server.lock = answer, [], threading.Lock()
+        server.daemon_threads, server.handle_error = True, lambda *_: None  # clients here hang up on purpose
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        server.url = f"http://127.0.0.1:{server.server_port}"
+        servers.append(server)
+        return server
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def good(body, number=0):
+    scores = {"brightness": [0.25 + 0.5 * (i % 2) for i in range(len(body["images"]))]}
+    return 200, json.dumps({"scores": scores}).encode()
+
+
+def connect(*urls, reward_model="custom_rewards:brightness", evaluation=False, **given):
+    config = RewardSpecConfig(reward_model=reward_model, reward_server=",".join(urls), **given)
+    return build_reward_models(config, "cpu", evaluation)
+
+
+def refusal(capsys, run, *arguments, **given):
+    """The one line with which a run is refused."""
+    with pytest.raises(SystemExit) as stop:
+        run(*arguments, **given)
+    assert stop.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+# --- the same scores --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("progress,mix", [("train_step", "raw"), ("batch_index", "advantage")])
+def test_training_with_a_server_writes_the_same_metrics(train, process, progress, mix):
+    flags = dict(reward_model=SPEC, granular_schedule="cosine", granular_progress=progress, granular_mix=mix)
+    here = train(**flags)
+    there = train(**flags, reward_server=process, reward_batch_size=3)  # two requests a model and iteration
+    assert there.numbers() == here.numbers()
+    for line in there.metrics:
+        assert line["failed_rewards"] == line["failed_brightness"] == line["failed_ShapesRewardModel"] == 0
+        assert {"reward_ShapesRewardModel_form", "granular_weight_form", "reward_brightness"} <= line.keys()
+    assert same_weights(there.weights(), here.weights())
+
+
+def test_evaluation_with_a_server_writes_the_same_scores(serve, tmp_path):
+    for i, picture in enumerate(PICTURES):
+        picture.save(tmp_path / f"{i}.png")
+    entries = [{"image": f"{i}.png", "prompt": prompt} for i, prompt in enumerate(CAPTIONS)]
+    (tmp_path / "manifest.json").write_text(json.dumps(entries))
+    command = ["--manifest", str(tmp_path / "manifest.json"), "--reward_model_type", SPEC, "--reward_batch_size", "4"]
+    assert eval_reward.main([*command, "--output_json", str(tmp_path / "here.json")]) == 0
+    url = serve(evaluation=True)
+    assert eval_reward.main([*command, "--output_json", str(tmp_path / "there.json"), "--reward_server", url]) == 0
+    for name in ("{}.json", "{}_mean.txt", "{}_summary.json"):
+        assert (tmp_path / name.format("there")).read_bytes() == (tmp_path / name.format("here")).read_bytes()
+
+
+@pytest.mark.parametrize("step", [None, 3, np.array([0, 1, 2, 3, 4, 2.5])])
+def test_progress_and_failed_components_travel(serve, step):
+    url = serve("shapes")
+    prompts = [*CAPTIONS[:5], "not a scene"]  # the shapes reward fails on it
+    total = None if step is None else 5
+    local = build_reward_models(RewardSpecConfig(reward_model="shapes"), "cpu")
+    far = connect(url, reward_model="shapes", reward_batch_size=4)
+    here, there = (compute_reward(PICTURES, prompts, *models, step, total) for models in (local, far))
+    assert there[2].keys() == here[2].keys() and len(here[2]) == 4
+    for key, values in here[2].items():
+        np.testing.assert_array_equal(there[2][key], values)
+    assert there[1].tolist() == [True] * 5 + [False]
+
+
+def test_pictures_of_every_mode_arrive_as_they_are(serve):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 14, 4), dtype=np.uint8))
+    modes = [
+        (picture if "A" in mode else picture.convert("RGB")).convert(mode)
+        for mode in ("RGB", "RGBA", "P", "L", "LA", "1", "CMYK")
+    ]
+    spec = "jpeg_compressibility"
+    here = build_reward_models(RewardSpecConfig(reward_model=spec), "cpu")
+    there = connect(serve(spec), reward_model=spec)
+    scores = [compute_reward(modes, ["a \U0001f642"] * 7, *models)[0] for models in (here, there)]
+    np.testing.assert_array_equal(*scores)
+    assert len(set(scores[0])) > 3
+
+
+def test_health_tells_what_is_served_while_one_request_at_a_time_is_scored(serve):
+    scored, release, busy = threading.Semaphore(0), threading.Event(), []
+
+    def slow(images, prompts):
+        busy.append(threading.current_thread().name)
+        scored.release()
+        assert release.wait(20)
+        return [0.5] * len(images)
+
+    url = serve("shapes,custom_rewards:constant:0.5", {"ShapesRewardModel": None, "slow": slow})
+    body = request("slow", "shapes,custom_rewards:constant:0.5")
+    answers = []
+    clients = [threading.Thread(target=lambda: answers.append(post(url, body))) for _ in range(2)]
+    for client in clients:
+        client.start()
+    assert scored.acquire(timeout=20)
+    health = httpx.get(f"{url}/health", timeout=10).json()
+    assert not scored.acquire(timeout=0.3) and len(busy) == 1  # the other one waits
+    release.set()
+    for client in clients:
+        client.join()
+    assert health["status"] == "scoring"
+    assert health["models"] == {"shapes": "ShapesRewardModel", "custom_rewards:constant": "slow"}
+    settings = health["settings"]
+    assert settings["shapes.weight"] == pytest.approx(2 / 3) and settings["shapes.schedule"] == "linear"
+    assert settings["shapes.components"] == ["color", "form", "clean"] and settings["evaluation"] is False
+    assert settings["shapes.start_weights"] == [0.5, 0.3, 0.2]
+    assert [found.json() for found in answers] == [{"scores": {"slow": [0.5]}}] * 2 and len(set(busy)) == 1
+
+
+# --- trouble ----------------------------------------------------------------------------------------------------------
+
+GARBAGE = [b"<html>", b"[]", b'{"scores": 5}', b'{"scores": {}}', b'{"scores": {"brightness": [1.0]}}', b"[" * 100000]
+GARBAGE += [b'{"scores": {"brightness": ["1", "2"]}}', b'{"scores": {"brightness": [true, false]}}', b"\xff\x00"]
+TROUBLES = [(500, b"oops"), (429, b"slow down"), (None, b""), *((200, garbage) for garbage in GARBAGE)]
+
+
+@pytest.mark.parametrize("trouble", TROUBLES)
+def test_a_passing_trouble_is_retried_and_a_lasting_one_is_no_score(troubled, trouble, caplog):
+    server = troubled(lambda body, number: trouble if number <= 2 else good(body))
+    models, _ = connect(server.url, reward_server_retries=2)
+    assert list(models["brightness"](PICTURES[:2], CAPTIONS[:2])) == [0.25, 0.75]
+    assert len(server.requests) == 3 and "failed" not in caplog.text
+    server.answer = lambda body, number: trouble
+    assert np.isnan(models["brightness"](PICTURES[:2], CAPTIONS[:2])).all()
+    assert len(server.requests) == 6 and "brightness: 1 of 1 requests failed" in caplog.text
+
+
+def test_a_slow_server_times_out_and_one_batch_fails_alone(troubled):
+    server = troubled(lambda body, number: (time.sleep(1) if body["prompts"] == ["slow"] else None, good(body))[1])
+    models, _ = connect(server.url, reward_server_timeout=0.3, reward_server_retries=0, reward_batch_size=1)
+    scores = models["brightness"](PICTURES[:2], [CAPTIONS[0], "slow"])
+    assert scores[0] == 0.25 and np.isnan(scores[1])
+
+
+def test_one_dead_url_of_three_costs_no_sample(troubled, caplog):
+    servers = [troubled(good) for _ in range(3)]
+    servers[1].shutdown()
+    servers[1].server_close()
+    models, _ = connect(*(server.url for server in servers), reward_server_retries=0, reward_batch_size=1)
+    assert "the others go on without it" in caplog.text
+    assert list(models["brightness"](PICTURES, CAPTIONS)) == [0.25] * 6
+    assert [len(server.requests) for server in servers] == [2, 0, 4]
+
+
+def test_ranks_begin_at_different_servers(troubled, monkeypatch):
+    servers = [troubled(good) for _ in range(2)]
+    monkeypatch.setenv("RANK", "1")
+    connect(*(server.url for server in servers))[0]["brightness"](PICTURES, CAPTIONS)
+    assert [len(server.requests) for server in servers] == [0, 1]
+
+
+def test_a_reward_that_raises_is_failed_samples_and_the_server_goes_on(serve):
+    def brittle(images, prompts):
+        if "bad" in prompts:
+            raise RuntimeError("on purpose")
+        return [0.5] * len(images)
+
+    url = serve("custom_rewards:brightness", {"brightness": brittle})
+    models, _ = connect(url, reward_server_retries=0)
+    assert np.isnan(models["brightness"](PICTURES[:1], ["bad"])).all()
+    assert models["brightness"](PICTURES[:1], ["good"]).tolist() == [0.5]
+
+
+# --- what a server refuses --------------------------------------------------------------------------------------------
+
+
+def png(image):
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def header_only(width, height):
+    """A PNG of a few bytes that says it has width x height pixels."""
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    data += struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
+    return base64.b64encode(data).decode()
+
+
+def request(model="brightness", spec="custom_rewards:brightness", **changes):
+    settings = reward_settings(RewardSpecConfig(reward_model=spec), False)
+    return {"settings": settings, "model": model, "images": [png(PICTURES[0])], "prompts": ["a"], **changes}
+
+
+def post(url, body):
+    return httpx.post(f"{url}/score", json=body, timeout=20)
+
+
+SMALL = png(Image.new("1", (1000, 1000)))  # 1 MB of pixels in some hundred bytes
+BAD = {
+    "bomb": (413, {"images": [header_only(50000, 50000)]}),
+    "large picture": (413, {"images": [png(Image.new("1", (3000, 1000)))]}),
+    "large together": (413, {"images": [SMALL] * 3, "prompts": ["a"] * 3}),
+    "too many": (413, {"images": [png(PICTURES[0])] * 5, "prompts": ["a"] * 5}),
+    "truncated": (400, {"images": [header_only(8, 8)]}),
+    "no PNG": (400, {"images": [base64.b64encode(b"GIF89a, or so").decode()]}),
+    "no base64": (400, {"images": ["ü"]}),
+    "no picture": (400, {"images": [], "prompts": []}),
+    "numbers": (400, {"images": [1]}),
+    "prompts": (400, {"prompts": ["a", "b"]}),
+    "model": (400, {"model": "other"}),
+    "step": (400, {"curr_step": "3", "total_steps": 5}),
+    "steps": (400, {"curr_step": [1, 2], "total_steps": 5}),
+    "total": (400, {"curr_step": 1}),
+    "negative total": (400, {"curr_step": 1, "total_steps": -1}),
+    "settings": (409, {"settings": {}}),
+}
+
+
+def test_bad_requests_are_refused_and_good_ones_answered(serve):
+    url = serve("custom_rewards:brightness", max_pixels=2_500_000, max_images=4, max_body_mb=1)
+    found = {name: post(url, request(**changes)).status_code for name, (_, changes) in BAD.items()}
+    assert found == {name: status for name, (status, _) in BAD.items()}
+    for body in (b"", b"[]", b"[" * 100000, b"\xff", b"5"):
+        assert httpx.post(f"{url}/score", content=body, headers={"Content-Type": "application/json"}).status_code == 400
+    assert httpx.post(f"{url}/score", content=json.dumps(request())).status_code == 415
+    assert post(url, request(images=[SMALL] * 2, prompts=["a"] * 2)).status_code == 200
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_a_body_over_the_limit_is_refused(serve, declared):
+    url = serve("custom_rewards:brightness", max_body_mb=1)
+    body = json.dumps(request(prompts=["a" * 2**20])).encode()
+    content = body if declared else (body[i : i + 65536] for i in range(0, len(body), 65536))
+    answer = httpx.post(f"{url}/score", content=content, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 413
+
+
+@pytest.mark.parametrize(
+    "changed,message",
+    [
+        (
+            {"reward_model": "shapes"},
+            "it has reward_model ['custom_rewards:brightness', 'shapes'], this run ['shapes']",
+        ),
+        ({"reward_model": "shapes,custom_rewards:brightness"}, "it has shapes.weight 0.75, this run 0.5"),
+        ({"granular_schedule": "linear"}, "it has shapes.schedule 'cosine', this run 'linear'"),
+        (
+            {"granular_start_weights": [1, 1, 1]},
+            "it has shapes.start_weights [0.5, 0.3, 0.2], this run [1.0, 1.0, 1.0]",
+        ),
+        ({"reward_batch_size": 65}, "it takes 64 pictures a request, --reward_batch_size is 65"),
+        ({"reward_server_timeout": 0}, "--reward_server_timeout 0.0: must be above 0"),
+    ],
+)
+def test_a_server_of_other_rewards_is_refused_before_training(train, run_at, process, capsys, changed, message):
+    line = refusal(
+        capsys,
+        train,
+        "out",
+        **{"reward_model": SPEC, "granular_schedule": "cosine", "reward_server": process, **changed},
+    )
+    assert "--reward_server" in line and message in line
+    assert not run_at("out").folder.exists()
+
+
+def test_an_evaluation_refuses_a_server_for_training(process):
+    with pytest.raises(ValueError, match="it has evaluation False, this run True"):
+        connect(process, reward_model=SPEC, granular_schedule="cosine", evaluation=True)
+
+
+def test_a_server_that_changed_its_rewards_gives_no_scores(serve, troubled):
+    known = troubled(good)
+    models, _ = connect(known.url, reward_server_retries=0)
+    models["brightness"].servers.urls = [serve("custom_rewards:brightness,shapes")]
+    assert np.isnan(models["brightness"](PICTURES, CAPTIONS)).all()
+
+
+@pytest.mark.parametrize("url,message", [("localhost:8100", "must start with http"), (",", "no URL in it")])
+def test_a_wrong_url_is_refused(url, message):
+    with pytest.raises(ValueError, match=message):
+        connect(url)
+
+
+def test_no_server_at_all_is_an_error_without_its_password(troubled):
+    server = troubled(good)
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(ValueError, match="--reward_server: no server answers") as error:
+        connect(server.url.replace("http://", "http://user:secret@"), reward_server_retries=1)
+    assert "secret" not in str(error.value)
+
+
+# --- --max_reward_failures --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", [0, None])
+def test_a_server_lost_during_training_stops_the_run_or_is_counted(train, run_at, troubled, capsys, limit):
+    server = troubled(lambda body, number: good(body) if number == 1 else (500, b"lost"))
+    flags = dict(reward_model="custom_rewards:brightness", reward_server=server.url, reward_server_retries=0)
+    flags |= dict(max_train_steps=3, checkpointing_steps=1, max_reward_failures=limit)
+    if limit is None:
+        run = train("out", **flags)
+        assert len(run.metrics) == 3
+    else:
+        with pytest.raises(SystemExit) as stop:
+            train("out", **flags)
+        assert stop.value.code == 1
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert "iteration 2 than --max_reward_failures 0 (4 failed_rewards, 4 failed_brightness)" in line
+        run = run_at("out")
+        assert len(run.metrics) == 2
+    assert [line["failed_brightness"] for line in run.metrics[:2]] == [0, 4]
+    assert [line["optimizer_steps"] for line in run.metrics[:2]] == [2, 0] and run.metrics[1]["reward"] is None
+    assert same_weights(run.weights(0), run.weights(-1))  # the trained ones are kept
+
+
+@pytest.mark.parametrize("limit", [0, 1])
+def test_so_many_failures_are_allowed_and_not_one_more(train, run_at, tiny_flux, limit):
+    flags = dict(reward_model="custom_rewards:first_of_each_batch_fails", max_reward_failures=limit)
+    if limit == 1:
+        assert [line["failed_rewards"] for line in train("out", **flags).metrics] == [1, 1]
+        return
+    with pytest.raises(SystemExit):
+        train("out", **flags)
+    (line,) = run_at("out").metrics
+    assert line["failed_rewards"] == 1 and line["optimizer_steps"] == 0 and math.isfinite(line["reward"])
+    assert same_weights(run_at("out").weights(), base_weights(tiny_flux))
