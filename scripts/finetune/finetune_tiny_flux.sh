@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # MixGRPO with the granular reward on the tiny FLUX, on a CPU in minutes: what scripts/quickstart.sh trains.
-# Many prompts an iteration, a learning rate that falls to 0 and parts that weigh alike (--granular_mix advantage), or the
-# small model forgets its colours while it learns shapes.
+# Many prompts an iteration, a learning rate that falls to 0 and parts normalised within their group (--granular_mix
+# advantage), or the small model forgets its colours while it learns shapes.
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 flag pretrained_model_name_or_path data/tiny_flux
 flag data_json_path data/tiny_rl_embeddings/prompt.json
