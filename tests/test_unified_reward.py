@@ -135,6 +135,15 @@ def test_a_lasting_trouble_is_a_failed_sample_and_not_a_score(serve, caplog):
     assert "1 of 3 samples failed" in caplog.text and "HTTP 500" in caplog.text and "secret" not in caplog.text
 
 
+def test_a_refusal_fails_at_once_with_the_server_s_words(serve, caplog):
+    server = serve(lambda content: (400, b"the prompt is too long"))
+    url = server.url.replace("http://", "http://user:secret@")
+    assert np.isnan(UnifiedRewardModel(url, retries=5)([red(0)], ["a"])).all()
+    assert len(server.requests) == 1
+    assert f"{server.url}/v1/chat/completions: " in caplog.text and "HTTP 400 the prompt is too long" in caplog.text
+    assert "secret" not in caplog.text and "user:" not in caplog.text
+
+
 def test_an_unreadable_reply_fails_at_once(serve, caplog):
     server = serve(lambda content: (200, "a lovely picture"))
     assert np.isnan(UnifiedRewardModel(server.url, retries=5)([red(0)], ["a"])).all()
