@@ -1,6 +1,7 @@
 """What the neural reward models share: loading, batching, number formats and a command line."""
 
 import argparse
+import importlib
 import inspect
 import logging
 import os
@@ -40,8 +41,14 @@ def proxies(http_proxy: str | None, https_proxy: str | None) -> Iterator[None]:
     """Sets the proxies for a download and puts back what was there, so that one model's don't reach the others."""
     given = {"HTTP_PROXY": http_proxy, "HTTPS_PROXY": https_proxy}
     wanted = {key: value for name, value in given.items() if value for key in (name, name.lower())}
+    if not wanted:
+        yield
+        return
+    from huggingface_hub import close_session  # its one client keeps the proxies that it was opened with
+
     before = {key: os.environ.get(key) for key in wanted}
     os.environ.update(wanted)
+    close_session()
     try:
         yield
     finally:
@@ -50,6 +57,29 @@ def proxies(http_proxy: str | None, https_proxy: str | None) -> Iterator[None]:
                 del os.environ[key]
             else:
                 os.environ[key] = value
+        close_session()
+
+
+def _hub_errors() -> tuple[type[Exception], ...]:
+    """What a failed download raises; what a proxy refuses comes as an error of the hub's own HTTP client."""
+    from huggingface_hub import get_session
+
+    client = importlib.import_module(type(get_session()).__module__.partition(".")[0])
+    return OSError, client.HTTPError
+
+
+@contextmanager
+def downloading(
+    flag: str, path: str | Path, http_proxy: str | None = None, https_proxy: str | None = None
+) -> Iterator[None]:
+    """Around what may ask a hub: through the given proxies; a failure is bad_file's error."""
+    with proxies(http_proxy, https_proxy):
+        try:
+            yield
+        except Exception as error:
+            if isinstance(error, _hub_errors()):
+                raise bad_file(flag, path, (str(error) or repr(error)).splitlines()[0]) from error
+            raise
 
 
 def bad_file(flag: str, path: str | Path, problem: str) -> ValueError:
