@@ -5,6 +5,7 @@ The trainer sees one interface: `prepare`, a model to call, `rollout` around sam
 """
 
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -147,6 +148,11 @@ class Engine:
         self.transformer = transformer
         if self.name != "fsdp":
             transformer.to(self.accelerator.device)
+        self.compiled = self.config.compile == "true"
+        if self.config.compile == "auto":
+            self.compiled = self.accelerator.device.type == "cuda" and self.name != "deepspeed"
+        if self.compiled:
+            transformer.compile_repeated_blocks(dynamic=False)  # one graph for all blocks of a kind
         on_gpu = self.accelerator.device.type == "cuda" and not self.config.use_cpu_offload
         self.raw_optimizer = torch.optim.AdamW(self.trained_parameters(), fused=on_gpu, **optimizer_settings)
         self.model, self.optimizer = self._wrap()
@@ -213,6 +219,21 @@ class Engine:
         for module in self.transformer.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
+
+    def matmul_rate(self) -> float:
+        """Floating point operations a second of a large matrix product in the compute format, measured here."""
+        device, repeats = self.accelerator.device, 20
+        size, wait = (8192, torch.cuda.synchronize) if device.type == "cuda" else (512, lambda: None)
+        compute = torch.bfloat16 if self.config.mixed_precision == "bf16" else torch.float32
+        # Not zeros: a GPU multiplies those at a higher clock.
+        a = torch.randn(size, size, device=device, generator=torch.Generator(device).manual_seed(0)).to(compute)
+        for timed in (False, True):  # the first products of a process are slow
+            wait()
+            start = time.perf_counter()
+            for _ in range(repeats if timed else 3):
+                torch.mm(a, a)
+            wait()
+        return repeats * 2 * size**3 / (time.perf_counter() - start)
 
     def peak_memory(self) -> dict[str, float]:
         """`gib_peak`, the most memory this GPU's tensors have taken since the last call; nothing on the CPU."""
