@@ -244,6 +244,10 @@ class GRPOConfig(RewardSpecConfig):
 
     # --- what to train on -------------------------------------------------------------------------------------------
     pretrained_model_name_or_path: str = flag("data/flux", "diffusers FLUX pipeline: a folder or a hub id")
+    init_random_flux: bool = flag(
+        False,
+        "for measurements: random weights for the transformer whose config.json is in that pipeline",
+    )
     data_json_path: str | None = flag(None, "prompt.json written by the preprocessing script")
     prompts_file: str | None = flag(None, "text file of prompts, one a line; embedded and cached under output_dir")
     output_dir: str = flag("outputs/mixgrpo", "folder for args.json, metrics.jsonl, images and checkpoints")

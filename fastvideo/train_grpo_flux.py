@@ -32,7 +32,6 @@ from fastvideo.models.flux import (
     check_lora_targets,
     decode_latents,
     forward_flops,
-    load_transformer,
     load_vae,
     meta_transformer,
     predict_velocity,
@@ -355,7 +354,7 @@ class Trainer:
         engine.prepare(transformer, {"lr": config.learning_rate, "weight_decay": config.weight_decay})
         self.frozen = None
         if config.ref_kl_coeff and not config.use_lora:
-            self.frozen = engine.prepare_frozen(load_transformer(path, engine.frozen_dtype))
+            self.frozen = engine.prepare_frozen(engine.load(path, engine.frozen_dtype))
         self.matmul_rate = engine.matmul_rate()
         self.steps_per_iteration = optimizer_steps(config)
         self.lr_scheduler = get_scheduler(

@@ -4,6 +4,7 @@ Shapes: N rows, L = (height / f / 2) · (width / f / 2) packed latent tokens of 
 is the VAE's down-scaling factor (8 in FLUX.1).
 """
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -64,6 +65,20 @@ def meta_transformer(path: str, dtype: torch.dtype = torch.float32) -> FluxTrans
     config = _load(_TransformerConfig, path, **_transformer_place(path))
     with torch.device("meta"):
         return torch.nn.Module.to(FluxTransformer2DModel.from_config(config), dtype)  # ModelMixin.to would warn
+
+
+def random_transformer(path: str, dtype: torch.dtype, seed: int, device: torch.device | str) -> FluxTransformer2DModel:
+    """The same with random weights, equal for equal seeds on one kind of device. Nothing is read but config.json."""
+    transformer = meta_transformer(path, dtype).to_empty(device=device)
+    on = "cuda" if torch.cuda.is_available() else "cpu"  # a CPU would take minutes for 12 B numbers
+    generator = torch.Generator(on).manual_seed(seed)
+    for name, parameter in transformer.named_parameters():
+        if parameter.ndim == 1:
+            parameter.data.fill_(name.endswith("weight"))  # of a norm; else a bias
+        else:
+            values = torch.randn(parameter.shape, generator=generator, device=on)
+            parameter.data.copy_(values / math.sqrt(3 * parameter.shape[1]))  # as wide as torch's own initialisation
+    return transformer
 
 
 class _TransformerConfig:

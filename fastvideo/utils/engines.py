@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 from fastvideo.config import GRPOConfig
+from fastvideo.models.flux import load_transformer, meta_transformer, random_transformer
 
 import torch
 import torch.distributed as dist
@@ -131,6 +132,15 @@ class Engine:
     def __init__(self, config: GRPOConfig, name: str) -> None:
         self.config, self.name = config, name
         self.accelerator = build_accelerator(config, name)
+
+    def load(self, source: str, dtype: torch.dtype) -> FluxTransformer2DModel:
+        """The model at `source`; with --init_random_flux, instead of the base model, one like it."""
+        if not self.loads_weights:
+            return meta_transformer(source, dtype).to_empty(device="cpu")
+        if self.config.init_random_flux and source == self.config.pretrained_model_name_or_path:
+            device = "cpu" if self.name == "fsdp" else self.accelerator.device
+            return random_transformer(source, dtype, self.config.seed, device)
+        return load_transformer(source, dtype)
 
     @property
     def loads_weights(self) -> bool:
