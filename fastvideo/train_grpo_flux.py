@@ -343,7 +343,9 @@ class Trainer:
         self.local_prompts = config.local_prompts(self.accelerator.num_processes)
         device, path = self.accelerator.device, config.pretrained_model_name_or_path
         transformer = load_trained(config, engine, checkpoint)
-        self.vae = load_vae(path, engine.frozen_dtype).to(device)
+        self.vae = load_vae(path, engine.frozen_dtype).to(device, memory_format=torch.channels_last)
+        if engine.compiled:
+            self.vae.decoder.compile(dynamic=False)
         self.shape = LatentShape.of(self.vae, config.h, config.w)
         self.image_ids = self.shape.image_ids(device)
         self.guidance_embeds = bool(transformer.config.guidance_embeds)
