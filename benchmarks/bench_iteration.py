@@ -1,13 +1,13 @@
 """Times the real trainer by phase on FLUX blocks of full width with random weights; needs no downloads.
 
-    python benchmarks/bench_iteration.py --double_blocks 4 --single_blocks 8 -- --train_micro_batch_size 3
-    python benchmarks/bench_iteration.py --ablation -- --train_micro_batch_size 3     # each optimisation switched off
-    python benchmarks/bench_iteration.py --tiny --ablation                            # on a CPU
+    python benchmarks/bench_iteration.py --double_blocks 4 --single_blocks 8 --train_micro_batch_size 4
+    python benchmarks/bench_iteration.py --ablation --train_micro_batch_size 4     # each optimisation switched off
+    python benchmarks/bench_iteration.py --tiny --ablation                         # on a CPU
 
-Flags behind `--` go to the trainer. The defaults are the MixGRPO recipe (720×720, G 12, T 25, window 4, k 3, one
-prompt) with windows at 0, 10 and 20, a reward that costs next to nothing, and two iterations a window, of which the
-second is reported. Useful operations are counted once: what is recomputed, or fills up a batch, adds nothing. Prints
-tables and the versions; keep the output under benchmarks/results/.
+From the first flag that isn't the benchmark's own on, flags go to the trainer. The defaults are the MixGRPO recipe
+(720×720, G 12, T 25, window 4, k 3, one prompt) with windows at 0, 10 and 20, a reward that costs next to nothing, and
+two iterations a window, of which the second is reported. Useful operations are counted once: what is recomputed, or
+fills up a batch, adds nothing. Prints tables and the versions; keep the output under benchmarks/results/.
 """
 
 import gc
@@ -17,7 +17,7 @@ import platform
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
 
@@ -133,8 +133,9 @@ def show(title: str, lines: list[dict]) -> None:
 
 def main() -> None:
     argv = sys.argv[1:]
-    split = argv.index("--") if "--" in argv else len(argv)
-    config, flags = parse_dataclass(BenchmarkConfig, argv[:split], __doc__), argv[split + 1 :]
+    own = {f"--{f.name}" for f in fields(BenchmarkConfig)} | {"--help"}
+    split = next((i for i, word in enumerate(argv) if word.startswith("--") and word not in own), len(argv))
+    config, flags = parse_dataclass(BenchmarkConfig, argv[:split], __doc__), argv[split:]
     main_process = os.environ.get("RANK", "0") == "0"
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(config.folder or temporary)

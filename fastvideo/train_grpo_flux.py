@@ -81,6 +81,9 @@ from tqdm import tqdm
 # What a random stream is for; the last entry of its seed.
 NOISE, STEP_SUBSET, ORDER = 0, 1, 2
 
+# In bf16 on an H100 batches of at least so many rows round alike; 1 row differs by as much as the clip range.
+FEW_ROWS = 3
+
 DRIFT = (
     "before the first update the probability ratio deviates from 1 by more than a tenth of --clip_range "
     "(ratio_first_deviation in metrics.jsonl): rollout and training round differently. Use --recompute_old_log_prob"
@@ -258,15 +261,14 @@ def slice_transitions(
 
 
 def micro_batches(transitions: list[Transition], size: int) -> list[list[Transition]]:
-    """Cut after every `size` distinct rows: one forward and backward pass serves all transitions that leave a row."""
-    batches: list[list[Transition]] = []
-    seen: set[tuple[int, int]] = set()
-    for transition in transitions:
-        row = (transition.position, transition.parent)
-        if row not in seen and len(seen) % size == 0:
-            batches.append([])
-        seen.add(row)
-        batches[-1].append(transition)
+    """As few parts of at most `size` distinct rows as there can be, about equally long: one forward and backward pass
+    serves all transitions that leave a row.
+    """
+    rows = {row: i for i, row in enumerate(dict.fromkeys((t.position, t.parent) for t in transitions))}
+    parts = math.ceil(len(rows) / size)
+    batches: list[list[Transition]] = [[] for _ in range(parts)]
+    for t in transitions:
+        batches[rows[t.position, t.parent] * parts // len(rows)].append(t)
     return batches
 
 
@@ -343,10 +345,13 @@ class Trainer:
         self.local_prompts = config.local_prompts(self.accelerator.num_processes)
         device, path = self.accelerator.device, config.pretrained_model_name_or_path
         transformer = load_trained(config, engine, checkpoint)
-        self.vae = load_vae(path, engine.frozen_dtype).to(device)
+        self.vae = load_vae(path, engine.frozen_dtype).to(device, memory_format=torch.channels_last)
+        if engine.compiled:
+            self.vae.decoder.compile(dynamic=False)
         self.shape = LatentShape.of(self.vae, config.h, config.w)
         self.image_ids = self.shape.image_ids(device)
         self.guidance_embeds = bool(transformer.config.guidance_embeds)
+        self.fills_up = engine.compiled or device.type == "cuda"
         self.reward_models, self.reward_weights = build_reward_models(config, str(device))
         self.scorer = ThreadPoolExecutor(1, "scorer")  # scores pictures while the next prompts' are sampled
         self.reward_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -390,16 +395,17 @@ class Trainer:
         place = {"iteration": self.done, "epoch": epoch, "optimizer_steps": self.optimizer_steps}
         save_checkpoint(self.engine, self.ema, place | {"wandb_id": self.wandb_id})
 
-    def velocity(self, model: torch.nn.Module, conditioning: Conditioning, rows: int = 0) -> Velocity:
+    def velocity(self, model: torch.nn.Module, conditioning: Conditioning, training: bool = True) -> Velocity:
         """The same prediction, precision and autocast for rollout and training.
 
-        rows: a compiled model gets no fewer; the last one is repeated, for a graph of another shape rounds otherwise.
+        training: the rounding matters; rows so few that kernels round differently are filled up with the last one.
         """
+        few = min(FEW_ROWS, self.config.train_micro_batch_size) if training and self.fills_up else 0
 
         def predict(latents: torch.Tensor, sigma: torch.Tensor, prompt_index: torch.Tensor) -> torch.Tensor:
             given = len(latents)
-            if self.engine.compiled and given < rows:
-                place = torch.arange(rows, device=latents.device).clamp(max=given - 1)
+            if given < few:
+                place = torch.arange(few, device=latents.device).clamp(max=given - 1)
                 latents, sigma, prompt_index = latents[place], sigma[place], prompt_index[place]
             with self.accelerator.autocast():
                 v = predict_velocity(model, latents, sigma, prompt_index, conditioning, self.guidance_embeds)
@@ -409,7 +415,7 @@ class Trainer:
 
     def reference(self, conditioning: Conditioning) -> Velocity:
         """The base model's prediction: that of a frozen copy, or of the model without its adapters."""
-        frozen = self.velocity(self.frozen or self.engine.model, conditioning, self.config.train_micro_batch_size)
+        frozen = self.velocity(self.frozen or self.engine.model, conditioning)
 
         @torch.no_grad()
         def predict(latents: torch.Tensor, sigma: torch.Tensor, prompt_index: torch.Tensor) -> torch.Tensor:
@@ -446,11 +452,12 @@ class Trainer:
             """In parts; with `training` as there: in micro-batches, through the graph that keeps activations."""
 
             def velocity(*rows: torch.Tensor) -> torch.Tensor:
-                predict = self.velocity(model, conditioning, micro if training else 0)
+                predict = self.velocity(model, conditioning, training)
+                count = math.ceil(len(rows[0]) / size)
                 fastest = self.config.rollout_cudnn_attention and device.type == "cuda" and not training
                 attention = attention_backend("_native_cudnn") if fastest else nullcontext()
                 with torch.set_grad_enabled(training), attention:
-                    parts = zip(*(x.split(size) for x in rows), strict=True)
+                    parts = zip(*(x.tensor_split(count) for x in rows), strict=True)
                     return torch.cat([predict(*part).detach() for part in parts])
 
             return velocity
@@ -604,7 +611,7 @@ class Trainer:
         )
         trained = self.trained_positions(plan, number, slots)
         rows, table = rows_after(plan, start_rows(config)), transition_table(plan, accelerator.device)
-        velocity = self.velocity(self.engine.model, conditioning, config.train_micro_batch_size)
+        velocity = self.velocity(self.engine.model, conditioning)
         reference = self.reference(conditioning) if config.ref_kl_coeff else None
         work = []  # the micro-batches of each optimizer step
         for samples, positions in updates(plan, config.num_generations, k):

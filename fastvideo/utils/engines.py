@@ -143,6 +143,13 @@ class Engine:
         return load_transformer(source, dtype)
 
     @property
+    def compiled(self) -> bool:
+        """Whether models are compiled."""
+        if self.config.compile == "auto":
+            return self.accelerator.device.type == "cuda" and self.name != "deepspeed"
+        return self.config.compile == "true"
+
+    @property
     def loads_weights(self) -> bool:
         """Whether this process must read the weights; under FSDP2 the first one hands them out."""
         return self.name != "fsdp" or self.accelerator.is_main_process
@@ -158,9 +165,6 @@ class Engine:
         self.transformer = transformer
         if self.name != "fsdp":
             transformer.to(self.accelerator.device)
-        self.compiled = self.config.compile == "true"
-        if self.config.compile == "auto":
-            self.compiled = self.accelerator.device.type == "cuda" and self.name != "deepspeed"
         if self.compiled:
             transformer.compile_repeated_blocks(dynamic=False)  # one graph for all blocks of a kind
         on_gpu = self.accelerator.device.type == "cuda" and not self.config.use_cpu_offload
