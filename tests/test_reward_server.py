@@ -28,6 +28,7 @@ import pytest
 import uvicorn
 from conftest import ROOT, base_weights, same_weights
 from PIL import Image
+from reward_checkpoints import HPS_FILE, PICK_SCORE_FOLDER, PROMPTS, pictures
 
 SPEC = "shapes:3,custom_rewards:brightness"
 SCENES = all_scenes(withheld=False)[::97][:6]
@@ -206,6 +207,23 @@ def test_pictures_of_every_mode_arrive_as_they_are(serve):
     scores = [compute_reward(modes, ["a \U0001f642"] * 7, *models)[0] for models in (here, there)]
     np.testing.assert_array_equal(*scores)
     assert len(set(scores[0])) > 3
+
+
+@pytest.mark.slow
+def test_the_real_models_score_the_same_behind_a_server(serve, narrow_rewards):
+    """Pictures of every size and mode, prompts empty, long and in other scripts."""
+    paths = {
+        "hps_path": str(narrow_rewards / "hps_ckpt" / HPS_FILE),
+        "pick_score_path": str(narrow_rewards / PICK_SCORE_FOLDER),
+        "image_reward_score_dir": str(narrow_rewards / "image_reward_ckpt"),
+    }
+    here = build_reward_models(RewardSpecConfig(reward_model="multi_reward", reward_batch_size=3, **paths), "cpu")
+    url = serve("multi_reward", here[0], **paths)
+    there = connect(url, reward_model="multi_reward", reward_batch_size=3)
+    mine, theirs = (compute_reward(pictures(), PROMPTS, *models, 1, 4) for models in (here, there))
+    assert len(mine[2]) == 6 and mine[1].all() and there[1] == here[1]
+    for key, scores in mine[2].items():
+        np.testing.assert_allclose(theirs[2][key], scores, rtol=0, atol=1e-6, err_msg=key)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])

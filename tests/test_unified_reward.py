@@ -4,11 +4,12 @@ import base64
 import io
 import time
 
-from fastvideo.models.reward_model.unified_reward import UnifiedRewardModel, parse_score
+from fastvideo.models.reward_model.unified_reward import QUESTIONS, UnifiedRewardModel, parse_score
 
 import numpy as np
 import pytest
 from PIL import Image
+from reward_checkpoints import PROMPTS, pictures
 
 
 def red(level):
@@ -32,6 +33,18 @@ def test_each_image_gets_the_score_of_its_own_reply(chat_server):
     assert "Authorization" not in headers
     texts = {body["messages"][0]["content"][1]["text"] for _, _, body in server.requests}
     assert any("Prompt: e {x}\n" in text for text in texts) and len(texts) == 5
+
+
+def test_pictures_of_every_size_and_mode_and_any_prompt_arrive(chat_server):
+    def size(content):
+        width, height = Image.open(io.BytesIO(base64.b64decode(content[0]["image_url"]["url"].split(",", 1)[1]))).size
+        return 200, f"Alignment Score (1-5): {1 + width * height % 997 / 250}"
+
+    server = chat_server(size)
+    scores = UnifiedRewardModel(server.url, num_workers=3)(pictures(), PROMPTS)
+    assert scores.tolist() == [1 + p.width * p.height % 997 / 250 for p in pictures()]
+    asked = {body["messages"][0]["content"][1]["text"] for _, _, body in server.requests}
+    assert asked == {QUESTIONS["semantic"].format(prompt=prompt) for prompt in PROMPTS}
 
 
 def test_the_key_comes_from_the_environment(chat_server, monkeypatch):
