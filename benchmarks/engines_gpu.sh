@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, "benchmarks")
-from time_iteration import BenchmarkConfig, make_inputs
+from bench_iteration import BenchmarkConfig, make_inputs
 
 folder = Path(sys.argv[1])
 folder.mkdir(parents=True, exist_ok=True)

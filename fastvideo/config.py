@@ -244,6 +244,10 @@ class GRPOConfig(RewardSpecConfig):
 
     # --- what to train on -------------------------------------------------------------------------------------------
     pretrained_model_name_or_path: str = flag("data/flux", "diffusers FLUX pipeline: a folder or a hub id")
+    init_random_flux: bool = flag(
+        False,
+        "for measurements: random weights for the transformer whose config.json is in that pipeline",
+    )
     data_json_path: str | None = flag(None, "prompt.json written by the preprocessing script")
     prompts_file: str | None = flag(None, "text file of prompts, one a line; embedded and cached under output_dir")
     output_dir: str = flag("outputs/mixgrpo", "folder for args.json, metrics.jsonl, images and checkpoints")
@@ -262,7 +266,11 @@ class GRPOConfig(RewardSpecConfig):
     gradient_accumulation_steps: int = flag(
         3, "samples of each group an optimizer step uses (k): G/k steps an iteration; E-GRPO and trees: all"
     )
-    rollout_batch_size: int | None = flag(None, "rows a forward pass of the rollout; speed and memory only (None: all)")
+    rollout_batch_size: int | None = flag(
+        None,
+        "rows a forward pass of the rollout (None: all); with several prompts a rank, those that fit are sampled "
+        "together, and scored while the next ones are; speed and memory only",
+    )
     train_micro_batch_size: int = flag(1, "rows a training forward pass; speed and memory only")
     checkpointing_steps: int = flag(50, "iterations between checkpoints; the last one is always saved")
     checkpoints_total_limit: int | None = flag(None, "checkpoints kept; older ones are deleted (None: all are kept)")
@@ -373,6 +381,14 @@ class GRPOConfig(RewardSpecConfig):
     allow_tf32: bool = flag(True, "TF32 matrix products on NVIDIA GPUs")
     gradient_checkpointing: bool = flag(True, "recompute activations in the backward pass: less memory, more time")
     selective_checkpointing: float = flag(1.0, "share of the blocks that gradient_checkpointing covers")
+    compile: str = flag(
+        "auto",
+        "compile the transformer's blocks (auto: on a GPU, not with deepspeed)",
+        choices=["auto", "true", "false"],
+    )
+    rollout_cudnn_attention: bool = flag(
+        True, "on a GPU, sample steps that aren't trained with cuDNN's attention, the fastest without gradient"
+    )
     sp_size: int = flag(1, "sequence-parallel ranks")
 
     # --- LoRA -------------------------------------------------------------------------------------------------------
@@ -564,6 +580,7 @@ class GRPOConfig(RewardSpecConfig):
         )
         if engine == "deepspeed":
             need(self.ema_decay == 0, "ema_decay", "DeepSpeed splits the weights its own way; choose --parallel fsdp")
+            need(self.compile != "true", "compile", "DeepSpeed's hooks break the graph; choose auto or false")
         need(self.sp_size == 1, "sp_size", "sequence parallelism is not available; choose 1")
         need(
             (self.data_json_path is None) != (self.prompts_file is None),

@@ -17,6 +17,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
@@ -30,7 +31,7 @@ from fastvideo.models.flux import (
     LatentShape,
     check_lora_targets,
     decode_latents,
-    load_transformer,
+    forward_flops,
     load_vae,
     meta_transformer,
     predict_velocity,
@@ -70,6 +71,7 @@ from fastvideo.utils.sampling_utils import coefficients, log_prob, transition_me
 
 import numpy as np
 import torch
+from diffusers import attention_backend
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -78,6 +80,9 @@ from tqdm import tqdm
 
 # What a random stream is for; the last entry of its seed.
 NOISE, STEP_SUBSET, ORDER = 0, 1, 2
+
+# In bf16 on an H100 batches of at least so many rows round alike; 1 row differs by as much as the clip range.
+FEW_ROWS = 3
 
 DRIFT = (
     "before the first update the probability ratio deviates from 1 by more than a tenth of --clip_range "
@@ -114,6 +119,15 @@ class Rollout:
     after: dict[int, torch.Tensor] = field(default_factory=dict)  # x', [P·rows·branch, L, C]
     log_probs: dict[int, torch.Tensor] = field(default_factory=dict)  # of x' under the sampling policy, [P·rows·branch]
 
+    @classmethod
+    def join(cls, parts: Sequence["Rollout"]) -> "Rollout":
+        """That of all prompts from those of some prompts each."""
+        by_position = ([getattr(part, name) for part in parts] for name in ("before", "after", "log_probs"))
+        return cls(
+            torch.cat([part.latents for part in parts]),
+            *({position: torch.cat([d[position] for d in dicts]) for position in dicts[0]} for dicts in by_position),
+        )
+
 
 def transition_table(plan: Plan, device: torch.device) -> torch.Tensor:
     """Coefficients of x and v, std and σ of each step, [steps, 4]: the float32 numbers rollout and training share."""
@@ -123,15 +137,22 @@ def transition_table(plan: Plan, device: torch.device) -> torch.Tensor:
 
 @torch.no_grad()
 def rollout(
-    plan: Plan, latents: torch.Tensor, prompts: int, velocity: Velocity, noise: Callable[[int, int], torch.Tensor]
+    plan: Plan,
+    latents: torch.Tensor,
+    prompts: int,
+    velocity: Velocity,
+    noise: Callable[[int, int], torch.Tensor],
+    trained_velocity: Velocity | None = None,
 ) -> Rollout:
     """Executes a plan from noise to pictures.
 
     Args:
         latents: [P·rows, L, C] at σ = 1, the rows of a prompt together. prompts: P.
         noise: (position in the plan, rows a prompt) -> standard normal [P·rows, L, C].
+        trained_velocity: `velocity` where a trained step leaves, rounded as in training (None: the same).
     """
     table, origins = transition_table(plan, latents.device), parents(plan)
+    leaving = {origin for step, origin in zip(plan, origins, strict=True) if step.train}
     result = Rollout(latents)
     states = {-1: (latents, ())}  # position -> x after it, the latest x0 predictions on the way there
     velocities: dict[int, torch.Tensor] = {}
@@ -141,7 +162,8 @@ def rollout(
         rows = len(latents) // prompts
         if origin not in velocities:  # steps that start from the same state share it
             prompt_index = torch.arange(prompts, device=latents.device).repeat_interleave(rows)
-            velocities[origin] = velocity(latents, sigma.expand(len(latents)), prompt_index)
+            evaluate = trained_velocity if trained_velocity and origin in leaving else velocity
+            velocities[origin] = evaluate(latents, sigma.expand(len(latents)), prompt_index)
         v = velocities[origin]
         if step.train:
             result.before[position] = latents
@@ -239,16 +261,21 @@ def slice_transitions(
 
 
 def micro_batches(transitions: list[Transition], size: int) -> list[list[Transition]]:
-    """Cut after every `size` distinct rows: one forward and backward pass serves all transitions that leave a row."""
-    batches: list[list[Transition]] = []
-    seen: set[tuple[int, int]] = set()
-    for transition in transitions:
-        row = (transition.position, transition.parent)
-        if row not in seen and len(seen) % size == 0:
-            batches.append([])
-        seen.add(row)
-        batches[-1].append(transition)
+    """As few parts of at most `size` distinct rows as there can be, about equally long: one forward and backward pass
+    serves all transitions that leave a row.
+    """
+    rows = {row: i for i, row in enumerate(dict.fromkeys((t.position, t.parent) for t in transitions))}
+    parts = math.ceil(len(rows) / size)
+    batches: list[list[Transition]] = [[] for _ in range(parts)]
+    for t in transitions:
+        batches[rows[t.position, t.parent] * parts // len(rows)].append(t)
     return batches
+
+
+def to_device(values: Sequence[float] | torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Numbers as a tensor there, without waiting for the GPU, as a plain copy does."""
+    tensor = torch.as_tensor(values)
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def predicted(
@@ -258,15 +285,11 @@ def predicted(
     rows = list(dict.fromkeys((t.position, t.parent, t.prompt) for t in batch))
     place = {row[:2]: i for i, row in enumerate(rows)}
     device = table.device
-
-    def indices(values: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(values, device=device)
-
     latents = torch.stack([sampled.before[position][parent] for position, parent, _ in rows])
-    sigma = table[indices([position for position, _, _ in rows]), 3]
-    v = velocity(latents, sigma, indices([prompt for _, _, prompt in rows]))
-    leaving = indices([place[t.position, t.parent] for t in batch])
-    x_weight, v_weight, std = table[indices([t.position for t in batch]), :3, None, None].unbind(1)
+    sigma = table[to_device([position for position, _, _ in rows], device), 3]
+    v = velocity(latents, sigma, to_device([prompt for _, _, prompt in rows], device))
+    leaving = to_device([place[t.position, t.parent] for t in batch], device)
+    x_weight, v_weight, std = table[to_device([t.position for t in batch], device), :3, None, None].unbind(1)
     return transition_mean(latents[leaving], v[leaving], x_weight, v_weight), std
 
 
@@ -291,7 +314,7 @@ def transitions_loss(
     mean, std = predicted(batch, sampled, table, velocity)
     new = log_prob(sampled_after(batch, sampled), mean, std)
     old = torch.stack([sampled.log_probs[t.position][t.child] for t in batch])
-    advantages = torch.tensor([t.advantage for t in batch], device=new.device)
+    advantages = to_device([t.advantage for t in batch], new.device)
     loss, parts = policy_loss(new, old, advantages, config.clip_range, config.kl_coeff)
     if base_mean is not None:
         divergence = reference_kl(mean, base_mean, std)
@@ -322,16 +345,22 @@ class Trainer:
         self.local_prompts = config.local_prompts(self.accelerator.num_processes)
         device, path = self.accelerator.device, config.pretrained_model_name_or_path
         transformer = load_trained(config, engine, checkpoint)
-        self.vae = load_vae(path, engine.frozen_dtype).to(device)
+        self.vae = load_vae(path, engine.frozen_dtype).to(device, memory_format=torch.channels_last)
+        if engine.compiled:
+            self.vae.decoder.compile(dynamic=False)
         self.shape = LatentShape.of(self.vae, config.h, config.w)
         self.image_ids = self.shape.image_ids(device)
         self.guidance_embeds = bool(transformer.config.guidance_embeds)
+        self.fills_up = engine.compiled or device.type == "cuda"
         self.reward_models, self.reward_weights = build_reward_models(config, str(device))
+        self.scorer = ThreadPoolExecutor(1, "scorer")  # scores pictures while the next prompts' are sampled
+        self.reward_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
         engine.prepare(transformer, {"lr": config.learning_rate, "weight_decay": config.weight_decay})
         self.frozen = None
         if config.ref_kl_coeff and not config.use_lora:
-            self.frozen = engine.prepare_frozen(load_transformer(path, engine.frozen_dtype))
+            self.frozen = engine.prepare_frozen(engine.load(path, engine.frozen_dtype))
+        self.matmul_rate = engine.matmul_rate()
         self.steps_per_iteration = optimizer_steps(config)
         self.lr_scheduler = get_scheduler(
             config.lr_scheduler,
@@ -366,12 +395,21 @@ class Trainer:
         place = {"iteration": self.done, "epoch": epoch, "optimizer_steps": self.optimizer_steps}
         save_checkpoint(self.engine, self.ema, place | {"wandb_id": self.wandb_id})
 
-    def velocity(self, model: torch.nn.Module, conditioning: Conditioning) -> Velocity:
-        """The same prediction, precision and autocast for rollout and training."""
+    def velocity(self, model: torch.nn.Module, conditioning: Conditioning, training: bool = True) -> Velocity:
+        """The same prediction, precision and autocast for rollout and training.
+
+        training: the rounding matters; rows so few that kernels round differently are filled up with the last one.
+        """
+        few = min(FEW_ROWS, self.config.train_micro_batch_size) if training and self.fills_up else 0
 
         def predict(latents: torch.Tensor, sigma: torch.Tensor, prompt_index: torch.Tensor) -> torch.Tensor:
+            given = len(latents)
+            if given < few:
+                place = torch.arange(few, device=latents.device).clamp(max=given - 1)
+                latents, sigma, prompt_index = latents[place], sigma[place], prompt_index[place]
             with self.accelerator.autocast():
-                return predict_velocity(model, latents, sigma, prompt_index, conditioning, self.guidance_embeds)
+                v = predict_velocity(model, latents, sigma, prompt_index, conditioning, self.guidance_embeds)
+            return v[:given]
 
         return predict
 
@@ -392,51 +430,81 @@ class Trainer:
         start = time.perf_counter()
         yield
         if self.accelerator.device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds[f"seconds_{name}"] = time.perf_counter() - start
+            torch.cuda.current_stream().synchronize()
+        key = f"seconds_{name}"
+        seconds[key] = seconds.get(key, 0.0) + time.perf_counter() - start
 
-    def sample(self, plan: Plan, number: int, conditioning: Conditioning) -> Rollout:
-        """The rollout of iteration `number` for this rank's prompts."""
+    def sample(self, plan: Plan, number: int, slots: range, conditioning: Conditioning) -> Rollout:
+        """The rollout of iteration `number` for the prompts in `slots`."""
         config, device = self.config, self.accelerator.device
-        first_slot = self.accelerator.process_index * self.local_prompts
-        slots = range(first_slot, first_slot + self.local_prompts)
         start, group = start_rows(config), config.num_generations
 
         def noise(step: int, rows: int) -> torch.Tensor:
-            drawn = draw_noise(config.seed, number, slots, rows, step, self.shape)
-            return (drawn.pin_memory() if device.type == "cuda" else drawn).to(device, non_blocking=True)
+            return to_device(draw_noise(config.seed, number, slots, rows, step, self.shape), device)
 
         # Stream 0 is the initial noise, stream i + 1 that of plan position i.
         latents = noise(0, 1 if config.init_same_noise else group)
         if config.init_same_noise:
             latents = latents.repeat_interleave(start, 0)
-        size = config.rollout_batch_size or len(slots) * group
+        size, micro = config.rollout_batch_size or len(slots) * group, config.train_micro_batch_size
 
-        def velocity(latents: torch.Tensor, sigma: torch.Tensor, prompt_index: torch.Tensor) -> torch.Tensor:
-            parts = zip(latents.split(size), sigma.split(size), prompt_index.split(size), strict=True)
-            return torch.cat([whole(*part) for part in parts])
+        def split(size: int, training: bool) -> Velocity:
+            """In parts; with `training` as there: in micro-batches, through the graph that keeps activations."""
+
+            def velocity(*rows: torch.Tensor) -> torch.Tensor:
+                predict = self.velocity(model, conditioning, training)
+                count = math.ceil(len(rows[0]) / size)
+                fastest = self.config.rollout_cudnn_attention and device.type == "cuda" and not training
+                attention = attention_backend("_native_cudnn") if fastest else nullcontext()
+                with torch.set_grad_enabled(training), attention:
+                    parts = zip(*(x.tensor_split(count) for x in rows), strict=True)
+                    return torch.cat([predict(*part).detach() for part in parts])
+
+            return velocity
+
+        def stream(position: int, rows: int) -> torch.Tensor:
+            return noise(position + 1, rows)
 
         with self.engine.rollout() as model:
-            whole = self.velocity(model, conditioning)
-            return rollout(plan, latents, len(slots), velocity, lambda position, rows: noise(position + 1, rows))
+            return rollout(plan, latents, len(slots), split(size, False), stream, split(micro, True))
 
-    def score(
-        self, plan: Plan, latents: torch.Tensor, captions: list[str], seconds: dict[str, float]
-    ) -> tuple[list, dict]:
-        """Pictures and gathered scores: name -> [P, pictures] over all ranks, NaN where failed."""
-        config, places = self.config, self.places(plan)
-        with self.phase("decode", seconds):
-            batch = config.rollout_batch_size or config.num_generations
-            images = decode_latents(self.vae, latents, config.h, config.w, batch)
-        with self.phase("reward", seconds):
-            prompts = [caption for caption in captions for _ in places]
-            step, total = self.progress(np.tile(places, len(captions)))
-            _, _, scores, _ = compute_reward(
+    def collect(
+        self, plan: Plan, number: int, conditioning: Conditioning, captions: list[str], seconds: dict[str, float]
+    ) -> tuple[Rollout, list, dict[str, np.ndarray]]:
+        """This rank's rollout and pictures, and the gathered scores: name -> [P, pictures], NaN where failed.
+
+        As many whole groups as --rollout_batch_size holds are sampled at a time, and scored while the next ones are.
+        """
+        config, local, places = self.config, self.local_prompts, self.places(plan)
+        together = max(1, (config.rollout_batch_size or local * config.num_generations) // config.num_generations)
+        first_slot = self.accelerator.process_index * local
+        parts, images, scores = [], [], []
+        for begin in range(0, local, together):
+            end = min(begin + together, local)
+            with self.phase("rollout", seconds):
+                slots = range(first_slot + begin, first_slot + end)
+                parts.append(self.sample(plan, number, slots, conditioning.of(begin, end)))
+            with self.phase("decode", seconds):
+                batch = config.rollout_batch_size or config.num_generations
+                pictures = decode_latents(self.vae, parts[-1].latents, config.h, config.w, batch)
+            images += pictures
+            texts = [caption for caption in captions[begin:end] for _ in places]
+            progress = self.progress(np.tile(places, end - begin))
+            scores.append(self.scorer.submit(self.score, pictures, texts, *progress))
+        with self.phase("reward", seconds):  # what is left of it
+            local_scores = [future.result() for future in scores]
+            names = list(local_scores[0])
+            stacked = np.stack([np.concatenate([found[name] for found in local_scores]) for name in names], axis=-1)
+            everywhere = self.accelerator.gather(torch.tensor(stacked, device=self.accelerator.device))
+            everywhere = everywhere.reshape(-1, len(places), len(names)).cpu().numpy()
+        return Rollout.join(parts), images, {name: everywhere[..., i] for i, name in enumerate(names)}
+
+    def score(self, images: list, prompts: list[str], step: int | np.ndarray, total: int) -> dict[str, np.ndarray]:
+        """Scores by name, [N], in the scorer's thread and on a CUDA stream of its own."""
+        with torch.cuda.stream(self.reward_stream):  # which does nothing for None
+            return compute_reward(
                 images, prompts, self.reward_models, self.reward_weights, curr_step=step, total_steps=total
-            )
-            stacked = torch.tensor(np.stack(list(scores.values()), axis=-1), device=self.accelerator.device)
-            everywhere = self.accelerator.gather(stacked).reshape(-1, len(places), len(scores)).cpu().numpy()
-        return images, {name: everywhere[..., i] for i, name in enumerate(scores)}
+            )[2]
 
     def places(self, plan: Plan) -> np.ndarray:
         """The place of each of a prompt's pictures in its group, from 0 to below G."""
@@ -550,6 +618,7 @@ class Trainer:
             chosen = {position: own[position] for position in positions}
             transitions = slice_transitions(plan, rows, order[:, samples], trained, chosen)
             work.append(micro_batches(transitions, config.train_micro_batch_size))
+        trained_rows = len({(i, t.position, t.parent) for i, step in enumerate(work) for t in chain(*step)})
         counts = torch.tensor([[len(batches) for batches in work]], device=accelerator.device)
         most = accelerator.gather(counts).amax(0).tolist()
         for batches, count in zip(work, most, strict=True):
@@ -566,7 +635,7 @@ class Trainer:
         for batches in work:
             step_loss = torch.zeros((), device=accelerator.device)
             for i, batch in enumerate(batches):
-                weights = torch.tensor([t.weight for t in batch], device=accelerator.device)
+                weights = to_device([t.weight for t in batch], accelerator.device)
                 with self.engine.micro_batch(last=i == len(batches) - 1):
                     loss, parts = transitions_loss(batch, sampled, table, velocity, config, reference)
                     loss = loss @ weights
@@ -601,6 +670,7 @@ class Trainer:
         if accelerator.is_main_process and metrics["ratio_first_deviation"] > config.clip_range / 10:
             warnings.warn(DRIFT, stacklevel=1)  # shown once
         return metrics | {
+            "trained_rows": trained_rows,
             "optimizer_steps": len(norms),
             "skipped_steps": skipped,
             "lr": self.lr_scheduler.get_last_lr()[0],
@@ -618,9 +688,7 @@ class Trainer:
             config.guidance_scale,
         )
         plan = make_plan(config, window, number)
-        with self.phase("rollout", seconds):
-            sampled = self.sample(plan, number, conditioning)
-        images, scores = self.score(plan, sampled.latents, batch["caption"], seconds)
+        sampled, images, scores = self.collect(plan, number, conditioning, batch["caption"], seconds)
         shape = next(iter(scores.values())).shape
         advantages, flat = self.advantages(plan, sampled, scores)
         reward_metrics = self.reward_metrics(plan, scores)
@@ -632,11 +700,12 @@ class Trainer:
             else:  # nothing could be scored on any rank, or too little
                 self.skipped_in_a_row += self.steps_per_iteration
                 metrics = {"optimizer_steps": 0, "skipped_steps": self.steps_per_iteration}
-        self.done = number
-        metrics |= {
+        self.done = number - self.too_many_failures  # a resumed run repeats an iteration that had too few scores
+        nfe = function_evaluations(plan, start_rows(config))
+        metrics |= self.rates(conditioning, self.local_prompts * nfe, metrics.pop("trained_rows", 0), seconds) | {
             "step": number,
             "images": shape[0] * shape[1],
-            "nfe": shape[0] * function_evaluations(plan, start_rows(config)),
+            "nfe": shape[0] * nfe,
             "window": [step.index for step in plan if step.train],
             "merges": [step.span for step in plan if step.train],
             "entropies": entropies(plan),
@@ -644,6 +713,23 @@ class Trainer:
             **self.engine.peak_memory(),
         }
         return metrics | reward_metrics | seconds | {"seconds_total": time.perf_counter() - start}, images
+
+    def rates(
+        self, conditioning: Conditioning, sampled_rows: int, trained_rows: int, seconds: dict[str, float]
+    ) -> dict[str, float]:
+        """TFLOP/s of this process by phase, and their share of what a large matrix product reaches there.
+
+        What is recomputed or filled up counts nothing. Training costs three forward passes a row, two with LoRA, whose
+        base gets no gradient.
+        """
+        tokens = len(conditioning.image_ids), len(conditioning.text_ids)
+        flops = forward_flops(self.engine.transformer, *tokens)
+        passes = {"rollout": sampled_rows, "train": (2 if self.config.use_lora else 3) * trained_rows}
+        metrics = {}
+        for phase, count in passes.items():
+            rate = flops * count / seconds[f"seconds_{phase}"]
+            metrics |= {f"tflops_{phase}": rate / 1e12, f"peak_share_{phase}": rate / self.matmul_rate}
+        return metrics
 
     def reward_metrics(self, plan: Plan, scores: dict[str, np.ndarray]) -> dict[str, float]:
         """Means of the weighted reward, of every model and component, and the granular weights of this iteration.
@@ -746,11 +832,10 @@ def train(trainer: Trainer, sampler: PromptSampler, loader: DataLoader) -> None:
     with closing(log) if log else nullcontext(), bar, stop_signals() as asked:
         for window, batch in zip(schedule, loader, strict=False):
             metrics, images = trainer.iteration(batch, window)
-            epoch = sampler.epoch_of(trainer.done)
             if log is not None:
-                log.write(metrics | {"epoch": epoch})
-                if config.image_log_steps and trainer.done % config.image_log_steps == 0:
-                    log.write_images(trainer.done, images[: config.num_generations])
+                log.write(metrics | {"epoch": sampler.epoch_of(metrics["step"])})
+                if config.image_log_steps and metrics["step"] % config.image_log_steps == 0:
+                    log.write_images(metrics["step"], images[: config.num_generations])
             first, *_, last = metrics["window"] * 2
             bar.set_postfix(reward=f"{metrics['reward']:.4f}", window=f"{first}-{last}")
             bar.update()
@@ -758,11 +843,11 @@ def train(trainer: Trainer, sampler: PromptSampler, loader: DataLoader) -> None:
             interrupted = trainer.engine.any_process(bool(asked))
             due = trainer.done % config.checkpointing_steps == 0 or trainer.done == config.max_train_steps
             if stopped or interrupted or due or trainer.too_many_failures:
-                trainer.save(epoch)
+                trainer.save(sampler.epoch_of(trainer.done))
             if trainer.too_many_failures:
                 failed = ", ".join(f"{v} {k}" for k, v in metrics.items() if "failed_" in k and v)
                 raise TrainingStopped(
-                    f"more scores failed in iteration {trainer.done} than --max_reward_failures "
+                    f"more scores failed in iteration {metrics['step']} than --max_reward_failures "
                     f"{config.max_reward_failures} ({failed}); nothing was trained with it, and all is saved in "
                     f"{config.output_dir}"
                 )

@@ -19,6 +19,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from reward_checkpoints import all_narrow_files, narrow_rewards  # noqa: F401  (fixtures)
+from reward_servers import chat_server  # noqa: F401  (fixture)
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
@@ -98,8 +99,9 @@ class Run:
         return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
 
     def numbers(self) -> list[dict[str, Any]]:
-        """The metrics that must be the same in a repeated run: all but the seconds."""
-        return [{k: v for k, v in line.items() if not k.startswith("seconds_")} for line in self.metrics]
+        """The metrics that must be the same in a repeated run: all but seconds and what is divided by them."""
+        timed = ("seconds_", "tflops_", "peak_share_")
+        return [{k: v for k, v in line.items() if not k.startswith(timed)} for line in self.metrics]
 
     @property
     def checkpoints(self) -> list[Path]:
@@ -200,6 +202,25 @@ def train(flags, tmp_path) -> Callable[..., Run]:
         return Run(folder)
 
     return run
+
+
+@pytest.fixture
+def velocity_calls(monkeypatch) -> Callable[[Callable], None]:
+    """velocity_calls(change): from now on each predicted velocity is change(velocity, whether in the rollout)."""
+    sampling, sample, predict = [], train_grpo_flux.rollout, train_grpo_flux.predict_velocity
+
+    def rollout(*args):
+        sampling.append(True)
+        try:
+            return sample(*args)
+        finally:
+            sampling.pop()
+
+    def install(change: Callable) -> None:
+        monkeypatch.setattr(train_grpo_flux, "rollout", rollout)
+        monkeypatch.setattr(train_grpo_flux, "predict_velocity", lambda *args: change(predict(*args), bool(sampling)))
+
+    return install
 
 
 @pytest.fixture

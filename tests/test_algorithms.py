@@ -506,17 +506,16 @@ def test_sharing_on_or_off_gives_the_same_pictures_and_gradients(train, algorith
     assert one["nfe"] < other["nfe"]
 
 
-def test_e_grpo_evaluates_the_gradient_once_a_group(train, monkeypatch):
-    rows = {True: 0, False: 0}
-    real = train_grpo_flux.predict_velocity
+def test_e_grpo_evaluates_the_gradient_once_a_group(train, velocity_calls):
+    rows = {True: 0, False: 0}  # evaluated in the rollout and in training
 
-    def counting(model, latents, *rest):
-        rows[torch.is_grad_enabled()] += len(latents)
-        return real(model, latents, *rest)
+    def counting(velocity, sampling):
+        rows[sampling] += len(velocity)
+        return velocity
 
-    monkeypatch.setattr(train_grpo_flux, "predict_velocity", counting)
+    velocity_calls(counting)
     run = train(algorithm="grpo_merge", train_batch_size=2, max_train_steps=1)
-    assert rows == {True: 2 * 3, False: run.metrics[0]["nfe"]}
+    assert rows == {True: run.metrics[0]["nfe"], False: 2 * 3}
 
 
 def test_strides_add_their_advantages(train, monkeypatch):
@@ -603,15 +602,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(train, algorithm):
 
 
 @pytest.mark.parametrize("algorithm", ["mix_grpo", "grpo_merge", "branch_grpo"])
-def test_recomputed_old_log_probabilities_make_the_first_ratio_exactly_one(train, monkeypatch, algorithm):
-    """Here sampling rounds differently from training, as graphs compiled with and without gradient do."""
-    real = train_grpo_flux.predict_velocity
-
-    def drifting(*args):
-        velocity = real(*args)
-        return velocity if torch.is_grad_enabled() else velocity * (1 + 1e-3)
-
-    monkeypatch.setattr(train_grpo_flux, "predict_velocity", drifting)
+def test_recomputed_old_log_probabilities_make_the_first_ratio_exactly_one(train, velocity_calls, algorithm):
+    """Here sampling rounds differently from training, as graphs of other shapes do."""
+    velocity_calls(lambda velocity, sampling: velocity * (1 + 1e-3 * sampling))
     given = {"algorithm": algorithm, "tree_split_points": [0, 2], "train_batch_size": 2, "clip_range": 1e-6}
     given |= {"train_micro_batch_size": 3, "max_train_steps": 1, "mixed_precision": "bf16"}
     with pytest.warns(UserWarning, match="deviates from 1 .* --recompute_old_log_prob"):

@@ -71,14 +71,14 @@ DAMAGE = {
 @pytest.mark.parametrize("name", ["diffusion_pytorch_model.safetensors", "optimizer/__0_0.distcp", "config.json"])
 def test_a_damaged_checkpoint_is_refused_with_what_is_wrong(train, refuse, how, name):
     run = train("out", **SETTINGS)
-    before = run.metrics
+    before, lines = run.metrics, run.numbers()
     damage, message = DAMAGE[how]
     damage(run.checkpoints[-1] / name)
     error = refuse("out", resume_from_checkpoint="latest")
     assert str(run.checkpoints[-1]) in error and name in error and message in error
     assert run.metrics == before
     train("out", **SETTINGS, resume_from_checkpoint=run.checkpoints[0])
-    assert run.numbers() == [{k: v for k, v in line.items() if not k.startswith("seconds_")} for line in before]
+    assert run.numbers() == lines
 
 
 def test_a_record_that_is_no_json_or_of_another_format_is_refused(train, refuse):

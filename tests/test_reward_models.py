@@ -5,9 +5,13 @@ The comparisons run at a quarter of the width, and with `scripts/test.sh --long`
 
 import gzip
 import io
+import json
 import re
 import shutil
+import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType
 
@@ -318,6 +322,73 @@ def test_proxies_last_for_the_download_only(monkeypatch):
     assert "HTTP_PROXY" not in os.environ and os.environ["HTTPS_PROXY"] == "http://other:1"
 
 
+THROUGH_PROXIES = """
+import json, sys
+from fastvideo.models.reward_model.clip_score import CLIPScoreRewardModel
+from fastvideo.models.reward_model.image_reward import ImageRewardModel
+from fastvideo.models.reward_model.pick_score import PickScoreRewardModel
+first, second, third, folder = sys.argv[1:]
+builds = {
+    "clip": lambda: CLIPScoreRewardModel("hf-hub:no/thing", https_proxy=first),
+    "pick": lambda: PickScoreRewardModel("no/thing", https_proxy=second),
+    "image_reward": lambda: ImageRewardModel(mode="overall", score_dir=folder, https_proxy=third),
+}
+for name, build in builds.items():
+    try:
+        build()
+    except ValueError as error:
+        print(json.dumps([name, str(error)]), flush=True)
+"""
+
+
+@pytest.fixture
+def proxy():
+    """proxy() -> a running HTTP proxy that lets nobody through and notes in `asked` who wanted to go where."""
+    servers = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_CONNECT(self):
+            self.server.asked.append(self.path)
+            self.send_error(403)
+
+        def log_message(self, *arguments):
+            pass
+
+    def start():
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        server.asked, server.url = [], f"http://127.0.0.1:{server.server_port}"
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        servers.append(server)
+        return server
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.slow
+def test_each_model_downloads_through_its_own_proxy_and_names_what_it_could_not_get(
+    proxy, subprocess_environment, tmp_path
+):
+    proxies = [proxy(), proxy(), proxy()]
+    environment = {k: v for k, v in subprocess_environment.items() if not k.lower().endswith("_proxy")}
+    environment |= {"HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hub")}
+    done = subprocess.run(
+        [sys.executable, "-c", THROUGH_PROXIES, *(p.url for p in proxies), str(tmp_path / "folder")],
+        env=environment, capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    errors = dict(json.loads(line) for line in done.stdout.splitlines())
+    for name, flag in {
+        "clip": "--clip_score_path hf-hub:no/thing",
+        "pick": "--pick_score_path no/thing",
+        "image_reward": f"--image_reward_score_dir {tmp_path / 'folder' / 'ImageReward.pt'}",
+    }.items():
+        assert errors[name].startswith(f"{flag}: ") and "403" in errors[name]
+        assert errors[name].endswith(f"`bash scripts/huggingface/download_checkpoints.sh {name}` gets it")
+    assert [set(p.asked) for p in proxies] == [{"huggingface.co:443"}] * 3
+
+
 DEMOS = {
     "hps_score": ("HPSClipRewardModel", ["--checkpoint", f"hps_ckpt/{HPS_FILE}"]),
     "clip_score": ("CLIPScoreRewardModel", ["--model_path", CLIP_SCORE_FOLDER]),
@@ -345,6 +416,18 @@ def test_every_model_file_runs_by_itself(demo, narrow_rewards, tmp_path, monkeyp
     assert f"reward_demo.png: {name.split('_')[0]} " in capsys.readouterr().out
     run_demo(monkeypatch, demo.split()[0], *arguments, "--image", str(tmp_path / "a.png"), "--prompt", "a cat")
     assert f"a.png: {name.split('_')[0]} " in (out := capsys.readouterr().out) and f"{name} " in out
+
+
+def test_unified_reward_runs_by_itself_and_through_its_proxy(chat_server, monkeypatch, capsys):
+    proxy = chat_server(lambda content: (200, "Final Score: 3.5"))
+    url = ["--url", "http://reward.invalid:8080", "--question_type", "score"]
+    run_demo(monkeypatch, "unified_reward", *url, "--http_proxy", proxy.url, "--prompt", "a cat")
+    assert "reward_demo.png: UnifiedRewardModel 3.5000" in capsys.readouterr().out
+    assert proxy.requests[0][0] == "http://reward.invalid:8080/v1/chat/completions"  # as a proxy is asked
+    with pytest.raises(SystemExit) as stop:
+        run_demo(monkeypatch, "unified_reward", "--url", "reward.invalid")
+    assert stop.value.code == 2
+    assert "--unified_reward_url reward.invalid: must start with http" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_model_file_names_a_missing_checkpoint_in_one_line(monkeypatch, capsys):

@@ -11,10 +11,13 @@ import threading
 import time
 import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 from fastvideo.config import RewardSpecConfig
 from fastvideo.eval import eval_reward
 from fastvideo.models.reward_model import remote
+from fastvideo.models.reward_model.jpeg import JpegCompressibilityRewardModel
+from fastvideo.models.reward_model.remote import check_limits, to_base64_png
 from fastvideo.models.reward_model.server import ServerConfig, build_app
 from fastvideo.models.reward_model.shapes import all_scenes, draw
 from fastvideo.models.reward_model.utils import build_reward_models, compute_reward, reward_settings
@@ -25,6 +28,7 @@ import pytest
 import uvicorn
 from conftest import ROOT, base_weights, same_weights
 from PIL import Image
+from reward_checkpoints import HPS_FILE, PICK_SCORE_FOLDER, PROMPTS, pictures
 
 SPEC = "shapes:3,custom_rewards:brightness"
 SCENES = all_scenes(withheld=False)[::97][:6]
@@ -82,7 +86,7 @@ def process(tmp_path_factory):
 
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
-        self.reply(200, json.dumps(self.server.health).encode())
+        self.reply(self.server.health_status, json.dumps(self.server.health).encode())
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -115,9 +119,9 @@ def troubled():
         server.health = {
             "settings": reward_settings(spec, False),
             "models": {"custom_rewards:brightness": "brightness"},
-            "limits": {"images": 64},
+            "limits": {"body_bytes": 2**27, "images": 64, "pixels": 2**26},
         }
-        server.answer, server.requests, server.lock = answer, [], threading.Lock()
+        server.answer, server.requests, server.lock, server.health_status = answer, [], threading.Lock(), 200
         server.daemon_threads, server.handle_error = True, lambda *_: None  # clients here hang up on purpose
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         server.url = f"http://127.0.0.1:{server.server_port}"
@@ -205,6 +209,34 @@ def test_pictures_of_every_mode_arrive_as_they_are(serve):
     assert len(set(scores[0])) > 3
 
 
+@pytest.mark.slow
+def test_the_real_models_score_the_same_behind_a_server(serve, narrow_rewards):
+    """Pictures of every size and mode, prompts empty, long and in other scripts."""
+    paths = {
+        "hps_path": str(narrow_rewards / "hps_ckpt" / HPS_FILE),
+        "pick_score_path": str(narrow_rewards / PICK_SCORE_FOLDER),
+        "image_reward_score_dir": str(narrow_rewards / "image_reward_ckpt"),
+    }
+    here = build_reward_models(RewardSpecConfig(reward_model="multi_reward", reward_batch_size=3, **paths), "cpu")
+    url = serve("multi_reward", here[0], **paths)
+    there = connect(url, reward_model="multi_reward", reward_batch_size=3)
+    mine, theirs = (compute_reward(pictures(), PROMPTS, *models, 1, 4) for models in (here, there))
+    assert len(mine[2]) == 6 and mine[1].all() and there[1] == here[1]
+    for key, scores in mine[2].items():
+        np.testing.assert_allclose(theirs[2][key], scores, rtol=0, atol=1e-6, err_msg=key)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("options", [{"quality": 40}, {"progressive": True}])
+def test_jpegs_are_scored_as_they_are(serve, mode, options):
+    picture = jpeg(NOISE.convert(mode), **options)
+    body = request("JpegCompressibilityRewardModel", "jpeg_compressibility", images=[base64_of(picture), png(NOISE)])
+    found = post(serve("jpeg_compressibility"), {**body, "prompts": ["a", "b"]}).json()["scores"]
+    score = JpegCompressibilityRewardModel()
+    expected = score([Image.open(io.BytesIO(picture)), NOISE], ["a", "b"])
+    assert found == {"JpegCompressibilityRewardModel": expected} and expected[0] != expected[1]
+
+
 def test_health_tells_what_is_served_while_one_request_at_a_time_is_scored(serve):
     scored, release, busy = threading.Semaphore(0), threading.Event(), []
 
@@ -253,6 +285,41 @@ def test_a_passing_trouble_is_retried_and_a_lasting_one_is_no_score(troubled, tr
     assert len(server.requests) == 6 and "brightness: 1 of 1 requests failed" in caplog.text
 
 
+@pytest.mark.parametrize("status", [400, 401, 404, 409, 413, 422])
+def test_a_refusal_is_not_repeated_and_says_why(troubled, status, caplog, monkeypatch):
+    monkeypatch.setattr(remote, "BACKOFF", 1e6)  # a pause would be seen
+    server = troubled(lambda body, number: (status, b"too much of it"))
+    models, _ = connect(server.url.replace("http://", "http://user:secret@"), reward_server_retries=5)
+    assert np.isnan(models["brightness"](PICTURES[:2], CAPTIONS[:2])).all()
+    assert len(server.requests) == 1 and "secret" not in caplog.text
+    assert f"brightness: 1 of 1 requests failed, e.g. {server.url}: HTTP {status} too much of it" in caplog.text
+
+
+def test_what_one_server_refuses_another_may_score(troubled):
+    refusing, scoring = troubled(lambda body, number: (413, b"too large")), troubled(good)
+    models, _ = connect(refusing.url, scoring.url, reward_server_retries=0)
+    assert models["brightness"](PICTURES[:1], CAPTIONS[:1]) == [0.25]
+    scoring.answer = lambda body, number: (500, b"oops") if number < 4 else good(body)
+    models, _ = connect(refusing.url, scoring.url, reward_server_retries=3)
+    assert models["brightness"](PICTURES[:1], CAPTIONS[:1]) == [0.25]
+    assert [len(server.requests) for server in (refusing, scoring)] == [2, 4]
+
+
+@pytest.mark.parametrize("status,times", [(408, 3), (429, 3), (503, 3)])
+def test_what_may_pass_is_repeated(troubled, status, times):
+    server = troubled(lambda body, number: (status, b"not now"))
+    models, _ = connect(server.url, reward_server_retries=2)
+    assert np.isnan(models["brightness"](PICTURES[:1], CAPTIONS[:1])).all() and len(server.requests) == times
+
+
+def test_something_else_than_a_reward_server_is_refused_at_once(troubled, monkeypatch):
+    monkeypatch.setattr(remote, "BACKOFF", 1e6)
+    server = troubled(good)
+    server.health_status = 404
+    with pytest.raises(ValueError, match="--reward_server: no server answers, e.g. .*: HTTP 404"):
+        connect(server.url, reward_server_retries=3)
+
+
 def test_a_slow_server_times_out_and_one_batch_fails_alone(troubled):
     server = troubled(lambda body, number: (time.sleep(1) if body["prompts"] == ["slow"] else None, good(body))[1])
     models, _ = connect(server.url, reward_server_timeout=0.3, reward_server_retries=0, reward_batch_size=1)
@@ -295,7 +362,7 @@ def test_a_reward_that_raises_is_failed_samples_and_the_server_goes_on(serve):
 def png(image):
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
+    return base64_of(buffer.getvalue())
 
 
 def header_only(width, height):
@@ -303,6 +370,24 @@ def header_only(width, height):
     chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     data = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
     data += struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
+    return base64_of(data)
+
+
+def jpeg(image, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, format="JPEG", **options)
+    return buffer.getvalue()
+
+
+def jpeg_that_says(width, height):
+    """A JPEG of 8x8 pixels whose header says that it has width x height."""
+    data = bytearray(jpeg(Image.new("RGB", (8, 8))))
+    frame = data.index(b"\xff\xc0")
+    data[frame + 5 : frame + 9] = struct.pack(">HH", height, width)
+    return bytes(data)
+
+
+def base64_of(data):
     return base64.b64encode(data).decode()
 
 
@@ -315,14 +400,22 @@ def post(url, body):
     return httpx.post(f"{url}/score", json=body, timeout=20)
 
 
+NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8))
 SMALL = png(Image.new("1", (1000, 1000)))  # 1 MB of pixels in some hundred bytes
+SMALL_JPEG = base64_of(jpeg(Image.new("L", (1000, 1000))))
 BAD = {
     "bomb": (413, {"images": [header_only(50000, 50000)]}),
     "large picture": (413, {"images": [png(Image.new("1", (3000, 1000)))]}),
     "large together": (413, {"images": [SMALL] * 3, "prompts": ["a"] * 3}),
     "too many": (413, {"images": [png(PICTURES[0])] * 5, "prompts": ["a"] * 5}),
     "truncated": (400, {"images": [header_only(8, 8)]}),
-    "no PNG": (400, {"images": [base64.b64encode(b"GIF89a, or so").decode()]}),
+    "JPEG bomb": (413, {"images": [base64_of(jpeg_that_says(65000, 65000))]}),
+    "large JPEG": (413, {"images": [base64_of(jpeg(Image.new("L", (3000, 1000))))]}),
+    "PNG and JPEG together": (413, {"images": [SMALL, SMALL, SMALL_JPEG], "prompts": ["a"] * 3}),
+    "truncated JPEG": (400, {"images": [base64_of(jpeg(NOISE)[:-200])]}),
+    "JPEG header alone": (400, {"images": [base64_of(jpeg(NOISE)[:20])]}),
+    "other format": (400, {"images": [base64_of(b"GIF89a, or so")]}),
+    "settings of no kind": (400, {"settings": []}),
     "no base64": (400, {"images": ["ü"]}),
     "no picture": (400, {"images": [], "prompts": []}),
     "numbers": (400, {"images": [1]}),
@@ -368,7 +461,11 @@ def test_a_body_over_the_limit_is_refused(serve, declared):
             {"granular_start_weights": [1, 1, 1]},
             "it has shapes.start_weights [0.5, 0.3, 0.2], this run [1.0, 1.0, 1.0]",
         ),
-        ({"reward_batch_size": 65}, "it takes 64 pictures a request, --reward_batch_size is 65"),
+        (
+            {"reward_batch_size": 65},
+            "--reward_batch_size 65: up to 65 pictures a request, it takes 64; lower --reward_batch_size or start the "
+            "server with --max_images 65",
+        ),
         ({"reward_server_timeout": 0}, "--reward_server_timeout 0.0: must be above 0"),
     ],
 )
@@ -383,6 +480,45 @@ def test_a_server_of_other_rewards_is_refused_before_training(train, run_at, pro
     assert not run_at("out").folder.exists()
 
 
+@pytest.mark.parametrize(
+    "limits,changed,message",
+    [
+        (
+            {"max_pixels": 4 * 32 * 48 - 1},
+            {},
+            "--reward_batch_size 4 with --h 32 --w 48: up to 6144 pixels a request, it takes 6143; "
+            "lower --reward_batch_size or start the server with --max_pixels 6144",
+        ),
+        (
+            {"max_body_mb": 1},
+            {"h": 256, "w": 256, "reward_batch_size": 5},
+            "--reward_batch_size 5 with --h 256 --w 256: up to",
+        ),
+    ],
+)
+def test_a_server_that_takes_less_than_training_sends_is_refused(
+    train, run_at, serve, capsys, limits, changed, message
+):
+    spec = "custom_rewards:brightness"
+    given = {"h": 32, "w": 48, "reward_batch_size": 4, "reward_model": spec, **changed}
+    line = refusal(capsys, train, "out", reward_server=serve(spec, **limits), **given)
+    assert message in line and "--reward_server http://127.0.0.1" in line
+    assert ("--max_body_mb 2" in line) == ("max_body_mb" in limits)
+    assert not run_at("out").folder.exists()
+
+
+def test_what_the_check_of_limits_lets_pass_is_scored(serve):
+    """Noise, which a PNG can't compress, in as many pictures and pixels as the limits have room for."""
+    url = serve("custom_rewards:brightness", max_body_mb=1, max_images=3, max_pixels=3 * 300 * 280)
+    config = SimpleNamespace(reward_batch_size=3, h=300, w=280)
+    check_limits(httpx.get(f"{url}/health").json()["limits"], config)
+    noise = Image.fromarray(np.random.default_rng(1).integers(0, 256, (300, 280, 3), dtype=np.uint8))
+    assert post(url, request(images=[to_base64_png(noise)] * 3, prompts=["\U0001f642" * 600] * 3)).status_code == 200
+    config.w += 1
+    with pytest.raises(ValueError, match="pixels"):
+        check_limits(httpx.get(f"{url}/health").json()["limits"], config)
+
+
 def test_an_evaluation_refuses_a_server_for_training(process):
     with pytest.raises(ValueError, match="it has evaluation False, this run True"):
         connect(process, reward_model=SPEC, granular_schedule="cosine", evaluation=True)
@@ -395,19 +531,28 @@ def test_a_server_that_changed_its_rewards_gives_no_scores(serve, troubled):
     assert np.isnan(models["brightness"](PICTURES, CAPTIONS)).all()
 
 
-@pytest.mark.parametrize("url,message", [("localhost:8100", "must start with http"), (",", "no URL in it")])
-def test_a_wrong_url_is_refused(url, message):
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize(
+    "url,message",
+    [
+        ("localhost:8100", "--reward_server localhost:8100: must start with http"),
+        ("user:secret@here:8100", "--reward_server here:8100: must start with http"),
+        ("http://user:sec/ret@here:8100", "--reward_server here:8100: not a URL"),
+        (",", "no URL in it"),
+    ],
+)
+def test_a_wrong_url_is_refused_without_its_password(url, message):
+    with pytest.raises(ValueError, match=message) as error:
         connect(url)
+    assert "sec" not in str(error.value)
 
 
 def test_no_server_at_all_is_an_error_without_its_password(troubled):
     server = troubled(good)
     server.shutdown()
     server.server_close()
-    with pytest.raises(ValueError, match="--reward_server: no server answers") as error:
+    with pytest.raises(ValueError, match=f"--reward_server: no server answers, e.g. {server.url}: ") as error:
         connect(server.url.replace("http://", "http://user:secret@"), reward_server_retries=1)
-    assert "secret" not in str(error.value)
+    assert "secret" not in str(error.value) and "user" not in str(error.value)
 
 
 # --- --max_reward_failures --------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ import math
 from dataclasses import replace
 from itertools import islice
 
-from fastvideo import train_grpo_flux
 from fastvideo.config import IGNORED_FLAGS, GRPOConfig, parse_dataclass
 from fastvideo.models.flux import Conditioning, LatentShape, decode_latents
 from fastvideo.rollout_plan import Step, check_plan, function_evaluations, make_plan, start_rows
@@ -265,15 +264,14 @@ def seed_with_window(start: int, usable: int) -> int:
 
 @pytest.mark.parametrize("start", [0, 2])
 @pytest.mark.parametrize("algorithm", ["mix_grpo", "mix_grpo_flash"])
-def test_sharing_on_or_off_gives_the_same_pictures_and_gradients(train, monkeypatch, start, algorithm):
-    rows = {True: 0, False: 0}  # evaluated with and without gradient
-    real = train_grpo_flux.predict_velocity
+def test_sharing_on_or_off_gives_the_same_pictures_and_gradients(train, velocity_calls, start, algorithm):
+    rows = {True: 0, False: 0}  # evaluated in the rollout and in training
 
-    def counting(model, latents, *rest):
-        rows[torch.is_grad_enabled()] += len(latents)
-        return real(model, latents, *rest)
+    def counting(velocity, sampling):
+        rows[sampling] += len(velocity)
+        return velocity
 
-    monkeypatch.setattr(train_grpo_flux, "predict_velocity", counting)
+    velocity_calls(counting)
     seed = seed_with_window(start, 6)
     runs = {}
     for share in (True, False):
@@ -284,11 +282,11 @@ def test_sharing_on_or_off_gives_the_same_pictures_and_gradients(train, monkeypa
         )  # fmt: skip
         runs[share] = run
         (line,) = run.metrics
-        assert line["window"] == [start, start + 1] and line["nfe"] == rows[False]
+        assert line["window"] == [start, start + 1] and line["nfe"] == rows[True]
         steps = len(make_plan(config(algorithm=algorithm, sampling_steps=8, group_size=2), [start, start + 1]))
         # Rollout: the beginning once a prompt. Training, 2 optimizer steps: the split once a prompt and slice of 3.
-        assert rows[False] == 2 * ((start + 1) + (steps - start - 1) * 6 if share else steps * 6)
-        assert rows[True] == 2 * 2 * (1 + 3 if share else 3 + 3)
+        assert rows[True] == 2 * ((start + 1) + (steps - start - 1) * 6 if share else steps * 6)
+        assert rows[False] == 2 * 2 * (1 + 3 if share else 3 + 3)
     pictures = [np.asarray(Image.open(run.folder / "images/iteration_000001.png")).astype(int) for run in runs.values()]
     assert np.abs(pictures[0] - pictures[1]).max() <= 1
     assert relative_difference(runs[True].gradient(), runs[False].gradient()) < 1e-4
@@ -371,7 +369,7 @@ def sampled(flags):
         batch["prompt_embeds"], batch["pooled_prompt_embeds"], batch["text_ids"][0], trainer.image_ids, 3.5
     )
     plan = make_plan(settings, [1, 2])
-    result = trainer.sample(plan, 1, conditioning)
+    result = trainer.sample(plan, 1, range(2), conditioning)
     transitions = [
         Transition(position, child // plan[position].branch, child, child // 4, 1.0)
         for position in (1, 2)

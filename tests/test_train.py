@@ -6,10 +6,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 from fastvideo import train_grpo_flux
 
+import custom_rewards
 import numpy as np
 import pytest
 import torch
@@ -67,6 +69,16 @@ def test_micro_batches_and_rollout_batches_change_nothing_but_speed(train, refer
     for rollout_size, micro in ((None, 1), (3, 5), (1, 100)):
         other = train(train_batch_size=4, train_micro_batch_size=micro, rollout_batch_size=rollout_size, **settings)
         assert_same_update(other, run)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_change_nothing_but_speed(train, reference):
+    run, settings = reference
+    settings |= {"train_micro_batch_size": 3, "gradient_checkpointing": True}
+    compiled = train(compile="true", train_batch_size=4, **settings)
+    assert_same_update(compiled, run)
+    # An incomplete micro-batch is filled up: a graph of another shape would round differently.
+    assert [line["ratio_first_deviation"] for line in compiled.metrics] == [0, 0]
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory(train, reference):
@@ -628,3 +640,51 @@ def test_pictures_need_not_be_square(train):
 
 def test_embeddings_may_be_read_by_other_processes(train):
     assert train(dataloader_num_workers=1, max_train_steps=1).numbers() == train(max_train_steps=1).numbers()
+
+
+# --- scoring beside sampling ------------------------------------------------------------------------------------------
+
+
+def test_pictures_are_scored_while_the_next_prompts_are_sampled(train, monkeypatch):
+    sample, begun = train_grpo_flux.rollout, []
+    second = threading.Event()
+
+    def counted(*args):
+        begun.append(threading.current_thread())
+        if len(begun) % 2 == 0:
+            second.set()
+        return sample(*args)
+
+    def patient(images, prompts):
+        """Scores the first prompt's pictures only once the second prompt's are being sampled."""
+        assert threading.current_thread() not in begun and second.wait(timeout=60)
+        return custom_rewards.brightness(images, prompts)
+
+    monkeypatch.setattr(train_grpo_flux, "rollout", counted)
+    monkeypatch.setattr(custom_rewards, "patient", patient, raising=False)
+    run = train(reward_model="custom_rewards:patient", train_batch_size=2, rollout_batch_size=4, max_train_steps=1)
+    assert len(begun) == 2 and run.metrics[0]["failed_rewards"] == 0
+
+
+@pytest.mark.parametrize("rows", [2, 4, 9])  # less than a group; one group; two, so that the last part is smaller
+def test_prompts_sampled_and_scored_in_parts_train_the_same(rows, train):
+    flags = dict(reward_model="custom_rewards:rough_brightness", train_batch_size=3)
+    assert_same_update(train(**flags, rollout_batch_size=rows), train(**flags))
+
+
+def test_a_run_ended_by_failed_scores_repeats_that_iteration_when_it_is_resumed(train, run_at, monkeypatch):
+    calls = []
+
+    def fails_in_iteration_2(images, prompts):
+        calls.append(len(images))
+        scores = custom_rewards.brightness(images, prompts)
+        return [math.nan] * len(images) if len(calls) == 2 else scores
+
+    monkeypatch.setattr(custom_rewards, "fails_once", fails_in_iteration_2, raising=False)
+    flags = dict(reward_model="custom_rewards:fails_once", max_train_steps=3, max_reward_failures=0)
+    with pytest.raises(SystemExit):
+        train("out", **flags)
+    assert [path.name for path in run_at("out").checkpoints] == ["checkpoint-1-0"]
+    resumed = train("out", **flags, resume_from_checkpoint="latest")
+    whole = train("whole", **flags)  # the reward fails no more
+    assert resumed.numbers() == whole.numbers() and same_weights(resumed.weights(), whole.weights())

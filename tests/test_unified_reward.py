@@ -2,64 +2,14 @@
 
 import base64
 import io
-import json
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from fastvideo.models.reward_model.unified_reward import UnifiedRewardModel, parse_score
+from fastvideo.models.reward_model.unified_reward import QUESTIONS, UnifiedRewardModel, parse_score
 
 import numpy as np
 import pytest
 from PIL import Image
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_POST(self):
-        server = self.server
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with server.lock:
-            server.requests.append((self.path, dict(self.headers), body))
-            server.busy += 1
-            server.most_busy = max(server.most_busy, server.busy)
-        status, reply = server.answer(body["messages"][0]["content"])
-        with server.lock:
-            server.busy -= 1
-        if status is None:  # drop the connection
-            self.connection.close()
-            return
-        if isinstance(reply, str):
-            reply = json.dumps({"choices": [{"message": {"role": "assistant", "content": reply}}]}).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(reply)))
-        self.end_headers()
-        self.wfile.write(reply)
-
-    def log_message(self, *arguments):
-        pass
-
-
-@pytest.fixture
-def serve(monkeypatch):
-    """serve(answer) starts a server; answer(content) -> (status or None, reply)."""
-    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
-    servers = []
-
-    def start(answer):
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        server.answer, server.requests, server.busy, server.most_busy = answer, [], 0, 0
-        server.lock = threading.Lock()
-        server.daemon_threads, server.handle_error = True, lambda *_: None  # clients here hang up on purpose
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        server.url = f"http://127.0.0.1:{server.server_port}"
-        servers.append(server)
-        return server
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+from reward_checkpoints import PROMPTS, pictures
 
 
 def red(level):
@@ -73,8 +23,8 @@ def red_of(content):
     return Image.open(io.BytesIO(base64.b64decode(data))).getpixel((4, 4))[0]
 
 
-def test_each_image_gets_the_score_of_its_own_reply(serve):
-    server = serve(lambda content: (200, f"Fine.\nAlignment Score (1-5): {1 + red_of(content) // 50}"))
+def test_each_image_gets_the_score_of_its_own_reply(chat_server):
+    server = chat_server(lambda content: (200, f"Fine.\nAlignment Score (1-5): {1 + red_of(content) // 50}"))
     model = UnifiedRewardModel(server.url, num_workers=4)
     scores = model([red(20), red(70), red(120), red(170), red(220)], ["a", "b", "c", "d", "e {x}"])
     np.testing.assert_array_equal(scores, [1, 2, 3, 4, 5])
@@ -85,9 +35,21 @@ def test_each_image_gets_the_score_of_its_own_reply(serve):
     assert any("Prompt: e {x}\n" in text for text in texts) and len(texts) == 5
 
 
-def test_the_key_comes_from_the_environment(serve, monkeypatch):
+def test_pictures_of_every_size_and_mode_and_any_prompt_arrive(chat_server):
+    def size(content):
+        width, height = Image.open(io.BytesIO(base64.b64decode(content[0]["image_url"]["url"].split(",", 1)[1]))).size
+        return 200, f"Alignment Score (1-5): {1 + width * height % 997 / 250}"
+
+    server = chat_server(size)
+    scores = UnifiedRewardModel(server.url, num_workers=3)(pictures(), PROMPTS)
+    assert scores.tolist() == [1 + p.width * p.height % 997 / 250 for p in pictures()]
+    asked = {body["messages"][0]["content"][1]["text"] for _, _, body in server.requests}
+    assert asked == {QUESTIONS["semantic"].format(prompt=prompt) for prompt in PROMPTS}
+
+
+def test_the_key_comes_from_the_environment(chat_server, monkeypatch):
     monkeypatch.setenv("UNIFIED_REWARD_API_KEY", "secret")
-    server = serve(lambda content: (200, "Final Score: 4.5"))
+    server = chat_server(lambda content: (200, "Final Score: 4.5"))
     model = UnifiedRewardModel(f"{server.url}/v1/", question_type="score")
     assert model([red(0)], ["a"]).tolist() == [4.5]
     assert server.requests[0][0] == "/v1/chat/completions"
@@ -117,16 +79,16 @@ def test_scores_are_read_only_from_the_asked_format(reply, question_type, score)
 
 
 @pytest.mark.parametrize("trouble", [(500, b"oops"), (429, b"slow down"), (None, b""), (200, b"<html>"), (200, b"{}")])
-def test_a_passing_trouble_is_retried(serve, trouble):
+def test_a_passing_trouble_is_retried(chat_server, trouble):
     answers = iter([trouble, trouble])
-    server = serve(lambda content: next(answers, (200, "Alignment Score (1-5): 3")))
+    server = chat_server(lambda content: next(answers, (200, "Alignment Score (1-5): 3")))
     model = UnifiedRewardModel(server.url, retries=2, backoff=0.001)
     assert model([red(0)], ["a"]).tolist() == [3.0]
     assert len(server.requests) == 3
 
 
-def test_a_lasting_trouble_is_a_failed_sample_and_not_a_score(serve, caplog):
-    server = serve(lambda content: (500, b"oops") if red_of(content) > 100 else (200, "Alignment Score (1-5): 3"))
+def test_a_lasting_trouble_is_a_failed_sample_and_not_a_score(chat_server, caplog):
+    server = chat_server(lambda content: (500, b"oops") if red_of(content) > 100 else (200, "Alignment Score (1-5): 3"))
     url = server.url.replace("http://", "http://user:secret@")
     model = UnifiedRewardModel(url, num_workers=2, retries=1, backoff=0.001)
     scores = model([red(20), red(220), red(30)], ["a", "b", "c"])
@@ -135,21 +97,30 @@ def test_a_lasting_trouble_is_a_failed_sample_and_not_a_score(serve, caplog):
     assert "1 of 3 samples failed" in caplog.text and "HTTP 500" in caplog.text and "secret" not in caplog.text
 
 
-def test_an_unreadable_reply_fails_at_once(serve, caplog):
-    server = serve(lambda content: (200, "a lovely picture"))
+def test_a_refusal_fails_at_once_with_the_server_s_words(chat_server, caplog):
+    server = chat_server(lambda content: (400, b"the prompt is too long"))
+    url = server.url.replace("http://", "http://user:secret@")
+    assert np.isnan(UnifiedRewardModel(url, retries=5)([red(0)], ["a"])).all()
+    assert len(server.requests) == 1
+    assert f"{server.url}/v1/chat/completions: " in caplog.text and "HTTP 400 the prompt is too long" in caplog.text
+    assert "secret" not in caplog.text and "user:" not in caplog.text
+
+
+def test_an_unreadable_reply_fails_at_once(chat_server, caplog):
+    server = chat_server(lambda content: (200, "a lovely picture"))
     assert np.isnan(UnifiedRewardModel(server.url, retries=5)([red(0)], ["a"])).all()
     assert len(server.requests) == 1  # temperature 0: the answer would be the same
     assert "a lovely picture" in caplog.text
 
 
-def test_a_slow_server_times_out(serve):
-    server = serve(lambda content: (time.sleep(0.5), (200, "Alignment Score (1-5): 3"))[1])
+def test_a_slow_server_times_out(chat_server):
+    server = chat_server(lambda content: (time.sleep(0.5), (200, "Alignment Score (1-5): 3"))[1])
     assert np.isnan(UnifiedRewardModel(server.url, timeout=0.05, retries=0)([red(0)], ["a"])).all()
 
 
-def test_one_dead_url_of_three_costs_no_sample(serve):
-    good = [serve(lambda content: (200, "Alignment Score (1-5): 4")) for _ in range(2)]
-    dead = serve(lambda content: (200, ""))
+def test_one_dead_url_of_three_costs_no_sample(chat_server):
+    good = [chat_server(lambda content: (200, "Alignment Score (1-5): 4")) for _ in range(2)]
+    dead = chat_server(lambda content: (200, ""))
     dead.server_close()
     urls = ",".join([good[0].url, dead.url, good[1].url])
     scores = UnifiedRewardModel(urls, num_workers=3, retries=1, backoff=0.001)([red(0)] * 6, ["a"] * 6)
@@ -157,15 +128,15 @@ def test_one_dead_url_of_three_costs_no_sample(serve):
     assert [len(server.requests) for server in good] == [2, 4]
 
 
-def test_ranks_start_at_different_urls(serve, monkeypatch):
-    servers = [serve(lambda content: (200, "Alignment Score (1-5): 4")) for _ in range(2)]
+def test_ranks_start_at_different_urls(chat_server, monkeypatch):
+    servers = [chat_server(lambda content: (200, "Alignment Score (1-5): 4")) for _ in range(2)]
     monkeypatch.setenv("RANK", "1")
     UnifiedRewardModel(",".join(server.url for server in servers))([red(0)], ["a"])
     assert [len(server.requests) for server in servers] == [0, 1]
 
 
-def test_requests_run_at_the_same_time_up_to_num_workers(serve):
-    server = serve(lambda content: (time.sleep(0.05), (200, "Alignment Score (1-5): 3"))[1])
+def test_requests_run_at_the_same_time_up_to_num_workers(chat_server):
+    server = chat_server(lambda content: (time.sleep(0.05), (200, "Alignment Score (1-5): 3"))[1])
     assert np.isfinite(UnifiedRewardModel(server.url, num_workers=3)([red(0)] * 9, ["a"] * 9)).all()
     assert 2 <= server.most_busy <= 3
 

@@ -149,8 +149,8 @@ class PromptSampler(torch.utils.data.Sampler):
         return np.random.default_rng([self.seed, epoch]).permutation(self.num_prompts)
 
     def epoch_of(self, iteration: int) -> int:
-        """The epoch, from 0, in which iteration `iteration` (from 1) begins."""
-        return (iteration - 1) * self.prompts_per_iteration // self.num_prompts
+        """The epoch, from 0, in which iteration `iteration` (from 1) begins; that of the first for 0."""
+        return max(iteration - 1, 0) * self.prompts_per_iteration // self.num_prompts
 
     def draws(self, iteration: int) -> list[Draw]:
         """This rank's prompts in iteration `iteration` (from 1)."""

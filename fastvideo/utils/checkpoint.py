@@ -24,7 +24,6 @@ from fastvideo.models.flux import (
     enable_gradient_checkpointing,
     is_lora,
     load_transformer,
-    meta_transformer,
     read_lora,
     save_lora,
 )
@@ -211,10 +210,7 @@ def load_trained(config: GRPOConfig, engine: Engine, checkpoint: Path | None) ->
     source = base if config.use_lora or checkpoint is None else str(checkpoint)
     master = torch.bfloat16 if config.master_weight_type == "bf16" else torch.float32
     dtype = engine.frozen_dtype if config.use_lora else master
-    if engine.loads_weights:
-        transformer = load_transformer(source, dtype)
-    else:
-        transformer = meta_transformer(source, dtype).to_empty(device="cpu")
+    transformer = engine.load(source, dtype)
     if config.use_lora:
         add_lora(transformer, config.lora_rank, config.lora_alpha, config.lora_target_modules, config.seed)
         if checkpoint is not None:

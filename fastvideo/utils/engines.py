@@ -5,12 +5,14 @@ The trainer sees one interface: `prepare`, a model to call, `rollout` around sam
 """
 
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 from fastvideo.config import GRPOConfig
+from fastvideo.models.flux import load_transformer, meta_transformer, random_transformer
 
 import torch
 import torch.distributed as dist
@@ -131,6 +133,22 @@ class Engine:
         self.config, self.name = config, name
         self.accelerator = build_accelerator(config, name)
 
+    def load(self, source: str, dtype: torch.dtype) -> FluxTransformer2DModel:
+        """The model at `source`; with --init_random_flux, instead of the base model, one like it."""
+        if not self.loads_weights:
+            return meta_transformer(source, dtype).to_empty(device="cpu")
+        if self.config.init_random_flux and source == self.config.pretrained_model_name_or_path:
+            device = "cpu" if self.name == "fsdp" else self.accelerator.device
+            return random_transformer(source, dtype, self.config.seed, device)
+        return load_transformer(source, dtype)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether models are compiled."""
+        if self.config.compile == "auto":
+            return self.accelerator.device.type == "cuda" and self.name != "deepspeed"
+        return self.config.compile == "true"
+
     @property
     def loads_weights(self) -> bool:
         """Whether this process must read the weights; under FSDP2 the first one hands them out."""
@@ -147,6 +165,8 @@ class Engine:
         self.transformer = transformer
         if self.name != "fsdp":
             transformer.to(self.accelerator.device)
+        if self.compiled:
+            transformer.compile_repeated_blocks(dynamic=False)  # one graph for all blocks of a kind
         on_gpu = self.accelerator.device.type == "cuda" and not self.config.use_cpu_offload
         self.raw_optimizer = torch.optim.AdamW(self.trained_parameters(), fused=on_gpu, **optimizer_settings)
         self.model, self.optimizer = self._wrap()
@@ -213,6 +233,21 @@ class Engine:
         for module in self.transformer.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
+
+    def matmul_rate(self) -> float:
+        """Floating point operations a second of a large matrix product in the compute format, measured here."""
+        device, repeats = self.accelerator.device, 20
+        size, wait = (8192, torch.cuda.synchronize) if device.type == "cuda" else (512, lambda: None)
+        compute = torch.bfloat16 if self.config.mixed_precision == "bf16" else torch.float32
+        # Not zeros: a GPU multiplies those at a higher clock.
+        a = torch.randn(size, size, device=device, generator=torch.Generator(device).manual_seed(0)).to(compute)
+        for timed in (False, True):  # the first products of a process are slow
+            wait()
+            start = time.perf_counter()
+            for _ in range(repeats if timed else 3):
+                torch.mm(a, a)
+            wait()
+        return repeats * 2 * size**3 / (time.perf_counter() - start)
 
     def peak_memory(self) -> dict[str, float]:
         """`gib_peak`, the most memory this GPU's tensors have taken since the last call; nothing on the CPU."""

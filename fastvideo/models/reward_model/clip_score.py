@@ -14,8 +14,8 @@ from fastvideo.models.reward_model.clip_base import OpenCLIPReward
 from fastvideo.models.reward_model.common import (
     bad_file,
     demo_parser,
+    downloading,
     load_weights,
-    proxies,
     read_checkpoint,
     run_demo,
 )
@@ -78,10 +78,10 @@ class CLIPScoreRewardModel(OpenCLIPReward):
 
         if model_path.startswith("hf-hub:"):
             try:
-                with proxies(http_proxy, https_proxy):
+                with downloading("clip_score_path", model_path, http_proxy, https_proxy):
                     model, preprocess = open_clip.create_model_from_pretrained(model_path)
                     tokenizer = open_clip.get_tokenizer(model_path)
-            except (OSError, RuntimeError) as error:
+            except RuntimeError as error:  # open_clip's, for a repository without its files
                 raise bad_file("clip_score_path", model_path, str(error).splitlines()[0]) from error
         elif Path(model_path).exists():
             model, preprocess, tokenizer = _load_local(Path(model_path), architecture)

@@ -1,12 +1,14 @@
 """What the neural reward models share: loading, batching, number formats and a command line."""
 
 import argparse
+import importlib
 import inspect
 import logging
 import os
 import pickle
 import random
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,8 +41,14 @@ def proxies(http_proxy: str | None, https_proxy: str | None) -> Iterator[None]:
     """Sets the proxies for a download and puts back what was there, so that one model's don't reach the others."""
     given = {"HTTP_PROXY": http_proxy, "HTTPS_PROXY": https_proxy}
     wanted = {key: value for name, value in given.items() if value for key in (name, name.lower())}
+    if not wanted:
+        yield
+        return
+    from huggingface_hub import close_session  # its one client keeps the proxies that it was opened with
+
     before = {key: os.environ.get(key) for key in wanted}
     os.environ.update(wanted)
+    close_session()
     try:
         yield
     finally:
@@ -49,6 +57,29 @@ def proxies(http_proxy: str | None, https_proxy: str | None) -> Iterator[None]:
                 del os.environ[key]
             else:
                 os.environ[key] = value
+        close_session()
+
+
+def _hub_errors() -> tuple[type[Exception], ...]:
+    """What a failed download raises; what a proxy refuses comes as an error of the hub's own HTTP client."""
+    from huggingface_hub import get_session
+
+    client = importlib.import_module(type(get_session()).__module__.partition(".")[0])
+    return OSError, client.HTTPError
+
+
+@contextmanager
+def downloading(
+    flag: str, path: str | Path, http_proxy: str | None = None, https_proxy: str | None = None
+) -> Iterator[None]:
+    """Around what may ask a hub: through the given proxies; a failure is bad_file's error."""
+    with proxies(http_proxy, https_proxy):
+        try:
+            yield
+        except Exception as error:
+            if isinstance(error, _hub_errors()):
+                raise bad_file(flag, path, (str(error) or repr(error)).splitlines()[0]) from error
+            raise
 
 
 def bad_file(flag: str, path: str | Path, problem: str) -> ValueError:
@@ -156,13 +187,21 @@ def server_urls(urls: str, flag: str) -> list[str]:
 
     found = [url.strip().rstrip("/") for url in urls.split(",") if url.strip()]
     for url in found:
+        shown = url.rpartition("@")[2]  # what stands before it may be a password
         if not url.startswith(("http://", "https://")):
-            raise ValueError(f"--{flag} {urls}: {url!r} must start with http:// or https://")
+            raise ValueError(f"--{flag} {shown}: must start with http:// or https://")
         try:
             httpx.URL(url)
-        except httpx.InvalidURL as error:
-            raise ValueError(f"--{flag}: not a URL: {error}") from None
+        except httpx.InvalidURL:
+            raise ValueError(f"--{flag} {shown}: not a URL; write @ : / # ? in a password as %40 and so on") from None
     return found
+
+
+def public_url(url: str) -> str:
+    """A URL for messages and logs: without user, password, and the query, which may hold a key."""
+    import httpx
+
+    return str(httpx.URL(url).copy_with(userinfo=b"", query=None, fragment=None))
 
 
 def ask_in_turn(
@@ -170,24 +209,35 @@ def ask_in_turn(
 ) -> tuple[Answer | None, str]:
     """(send(url), "") of the first server that answers, or (None, what went wrong last).
 
-    Begins at urls[first] (counted round) and goes to the next at each of `retries` further attempts. From the second
-    round on it waits backoff * 2**(attempt of that round on) seconds before each, give or take half, so that many
-    clients don't come back at the same moment. An answer that `send` can't read counts as a failure.
+    Begins at urls[first] (counted round) and goes to the next at each of `retries` further attempts. Before it asks a
+    server again it waits backoff seconds, twice as long each time, give or take half, so that many clients don't come
+    back at the same moment. A server that refuses (a 4xx but 408 and 429: asking again can't mend it) isn't asked
+    again. An answer that `send` can't read counts as a failure.
     """
     import httpx
 
-    problem = ""
-    for attempt in range(retries + 1):
-        url = urls[(first + attempt) % len(urls)]
-        if attempt >= len(urls):
-            time.sleep(backoff * 2 ** (attempt - len(urls)) * random.uniform(0.5, 1.5))
+    turn = deque(urls)
+    turn.rotate(-first)
+    asked, problem = set(), ""
+    for _ in range(retries + 1):
+        if not turn:  # all have refused
+            break
+        url = turn.popleft()
+        if url in asked:
+            time.sleep(backoff * random.uniform(0.5, 1.5))
+            backoff *= 2
+        asked.add(url)
         try:
             return send(url), ""
+        except httpx.HTTPStatusError as error:
+            # httpx writes the whole URL, password included, into the message.
+            status, text = error.response.status_code, error.response.text[:300]
+            problem, refused = f"HTTP {status} {text}", status < 500 and status not in (408, 429)
         except (httpx.HTTPError, ValueError, LookupError, TypeError, RecursionError) as error:
-            # httpx writes the whole URL, password included, into the message of a status error.
-            status = isinstance(error, httpx.HTTPStatusError)
-            what = f"HTTP {error.response.status_code} {error.response.text[:200]}" if status else f"{error!r}"
-            problem = f"{httpx.URL(url)!r}: {what}".splitlines()[0]
+            problem, refused = repr(error), False
+        problem = f"{public_url(url)}: {problem}".splitlines()[0]
+        if not refused:
+            turn.append(url)
     return None, problem
 
 

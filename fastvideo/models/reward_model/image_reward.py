@@ -20,10 +20,10 @@ from fastvideo.models.reward_model.common import (
     bad_file,
     cosine,
     demo_parser,
+    downloading,
     in_batches,
     load_weights,
     prepare,
-    proxies,
     read_checkpoint,
     run_demo,
     scoring,
@@ -85,7 +85,7 @@ class ImageRewardModel(GranularRewardModel):
         self.component_names = COMPONENTS if mode == "granular" else ()
         if mode == "granular":
             super().__init__(start_weights, end_weights, schedule, gamma)
-        with proxies(http_proxy, https_proxy):
+        with downloading("image_reward_score_dir", score_dir, http_proxy, https_proxy):
             package = import_image_reward(tokenizer_source(score_dir))
             if mode == "granular":
                 self._load_granular(package, med_config, Path(score_dir))
@@ -214,7 +214,8 @@ class ImageRewardModel(GranularRewardModel):
 
 
 def _download(package: Any, file: str, folder: Path) -> str:
-    return package.ImageReward_download(f"https://huggingface.co/THUDM/ImageReward/blob/main/{file}", str(folder))
+    with downloading("image_reward_score_dir", folder / file):
+        return package.ImageReward_download(f"https://huggingface.co/THUDM/ImageReward/blob/main/{file}", str(folder))
 
 
 def _med_config(package: Any, path: str | None, score_dir: Path) -> str:

@@ -8,7 +8,7 @@ s = logit_scale * cosine lies about 18 to 24. Training uses (s - 18) / 8, evalua
 from pathlib import Path
 
 from fastvideo.models.reward_model.clip_base import CLIPReward
-from fastvideo.models.reward_model.common import bad_file, demo_parser, proxies, run_demo
+from fastvideo.models.reward_model.common import bad_file, demo_parser, downloading, run_demo
 
 import torch
 from PIL import Image
@@ -43,12 +43,9 @@ class PickScoreRewardModel(CLIPReward):
         if processor_path is None:
             local = any((Path(model_path) / file).is_file() for file in PROCESSOR_FILES)
             processor_path = model_path if local else DEFAULT_PROCESSOR
-        try:
-            with proxies(http_proxy, https_proxy):
-                self.processor = CLIPProcessor.from_pretrained(processor_path)
-                model, report = CLIPModel.from_pretrained(model_path, output_loading_info=True)
-        except OSError as error:
-            raise bad_file("pick_score_path", model_path, str(error).splitlines()[0]) from error
+        with downloading("pick_score_path", model_path, http_proxy, https_proxy):
+            self.processor = CLIPProcessor.from_pretrained(processor_path)
+            model, report = CLIPModel.from_pretrained(model_path, output_loading_info=True)
         missing = [key for key in report["missing_keys"] if not key.endswith("position_ids")]
         if missing or report["mismatched_keys"]:
             raise bad_file("pick_score_path", model_path, f"wrong checkpoint for CLIPModel: {report}")

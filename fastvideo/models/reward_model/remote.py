@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from fastvideo.models.reward_model.common import ask_in_turn, server_urls
+from fastvideo.models.reward_model.common import ask_in_turn, public_url, server_urls
 from fastvideo.models.reward_model.granular import GranularRewardModel
 from fastvideo.models.reward_model.utils import RewardModel, resolve_reward_spec, reward_settings
 
@@ -24,6 +24,7 @@ from PIL import Image
 logger = logging.getLogger(__name__)
 
 BACKOFF = 0.5  # seconds; doubles at each retry
+PROMPT_BYTES = 8192  # allowed for a prompt when request sizes are checked before training
 PNG_MODES = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")
 
 
@@ -33,6 +34,31 @@ def to_base64_png(image: Image.Image) -> str:
     image = image if image.mode in PNG_MODES else image.convert("RGB")
     image.save(buffer, format="PNG", compress_level=1)
     return base64.b64encode(buffer.getvalue()).decode()
+
+
+def check_limits(limits: dict[str, int], config: Any) -> None:
+    """Raises ValueError when a request of --reward_batch_size pictures may be over one of a server's limits.
+
+    The size of pictures is known where the run makes them (config.h, config.w); an evaluation's may be any. Bytes are
+    those of noise, which compresses least.
+    """
+    count, name = config.reward_batch_size, "--reward_batch_size"
+    needed = [("images", "pictures", f"{name} {count}", count, "--max_images", 1)]
+    if hasattr(config, "h"):
+        given = f"{name} {count} with --h {config.h} --w {config.w}"
+        noise = np.random.default_rng(0).integers(0, 256, (config.h, config.w, 3), dtype=np.uint8)
+        size = len(to_base64_png(Image.fromarray(noise))) + PROMPT_BYTES
+        needed += [
+            ("pixels", "pixels", given, count * config.h * config.w, "--max_pixels", 1),
+            ("body_bytes", "bytes", given, count * size, "--max_body_mb", 2**20),
+        ]
+    for key, what, given, amount, flag, unit in needed:
+        limit = limits.get(key, 0)
+        if amount > limit:
+            raise ValueError(
+                f"{given}: up to {amount} {what} a request, it takes {limit}; lower {name} or start the server with "
+                f"{flag} {-(-amount // unit)}"
+            )
 
 
 def _read_scores(response: httpx.Response, keys: Sequence[str], n: int) -> dict[str, list[float | None]]:
@@ -176,7 +202,7 @@ def connect(config: Any, evaluation: bool = False) -> tuple[dict[str, RewardMode
         logger.warning("--reward_server: %s; the others go on without it", problem)
     names = next(iter(alive.values()))["models"]
     for url, found in alive.items():
-        theirs, where = found["settings"], f"--reward_server {httpx.URL(url)!r}"
+        theirs, where = found["settings"], f"--reward_server {public_url(url)}"
         for key in [*settings, *theirs]:
             if settings.get(key) != theirs.get(key):
                 raise ValueError(
@@ -185,11 +211,10 @@ def connect(config: Any, evaluation: bool = False) -> tuple[dict[str, RewardMode
                 )
         if found["models"] != names or names.keys() != spec.keys():
             raise ValueError(f"{where}: it serves {found['models']}, expected {names} for {', '.join(spec)}")
-        if config.reward_batch_size > found["limits"].get("images", 0):
-            raise ValueError(
-                f"{where}: it takes {found['limits'].get('images')} pictures a request, --reward_batch_size is "
-                f"{config.reward_batch_size}; lower it or raise the server's --max_images"
-            )
+        try:
+            check_limits(found["limits"], config)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
     models: dict[str, RewardModel] = {}
     for key in spec:
         components = settings[f"{key}.components"]

@@ -7,7 +7,7 @@ Start it with the reward flags of the run (with --evaluation for eval_reward.py)
 the loopback; it asks for no password, so reach it from other machines through an SSH tunnel or a private network.
 
     GET  /health   {"status", "settings", "models", "limits"}: names, weights, components, schedule; always answers
-    POST /score    {"settings", "model", "images": [base64 PNG], "prompts", "curr_step", "total_steps"}
+    POST /score    {"settings", "model", "images": [base64 PNG or JPEG], "prompts", "curr_step", "total_steps"}
                    -> {"scores": {name: [number, or null for failed], f"{name}_{component}": [...]}}
 
 400: not such a request; 409: other settings; 413: over a limit; 415: not JSON; 500: the model raised an error.
@@ -47,6 +47,8 @@ from starlette.routing import Route
 
 logger = logging.getLogger(__name__)
 
+FORMATS = ("PNG", "JPEG")  # of pictures; those of a training run come as PNG, which loses nothing
+
 
 @dataclass
 class ServerConfig(RewardSpecConfig):
@@ -77,18 +79,18 @@ def _need(condition: bool, status: int, detail: str) -> None:
 
 
 def decode(texts: Sequence[str], max_pixels: int) -> list[Image.Image]:
-    """PIL images of base64 PNGs. Sizes are read and added up before the first pixel is unpacked.
+    """PIL images of PNGs and JPEGs in base64. Sizes are read and added up before the first pixel is unpacked.
 
-    Raises HTTPException 400 for what isn't a PNG, 413 for more than max_pixels.
+    Raises HTTPException 400 for what is neither, or broken, 413 for more than max_pixels.
     """
     images, pixels = [], 0
     for i, text in enumerate(texts):
         try:
-            images.append(Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"]))
+            images.append(Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=FORMATS))
         except Image.DecompressionBombError:
-            raise HTTPException(413, f"image {i}: more than {max_pixels} pixels") from None
+            raise HTTPException(413, f"image {i}: too many pixels for one picture") from None
         except (OSError, SyntaxError, ValueError, TypeError) as error:
-            raise HTTPException(400, f"image {i}: not a PNG in base64 ({type(error).__name__})") from None
+            raise HTTPException(400, f"image {i}: not a PNG or JPEG in base64 ({type(error).__name__})") from None
         pixels += images[-1].width * images[-1].height
         _need(pixels <= max_pixels, 413, f"image {i}: with it the request has more than {max_pixels} pixels")
     for i, image in enumerate(images):
@@ -118,7 +120,10 @@ def answer(
     except (ValueError, RecursionError):
         raise HTTPException(400, "not JSON") from None
     _need(isinstance(asked, dict), 400, "expected a JSON object")
-    _need(asked.get("settings") == settings, 409, f"this server has other settings: {settings}")
+    theirs = asked.get("settings")
+    _need(isinstance(theirs, dict), 400, "settings: expected an object as /health shows it")
+    for key in [*settings, *theirs]:
+        _need(settings.get(key) == theirs.get(key), 409, f"this server has {key[:80]} {settings.get(key)!r}, not yours")
     name, images, prompts = asked.get("model"), asked.get("images"), asked.get("prompts")
     _need(isinstance(name, str) and name in models, 400, f"model: choose from {', '.join(models)}")
     for part in (images, prompts):

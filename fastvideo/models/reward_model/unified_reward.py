@@ -14,7 +14,7 @@ import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 
-from fastvideo.models.reward_model.common import ask_in_turn, demo_parser, print_scores, server_urls
+from fastvideo.models.reward_model.common import ask_in_turn, demo_parser, proxies, run_demo, server_urls
 
 import httpx
 import numpy as np
@@ -66,7 +66,8 @@ class UnifiedRewardModel:
 
     urls: one endpoint or several, comma-separated; ranks start at different ones, and a retry goes to the next.
     question_type: "semantic" (does the picture match) or "score" (as a whole). num_workers: requests at the same time.
-    timeout: seconds for one request. retries: further attempts, with pauses that double from backoff seconds.
+    timeout: seconds for one request. retries: further attempts, with pauses that double from backoff seconds. Proxies:
+    instead of the environment's.
     """
 
     name = "UnifiedRewardModel"
@@ -79,6 +80,8 @@ class UnifiedRewardModel:
         timeout: float = 60.0,
         retries: int = 3,
         backoff: float = 1.0,
+        http_proxy: str | None = None,
+        https_proxy: str | None = None,
     ) -> None:
         if question_type not in QUESTIONS:
             raise ValueError(
@@ -91,7 +94,8 @@ class UnifiedRewardModel:
         self.retries, self.backoff = retries, backoff
         key = os.environ.get("UNIFIED_REWARD_API_KEY")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self.client = httpx.Client(timeout=timeout, headers=headers)
+        with proxies(http_proxy, https_proxy):  # the client keeps them
+            self.client = httpx.Client(timeout=timeout, headers=headers)
         self.first = int(os.environ.get("RANK", "0"))
 
     def _ask(self, index: int, image: Image.Image, prompt: str) -> tuple[float, str]:
@@ -128,7 +132,6 @@ class UnifiedRewardModel:
 
 if __name__ == "__main__":
     parser = demo_parser("Score pictures with a UnifiedReward server.")
-    parser.add_argument("--url", required=True)
+    parser.add_argument("--url", required=True, dest="urls", metavar="URL[,URL...]")
     parser.add_argument("--question_type", default="semantic", choices=list(QUESTIONS))
-    args = parser.parse_args()
-    print_scores(UnifiedRewardModel(args.url, args.question_type), args)
+    run_demo(UnifiedRewardModel, parser)

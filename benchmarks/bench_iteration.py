@@ -1,0 +1,165 @@
+"""Times the real trainer by phase on FLUX blocks of full width with random weights; needs no downloads.
+
+    python benchmarks/bench_iteration.py --double_blocks 4 --single_blocks 8 --train_micro_batch_size 4
+    python benchmarks/bench_iteration.py --ablation --train_micro_batch_size 4     # each optimisation switched off
+    python benchmarks/bench_iteration.py --tiny --ablation                         # on a CPU
+
+From the first flag that isn't the benchmark's own on, flags go to the trainer. The defaults are the MixGRPO recipe
+(720×720, G 12, T 25, window 4, k 3, one prompt) with windows at 0, 10 and 20, a reward that costs next to nothing, and
+two iterations a window, of which the second is reported. Useful operations are counted once: what is recomputed, or
+fills up a batch, adds nothing. Prints tables and the versions; keep the output under benchmarks/results/.
+"""
+
+import gc
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, fields
+from itertools import islice
+from pathlib import Path
+
+from fastvideo.config import GRPOConfig, flag, parse_dataclass
+from fastvideo.dataset.latent_flux_rl_datasets import FOLDERS
+from fastvideo.models.tiny_flux import build_tiny_flux
+from fastvideo.train_grpo_flux import set_up
+from fastvideo.utils.grpo_states import windows
+
+import diffusers
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from diffusers import AutoencoderKL, FluxTransformer2DModel
+
+
+@dataclass
+class BenchmarkConfig:
+    """What to time."""
+
+    double_blocks: int = flag(4, "double-stream blocks (FLUX.1 has 19)")
+    single_blocks: int = flag(8, "single-stream blocks (FLUX.1 has 38)")
+    tiny: bool = flag(False, "the tiny FLUX at 32x32 instead, for a CPU")
+    ablation: bool = flag(False, "measure again with each optimisation switched off")
+    profile: bool = flag(False, "print which GPU kernels an iteration spends its time in")
+    folder: str | None = flag(None, "where the inputs go (None: a temporary folder)")
+    json_file: str | None = flag(None, "write all numbers there too")
+
+
+# Switched off one at a time, from the fastest setting; the last is all of them, one picture at a time.
+OFF = {
+    "compile": ["--compile", "false"],
+    "cuDNN attention in the rollout": ["--no_rollout_cudnn_attention"],
+    "shared prefix": ["--no_share_prefix"],
+    "batches": ["--rollout_batch_size", "1", "--train_micro_batch_size", "1"],
+}
+OFF["all of these"] = [flag for flags in list(OFF.values()) for flag in flags]
+
+# FLUX.1-dev's published configuration.
+TRANSFORMER = {"attention_head_dim": 128, "num_attention_heads": 24, "guidance_embeds": True}
+VAE = {
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "block_out_channels": [128, 256, 512, 512],
+    "layers_per_block": 2,
+    "latent_channels": 16,
+    "scaling_factor": 0.3611,
+    "shift_factor": 0.1159,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
+PHASES = ("rollout", "decode", "reward", "train", "total")
+
+
+def make_inputs(folder: Path, config: BenchmarkConfig) -> None:
+    """A transformer's config.json (see --init_random_flux), a random VAE and one prompt's embeddings under `folder`."""
+    torch.manual_seed(0)
+    width, pooled = 4096, 768
+    if config.tiny:
+        build_tiny_flux(folder)
+        tiny = FluxTransformer2DModel.load_config(folder, subfolder="transformer")
+        width, pooled = tiny["joint_attention_dim"], tiny["pooled_projection_dim"]
+    else:
+        blocks = {"num_layers": config.double_blocks, "num_single_layers": config.single_blocks}
+        with torch.device("meta"):
+            FluxTransformer2DModel(**blocks, **TRANSFORMER).save_config(folder / "transformer")
+        AutoencoderKL(**VAE).save_pretrained(folder / "vae")
+    text = 32 if config.tiny else 512
+    shapes = {"prompt_embed": (text, width), "pooled_prompt_embeds": (pooled,), "text_ids": (text, 3)}
+    for name, shape in shapes.items():
+        (folder / name).mkdir(exist_ok=True)
+        torch.save(torch.zeros(shape) if name == "text_ids" else torch.randn(shape), folder / name / "0.pt")
+    # As many entries as there may be ranks: an epoch has to hold an iteration.
+    entries = [dict.fromkeys(FOLDERS, "0.pt") | {"caption": "a benchmark"}] * 64
+    (folder / "prompt.json").write_text(json.dumps(entries))
+
+
+def measure(folder: Path, config: BenchmarkConfig, flags: list[str]) -> list[dict]:
+    """metrics of the second iteration at each window position."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    size = "--h 32 --w 32 --mixed_precision no" if config.tiny else "--init_random_flux"
+    training = parse_dataclass(
+        GRPOConfig,
+        f"--pretrained_model_name_or_path {folder} --data_json_path {folder}/prompt.json "
+        f"--output_dir {folder}/out --reward_model jpeg_compressibility --dataloader_num_workers 0 "
+        f"--max_train_steps 6 --iters_per_group 2 --prog_overlap_step 10 {size}".split()
+        + flags,
+    )
+    trainer, _, loader = set_up(training)
+    schedule = zip(islice(windows(training), training.max_train_steps), loader, strict=False)
+    lines = [trainer.iteration(batch, window)[0] for window, batch in schedule]
+    if config.profile:
+        with torch.profiler.profile() as profiler:
+            trainer.iteration(next(iter(loader)), next(windows(training)))
+        print(profiler.key_averages().table(sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=70))
+    return lines[1::2]
+
+
+def show(title: str, lines: list[dict]) -> None:
+    print(f"\n{title}\nwindow  " + "".join(f"{phase:>9}" for phase in PHASES) + "     NFE  TFLOP/s (share of peak)")
+    for line in lines:
+        seconds = "".join(f"{line[f'seconds_{phase}']:9.2f}" for phase in PHASES)
+        rates = "  ".join(
+            f"{phase} {line[f'tflops_{phase}']:.3g} ({line[f'peak_share_{phase}']:.0%})"
+            for phase in ("rollout", "train")
+        )
+        first, last = line["window"][0], line["window"][-1]
+        print(f"{first:2d}-{last:<5d}{seconds}{line['nfe']:8d}  {rates}  ratio-1 {line['ratio_first_deviation']:.1e}")
+    means = "".join(f"{sum(line[f'seconds_{phase}'] for line in lines) / len(lines):9.2f}" for phase in PHASES)
+    memory = f"     peak memory {max(line['gib_peak'] for line in lines):.1f} GiB" if "gib_peak" in lines[0] else ""
+    print(f"mean    {means}{memory}", flush=True)
+
+
+def main() -> None:
+    argv = sys.argv[1:]
+    own = {f"--{f.name}" for f in fields(BenchmarkConfig)} | {"--help"}
+    split = next((i for i, word in enumerate(argv) if word.startswith("--") and word not in own), len(argv))
+    config, flags = parse_dataclass(BenchmarkConfig, argv[:split], __doc__), argv[split:]
+    main_process = os.environ.get("RANK", "0") == "0"
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(config.folder or temporary)
+        if main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            make_inputs(folder, config)
+        while not (folder / "prompt.json").exists():  # several processes share --folder
+            time.sleep(0.1)
+        variants = {"all on": []} | ({f"without {k}": v for k, v in OFF.items()} if config.ablation else {})
+        results = {}
+        for name, off in variants.items():
+            results[name] = measure(folder, config, flags + off)
+            gc.collect()
+            if main_process:
+                show(f"{name}: {' '.join(flags + off)}", results[name])
+    if main_process:
+        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+        versions = f"Python {platform.python_version()}, torch {torch.__version__}, diffusers {diffusers.__version__}"
+        print(
+            f"\n{gpu}; {versions}; {'tiny' if config.tiny else f'{config.double_blocks}+{config.single_blocks}'} blocks"
+        )
+        if config.json_file:
+            Path(config.json_file).write_text(json.dumps({"gpu": gpu, "versions": versions, "runs": results}))
+
+
+if __name__ == "__main__":
+    main()
