@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the scripts that run Python: the repository's root as working directory, and the environment's interpreter.
 # PYTHON_BIN overrides the choice: .venv if env_setup.sh has made it, else python3.
 set -euo pipefail
@@ -6,3 +7,13 @@ if [ -z "${PYTHON_BIN:-}" ]; then
   PYTHON_BIN=python3
   [ -x .venv/bin/python ] && PYTHON_BIN=$PWD/.venv/bin/python
 fi
+
+# run_distributed SCRIPT ARGS, or -m MODULE ARGS: on NPROC_PER_NODE (default 1) processes, one a GPU, of this machine; with
+# HOSTFILE (relative to the root) of every machine in it, see docs/distributed.md, "Several nodes".
+run_distributed() {
+  if [ -n "${HOSTFILE:-}" ]; then
+    export HOSTFILE
+    exec "$PYTHON_BIN" scripts/finetune/launch.py "$@"
+  fi
+  exec "$PYTHON_BIN" -m torch.distributed.run --standalone --nproc_per_node "${NPROC_PER_NODE:-1}" "$@"
+}

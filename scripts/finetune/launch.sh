@@ -1,7 +1,8 @@
+# shellcheck shell=bash
 # Sourced by the recipes. A recipe is a list of `flag NAME VALUE` and one `launch "$@"`.
 #   flag NAME VALUE   passes --NAME VALUE; an environment variable of the name in capitals overrides the value
 #   launch ARGS       starts the trainer; ARGS come last, so they override everything
-# NPROC_PER_NODE (default 1) is the number of processes, one a GPU.
+# NPROC_PER_NODE and HOSTFILE say on how many processes and machines: scripts/environment.sh.
 source "$(dirname "${BASH_SOURCE[0]}")/../environment.sh"
 
 args=()
@@ -11,11 +12,10 @@ flag() {
 }
 
 launch() {
-  if [ "${NPROC_PER_NODE:-1}" = 1 ]; then
+  if [ "${NPROC_PER_NODE:-1}" = 1 ] && [ -z "${HOSTFILE:-}" ]; then
     exec "$PYTHON_BIN" fastvideo/train_grpo_flux.py "${args[@]}" "$@"
   fi
-  exec "$PYTHON_BIN" -m torch.distributed.run --standalone --nproc_per_node "$NPROC_PER_NODE" \
-    fastvideo/train_grpo_flux.py "${args[@]}" "$@"
+  run_distributed fastvideo/train_grpo_flux.py "${args[@]}" "$@"
 }
 
 # What all recipes for FLUX.1-dev share. Prompts are embedded beforehand: scripts/preprocess/preprocess_flux_rl_embeddings.sh

@@ -1,0 +1,345 @@
+"""Starts torchrun on every node of a hostfile; the recipes call it when HOSTFILE is set. Standard library only.
+
+    HOSTFILE=data/hosts/hostfile bash scripts/finetune/finetune_flux_grpo_MixGRPO.sh --parallel fsdp --dry_run
+
+`launch.py --node` runs on each node. It reads its command and environment as a line of JSON from standard input, then
+signals to pass on; so no key is in anybody's arguments, and a node that loses the launcher sees the end of its input
+and stops. Variables: docs/distributed.md, "Several nodes".
+"""
+
+import contextlib
+import fnmatch
+import json
+import math
+import os
+import random
+import re
+import select
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from pathlib import Path
+from typing import IO, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+SELF = [sys.executable, str(Path(__file__).resolve())]
+REMOTE_SHELL = "ssh -o BatchMode=yes -o ConnectTimeout=15 -o ServerAliveInterval=30"
+PASSED = "NCCL_* GLOO_* TORCH_* TORCHELASTIC_* CUDA_* OMP_* PYTHONPATH HF_* TOKENIZERS_* WANDB_* UNIFIED_REWARD_API_KEY"
+JOB = "FASTVIDEO_LAUNCH"  # an environment variable that marks all processes of a node, whoever their parent is
+PATIENCE = 5  # seconds that the other nodes have to end by themselves after one has failed
+PIPE_SIZE = 2**16  # what a pipe holds before anybody reads it
+
+
+class Node(NamedTuple):
+    """A line of the hostfile."""
+
+    host: str
+    slots: int
+
+    @property
+    def is_here(self) -> bool:
+        return self.host in ("localhost", "127.0.0.1", socket.gethostname())
+
+    def argv(self, *command: str) -> list[str]:
+        """What runs `command` on the node."""
+        return list(command) if self.is_here else [*remote_shell(), self.host, f"exec {shlex.join(command)}"]
+
+
+def remote_shell() -> list[str]:
+    return shlex.split(os.environ.get("REMOTE_SHELL") or REMOTE_SHELL)
+
+
+def read_hostfile(path: str, default_slots: str) -> list[Node]:
+    """One host a line, `slots=N` after it or not; # begins a comment.
+
+    Raises:
+        ValueError: what is wrong, and where.
+    """
+    try:
+        lines = (ROOT / path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"HOSTFILE {path}: can't be read: {error}") from error
+    if not re.fullmatch("[1-9][0-9]*", default_slots):
+        raise ValueError(f"NPROC_PER_NODE {default_slots}: give a number of processes, at least 1")
+    nodes: list[Node] = []
+    for number, line in enumerate(lines, 1):
+        words = line.split("#")[0].split()
+        if not words:
+            continue
+        host, option, *more = [*words, f"slots={default_slots}"]
+        slots = re.fullmatch("slots=([1-9][0-9]*)", option)
+        where = f"HOSTFILE {path}, line {number}"
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", host):
+            raise ValueError(f"{where}: {host} is no host name")
+        if slots is None or len(more) > 1:
+            raise ValueError(
+                f"{where}: {' '.join(words[1:])}; after a host can stand slots=N, N at least 1, or nothing"
+            )
+        if host in (node.host for node in nodes):
+            raise ValueError(f"{where}: {host} is there twice; slots=N gives it several processes")
+        nodes.append(Node(host, int(slots[1])))
+    if not nodes:
+        raise ValueError(f"HOSTFILE {path}: names no host")
+    loopback = [node.host == "localhost" or node.host.startswith("127.") for node in nodes]
+    if loopback[0] and not all(loopback):
+        raise ValueError(f"HOSTFILE {path}: others can't reach the first host, the master, as {nodes[0].host}")
+    return nodes
+
+
+def torchrun(nodes: list[Node], rank: int, port: str, args: list[str]) -> list[str]:
+    """The command of a node. args: a script or -m MODULE, and its arguments."""
+    place = {"nnodes": len(nodes), "nproc_per_node": nodes[rank].slots, "node_rank": rank}
+    place |= {"master_addr": nodes[0].host, "master_port": port}
+    flags = [word for name, value in place.items() for word in (f"--{name}", str(value))]
+    return [sys.executable, "-m", "torch.distributed.run", *flags, *args]
+
+
+def passed_environment() -> dict[str, str]:
+    """The variables that nodes get: those that PASSED and PASS_ENV name, where * stands for anything."""
+    patterns = [*PASSED.split(), *re.split(r"[\s,]+", os.environ.get("PASS_ENV", ""))]
+    return {k: v for k, v in os.environ.items() if any(fnmatch.fnmatchcase(k, pattern) for pattern in patterns)}
+
+
+def free_port() -> int:
+    """Below those that the system gives to outgoing connections, lest one takes it before torchrun does."""
+    while True:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port := random.randrange(20000, 32000)))
+            return port
+
+
+def say(text: str) -> None:
+    print(f"launch.py: {text}", file=sys.stderr, flush=True)
+
+
+# --- on the machine where the recipe was called -----------------------------------------------------------------------
+
+
+def choose_launcher(nodes: list[Node]) -> str:
+    """pdsh or ssh, from LAUNCHER; here when no other machine takes part."""
+    if all(node.is_here for node in nodes):
+        return "here"
+    chosen = os.environ.get("LAUNCHER") or ("pdsh" if shutil.which("pdsh") else "ssh")
+    if chosen not in ("pdsh", "ssh"):
+        raise ValueError(f"LAUNCHER {chosen}: unknown; choose from pdsh, ssh")
+    for program in ["pdsh"] * (chosen == "pdsh") + remote_shell()[:1]:
+        if not shutil.which(program):
+            raise ValueError(
+                f"LAUNCHER {chosen}: {program} is not installed; choose from pdsh, ssh, or set REMOTE_SHELL"
+            )
+    return chosen
+
+
+def ask_for_port(master: Node) -> str:
+    """A port that is free on the master."""
+    command = master.argv(*SELF, "--free_port")
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+    *_, port = ["", *done.stdout.split()]  # a login may have printed something before
+    if done.returncode or not port:
+        raise ValueError(f"{master.host}: {SELF[0]} does not run there (status {done.returncode}); nothing was started")
+    return port
+
+
+def make_orders(nodes: list[Node], port: str, args: list[str]) -> list[bytes]:
+    """What each node reads first: its name, command, environment, and the mark of its processes, as a line of JSON."""
+    job, environment = uuid.uuid4().hex, passed_environment()
+    orders = [
+        {"name": node.host, "command": torchrun(nodes, i, port, args), "environment": environment, "job": f"{job}-{i}"}
+        for i, node in enumerate(nodes)
+    ]
+    lines = [json.dumps(order).encode() + b"\n" for order in orders]
+    if max(map(len, lines)) > PIPE_SIZE:
+        raise ValueError(f"PASS_ENV: arguments and environment exceed {PIPE_SIZE} bytes; name fewer variables")
+    return lines
+
+
+def start(nodes: list[Node], launcher: str, folder: Path) -> list[subprocess.Popen]:
+    """`launch.py --node` on all nodes. Node i reads the fifo folder/i; folder/status gets `i STATUS` at its end."""
+    cases = " ".join(f"{i}) {shlex.join(node.argv(*SELF, '--node'))};;" for i, node in enumerate(nodes))
+    script = folder / "node.sh"
+    # <> because opening a fifo with > blocks when the reader, this process, has been killed.
+    script.write_text(f"cd {shlex.quote(str(folder))}\n(case $1 in {cases} esac) <$1\necho $1 $? 1<>status\n")
+    if launcher == "pdsh":  # its exec module runs a command here for every host, %n being the host's index
+        hosts = ",".join(node.host for node in nodes)
+        commands = [["pdsh", "-R", "exec", "-N", "-f", str(len(nodes)), "-w", hosts, "sh", str(script), "%n"]]
+    else:
+        commands = [["sh", str(script), str(i)] for i in range(len(nodes))]
+    # In sessions of their own: a terminal's Ctrl-C reaches only this process, which passes it on.
+    return [subprocess.Popen(c, stdin=subprocess.DEVNULL, start_new_session=True) for c in commands]
+
+
+def run_nodes(nodes: list[Node], launcher: str, orders: list[bytes]) -> int:
+    """Runs all nodes to their end; when one fails or a signal comes, stops all. Returns the status to exit with."""
+    running = dict(enumerate(nodes))
+    signals: list[int] = []
+    first, deadline = None, math.inf
+    with tempfile.TemporaryDirectory(prefix="launch-") as folder:
+        pipes = []
+        for name in [*running, "status"]:
+            os.mkfifo(path := Path(folder, str(name)), 0o600)
+            pipes.append(os.open(path, os.O_RDWR))
+        *inputs, status = pipes
+        for pipe, order in zip(inputs, orders, strict=True):
+            os.write(pipe, order)
+
+        def tell(number: int) -> None:
+            for i in list(running):
+                os.write(inputs[i], b"%d\n" % number)
+
+        def on_signal(number: int, _frame: object) -> None:
+            signals.append(number)
+            if len(signals) == 1:
+                say(f"{signal.Signals(number).name} is passed on to all nodes; once more ends them at once")
+                tell(number)
+
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, on_signal)
+        processes = start(nodes, launcher, Path(folder))
+        while running and time.monotonic() < deadline + 2 * PATIENCE:
+            readable = select.select([status], [], [], 0.5)[0]
+            ended = [map(int, line.split()) for line in os.read(status, PIPE_SIZE).splitlines()] if readable else []
+            if not readable and all(process.poll() is not None for process in processes):
+                ended = [(i, 255) for i in running]  # somebody else has killed them
+            for i, code in ended:
+                host = running.pop(i).host
+                if code and first is None:
+                    first = (code, f"{host} (node {i}) ended first, with status {code}")
+                    if running and not signals:
+                        say(f"{host} (node {i}) failed; the others have {PATIENCE} seconds to end")
+                        deadline = time.monotonic() + PATIENCE
+            if len(signals) > 1:
+                deadline = min(deadline, time.monotonic())
+            if time.monotonic() >= deadline:
+                tell(signal.SIGKILL)
+        if running:
+            say(f"no answer from {', '.join(node.host for node in running.values())}: look for processes there")
+        for process in processes:
+            if running:
+                process.kill()
+            process.wait()
+    if running or first:
+        code, text = first or (1, "stopped by a signal")
+        say(text)
+        return 128 + signals[0] if signals else code
+    return 0
+
+
+# --- on a node --------------------------------------------------------------------------------------------------------
+
+
+def run_node() -> int:
+    """Runs the command that standard input brings, until its end or that of the input. Returns its status."""
+    orders = open(0, "rb", buffering=0)  # noqa: SIM115  (unbuffered: a thread waits in it when this process ends)
+    order = json.loads(orders.readline())
+    environment = {**os.environ, **order["environment"], JOB: order["job"], "PYTHONUNBUFFERED": "1"}
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    child = subprocess.Popen(order["command"], cwd=ROOT, env=environment, start_new_session=True, **pipes)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda number, _frame: child.send_signal(number))
+
+    def obey() -> None:
+        for line in orders:
+            if int(line) == signal.SIGKILL:
+                kill(order["job"])
+            else:
+                child.send_signal(int(line))
+        child.send_signal(signal.SIGTERM)  # the launcher is gone
+        time.sleep(
+            float(environment.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30)) + PATIENCE
+        )  # torchrun's own comes first
+        kill(order["job"])
+
+    threading.Thread(target=obey, daemon=True).start()
+    prefix = f"{order['name']}: ".encode()
+    pumps = [threading.Thread(target=pump, args=(p, n, prefix)) for p, n in ((child.stdout, 1), (child.stderr, 2))]
+    for thread in pumps:
+        thread.start()
+    status = child.wait()
+    kill(order["job"])  # what torchrun has left when it was killed itself
+    for thread in pumps:
+        thread.join()
+    return status if status >= 0 else 128 - status
+
+
+def pump(source: IO[bytes], target: int, prefix: bytes) -> None:
+    """Copies lines to a file descriptor, a prefix before each; progress bars, which begin by \\r, become lines too."""
+    rest = b""
+    while chunk := os.read(source.fileno(), PIPE_SIZE):
+        *lines, rest = re.split(rb"[\r\n]+", rest + chunk)
+        if chunk.startswith(b"\r"):
+            lines, rest = [*lines, rest], b""
+        with contextlib.suppress(BrokenPipeError):  # without a launcher the command still ends in order
+            os.write(target, b"".join(prefix + line + b"\n" for line in lines if line))
+    with contextlib.suppress(BrokenPipeError):
+        os.write(target, prefix + rest + b"\n" if rest else b"")
+
+
+def kill(job: str) -> None:
+    """Kills all processes that carry the job's mark."""
+    mark = f"{JOB}={job}".encode()
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):  # ended meanwhile, or another user's
+            if mark in path.read_bytes().split(b"\0"):
+                os.kill(int(path.parent.name), signal.SIGKILL)
+
+
+# --- command line -----------------------------------------------------------------------------------------------------
+
+
+def run_on_each(nodes: list[Node], script: str) -> int:
+    """A shell script on every node, one after the other (they may share a home); $1 is the node's index."""
+    runs = [subprocess.run(n.argv("sh", "-s", str(i)), input=script, text=True) for i, n in enumerate(nodes)]
+    return max(run.returncode for run in runs)
+
+
+def launch(nodes: list[Node], args: list[str]) -> int:
+    """All nodes; this one alone when INDEX_CUSTOM says which it is; none with --dry_run."""
+    index, port = os.environ.get("INDEX_CUSTOM"), os.environ.get("MASTER_PORT")
+    if index and index not in map(str, range(len(nodes))):
+        raise ValueError(f"INDEX_CUSTOM {index}: the hostfile has nodes 0 to {len(nodes) - 1}")
+    launcher = "by hand" if index else choose_launcher(nodes)
+    if index:
+        port = port or "29500"  # nodes started by hand can't ask the first one
+        say(f"INDEX_CUSTOM={index}: this is only node {index} of {len(nodes)}; unset it to start all from here")
+    if any(re.fullmatch(r"--dry[-_]run|dry_run=[Tt]rue", arg) for arg in args):
+        world = {**os.environ, "WORLD_SIZE": str(sum(node.slots for node in nodes))}
+        if status := subprocess.run([sys.executable, *args], cwd=ROOT, env=world).returncode:
+            return status
+        for i in [int(index)] if index else range(len(nodes)):
+            command = shlex.join(torchrun(nodes, i, port or "FREE_PORT", args))
+            print(f"{nodes[i].host}: cd {shlex.quote(str(ROOT))} && {command}")
+        print(f"launcher: {launcher}; environment passed: {' '.join(sorted(passed_environment()))}")
+        return 0
+    if index:
+        os.chdir(ROOT)
+        os.execv(sys.executable, torchrun(nodes, int(index), port, args))
+    port = port or ask_for_port(nodes[0])
+    orders = make_orders(nodes, port, args)
+    say(f"{len(nodes)} nodes, {sum(n.slots for n in nodes)} processes ({launcher}), master {nodes[0].host}:{port}")
+    return run_nodes(nodes, launcher, orders)
+
+
+def main(args: list[str]) -> int:
+    """args: what torchrun shall run; or --node, --free_port, or --each with a shell script on standard input."""
+    if args == ["--node"]:
+        return run_node()
+    if args == ["--free_port"]:
+        print(free_port())
+        return 0
+    nodes = read_hostfile(os.environ["HOSTFILE"], os.environ.get("NPROC_PER_NODE") or "1")
+    return run_on_each(nodes, sys.stdin.read()) if args == ["--each"] else launch(nodes, args)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except ValueError as error:
+        print(f"launch.py: error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,398 @@
+"""Recipes on several nodes: real ssh and pdsh to a throw-away sshd on loopback addresses, real torchrun, real kills."""
+
+import getpass
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, Run, relative_difference
+from test_checkpoints import lines, wait_for
+
+FINETUNE = ROOT / "scripts/finetune"
+RECIPE = FINETUNE / "finetune_flux_grpo_MixGRPO.sh"
+HOSTS = ("127.0.0.2", "127.0.0.3")
+FOUR_PROMPTS = {"prompts_per_iteration": 4, "parallel": "ddp", "learning_rate": 1e-5}
+ENDLESS = {**FOUR_PROMPTS, "max_train_steps": 500, "checkpointing_steps": 500}
+LAUNCHERS = ("ssh", "pdsh")
+SECRET = "sesame-open-93157"
+
+
+def program(name: str) -> str:
+    """Its path. Without it the test is skipped, but not in CI."""
+    path = shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin")
+    if path is None and not os.environ.get("CI"):
+        pytest.skip(f"no {name} here (apt-get install openssh-server pdsh shellcheck)")
+    assert path, f"no {name}: .ci/run installs it"
+    return path
+
+
+@pytest.fixture(scope="session")
+def ssh(tmp_path_factory) -> Iterator[Path]:
+    """A folder with ssh_config for HOSTS, and with home directories of these names."""
+    folder = tmp_path_factory.mktemp("ssh")
+    sshd, keygen = program("sshd"), program("ssh-keygen")
+    for key in ("key", "host_key"):
+        subprocess.run([keygen, "-q", "-t", "ed25519", "-N", "", "-f", folder / key], check=True)
+    with socket.socket() as probe:
+        probe.bind((HOSTS[0], 0))
+        port = probe.getsockname()[1]
+    server = [f"Port {port}", *(f"ListenAddress {host}" for host in HOSTS), f"HostKey {folder}/host_key"]
+    server += [f"AuthorizedKeysFile {folder}/key.pub", "StrictModes no", "UsePAM no", "PidFile none"]
+    for host in HOSTS:
+        (folder / host).mkdir()
+        server += [f"Match LocalAddress {host}", f"SetEnv HOME={folder / host}"]
+    (folder / "sshd_config").write_text("\n".join(server) + "\n")
+    (folder / "ssh_config").write_text(
+        f"Port {port}\nUser {getpass.getuser()}\nIdentityFile {folder}/key\nIdentitiesOnly yes\nBatchMode yes\n"
+        "UserKnownHostsFile /dev/null\nStrictHostKeyChecking no\nLogLevel ERROR\n"
+    )
+    if os.geteuid() == 0:
+        Path("/run/sshd").mkdir(exist_ok=True)
+    with open(folder / "sshd.log", "w") as log:
+        daemon = subprocess.Popen([sshd, "-D", "-e", "-f", folder / "sshd_config"], stderr=log)
+    try:
+        wait_for(lambda: (folder / "sshd.log").read_text().count("listening") == 2, daemon, folder / "sshd.log")
+        yield folder
+    finally:
+        daemon.terminate()
+        daemon.wait()
+
+
+@pytest.fixture
+def hostfile(tmp_path) -> Path:
+    path = tmp_path / "hosts"
+    path.write_text(f"# two nodes\n\n{HOSTS[0]} slots=2  # the master\n{HOSTS[1]}\n")
+    return path
+
+
+@pytest.fixture
+def environment(subprocess_environment, hostfile) -> dict[str, str]:
+    """Of a recipe that is to run on the hostfile, without ssh's settings."""
+    kept = {k: v for k, v in subprocess_environment.items() if k not in ("MASTER_PORT", "INDEX_CUSTOM", "LAUNCHER")}
+    return {**kept, "PYTHON_BIN": sys.executable, "HOSTFILE": str(hostfile), "NPROC_PER_NODE": "2"}
+
+
+@pytest.fixture
+def start(flags, tmp_path, environment, ssh) -> Iterator:
+    """start(name, launcher, flag=value, ...) -> the launcher of a training run in the background; output in name.log.
+
+    All its processes, on whatever node, have MARK in their environment, and a key that nobody may see.
+    """
+    launched = []
+    secrets = {"HF_TOKEN": SECRET, "PASS_ENV": "MARK,OTHER_*", "OTHER_KEY": SECRET, "MARK": uuid.uuid4().hex}
+
+    def run(name: str, launcher: str, **given) -> subprocess.Popen:
+        program(launcher)
+        remote = {"LAUNCHER": launcher, "REMOTE_SHELL": f"ssh -F {ssh}/ssh_config"}
+        with open(tmp_path / f"{name}.log", "w") as log:
+            process = subprocess.Popen(
+                ["bash", RECIPE, *flags(output_dir=tmp_path / name, **{**FOUR_PROMPTS, **given})],
+                env={**environment, **secrets, **remote}, stdout=log, stderr=log, cwd=tmp_path,
+            )  # fmt: skip
+        process.mark = secrets["MARK"]
+        launched.append(process)
+        return process
+
+    yield run
+    for process in launched:
+        process.kill()
+        process.wait()
+        for pid in marked(process.mark):
+            os.kill(pid, signal.SIGKILL)
+
+
+def everybody(what: str) -> dict[int, list[str]]:
+    """`environ` or `cmdline` of every process on this machine."""
+    found = {}
+    for path in Path("/proc").glob(f"[0-9]*/{what}"):
+        try:
+            found[int(path.parent.name)] = path.read_bytes().decode(errors="replace").split("\0")
+        except OSError:  # it has ended
+            continue
+    return found
+
+
+def marked(mark: str) -> list[int]:
+    return [pid for pid, variables in everybody("environ").items() if f"MARK={mark}" in variables]
+
+
+def torchrun_of(mark: str, rank: int) -> int:
+    """The process of `torchrun` on a node."""
+    commands = everybody("cmdline")
+    on_node = f"--node_rank\0{rank}"
+    (pid,) = (p for p in marked(mark) if on_node in "\0".join(commands.get(p, [])))
+    return pid
+
+
+def wait_until_gone(mark: str, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while left := marked(mark):
+        assert time.monotonic() < deadline, [everybody("cmdline").get(pid) for pid in left]
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_two_nodes_train_what_one_node_trains(start, flags, environment, tmp_path):
+    alone = {**environment, "HOSTFILE": "", "NPROC_PER_NODE": "4"}
+    command = ["bash", RECIPE, *flags(output_dir=tmp_path / "one", **FOUR_PROMPTS)]
+    subprocess.run(command, env=alone, timeout=200, capture_output=True, check=True)
+    one = Run(tmp_path / "one")
+    assert len(one.metrics) == 2
+    for launcher in LAUNCHERS:
+        process, log = start(launcher, launcher), tmp_path / f"{launcher}.log"
+        assert process.wait(200) == 0, log.read_text()[-4000:]
+        two = Run(tmp_path / launcher)
+        assert one.numbers() == two.numbers()
+        assert relative_difference(one.gradient(), two.gradient()) < 1e-6
+        output = log.read_text().splitlines()
+        assert output[0].startswith(f"launch.py: 2 nodes, 4 processes ({launcher}), master 127.0.0.2:")
+        assert all(line.startswith("127.0.0.2: ") for line in output[1:]), output
+        assert "16 images an iteration on 4 process(es)" in output[1] and "2/2" in output[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [pytest.param("ssh", marks=pytest.mark.long), "pdsh"])
+def test_a_node_that_fails_stops_the_others_and_gives_its_status(start, tmp_path, launcher):
+    process, log = start("run", launcher, **ENDLESS), tmp_path / "run.log"
+    wait_for(lambda: lines(tmp_path / "run") >= 1, process, log)
+    os.kill(torchrun_of(process.mark, 1), signal.SIGKILL)  # its own children are left behind
+    assert process.wait(30) == 128 + signal.SIGKILL
+    wait_until_gone(process.mark, 1)
+    assert log.read_text().splitlines()[-1] == "launch.py: 127.0.0.3 (node 1) ended first, with status 137"
+
+
+@pytest.mark.slow
+def test_a_process_that_raises_stops_all_nodes(start, tmp_path):
+    process, log = start("run", "ssh", **ENDLESS, reward_model="failing_rewards:raises_on_rank_1"), tmp_path / "run.log"
+    assert process.wait(200) == 1
+    wait_until_gone(process.mark, 1)
+    summary = log.read_text().partition("127.0.0.2: Root Cause")[2]
+    assert "127.0.0.2:   RuntimeError: on purpose" in summary.splitlines()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.long), signal.SIGTERM])
+@pytest.mark.parametrize("launcher", [pytest.param("ssh", marks=pytest.mark.long), "pdsh"])
+def test_a_signal_ends_all_nodes_after_saving(start, tmp_path, launcher, number):
+    process, log = start("run", launcher, **ENDLESS), tmp_path / "run.log"
+    wait_for(lambda: lines(tmp_path / "run") >= 2, process, log)
+    os.kill(process.pid, number)
+    assert process.wait(60) == 128 + number
+    wait_until_gone(process.mark, 1)
+    (checkpoint,) = Run(tmp_path / "run").checkpoints
+    assert checkpoint.name.split("-")[1] == str(lines(tmp_path / "run"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["ssh", pytest.param("pdsh", marks=pytest.mark.long)])
+def test_a_killed_launcher_leaves_no_process_and_keys_stay_secret(start, tmp_path, launcher):
+    process, log = start("run", launcher, **ENDLESS), tmp_path / "run.log"
+    wait_for(lambda: lines(tmp_path / "run") >= 2, process, log)
+    environ = everybody("environ")
+    trainers = [pid for pid in marked(process.mark) if any(v.startswith("LOCAL_RANK=") for v in environ[pid])]
+    assert len(trainers) == 4
+    assert all({f"HF_TOKEN={SECRET}", f"OTHER_KEY={SECRET}"} <= set(environ[pid]) for pid in trainers)
+    assert SECRET not in str(everybody("cmdline"))
+    process.kill()
+    wait_until_gone(process.mark, 45)
+    assert len(Run(tmp_path / "run").checkpoints) == 1, log.read_text()  # as after SIGTERM
+    assert SECRET not in log.read_text()
+
+
+@pytest.mark.long
+def test_a_second_signal_ends_all_at_once(start, tmp_path):
+    process = start("run", "ssh", **ENDLESS)
+    wait_for(lambda: lines(tmp_path / "run") >= 1, process, tmp_path / "run.log")
+    for _ in range(2):
+        os.kill(process.pid, signal.SIGINT)
+        time.sleep(0.05)
+    assert process.wait(10) == 130
+    wait_until_gone(process.mark, 1)
+
+
+# --- by hand, and with Slurm ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_slurm_example_trains(flags, environment, tmp_path):
+    """Stand-ins for Slurm's two commands start one task a node on this machine; all else is real."""
+    bin_folder = tmp_path / "bin"
+    bin_folder.mkdir()
+    for name, text in {
+        "scontrol": 'printf "%s\\n" 127.0.0.2 127.0.0.3',
+        "srun": '[ "$1" = --kill-on-bad-exit=1 ] && shift\nSLURM_NODEID=1 "$@" & SLURM_NODEID=0 "$@" && wait $!',
+    }.items():
+        (bin_folder / name).write_text(f"#!/bin/sh\n{text}\n")
+        (bin_folder / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": "123", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_GPUS_ON_NODE": "1", "RECIPE": str(RECIPE)}
+    environment = {**environment, **job, "PATH": f"{bin_folder}:{environment['PATH']}"}
+    del environment["NPROC_PER_NODE"]
+    done = subprocess.run(
+        ["bash", FINETUNE / "flux_grpo_MixGRPO.sbatch", *flags(output_dir=tmp_path / "run", prompts_per_iteration=2)],
+        env=environment, cwd=tmp_path, timeout=200, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "on 2 process(es)" in done.stdout and "INDEX_CUSTOM=1" in done.stderr
+    assert len(Run(tmp_path / "run").metrics) == 2
+
+
+@pytest.mark.parametrize("index", ["2", "-1", "x"])
+def test_an_index_that_no_node_has_is_refused(environment, index):
+    done = subprocess.run(
+        ["bash", RECIPE], env={**environment, "INDEX_CUSTOM": index}, timeout=60, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and f"INDEX_CUSTOM {index}: the hostfile has nodes 0 to 1" in done.stderr
+
+
+def test_set_env_multinode_twice_is_as_once_and_can_be_undone(environment, hostfile, ssh):
+    def run(*argv: str) -> dict[str, str]:
+        remote = {"REMOTE_SHELL": f"ssh -F {ssh}/ssh_config"}
+        script = ROOT / "scripts/preprocess/set_env_multinode.sh"
+        subprocess.run(["bash", script, *argv], env={**environment, **remote}, timeout=60, check=True)
+        return {host: (ssh / host / ".bashrc").read_text() for host in HOSTS}
+
+    def index(host: str) -> str:
+        command = ["ssh", "-F", ssh / "ssh_config", host, ". ~/.bashrc; echo $INDEX_CUSTOM$OWN"]
+        return subprocess.run(command, timeout=60, capture_output=True, text=True, check=True).stdout.strip()
+
+    (ssh / HOSTS[0] / ".bashrc").write_text("OWN=own\n")
+    once = run()
+    assert [index(host) for host in HOSTS] == ["0own", "1"]
+    assert run() == once
+    hostfile.write_text(f"{HOSTS[1]}\n{HOSTS[0]}\n")
+    run()
+    assert [index(host) for host in HOSTS] == ["1own", "0"]
+    assert run("--remove") == {HOSTS[0]: "OWN=own\n", HOSTS[1]: ""} == run("--remove")
+
+
+# --- hostfiles, dry run, errors ---------------------------------------------------------------------------------------
+
+
+def refused(environment: dict[str, str], **given: str) -> str:
+    """The one line with which a recipe ends before it starts anything."""
+    done = subprocess.run(
+        ["bash", RECIPE], env={**environment, **given}, timeout=60, capture_output=True, text=True
+    )  # fmt: skip
+    assert done.returncode == 2 and not done.stdout, done.stderr
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("launch.py: error: "), done.stderr
+    return done.stderr
+
+
+@pytest.mark.parametrize(
+    "text,message",
+    [
+        ("", "names no host"),
+        ("# nobody\n\n", "names no host"),
+        ("node1\nnode2\nnode1 slots=4\n", "line 3: node1 is there twice"),
+        ("node1 slots=x\n", "line 1: slots=x"),
+        ("node1\n\nnode2 slots=0\n", "line 3: slots=0"),
+        ("node1 slots=\n", "line 1: slots="),
+        ("node1 slots=8 max_slots=8\n", "slots=8 max_slots=8"),
+        ("node1 node2\n", "line 1: node2"),
+        ("-oProxyCommand=true\n", "-oProxyCommand=true is no host name"),
+        ("node1,node2\n", "node1,node2 is no host name"),
+        ("localhost\nnode2\n", "can't reach the first host, the master, as localhost"),
+    ],
+)
+def test_a_bad_hostfile_is_refused_in_one_line(environment, hostfile, text, message):
+    hostfile.write_text(text)
+    error = refused(environment)
+    assert message in error and str(hostfile) in error
+
+
+def test_other_bad_settings_are_refused_in_one_line(environment, hostfile, tmp_path):
+    assert "missing: can't be read" in refused(environment, HOSTFILE=str(tmp_path / "missing"))
+    assert "NPROC_PER_NODE 0" in refused(environment, NPROC_PER_NODE="0")
+    assert "LAUNCHER mpirun: unknown; choose from pdsh, ssh" in refused(environment, LAUNCHER="mpirun")
+    assert "no-such-shell is not installed" in refused(environment, LAUNCHER="ssh", REMOTE_SHELL="no-such-shell -q")
+    unreachable = refused(environment, LAUNCHER="ssh", REMOTE_SHELL="false")
+    assert "127.0.0.2" in unreachable and "nothing was started" in unreachable
+    huge = refused(environment, LAUNCHER="ssh", REMOTE_SHELL="true", MASTER_PORT="1", PASS_ENV="BIG", BIG="x" * 70000)
+    assert "PASS_ENV" in huge
+
+
+def test_a_node_that_can_not_be_reached_is_named(environment):
+    done = subprocess.run(
+        ["bash", RECIPE], timeout=60, capture_output=True, text=True,
+        env={**environment, "LAUNCHER": "ssh", "REMOTE_SHELL": "sh -c 'exit 255'", "MASTER_PORT": "29500"},
+    )  # fmt: skip
+    assert done.returncode == 255
+    assert "ended first, with status 255" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_a_dry_run_prints_the_plan_and_each_node_s_command(environment, flags, tmp_path):
+    def dry_run(**given: str) -> list[str]:
+        command = ["bash", RECIPE, *flags(output_dir=tmp_path / "run", dry_run=True)]
+        env = {**environment, "HF_TOKEN": SECRET, "NCCL_DEBUG": "INFO", **given}
+        done = subprocess.run(command, env=env, timeout=100, capture_output=True, text=True, check=True)
+        assert SECRET not in done.stdout + done.stderr and not (tmp_path / "run").exists()
+        return done.stdout.splitlines()
+
+    environment |= {"NPROC_PER_NODE": "3", "LAUNCHER": "ssh", "REMOTE_SHELL": "false"}
+    plan, *_, first, second, summary = dry_run()
+    assert "5 process(es)" in plan
+    assert first.startswith(f"127.0.0.2: cd {ROOT} && {sys.executable} -m torch.distributed.run ")
+    assert "--nnodes 2 --nproc_per_node 2 --node_rank 0 --master_addr 127.0.0.2 --master_port FREE_PORT" in first
+    assert "--nnodes 2 --nproc_per_node 3 --node_rank 1 --master_addr 127.0.0.2" in second
+    assert "fastvideo/train_grpo_flux.py" in first and "--num_generations 4" in second
+    assert summary.startswith("launcher: ssh; ") and {"HF_TOKEN", "NCCL_DEBUG"} <= set(summary.split())
+    *_, node, by_hand = dry_run(INDEX_CUSTOM="1", MASTER_PORT="4711")
+    assert node.startswith("127.0.0.3: ") and "--master_port 4711" in node and "by hand" in by_hand
+    *_, alone, here = dry_run(HOSTFILE="data/hosts/hostfile")
+    assert alone.startswith("127.0.0.1: ") and "--nnodes 1 --nproc_per_node 3" in alone and "launcher: here" in here
+
+
+@pytest.mark.slow
+def test_the_shipped_hostfile_trains_on_this_machine_without_a_remote_shell(environment, flags, tmp_path):
+    command = ["bash", RECIPE, *flags(output_dir=tmp_path / "run")]
+    env = {**environment, "HOSTFILE": "data/hosts/hostfile", "NPROC_PER_NODE": "1", "REMOTE_SHELL": "false"}
+    done = subprocess.run(command, env=env, cwd=tmp_path, timeout=100, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(Run(tmp_path / "run").metrics) == 2
+
+
+# --- other ways to start ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config,parallel", [("ddp", "ddp"), ("fsdp2", "fsdp"), ("deepspeed", "deepspeed")])
+def test_accelerate_launch_trains_what_one_process_trains(
+    train, flags, tmp_path, subprocess_environment, config, parallel
+):
+    given = {"prompts_per_iteration": 2, "reward_model": "custom_rewards:rough_brightness"}
+    path = ROOT / f"scripts/accelerate_configs/{config}.yaml"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", path, "--num_processes", "2"]
+    argv = flags(output_dir=tmp_path / "two", parallel=parallel, **given)
+    done = subprocess.run(
+        [*command, "fastvideo/train_grpo_flux.py", *argv],
+        cwd=ROOT, env=subprocess_environment, timeout=200, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    one, two = train(**given), Run(tmp_path / "two")
+    assert "2 process(es)" in done.stdout
+    for a, b in zip(one.numbers(), two.numbers(), strict=True):
+        assert {n: a[n] for n in ("reward", "grad_norm", "lr")} == pytest.approx(
+            {n: b[n] for n in ("reward", "grad_norm", "lr")}, rel=1e-3
+        )
+
+
+SCRIPTS = [*ROOT.glob("*.sh"), *ROOT.glob("scripts/**/*.sh"), *ROOT.glob("scripts/**/*.sbatch"), ROOT / ".ci/run"]
+
+
+def test_shell_scripts_are_sound():
+    assert len(SCRIPTS) > 20
+    for path in SCRIPTS:
+        subprocess.run(["bash", "-n", path], check=True)
+    done = subprocess.run(
+        [program("shellcheck"), "-x", "-P", "SCRIPTDIR", "-S", "warning", *SCRIPTS], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout
