@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the hub's client is imported; nothing here asks a hub
+
 import fastvideo  # noqa: F401  (first: it mends torchvision beside a CPU-only torch)
 from fastvideo import train_grpo_flux
 from fastvideo.data_preprocess.preprocess_flux_embedding import embed_prompts

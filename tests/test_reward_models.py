@@ -280,6 +280,7 @@ def test_pick_score_equals_its_model_card(make):
         ("pick_score pick_score_path no/thing", ""),
         ("image_reward image_reward_score_dir {}", "no such file"),
         ("image_reward image_reward_path {}/half.pt image_reward_mode overall", "not a readable checkpoint"),
+        ("image_reward image_reward_score_dir {} image_reward_mode overall", ""),
     ],
 )
 def test_a_missing_or_wrong_file_is_refused_with_flag_file_and_the_command_that_gets_it(
@@ -307,6 +308,25 @@ def test_a_damaged_clip_file_of_the_granular_reward_is_named(narrow_rewards, tmp
     damaged = folder / "ViT-L-14.pt"
     damaged.write_bytes(damaged.read_bytes()[:100_000])
     with pytest.raises(ValueError, match="--image_reward_score_dir .*ViT-L-14.pt: not a readable CLIP checkpoint"):
+        ImageRewardModel(score_dir=str(folder))
+
+
+def test_pick_score_without_its_tokenizer_is_refused(narrow_rewards, tmp_path):
+    """transformers would make an empty one, to which all prompts are alike."""
+    folder = tmp_path / PICK_SCORE_FOLDER
+    shutil.copytree(
+        narrow_rewards / PICK_SCORE_FOLDER, folder,
+        ignore=shutil.ignore_patterns("tokenizer.json", "vocab.json", "merges.txt"),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=f"--pick_score_path {folder}: .*no vocabulary .*download_checkpoints.sh pick"):
+        PickScoreRewardModel(str(folder))
+
+
+@pytest.mark.parametrize("missing", ["med_config.json", "bert-base-uncased"])
+def test_a_small_file_of_the_granular_reward_that_can_t_be_downloaded_is_named(missing, narrow_rewards, tmp_path):
+    folder = tmp_path / "image_reward_ckpt"
+    shutil.copytree(narrow_rewards / "image_reward_ckpt", folder, ignore=shutil.ignore_patterns(missing))
+    with pytest.raises(ValueError, match=f"--image_reward_score_dir .*{missing}.*download_checkpoints.sh image_reward"):
         ImageRewardModel(score_dir=str(folder))
 
 

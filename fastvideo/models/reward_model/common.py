@@ -88,6 +88,12 @@ def bad_file(flag: str, path: str | Path, problem: str) -> ValueError:
     return ValueError(f"--{flag} {path}: {problem}; `{command}` gets it")
 
 
+def check_tokenizer(tokenizer: Any, source: str) -> None:
+    """Raises OSError for a tokenizer of special tokens alone, as transformers 5 makes where it finds no vocabulary."""
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise OSError(f"{source}: no vocabulary of its tokenizer found")
+
+
 def read_checkpoint(path: str | Path, flag: str) -> dict[str, Any]:
     """The dict in a .pt, .pth, .bin or .safetensors file, tensors on the CPU; code in it is never run.
 

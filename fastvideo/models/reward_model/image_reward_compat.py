@@ -18,6 +18,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from fastvideo.models.reward_model.common import check_tokenizer
+
 import torch
 
 
@@ -60,6 +62,7 @@ def bert_tokenizer(source: str) -> Any:
     from transformers import BertTokenizer
 
     tokenizer = BertTokenizer.from_pretrained(source)
+    check_tokenizer(tokenizer, source)
     tokenizer.add_special_tokens({"bos_token": "[DEC]"})
     tokenizer.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
     tokenizer.enc_token_id = tokenizer.convert_tokens_to_ids("[ENC]")

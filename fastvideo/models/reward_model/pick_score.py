@@ -8,7 +8,7 @@ s = logit_scale * cosine lies about 18 to 24. Training uses (s - 18) / 8, evalua
 from pathlib import Path
 
 from fastvideo.models.reward_model.clip_base import CLIPReward
-from fastvideo.models.reward_model.common import bad_file, demo_parser, downloading, run_demo
+from fastvideo.models.reward_model.common import bad_file, check_tokenizer, demo_parser, downloading, run_demo
 
 import torch
 from PIL import Image
@@ -45,6 +45,7 @@ class PickScoreRewardModel(CLIPReward):
             processor_path = model_path if local else DEFAULT_PROCESSOR
         with downloading("pick_score_path", model_path, http_proxy, https_proxy):
             self.processor = CLIPProcessor.from_pretrained(processor_path)
+            check_tokenizer(self.processor.tokenizer, processor_path)
             model, report = CLIPModel.from_pretrained(model_path, output_loading_info=True)
         missing = [key for key in report["missing_keys"] if not key.endswith("position_ids")]
         if missing or report["mismatched_keys"]:
