@@ -94,7 +94,8 @@ def start(flags, tmp_path, environment, ssh) -> Iterator:
 
     def run(name: str, launcher: str, **given) -> subprocess.Popen:
         program(launcher)
-        remote = {"LAUNCHER": launcher, "REMOTE_SHELL": f"ssh -F {ssh}/ssh_config"}
+        remote = {"LAUNCHER": launcher, "REMOTE_SHELL": f"ssh -F {ssh}/ssh_config", "TMPDIR": str(tmp_path / "tmp")}
+        (tmp_path / "tmp").mkdir(exist_ok=True)
         with open(tmp_path / f"{name}.log", "w") as log:
             process = subprocess.Popen(
                 ["bash", RECIPE, *flags(output_dir=tmp_path / name, **{**FOUR_PROMPTS, **given})],
@@ -162,6 +163,16 @@ def test_two_nodes_train_what_one_node_trains(start, flags, environment, tmp_pat
         assert "16 images an iteration on 4 process(es)" in output[1] and "2/2" in output[-1]
 
 
+@pytest.mark.long
+def test_shards_within_a_node_and_copies_between_nodes_train_the_same(start, train, tmp_path, hostfile):
+    hostfile.write_text("\n".join(HOSTS))
+    given = {"prompts_per_iteration": 4, "reward_model": "custom_rewards:rough_brightness", "parallel": "fsdp"}
+    process = start("two", "ssh", **given, fsdp_sharding_startegy="hybrid_full")
+    assert process.wait(200) == 0, (tmp_path / "two.log").read_text()[-4000:]
+    one, two = train(**{**FOUR_PROMPTS, **given, "parallel": "none"}), Run(tmp_path / "two")
+    assert relative_difference(two.gradient(), one.gradient()) < 1e-5
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", [pytest.param("ssh", marks=pytest.mark.long), "pdsh"])
 def test_a_node_that_fails_stops_the_others_and_gives_its_status(start, tmp_path, launcher):
@@ -213,8 +224,10 @@ def test_a_killed_launcher_leaves_no_process_and_keys_stay_secret(start, tmp_pat
     assert all({f"HF_TOKEN={SECRET}", f"OTHER_KEY={SECRET}"} <= set(environ[pid]) for pid in trainers)
     assert SECRET not in str(everybody("cmdline"))
     process.kill()
+    process.wait()
     wait_until_gone(process.mark, 45)
     assert len(Run(tmp_path / "run").checkpoints) == 1, log.read_text()  # as after SIGTERM
+    assert not list((tmp_path / "tmp").iterdir())
     assert SECRET not in log.read_text()
 
 

@@ -164,9 +164,12 @@ def make_orders(nodes: list[Node], port: str, args: list[str]) -> list[bytes]:
 def start(nodes: list[Node], launcher: str, folder: Path) -> list[subprocess.Popen]:
     """`launch.py --node` on all nodes. Node i reads the fifo folder/i; folder/status gets `i STATUS` at its end."""
     cases = " ".join(f"{i}) {shlex.join(node.argv(*SELF, '--node'))};;" for i, node in enumerate(nodes))
-    script = folder / "node.sh"
-    # <> because opening a fifo with > blocks when the reader, this process, has been killed.
-    script.write_text(f"cd {shlex.quote(str(folder))}\n(case $1 in {cases} esac) <$1\necho $1 $? 1<>status\n")
+    script, quoted = folder / "node.sh", shlex.quote(str(folder))
+    script.write_text(f"""cd {quoted}
+(case $1 in {cases} esac) <$1
+status=$?
+if kill -0 {os.getpid()} 2>/dev/null; then echo $1 $status 1<>status; else rm -rf {quoted}; fi
+""")  # <> because opening a fifo with > would wait for a reader
     if launcher == "pdsh":  # its exec module runs a command here for every host, %n being the host's index
         hosts = ",".join(node.host for node in nodes)
         commands = [["pdsh", "-R", "exec", "-N", "-f", str(len(nodes)), "-w", hosts, "sh", str(script), "%n"]]
