@@ -12,7 +12,6 @@ fi
 # HOSTFILE (relative to the root) of every machine in it, see docs/distributed.md, "Several nodes".
 run_distributed() {
   if [ -n "${HOSTFILE:-}" ]; then
-    export HOSTFILE
     exec "$PYTHON_BIN" scripts/finetune/launch.py "$@"
   fi
   exec "$PYTHON_BIN" -m torch.distributed.run --standalone --nproc_per_node "${NPROC_PER_NODE:-1}" "$@"

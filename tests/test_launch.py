@@ -2,6 +2,7 @@
 
 import getpass
 import os
+import re
 import shutil
 import signal
 import socket
@@ -10,6 +11,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -75,8 +77,9 @@ def hostfile(tmp_path) -> Path:
 
 @pytest.fixture
 def environment(subprocess_environment, hostfile) -> dict[str, str]:
-    """Of a recipe that is to run on the hostfile, without ssh's settings."""
-    kept = {k: v for k, v in subprocess_environment.items() if k not in ("MASTER_PORT", "INDEX_CUSTOM", "LAUNCHER")}
+    """Of a recipe that is to run on the hostfile, with no setting of the launcher from outside."""
+    settings = ("MASTER_PORT", "INDEX_CUSTOM", "LAUNCHER", "REMOTE_SHELL", "PASS_ENV")
+    kept = {k: v for k, v in subprocess_environment.items() if k not in settings}
     return {**kept, "PYTHON_BIN": sys.executable, "HOSTFILE": str(hostfile), "NPROC_PER_NODE": "2"}
 
 
@@ -106,7 +109,8 @@ def start(flags, tmp_path, environment, ssh) -> Iterator:
         process.kill()
         process.wait()
         for pid in marked(process.mark):
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def everybody(what: str) -> dict[int, list[str]]:
@@ -165,7 +169,7 @@ def test_a_node_that_fails_stops_the_others_and_gives_its_status(start, tmp_path
     wait_for(lambda: lines(tmp_path / "run") >= 1, process, log)
     os.kill(torchrun_of(process.mark, 1), signal.SIGKILL)  # its own children are left behind
     assert process.wait(30) == 128 + signal.SIGKILL
-    wait_until_gone(process.mark, 1)
+    wait_until_gone(process.mark, 5)
     assert log.read_text().splitlines()[-1] == "launch.py: 127.0.0.3 (node 1) ended first, with status 137"
 
 
@@ -173,20 +177,27 @@ def test_a_node_that_fails_stops_the_others_and_gives_its_status(start, tmp_path
 def test_a_process_that_raises_stops_all_nodes(start, tmp_path):
     process, log = start("run", "ssh", **ENDLESS, reward_model="failing_rewards:raises_on_rank_1"), tmp_path / "run.log"
     assert process.wait(200) == 1
-    wait_until_gone(process.mark, 1)
+    wait_until_gone(process.mark, 5)
     summary = log.read_text().partition("127.0.0.2: Root Cause")[2]
     assert "127.0.0.2:   RuntimeError: on purpose" in summary.splitlines()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.long), signal.SIGTERM])
-@pytest.mark.parametrize("launcher", [pytest.param("ssh", marks=pytest.mark.long), "pdsh"])
+@pytest.mark.parametrize(
+    "launcher,number",
+    [
+        ("pdsh", signal.SIGTERM),
+        pytest.param("ssh", signal.SIGTERM, marks=pytest.mark.long),
+        pytest.param("ssh", signal.SIGINT, marks=pytest.mark.long),
+        pytest.param("pdsh", signal.SIGHUP, marks=pytest.mark.long),
+    ],
+)
 def test_a_signal_ends_all_nodes_after_saving(start, tmp_path, launcher, number):
     process, log = start("run", launcher, **ENDLESS), tmp_path / "run.log"
     wait_for(lambda: lines(tmp_path / "run") >= 2, process, log)
     os.kill(process.pid, number)
     assert process.wait(60) == 128 + number
-    wait_until_gone(process.mark, 1)
+    wait_until_gone(process.mark, 5)
     (checkpoint,) = Run(tmp_path / "run").checkpoints
     assert checkpoint.name.split("-")[1] == str(lines(tmp_path / "run"))
 
@@ -215,7 +226,21 @@ def test_a_second_signal_ends_all_at_once(start, tmp_path):
         os.kill(process.pid, signal.SIGINT)
         time.sleep(0.05)
     assert process.wait(10) == 130
-    wait_until_gone(process.mark, 1)
+    wait_until_gone(process.mark, 5)
+
+
+@pytest.mark.slow
+def test_prompts_are_embedded_on_all_nodes(environment, tmp_path, ssh, tiny_flux, prompts_file, embedded_prompts):
+    given = {"MODEL_PATH": tiny_flux, "PROMPT_FILE": str(prompts_file), "OUTPUT_DIR": str(tmp_path / "out")}
+    remote = {"LAUNCHER": "ssh", "REMOTE_SHELL": f"ssh -F {ssh}/ssh_config"}
+    done = subprocess.run(
+        ["bash", ROOT / "scripts/preprocess/preprocess_flux_rl_embeddings.sh", "--batch_size", "1"],
+        env={**environment, **given, **remote}, timeout=200, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert (tmp_path / "out/prompt.json").read_text() == embedded_prompts.read_text()
+    for host, rank in zip([HOSTS[0], HOSTS[0], HOSTS[1]], range(3), strict=True):
+        assert re.search(f"^{host}: rank {rank}: [1-5] embedded", done.stdout + done.stderr, re.MULTILINE)
 
 
 # --- by hand, and with Slurm ------------------------------------------------------------------------------------------
@@ -364,7 +389,10 @@ def test_the_shipped_hostfile_trains_on_this_machine_without_a_remote_shell(envi
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config,parallel", [("ddp", "ddp"), ("fsdp2", "fsdp"), ("deepspeed", "deepspeed")])
+@pytest.mark.parametrize(
+    "config,parallel",
+    [pytest.param("ddp", "ddp", marks=pytest.mark.long), ("fsdp2", "fsdp"), ("deepspeed", "deepspeed")],
+)
 def test_accelerate_launch_trains_what_one_process_trains(
     train, flags, tmp_path, subprocess_environment, config, parallel
 ):

@@ -127,9 +127,10 @@ def choose_launcher(nodes: list[Node]) -> str:
     if all(node.is_here for node in nodes):
         return "here"
     chosen = os.environ.get("LAUNCHER") or ("pdsh" if shutil.which("pdsh") else "ssh")
-    if chosen not in ("pdsh", "ssh"):
+    needed = {"pdsh": ["pdsh", remote_shell()[0]], "ssh": [remote_shell()[0]]}
+    if chosen not in needed:
         raise ValueError(f"LAUNCHER {chosen}: unknown; choose from pdsh, ssh")
-    for program in ["pdsh"] * (chosen == "pdsh") + remote_shell()[:1]:
+    for program in needed[chosen]:
         if not shutil.which(program):
             raise ValueError(
                 f"LAUNCHER {chosen}: {program} is not installed; choose from pdsh, ssh, or set REMOTE_SHELL"
@@ -196,11 +197,12 @@ def run_nodes(nodes: list[Node], launcher: str, orders: list[bytes]) -> int:
         def on_signal(number: int, _frame: object) -> None:
             signals.append(number)
             if len(signals) == 1:
-                say(f"{signal.Signals(number).name} is passed on to all nodes; once more ends them at once")
-                tell(number)
+                say(f"{signal.Signals(number).name}: all nodes are told to end; once more ends them at once")
+                tell(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
 
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, on_signal)
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup asks for
+                signal.signal(number, on_signal)
         processes = start(nodes, launcher, Path(folder))
         while running and time.monotonic() < deadline + 2 * PATIENCE:
             readable = select.select([status], [], [], 0.5)[0]
@@ -242,7 +244,7 @@ def run_node() -> int:
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     child = subprocess.Popen(order["command"], cwd=ROOT, env=environment, start_new_session=True, **pipes)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda number, _frame: child.send_signal(number))
+        signal.signal(number, lambda *_: child.send_signal(signal.SIGTERM))
 
     def obey() -> None:
         for line in orders:
@@ -251,20 +253,20 @@ def run_node() -> int:
             else:
                 child.send_signal(int(line))
         child.send_signal(signal.SIGTERM)  # the launcher is gone
-        time.sleep(
-            float(environment.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30)) + PATIENCE
-        )  # torchrun's own comes first
+        torchrun_waits = float(environment.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30))
+        time.sleep(torchrun_waits + PATIENCE)
         kill(order["job"])
 
     threading.Thread(target=obey, daemon=True).start()
     prefix = f"{order['name']}: ".encode()
-    pumps = [threading.Thread(target=pump, args=(p, n, prefix)) for p, n in ((child.stdout, 1), (child.stderr, 2))]
+    outputs = ((child.stdout, 1), (child.stderr, 2))
+    pumps = [threading.Thread(target=pump, args=(*output, prefix), daemon=True) for output in outputs]
     for thread in pumps:
         thread.start()
-    status = child.wait()
-    kill(order["job"])  # what torchrun has left when it was killed itself
+    if status := child.wait():
+        kill(order["job"])  # what torchrun has left when it was killed itself
     for thread in pumps:
-        thread.join()
+        thread.join(PATIENCE)  # not for ever: a daemon may have inherited the output
     return status if status >= 0 else 128 - status
 
 
