@@ -49,7 +49,7 @@ class BenchmarkConfig:
 # Switched off one at a time, from the fastest setting; the last is all of them, one picture at a time.
 OFF = {
     "compile": ["--compile", "false"],
-    "cuDNN attention in the rollout": ["--no_rollout_cudnn_attention"],
+    "cuDNN's attention": ["--cudnn_attention", "never"],
     "shared prefix": ["--no_share_prefix"],
     "batches": ["--rollout_batch_size", "1", "--train_micro_batch_size", "1"],
 }

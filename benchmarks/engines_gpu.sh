@@ -22,7 +22,7 @@ from bench_iteration import BenchmarkConfig, make_inputs
 
 folder = Path(sys.argv[1])
 folder.mkdir(parents=True, exist_ok=True)
-print(make_inputs(folder, BenchmarkConfig(double_blocks=int(sys.argv[2]), single_blocks=int(sys.argv[3]))), "parameters")
+make_inputs(folder, BenchmarkConfig(double_blocks=int(sys.argv[2]), single_blocks=int(sys.argv[3])))
 P
 }
 
@@ -30,7 +30,7 @@ train() { # name, model folder, processes, flags
   local name=$1 folder=$2 n=$3
   shift 3
   "$PYTHON_BIN" -m torch.distributed.run --standalone --nproc_per_node "$n" fastvideo/train_grpo_flux.py \
-    --pretrained_model_name_or_path "$folder" --data_json_path "$folder/prompt.json" --output_dir "$OUT/$name" \
+    --pretrained_model_name_or_path "$folder" --init_random_flux --data_json_path "$folder/prompt.json" --output_dir "$OUT/$name" \
     --reward_model jpeg_compressibility --no_use_wandb --dataloader_num_workers 0 --image_log_steps 0 "$@"
 }
 
@@ -48,7 +48,8 @@ agree)
   ;;
 lora)
   model "$OUT/flux12b" 19 38
-  train lora "$OUT/flux12b" 1 --use_lora --learning_rate 3e-4 --max_train_steps 2 --num_generations 12 --sampling_steps 25
+  train lora "$OUT/flux12b" 1 --use_lora --learning_rate 3e-4 --max_train_steps 2 --num_generations 12 --sampling_steps 25 \
+    --train_micro_batch_size "${MICRO:-4}"
   ;;
 full)
   model "$OUT/flux12b" 19 38

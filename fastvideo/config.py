@@ -386,8 +386,11 @@ class GRPOConfig(RewardSpecConfig):
         "compile the transformer's blocks (auto: on a GPU, not with deepspeed)",
         choices=["auto", "true", "false"],
     )
-    rollout_cudnn_attention: bool = flag(
-        True, "on a GPU, sample steps that aren't trained with cuDNN's attention, the fastest without gradient"
+    cudnn_attention: str = flag(
+        "rollout",
+        "on a GPU, use cuDNN's attention, the fastest: never, in steps that aren't trained, or in training too, where "
+        "some versions crash",
+        choices=["never", "rollout", "always"],
     )
     sp_size: int = flag(1, "sequence-parallel ranks")
 

@@ -400,6 +400,8 @@ class Trainer:
 
         training: the rounding matters; rows so few that kernels round differently are filled up with the last one.
         """
+        fits = self.accelerator.device.type == "cuda" and self.config.mixed_precision == "bf16"
+        cudnn = fits and self.config.cudnn_attention in (("always",) if training else ("always", "rollout"))
         few = min(FEW_ROWS, self.config.train_micro_batch_size) if training and self.fills_up else 0
 
         def predict(latents: torch.Tensor, sigma: torch.Tensor, prompt_index: torch.Tensor) -> torch.Tensor:
@@ -407,7 +409,8 @@ class Trainer:
             if given < few:
                 place = torch.arange(few, device=latents.device).clamp(max=given - 1)
                 latents, sigma, prompt_index = latents[place], sigma[place], prompt_index[place]
-            with self.accelerator.autocast():
+            attention = attention_backend("_native_cudnn") if cudnn else nullcontext()
+            with self.accelerator.autocast(), attention:
                 v = predict_velocity(model, latents, sigma, prompt_index, conditioning, self.guidance_embeds)
             return v[:given]
 
@@ -454,9 +457,7 @@ class Trainer:
             def velocity(*rows: torch.Tensor) -> torch.Tensor:
                 predict = self.velocity(model, conditioning, training)
                 count = math.ceil(len(rows[0]) / size)
-                fastest = self.config.rollout_cudnn_attention and device.type == "cuda" and not training
-                attention = attention_backend("_native_cudnn") if fastest else nullcontext()
-                with torch.set_grad_enabled(training), attention:
+                with torch.set_grad_enabled(training):
                     parts = zip(*(x.tensor_split(count) for x in rows), strict=True)
                     return torch.cat([predict(*part).detach() for part in parts])
 

@@ -6,6 +6,7 @@ from fastvideo.models.reward_model.utils import REWARDS, build_reward_models, ch
 
 import pytest
 from PIL import Image
+from reward_checkpoints import PICK_SCORE_FOLDER
 
 DEFAULTS = dict(
     reward_model="shapes",
@@ -25,6 +26,8 @@ DEFAULTS = dict(
     image_reward_score_dir="nowhere",
     image_reward_mode="granular",
     pick_score_path="yuvalkirstain/PickScore_v1",
+    pick_score_http_proxy=None,
+    pick_score_https_proxy=None,
     unified_reward_url=None,
     unified_reward_default_question_type="semantic",
     unified_reward_num_workers=1,
@@ -148,6 +151,14 @@ def test_tiny_rewards_are_built_with_their_schedule():
     shapes = models["ShapesRewardModel"]
     assert isinstance(shapes, ShapesRewardModel) and (shapes.schedule, shapes.gamma) == ("exponential", 3.0)
     assert REWARDS["shapes"].components == shapes.component_names
+
+
+def test_rewards_run_where_reward_device_says(narrow_rewards):
+    paths = {"pick_score_path": str(narrow_rewards / PICK_SCORE_FOLDER)}
+    for device, wanted in ((None, "meta"), ("cpu", "cpu")):
+        models, _ = build_reward_models(config(reward_model="pick_score", reward_device=device, **paths), "meta")
+        model = models["PickScoreRewardModel"]
+        assert model.device == wanted and {p.device.type for p in model.model.parameters()} == {wanted}
 
 
 def test_registry_and_real_models_name_the_same_components():

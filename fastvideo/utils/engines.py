@@ -183,7 +183,10 @@ class Engine:
         return transformer.to(self.accelerator.device)
 
     def _choose_memory(self) -> None:
-        """Decides whether whole parameters and whole gradients fit between rollout and optimizer step (FSDP2)."""
+        """Decides what FSDP2 holds whole, not split: parameters in the rollout, parameters and gradients in training.
+
+        Each is then exchanged once, before the rollout or in an optimizer step, however many steps or micro-batches.
+        """
         self.keep_gathered, self.defer_sync = False, True
         if self.name != "fsdp":
             return
@@ -195,6 +198,11 @@ class Engine:
         self.defer_sync = self._fits(4 * trained)
         choice = self.config.rollout_keep_gathered
         self.keep_gathered = self._fits(compute * everything) if choice == "auto" else choice == "true"
+        self.reshard = self.config.fsdp_sharding_startegy != "hybrid_zero2"
+        if self._fits(4 * trained + compute * everything):
+            self.reshard = False
+            self.transformer.set_reshard_after_backward(False)  # `step` does it
+        self.transformer.set_reshard_after_forward(self.reshard)
 
     def _fits(self, size: int) -> bool:
         """Whether `size` bytes more take at most half of what every GPU has left for them and for activations."""
@@ -218,18 +226,16 @@ class Engine:
     @contextmanager
     def rollout(self) -> Iterator[torch.nn.Module]:
         """The model to sample with. FSDP2 then gathers each block once, not once a step, if memory allows."""
-        if self.keep_gathered:
-            for block in self.blocks():
-                block.set_reshard_after_forward(False)
+        if self.name == "fsdp":
+            self.transformer.set_reshard_after_forward(not self.keep_gathered)
         # DDP would synchronise buffers at every call; DeepSpeed's engine gathers what ZeRO-3 has split.
         yield self.model if self.name == "deepspeed" else self.transformer
         if self.name == "fsdp":
-            for block in self.blocks():
-                block.set_reshard_after_forward(self.config.fsdp_sharding_startegy != "hybrid_zero2")
+            self.transformer.set_reshard_after_forward(self.reshard)
         self._reshard()
 
     def _reshard(self) -> None:
-        """Drops whole parameters that FSDP2 still holds: they would be out of date after an optimizer step."""
+        """Drops whole parameters that FSDP2 still holds; they would be out of date after an optimizer step."""
         for module in self.transformer.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
@@ -268,6 +274,7 @@ class Engine:
     def step(self, loss: torch.Tensor) -> torch.Tensor | None:
         """Clips, and steps unless the loss or gradient of any process isn't finite. Returns the norm, or None."""
         accelerator = self.accelerator
+        self._reshard()  # the gradients belong to the split parameters
         norm = accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         # The one wait in a step: all processes learn alike whether its numbers are finite.
@@ -275,7 +282,6 @@ class Engine:
         if finite:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self._reshard()
         return norm.detach() if finite else None
 
     # --- to disk and back -------------------------------------------------------------------------------------------
