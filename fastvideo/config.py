@@ -387,9 +387,8 @@ class GRPOConfig(RewardSpecConfig):
         choices=["auto", "true", "false"],
     )
     cudnn_attention: str = flag(
-        "rollout",
-        "on a GPU, use cuDNN's attention, the fastest: never, in steps that aren't trained, or in training too, where "
-        "some versions crash",
+        "always",
+        "on a GPU, use cuDNN's attention, the fastest: never, only in steps that aren't trained, or in training too",
         choices=["never", "rollout", "always"],
     )
     sp_size: int = flag(1, "sequence-parallel ranks")

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 from fastvideo.config import MERGES, GRPOConfig
+from fastvideo.models.reward_model.utils import resolve_reward_spec
 from fastvideo.utils.grpo_states import windows
 from fastvideo.utils.sampling_utils import (
     KINDS,
@@ -337,7 +338,7 @@ def optimizer_steps(config: GRPOConfig) -> int:
 
 
 def describe(config: GRPOConfig, world_size: int) -> str:
-    """The derived arithmetic and the first window's plan. Every window of the run is checked on the way.
+    """The derived arithmetic, reward weights and the first window's plan. Every window is checked on the way.
 
     Raises:
         ValueError: a window can't be planned, or the prompts don't divide among the processes.
@@ -360,6 +361,7 @@ def describe(config: GRPOConfig, world_size: int) -> str:
         [
             f"{config.algorithm}: {prompts} prompts x {pictures} samples = {prompts * pictures} images an iteration on "
             f"{world_size} process(es)",
+            f"rewards: {', '.join(f'{name} {weight:.4g}' for name, weight in resolve_reward_spec(config).items())}",
             f"{steps} optimizer steps an iteration, each on {k} samples a prompt, "
             f"in {config.max_train_steps} iterations: {config.max_train_steps * steps} optimizer steps",
             f"velocity evaluations (NFE) a prompt and iteration: {min(nfe)} to {max(nfe)}, mean {np.mean(nfe):.1f} "

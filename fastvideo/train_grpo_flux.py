@@ -400,8 +400,7 @@ class Trainer:
 
         training: the rounding matters; rows so few that kernels round differently are filled up with the last one.
         """
-        fits = self.accelerator.device.type == "cuda" and self.config.mixed_precision == "bf16"
-        cudnn = fits and self.config.cudnn_attention in (("always",) if training else ("always", "rollout"))
+        cudnn = self.engine.cudnn_attention(training)
         few = min(FEW_ROWS, self.config.train_micro_batch_size) if training and self.fills_up else 0
 
         def predict(latents: torch.Tensor, sigma: torch.Tensor, prompt_index: torch.Tensor) -> torch.Tensor:
@@ -695,8 +694,11 @@ class Trainer:
         reward_metrics = self.reward_metrics(plan, scores)
         failures = reward_metrics["failed_rewards"] + reward_metrics.get("eval_failed_rewards", 0)
         self.too_many_failures = config.max_reward_failures is not None and failures > config.max_reward_failures
+        # With advantage_aggr a model that scored nothing counts 0; the others still teach.
+        alone = self.reward_weights if config.multi_reward_mix == "advantage_aggr" else ()
+        scored = any(math.isfinite(reward_metrics[key]) for key in ["reward", *(f"reward_{name}" for name in alone)])
         with self.phase("train", seconds):
-            if math.isfinite(reward_metrics["reward"]) and not self.too_many_failures:
+            if scored and not self.too_many_failures:
                 metrics = self.train_on(plan, number, sampled, advantages, conditioning)
             else:  # nothing could be scored on any rank, or too little
                 self.skipped_in_a_row += self.steps_per_iteration

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -181,3 +182,15 @@ def test_two_processes_give_the_same_files_as_one(tmp_path):
 def test_processes_without_a_group_are_refused(tmp_path):
     with pytest.raises(ValueError, match="start them with torchrun"):
         embed_prompts(TINY, prompt_file(tmp_path, "one"), tmp_path / "out", rank=0, world_size=2)
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "tokenizer_2"])
+def test_a_pipeline_without_a_tokenizer_s_vocabulary_is_refused(part, tmp_path):
+    """transformers would make an empty one, to which all prompts are alike."""
+    model = tmp_path / "model"
+    shutil.copytree(TINY, model)
+    for path in (model / part).iterdir():
+        if path.name != "tokenizer_config.json":
+            path.unlink()
+    with pytest.raises(ValueError, match=f"--pretrained_model_name_or_path {model}: no vocabulary in its {part}"):
+        load_text_encoders(str(model))

@@ -124,6 +124,8 @@ def test_wrong_names_and_weights_are_refused_in_one_line(changes, message):
         ),
         ({"reward_model": "pick_score", "pick_score_path": ""}, "--pick_score_path is empty"),
         ({"reward_model": "unified_reward"}, "--unified_reward_url is empty"),
+        ({"reward_device": "gpu"}, "--reward_device gpu: choose from cpu"),
+        ({"reward_device": "cuda:64"}, "--reward_device cuda:64: choose from cpu"),
         ({"granular_start_weights": [1, 2]}, "--granular_start_weights .* one for each of color, form, clean"),
         ({"reward_model": "no_such_module:reward"}, "no module 'no_such_module'"),
         ({"reward_model": "math:no_such_function"}, "math has no 'no_such_function'"),

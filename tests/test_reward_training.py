@@ -5,7 +5,7 @@ import io
 import itertools
 import math
 
-from fastvideo.train_grpo_flux import Trainer
+from fastvideo.train_grpo_flux import Trainer, main
 
 import numpy as np
 import pytest
@@ -45,6 +45,11 @@ def train_with(narrow_rewards, train):
         "image_reward_score_dir": narrow_rewards / "image_reward_ckpt",
     }
     return lambda reward, **given: train(reward_model=reward, **paths, **given)
+
+
+def test_a_run_prints_the_normalised_weights_first(flags, capsys):
+    main(flags(dry_run=True, reward_model="hpsv2,image_reward:0.5"))
+    assert "rewards: hpsv2 0.6667, image_reward 0.3333\n" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -113,7 +118,7 @@ def normalised(scores: np.ndarray) -> np.ndarray:
 # None of these is asked again.
 TROUBLES = [(400, b"no such model"), (200, "What a picture!"), (200, "Alignment Score (1-5): 9")]
 # Which of the 4 pictures of each iteration fail.
-FAILING = {"never": [[], [], []], "on and off": [[0, 2], [], [0, 1, 3]]}
+FAILING = {"never": [[], [], []], "on and off": [[0, 2], [], [0, 1, 2, 3]]}
 
 
 @pytest.mark.slow
@@ -162,8 +167,10 @@ def test_multi_reward_trains_on_what_was_scored(mix, granular, failing, train_wi
         assert expected.any() == (mix == "advantage_aggr" or len(failed) < 3)
         for position in found.values():
             np.testing.assert_allclose(position[0], expected, atol=1e-9)
-        assert line["optimizer_steps"] == 2 and line["skipped_steps"] == 0 and math.isfinite(line["loss"])
-        assert (line["grad_norm"] > 0) == expected.any()
+        if expected.any():
+            assert line["optimizer_steps"] == 2 and math.isfinite(line["loss"]) and line["grad_norm"] > 0
+        else:
+            assert line["optimizer_steps"] == 0 and line["skipped_steps"] == 2
 
 
 @pytest.mark.parametrize("mix", ["advantage_aggr", "reward_aggr"])

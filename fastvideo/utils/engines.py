@@ -12,7 +12,12 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 from fastvideo.config import GRPOConfig
-from fastvideo.models.flux import load_transformer, meta_transformer, random_transformer
+from fastvideo.models.flux import (
+    load_transformer,
+    make_attention_gradients_contiguous,
+    meta_transformer,
+    random_transformer,
+)
 
 import torch
 import torch.distributed as dist
@@ -149,6 +154,11 @@ class Engine:
             return self.accelerator.device.type == "cuda" and self.name != "deepspeed"
         return self.config.compile == "true"
 
+    def cudnn_attention(self, training: bool) -> bool:
+        """Whether cuDNN's attention is used, in steps that are trained or in the others."""
+        fits = self.accelerator.device.type == "cuda" and self.config.mixed_precision == "bf16"
+        return fits and self.config.cudnn_attention in (("always",) if training else ("always", "rollout"))
+
     @property
     def loads_weights(self) -> bool:
         """Whether this process must read the weights; under FSDP2 the first one hands them out."""
@@ -165,6 +175,8 @@ class Engine:
         self.transformer = transformer
         if self.name != "fsdp":
             transformer.to(self.accelerator.device)
+        if self.cudnn_attention(training=True):
+            make_attention_gradients_contiguous(transformer)
         if self.compiled:
             transformer.compile_repeated_blocks(dynamic=False)  # one graph for all blocks of a kind
         on_gpu = self.accelerator.device.type == "cuda" and not self.config.use_cpu_offload

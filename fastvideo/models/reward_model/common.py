@@ -88,6 +88,14 @@ def bad_file(flag: str, path: str | Path, problem: str) -> ValueError:
     return ValueError(f"--{flag} {path}: {problem}; `{command}` gets it")
 
 
+def check_device(device: str | None) -> None:
+    """Raises ValueError when --reward_device is no device of this machine."""
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    choices = ["cpu", *(["cuda", *gpus] if gpus else [])]
+    if device is not None and device not in choices:
+        raise ValueError(f"--reward_device {device}: choose from {', '.join(choices)}")
+
+
 def check_tokenizer(tokenizer: Any, source: str) -> None:
     """Raises OSError for a tokenizer of special tokens alone, as transformers 5 makes where it finds no vocabulary."""
     if len(tokenizer) <= len(tokenizer.all_special_tokens):

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastvideo.models.reward_model.common import bad_file
+from fastvideo.models.reward_model.common import bad_file, check_device
 from fastvideo.models.reward_model.granular import GranularRewardModel, as_scores, check_schedule
 
 import numpy as np
@@ -277,6 +277,7 @@ def check_reward_files(config: Any, evaluation: bool = False) -> None:
 
         connect(config, evaluation)
         return
+    check_device(config.reward_device)
     chosen = resolve_reward_spec(config)
     if "hpsv2" in chosen:
         _require_file("hps_path", config.hps_path, "the HPSv2 checkpoint (HPS_v2.1_compressed.pt)")
