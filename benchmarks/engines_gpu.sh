@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Engines on real GPUs: the same first iterations from DDP, FSDP2, ZeRO-2 and ZeRO-3 on FLUX blocks of full width, a kill
+# Engines on real GPUs: the same first iterations from DDP (or one process), FSDP2, ZeRO-2 and ZeRO-3 on FLUX blocks of full width, a kill
 # and a resume, and LoRA on all 12 B parameters at 720x720 on one GPU. Random weights, no downloads.
-#   bash benchmarks/engines_gpu.sh agree 4     NPROC processes (default 2), 2+4 blocks, 10 iterations an engine
+#   bash benchmarks/engines_gpu.sh agree 4     processes (default 2), 2+4 blocks, 10 iterations an engine; more flags go on
 #   bash benchmarks/engines_gpu.sh lora        one GPU, 19+38 blocks, the recipe's G 12 and T 25
 #   bash benchmarks/engines_gpu.sh full 8      full fine-tuning under FSDP2, 19+38 blocks, G 4, T 8, window 2
 # Metrics go to $OUT (default outputs/engines_gpu); print them with `python benchmarks/compare_runs.py $OUT/*/metrics.jsonl`.
@@ -9,6 +9,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
 what=${1:-agree} nproc=${2:-2}
+more=("${@:3}") # flags for the trainer
 OUT=${OUT:-outputs/engines_gpu}
 mkdir -p "$OUT"
 
@@ -31,7 +32,7 @@ train() { # name, model folder, processes, flags
   shift 3
   "$PYTHON_BIN" -m torch.distributed.run --standalone --nproc_per_node "$n" fastvideo/train_grpo_flux.py \
     --pretrained_model_name_or_path "$folder" --init_random_flux --data_json_path "$folder/prompt.json" --output_dir "$OUT/$name" \
-    --reward_model jpeg_compressibility --no_use_wandb --dataloader_num_workers 0 --image_log_steps 0 "$@"
+    --reward_model jpeg_compressibility --no_use_wandb --dataloader_num_workers 0 --image_log_steps 0 "$@" "${more[@]}"
 }
 
 small="--h 256 --w 256 --num_generations 4 --sampling_steps 8 --group_size 2 --gradient_accumulation_steps 2"
@@ -39,12 +40,13 @@ case $what in
 agree)
   model "$OUT/blocks6" 2 4
   common="$small --max_train_steps 10 --checkpointing_steps 5 --learning_rate 1e-6 --prompts_per_iteration $nproc"
-  train ddp "$OUT/blocks6" "$nproc" --parallel ddp $common
+  plain=$([ "$nproc" = 1 ] && echo none || echo ddp)
+  train "$plain" "$OUT/blocks6" "$nproc" --parallel "$plain" $common
   train fsdp "$OUT/blocks6" "$nproc" --parallel fsdp $common
+  train resumed "$OUT/blocks6" "$nproc" --parallel fsdp $common --resume_from_checkpoint "$(echo "$OUT/$plain"/checkpoint-5-*)"
   train zero2 "$OUT/blocks6" "$nproc" --parallel deepspeed --zero_stage 2 $common
   train zero3 "$OUT/blocks6" "$nproc" --parallel deepspeed --zero_stage 3 $common
   train lora_fsdp "$OUT/blocks6" "$nproc" --parallel fsdp --use_lora $common
-  train resumed "$OUT/blocks6" "$nproc" --parallel fsdp $common --resume_from_checkpoint "$(echo "$OUT"/ddp/checkpoint-5-*)"
   ;;
 lora)
   model "$OUT/flux12b" 19 38
