@@ -416,7 +416,10 @@ class GRPOConfig(RewardSpecConfig):
     )
     use_cpu_offload: bool = flag(False, "fsdp, deepspeed: parameters and moments wait in the CPU's memory")
     rollout_keep_gathered: str = flag(
-        "auto", "fsdp: gather parameters once a rollout, not at every step", choices=["auto", "true", "false"]
+        "auto",
+        "fsdp: gather parameters once a rollout and an optimizer step, not in each forward and backward pass (auto: "
+        "where memory allows; true: in the rollout in any case)",
+        choices=["auto", "true", "false"],
     )
 
     # --- logging ----------------------------------------------------------------------------------------------------

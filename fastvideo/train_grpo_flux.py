@@ -66,6 +66,7 @@ from fastvideo.utils.checkpoint import (
 from fastvideo.utils.engines import Engine, build_engine, main_process_first
 from fastvideo.utils.grpo_states import windows
 from fastvideo.utils.log import Log
+from fastvideo.utils.memory import describe_memory
 from fastvideo.utils.processes import stop_signals
 from fastvideo.utils.sampling_utils import coefficients, log_prob, transition_mean
 
@@ -874,7 +875,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         text = describe(config, world_size_of_environment())
         if os.environ.get("RANK", "0") == "0":
-            print(text)
+            print(text, describe_memory(config, world_size_of_environment()), sep="\n")
         if config.dry_run:
             return
         run = set_up(config)

@@ -62,7 +62,7 @@ def load_transformer(path: str, dtype: torch.dtype = torch.float32) -> FluxTrans
 
 def meta_transformer(path: str, dtype: torch.dtype = torch.float32) -> FluxTransformer2DModel:
     """The same without weights, on the meta device: costs neither time nor memory."""
-    config = _load(_TransformerConfig, path, **_transformer_place(path))
+    config = _load(_Config, path, **_transformer_place(path))
     with torch.device("meta"):
         return torch.nn.Module.to(FluxTransformer2DModel.from_config(config), dtype)  # ModelMixin.to would warn
 
@@ -81,8 +81,8 @@ def random_transformer(path: str, dtype: torch.dtype, seed: int, device: torch.d
     return transformer
 
 
-class _TransformerConfig:
-    """Gives `_load` the configuration alone."""
+class _Config:
+    """Gives `_load` a configuration alone."""
 
     @staticmethod
     def from_pretrained(path: str, **kwargs) -> dict:
@@ -159,6 +159,12 @@ def is_lora(path: str | Path) -> bool:
 
 def load_vae(path: str, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
     return _load(AutoencoderKL, path, subfolder="vae", dtype=dtype).eval().requires_grad_(False)
+
+
+def meta_vae(path: str) -> AutoencoderKL:
+    """The same without weights, on the meta device."""
+    with torch.device("meta"):
+        return AutoencoderKL.from_config(_load(_Config, path, subfolder="vae"))
 
 
 def load_text_encoders(path: str, dtype: torch.dtype = torch.float32) -> FluxPipeline:

@@ -211,7 +211,7 @@ class Engine:
         choice = self.config.rollout_keep_gathered
         self.keep_gathered = self._fits(compute * everything) if choice == "auto" else choice == "true"
         self.reshard = self.config.fsdp_sharding_startegy != "hybrid_zero2"
-        if self._fits(4 * trained + compute * everything):
+        if choice != "false" and self._fits(4 * trained + compute * everything):
             self.reshard = False
             self.transformer.set_reshard_after_backward(False)  # `step` does it
         self.transformer.set_reshard_after_forward(self.reshard)

@@ -1,0 +1,78 @@
+"""How much GPU memory a run will take, from its flags and the models' config.json alone, before anything is loaded."""
+
+from fastvideo.config import GRPOConfig
+from fastvideo.models.flux import LatentShape, add_lora, meta_transformer, meta_vae
+from fastvideo.utils.engines import choose_engine
+from fastvideo.utils.fingerprint import local_folder
+
+import torch
+
+TEXT_TOKENS = 512
+# Bytes a token and unit of width, measured in bf16 on an H100 (benchmarks/results/h100_iteration.txt).
+KEPT_BY_A_BLOCK = 40  # from forward to backward pass
+KEPT_AT_A_CHECKPOINT = 2  # a block's input
+IN_FLIGHT = 30  # in a block without gradient
+DECODED_PIXEL = 1000  # bytes, the VAE's last level
+
+
+def predict_memory(config: GRPOConfig, world_size: int) -> dict[str, float]:
+    """GiB a GPU: weights, gradients, moments, activations, and their peak; reward models on the same GPU come on top.
+
+    Within a tenth of what was measured with one process; with more, nobody has yet. FSDP2 may take more where there is
+    more: it then holds gradients whole between micro-batches.
+
+    Raises:
+        ValueError: a model's config.json can't be read.
+    """
+    path, engine = config.pretrained_model_name_or_path, choose_engine(config, world_size)
+    transformer = meta_transformer(path)
+    everything = sum(p.numel() for p in transformer.parameters())
+    trained = everything
+    if config.use_lora:
+        add_lora(transformer, config.lora_rank, config.lora_alpha, config.lora_target_modules, config.seed)
+        trained = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
+    frozen = everything if config.use_lora else 0
+    compute = 2 if config.mixed_precision == "bf16" else 4
+    master = 2 if config.master_weight_type == "bf16" else 4
+    split = world_size if engine in ("fsdp", "deepspeed") else 1
+    split_weights = 1 if engine == "deepspeed" and config.zero_stage == 2 else split
+
+    weights = (master * trained + compute * frozen) / split_weights
+    gathered = split_weights > 1 and (engine == "deepspeed" or config.rollout_keep_gathered != "false")
+    if gathered or (master != compute and not config.use_lora):
+        weights += compute * everything  # the whole model in the compute format
+    if config.ref_kl_coeff and not config.use_lora:
+        weights += compute * everything / (split if engine == "fsdp" else 1)
+    weights += 4 * trained / split if config.ema_decay else 0
+    gradients, moments = master * trained / split, 2 * master * trained / split
+
+    shape = LatentShape.of(meta_vae(path), config.h, config.w)
+    sizes = transformer.config
+    width, blocks = sizes.num_attention_heads * sizes.attention_head_dim, sizes.num_layers + sizes.num_single_layers
+    row = (shape.tokens + TEXT_TOKENS) * width * compute / 2
+    share = config.selective_checkpointing if config.gradient_checkpointing else 0
+    kept = KEPT_BY_A_BLOCK * (1 - share) + KEPT_AT_A_CHECKPOINT * share
+    training = config.train_micro_batch_size * row * (blocks * kept + (KEPT_BY_A_BLOCK if share else 0))
+    pictures = config.local_prompts(world_size) * config.num_generations
+    sampling = (config.rollout_batch_size or pictures) * row * IN_FLIGHT
+    decoding = (config.rollout_batch_size or config.num_generations) * config.h * config.w * DECODED_PIXEL * compute / 2
+    activations = max(training, sampling, decoding)
+    peak = weights + moments + max(gradients + training, sampling, decoding)
+    parts = dict(weights=weights, gradients=gradients, moments=moments, activations=activations, peak=peak)
+    return {name: size / 2**30 for name, size in parts.items()}
+
+
+def describe_memory(config: GRPOConfig, world_size: int) -> str:
+    """A line with the prediction, and a warning below it when this machine's GPUs are smaller."""
+    if local_folder(config.pretrained_model_name_or_path) is None:
+        return "predicted peak memory: unknown until the model is here"
+    found = predict_memory(config, world_size)
+    parts = ", ".join(f"{name} {size:.3g}" for name, size in found.items() if name != "peak")
+    line = f"predicted peak memory of each process: {found['peak']:.3g} GiB ({parts}), without reward models"
+    sizes = [torch.cuda.get_device_properties(i).total_memory / 2**30 for i in range(torch.cuda.device_count())]
+    if sizes and found["peak"] > min(sizes):
+        line += (
+            f"\nwarning: a GPU here has {min(sizes):.3g} GiB; lower --train_micro_batch_size or --rollout_batch_size, "
+            "use --gradient_checkpointing, --use_lora, or more GPUs with --parallel fsdp --rollout_keep_gathered false"
+        )
+    return line

@@ -1,0 +1,86 @@
+"""The FLUX model as the trainer calls it: gradients, operations, random weights, pictures."""
+
+from fastvideo.models.flux import (
+    Conditioning,
+    LatentShape,
+    decode_latents,
+    forward_flops,
+    load_transformer,
+    load_vae,
+    make_attention_gradients_contiguous,
+    predict_velocity,
+    random_transformer,
+    vae_scale_factor,
+)
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxPipeline, FluxTransformer2DModel
+from diffusers.image_processor import VaeImageProcessor
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def velocity(transformer: FluxTransformer2DModel, rows: int, image_tokens: int, text_tokens: int) -> torch.Tensor:
+    """A prediction from latents that differ in every element."""
+    config = transformer.config
+    conditioning = Conditioning(
+        torch.ones(1, text_tokens, config.joint_attention_dim),
+        torch.ones(1, config.pooled_projection_dim),
+        torch.zeros(text_tokens, 3),
+        torch.zeros(image_tokens, 3),
+        3.5,
+    )
+    latents = torch.linspace(-1, 1, rows * image_tokens * config.in_channels).reshape(rows, image_tokens, -1)
+    sigma, index = torch.linspace(0.5, 0.9, rows), torch.zeros(rows, dtype=torch.long)
+    return predict_velocity(transformer, latents, sigma, index, conditioning, True)
+
+
+def test_attention_gets_gradients_without_gaps_and_the_same_ones(tiny_flux):
+    """What cuDNN's backward pass needs on a GPU."""
+    transformer = load_transformer(tiny_flux)
+    seen = []
+    for block in transformer.single_transformer_blocks:  # before ours, so that it sees what ours gives
+        block.attn.register_forward_hook(
+            lambda module, inputs, output: output.register_hook(lambda g: seen.append(g.is_contiguous())) and None
+        )
+
+    def gradient() -> torch.Tensor:
+        velocity(transformer, rows=2, image_tokens=16, text_tokens=8).square().mean().backward()
+        found = torch.cat([p.grad.flatten() for p in transformer.parameters()])
+        transformer.zero_grad()
+        return found
+
+    before = gradient()
+    assert not any(seen)
+    seen.clear()
+    make_attention_gradients_contiguous(transformer)
+    assert torch.equal(gradient(), before) and all(seen) and len(seen) == len(transformer.single_transformer_blocks)
+
+
+def test_operations_of_a_forward_pass_are_those_that_torch_counts():
+    """At FLUX's width, where embedders and modulation are negligible; on the meta device nothing is computed."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        transformer = FluxTransformer2DModel(num_layers=2, num_single_layers=3, guidance_embeds=True)
+        velocity(transformer, rows=1, image_tokens=2025, text_tokens=512)
+    assert forward_flops(transformer, 2025, 512) == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+@torch.no_grad()
+def test_decoded_pictures_are_rounded_as_diffusers_rounds_them(tiny_flux):
+    vae = load_vae(tiny_flux)
+    shape = LatentShape.of(vae, 32, 48)
+    latents = torch.randn(3, shape.tokens, shape.channels, generator=torch.Generator().manual_seed(0))
+    unpacked = FluxPipeline._unpack_latents(latents, 32, 48, vae_scale_factor(vae))
+    pixels = vae.decode(unpacked / vae.config.scaling_factor + vae.config.shift_factor, return_dict=False)[0]
+    expected = VaeImageProcessor().postprocess(pixels, output_type="pil")
+    for mine, theirs in zip(decode_latents(vae, latents, 32, 48, 3), expected, strict=True):
+        assert np.array_equal(np.asarray(mine), np.asarray(theirs))
+
+
+def test_random_weights_need_config_json_alone_and_follow_from_the_seed(tiny_flux, tmp_path):
+    FluxTransformer2DModel.from_pretrained(tiny_flux, subfolder="transformer").save_config(tmp_path / "transformer")
+    one, same, other = (random_transformer(str(tmp_path), torch.float32, seed, "cpu") for seed in (1, 1, 2))
+    v = velocity(one, 2, 16, 8)
+    assert torch.isfinite(v).all() and v.std() > 0.01
+    assert torch.equal(v, velocity(same, 2, 16, 8)) and not torch.equal(v, velocity(other, 2, 16, 8))
