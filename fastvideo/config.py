@@ -391,7 +391,6 @@ class GRPOConfig(RewardSpecConfig):
         "on a GPU, use cuDNN's attention, the fastest: never, only in steps that aren't trained, or in training too",
         choices=["never", "rollout", "always"],
     )
-    sp_size: int = flag(1, "sequence-parallel ranks")
 
     # --- LoRA -------------------------------------------------------------------------------------------------------
     use_lora: bool = flag(False, "train low-rank adapters; the model itself stays frozen")
@@ -413,6 +412,11 @@ class GRPOConfig(RewardSpecConfig):
         "fsdp: split over all processes, over those of a node, or that without splitting again after the forward pass; "
         "given without --parallel, chooses fsdp (none: ddp)",
         choices=["full", "hybrid_full", "hybrid_zero2", "none"],
+    )
+    sp_size: int = flag(
+        1,
+        "ddp, fsdp: so many consecutive processes compute each picture together, its tokens split over them (diffusers' "
+        "Ulysses attention), for pictures too large for one GPU; divides the processes, heads, image and text tokens",
     )
     use_cpu_offload: bool = flag(False, "fsdp, deepspeed: parameters and moments wait in the CPU's memory")
     rollout_keep_gathered: str = flag(
@@ -473,7 +477,7 @@ class GRPOConfig(RewardSpecConfig):
         for name in (
             "max_train_steps train_batch_size gradient_accumulation_steps train_micro_batch_size checkpointing_steps "
             "h w group_size iters_per_group max_iters_per_group min_iters_per_group unified_reward_num_workers "
-            "reward_batch_size max_skipped_steps lora_rank lora_alpha"
+            "reward_batch_size max_skipped_steps lora_rank lora_alpha sp_size"
         ).split():
             need(getattr(self, name) >= 1, name, "must be at least 1")
         for name in ("prompts_per_iteration rollout_batch_size checkpoints_total_limit").split():
@@ -586,7 +590,9 @@ class GRPOConfig(RewardSpecConfig):
         if engine == "deepspeed":
             need(self.ema_decay == 0, "ema_decay", "DeepSpeed splits the weights its own way; choose --parallel fsdp")
             need(self.compile != "true", "compile", "DeepSpeed's hooks break the graph; choose auto or false")
-        need(self.sp_size == 1, "sp_size", "sequence parallelism is not available; choose 1")
+        if self.sp_size > 1:
+            need(engine in (None, "ddp", "fsdp"), "sp_size", f"goes with --parallel ddp or fsdp, not {engine}")
+            need(self.compile != "true", "compile", f"not with --sp_size {self.sp_size}; choose auto or false")
         need(
             (self.data_json_path is None) != (self.prompts_file is None),
             "data_json_path",
@@ -642,15 +648,25 @@ class GRPOConfig(RewardSpecConfig):
             need(inside, "depth_pruning", f"depths lie between 1 and {steps - 1}")
             need(self.depth_pruning_stop_depth >= 1, "depth_pruning_stop_depth", "must be at least 1")
 
+    def data_ranks(self, world_size: int) -> int:
+        """Groups of processes with prompts of their own: all processes, or with --sp_size so many times fewer.
+
+        Raises ValueError if the processes don't divide.
+        """
+        if world_size % self.sp_size:
+            raise ValueError(f"--sp_size {self.sp_size}: must divide the number of processes, which is {world_size}")
+        return world_size // self.sp_size
+
     def local_prompts(self, world_size: int) -> int:
-        """Prompts of each rank, P / world size. Raises ValueError if P doesn't divide."""
+        """Prompts of each data rank, P / data ranks. Raises ValueError if P doesn't divide."""
+        ranks = self.data_ranks(world_size)
         if self.prompts_per_iteration is None:
             return self.train_batch_size
-        if self.prompts_per_iteration % world_size:
+        if self.prompts_per_iteration % ranks:
             raise ValueError(
-                f"--prompts_per_iteration {self.prompts_per_iteration}: must be a multiple of {world_size} ranks"
+                f"--prompts_per_iteration {self.prompts_per_iteration}: must be a multiple of {ranks} ranks"
             )
-        return self.prompts_per_iteration // world_size
+        return self.prompts_per_iteration // ranks
 
     def to_public_dict(self) -> dict[str, Any]:
         """All fields for args.json and wandb, without credentials that a URL may hold."""

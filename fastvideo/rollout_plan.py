@@ -343,7 +343,7 @@ def describe(config: GRPOConfig, world_size: int) -> str:
     Raises:
         ValueError: a window can't be planned, or the prompts don't divide among the processes.
     """
-    prompts = config.local_prompts(world_size) * world_size
+    prompts = config.local_prompts(world_size) * config.data_ranks(world_size)
     start, k = start_rows(config), config.gradient_accumulation_steps
     schedule = list(islice(windows(config), config.max_train_steps))
     plans = [make_plan(config, window, number) for number, window in enumerate(schedule, start=1)]
@@ -360,7 +360,7 @@ def describe(config: GRPOConfig, world_size: int) -> str:
     return "\n".join(
         [
             f"{config.algorithm}: {prompts} prompts x {pictures} samples = {prompts * pictures} images an iteration on "
-            f"{world_size} process(es)",
+            f"{world_size} process(es)" + (f", {config.sp_size} to a picture" if config.sp_size > 1 else ""),
             f"rewards: {', '.join(f'{name} {weight:.4g}' for name, weight in resolve_reward_spec(config).items())}",
             f"{steps} optimizer steps an iteration, each on {k} samples a prompt, "
             f"in {config.max_train_steps} iterations: {config.max_train_steps * steps} optimizer steps",

@@ -30,6 +30,7 @@ from fastvideo.models.flux import (
     Conditioning,
     LatentShape,
     check_lora_targets,
+    check_sequence_split,
     decode_latents,
     forward_flops,
     load_vae,
@@ -72,6 +73,7 @@ from fastvideo.utils.sampling_utils import coefficients, log_prob, transition_me
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from diffusers import attention_backend
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -478,13 +480,15 @@ class Trainer:
         """
         config, local, places = self.config, self.local_prompts, self.places(plan)
         together = max(1, (config.rollout_batch_size or local * config.num_generations) // config.num_generations)
-        first_slot = self.accelerator.process_index * local
+        first_slot = self.engine.data_rank * local
         parts, images, scores = [], [], []
         for begin in range(0, local, together):
             end = min(begin + together, local)
             with self.phase("rollout", seconds):
                 slots = range(first_slot + begin, first_slot + end)
                 parts.append(self.sample(plan, number, slots, conditioning.of(begin, end)))
+            if self.engine.place_in_group:
+                continue  # the first process of a sequence group decodes and scores for all of it
             with self.phase("decode", seconds):
                 batch = config.rollout_batch_size or config.num_generations
                 pictures = decode_latents(self.vae, parts[-1].latents, config.h, config.w, batch)
@@ -493,12 +497,9 @@ class Trainer:
             progress = self.progress(np.tile(places, end - begin))
             scores.append(self.scorer.submit(self.score, pictures, texts, *progress))
         with self.phase("reward", seconds):  # what is left of it
-            local_scores = [future.result() for future in scores]
-            names = list(local_scores[0])
-            stacked = np.stack([np.concatenate([found[name] for found in local_scores]) for name in names], axis=-1)
-            everywhere = self.accelerator.gather(torch.tensor(stacked, device=self.accelerator.device))
-            everywhere = everywhere.reshape(-1, len(places), len(names)).cpu().numpy()
-        return Rollout.join(parts), images, {name: everywhere[..., i] for i, name in enumerate(names)}
+            found = gather_object([future.result() for future in scores])
+        everywhere = {name: np.concatenate([part[name] for part in found]).reshape(-1, len(places)) for name in found[0]}
+        return Rollout.join(parts), images, everywhere
 
     def score(self, images: list, prompts: list[str], step: int | np.ndarray, total: int) -> dict[str, np.ndarray]:
         """Scores by name, [N], in the scorer's thread and on a CUDA stream of its own."""
@@ -548,7 +549,7 @@ class Trainer:
                 if step.branch > 1:
                     own = sampled.log_probs[position].reshape(self.local_prompts, -1)
                     before = rows[position] // step.branch
-                    log_probs[before] = self.accelerator.gather(own).double().cpu().numpy()
+                    log_probs[before] = self.engine.gather(own).double().cpu().numpy()
         found: dict[int, np.ndarray] = {}
         groups: dict[tuple[int, int], tuple[np.ndarray, int]] = {}
         for leaf, columns in leaf_columns(plan, start).items():
@@ -597,7 +598,7 @@ class Trainer:
         """
         config, accelerator = self.config, self.accelerator
         k, local = config.gradient_accumulation_steps, self.local_prompts
-        slots = range(accelerator.process_index * local, (accelerator.process_index + 1) * local)
+        slots = range(self.engine.data_rank * local, (self.engine.data_rank + 1) * local)
         own = {
             position: np.clip(values[slots.start : slots.stop], -config.adv_clip_max, config.adv_clip_max)
             for position, values in advantages.items()
@@ -731,7 +732,7 @@ class Trainer:
         passes = {"rollout": sampled_rows, "train": (2 if self.config.use_lora else 3) * trained_rows}
         metrics = {}
         for phase, count in passes.items():
-            rate = flops * count / seconds[f"seconds_{phase}"]
+            rate = flops * count / self.config.sp_size / seconds[f"seconds_{phase}"]
             metrics |= {f"tflops_{phase}": rate / 1e12, f"peak_share_{phase}": rate / self.matmul_rate}
         return metrics
 
@@ -801,12 +802,15 @@ def set_up(config: GRPOConfig) -> tuple[Trainer, PromptSampler, DataLoader]:
         )
         dataset = LatentFluxRLDataset(index, config.cfg, config.sampler_seed)
     dataset.check_files()  # before the models are loaded
+    if config.sp_size > 1:
+        text_tokens = len(dataset[0]["prompt_embeds"])
+        check_sequence_split(config.pretrained_model_name_or_path, config.h, config.w, text_tokens, config.sp_size)
     trainer = Trainer(config, engine, checkpoint)
     sampler = PromptSampler(
         len(dataset),
-        trainer.local_prompts * accelerator.num_processes,
-        accelerator.process_index,
-        accelerator.num_processes,
+        trainer.local_prompts * engine.data_ranks,
+        engine.data_rank,
+        engine.data_ranks,
         config.sampler_seed,
         start_iteration=trainer.done + 1,
     )

@@ -274,7 +274,10 @@ def test_contradictions_are_errors(capsys, argv, named):
         ("--lr_scheduler sometimes", ("--lr_scheduler sometimes", "cosine")),
         ("--mixed_precision int8", ("--mixed_precision", "int8", "bf16")),
         ("--advantage_rerange_strategy sort", ("--advantage_rerange_strategy", "sort", "balance")),
-        ("--sp_size 2", ("--sp_size 2",)),
+        ("--sp_size 0", ("--sp_size 0",)),
+        ("--sp_size 2 --parallel deepspeed", ("--sp_size 2", "ddp", "fsdp", "deepspeed")),
+        ("--sp_size 2 --parallel none", ("--sp_size 2", "ddp", "fsdp", "none")),
+        ("--sp_size 2 --compile true", ("--compile true", "--sp_size 2")),
         ("--ema_decay 1", ("--ema_decay 1",)),
         ("--data_json_path None", ("--data_json_path", "--prompts_file")),
         ("--data_json_path a.json --prompts_file b.txt", ("--data_json_path", "--prompts_file")),
@@ -520,7 +523,7 @@ def test_every_setting_is_read_somewhere():
             read |= names_read(next(method for method in methods if method.name == "local_prompts"), "self")
     unread = {field.name for field in fields(GRPOConfig)} - read
     # These have one legal value beside "not set", or decide in config.py which algorithm, hence which planner, runs.
-    assert unread <= {"wandb_key", "sp_size", "dpm_apply_strategy", "dpm_algorithm_type", "flow_grpo_sampling"}
+    assert unread <= {"wandb_key", "dpm_apply_strategy", "dpm_algorithm_type", "flow_grpo_sampling"}
 
 
 def test_every_setting_has_a_default_and_a_type_that_the_parser_knows():

@@ -10,14 +10,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
-from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
+from diffusers import AutoencoderKL, ContextParallelConfig, FluxPipeline, FluxTransformer2DModel
 from diffusers.image_processor import VaeImageProcessor
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from safetensors.torch import load_file
+from torch.distributed.device_mesh import DeviceMesh
 
 
 class ModelNotFoundError(ValueError):
@@ -310,6 +312,30 @@ def make_attention_gradients_contiguous(transformer: FluxTransformer2DModel) -> 
     """
     for block in transformer.single_transformer_blocks:
         block.attn.register_forward_hook(lambda module, inputs, output: _ContiguousGradient.apply(output))
+
+
+def check_sequence_split(path: str, height: int, width: int, text_tokens: int, parts: int) -> None:
+    """Raises ValueError unless the heads and tokens of the pipeline at `path` can be dealt out to `parts` processes."""
+    counts = {
+        "attention heads": meta_transformer(path).config.num_attention_heads,
+        f"image tokens (--h {height} --w {width})": LatentShape.of(meta_vae(path), height, width).tokens,
+        "text tokens": text_tokens,
+    }
+    for name, count in counts.items():
+        if count % parts:
+            raise ValueError(f"--sp_size {parts}: must divide the {count} {name}")
+
+
+def split_sequence(transformer: FluxTransformer2DModel, mesh: DeviceMesh) -> None:
+    """Every process of the mesh's dimension `ulysses` then computes its share of the tokens, and returns all of them.
+
+    All give the same rows and use the output alike; the gradient of a parameter is the sum over these processes.
+    """
+    # diffusers divides by the number of accelerators, of which a machine that only has CPUs counts none.
+    with patch("torch.accelerator.device_count", return_value=max(1, torch.accelerator.device_count())):
+        transformer.enable_parallelism(
+            config=ContextParallelConfig(ulysses_degree=mesh["ulysses"].size(), mesh=mesh),
+        )
 
 
 def enable_gradient_checkpointing(transformer: FluxTransformer2DModel, share: float = 1.0) -> None:

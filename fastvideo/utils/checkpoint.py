@@ -263,7 +263,7 @@ def run_settings(config: GRPOConfig, processes: int) -> dict[str, object]:
     return config.to_public_dict() | {
         "engine": choose_engine(config, processes),
         "processes": processes,
-        "prompts_per_iteration": config.local_prompts(processes) * processes,
+        "prompts_per_iteration": config.local_prompts(processes) * config.data_ranks(processes),
     }
 
 

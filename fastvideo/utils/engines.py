@@ -17,6 +17,7 @@ from fastvideo.models.flux import (
     make_attention_gradients_contiguous,
     meta_transformer,
     random_transformer,
+    split_sequence,
 )
 
 import torch
@@ -35,6 +36,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
 # What Accelerate must report for each engine.
@@ -132,11 +134,27 @@ class Engine:
 
     Attributes:
         transformer: the FluxTransformer2DModel itself, sharded in place under FSDP2. model: what to call. optimizer.
+        data_rank, data_ranks: this process's sequence group, whose --sp_size consecutive processes share prompts, noise
+            and scores, and how many groups there are. place_in_group: of this process.
     """
 
     def __init__(self, config: GRPOConfig, name: str) -> None:
         self.config, self.name = config, name
         self.accelerator = build_accelerator(config, name)
+        self.data_ranks = config.data_ranks(self.accelerator.num_processes)
+        self.data_rank, self.place_in_group = divmod(self.accelerator.process_index, config.sp_size)
+
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Rows of all data ranks, in their order."""
+        processes = self.accelerator.gather(tensor).unflatten(0, (-1, len(tensor)))
+        return processes[:: self.config.sp_size].flatten(0, 1)
+
+    def _split_sequence(self, transformer: FluxTransformer2DModel) -> None:
+        """With --sp_size, lets the processes of a sequence group compute each row together."""
+        if self.config.sp_size > 1:
+            shape = (self.data_ranks, 1, self.config.sp_size)
+            mesh = init_device_mesh(self.accelerator.device.type, shape, mesh_dim_names=("data", "ring", "ulysses"))
+            split_sequence(transformer, mesh)
 
     def load(self, source: str, dtype: torch.dtype) -> FluxTransformer2DModel:
         """The model at `source`; with --init_random_flux, instead of the base model, one like it."""
@@ -151,12 +169,14 @@ class Engine:
     def compiled(self) -> bool:
         """Whether models are compiled."""
         if self.config.compile == "auto":
-            return self.accelerator.device.type == "cuda" and self.name != "deepspeed"
+            eager = self.name == "deepspeed" or self.config.sp_size > 1
+            return self.accelerator.device.type == "cuda" and not eager
         return self.config.compile == "true"
 
     def cudnn_attention(self, training: bool) -> bool:
         """Whether cuDNN's attention is used, in steps that are trained or in the others."""
         fits = self.accelerator.device.type == "cuda" and self.config.mixed_precision == "bf16"
+        fits = fits and self.config.sp_size == 1  # its backward pass crashes there (torch 2.11, H200)
         return fits and self.config.cudnn_attention in (("always",) if training else ("always", "rollout"))
 
     @property
@@ -177,6 +197,7 @@ class Engine:
             transformer.to(self.accelerator.device)
         if self.cudnn_attention(training=True):
             make_attention_gradients_contiguous(transformer)
+        self._split_sequence(transformer)
         if self.compiled:
             transformer.compile_repeated_blocks(dynamic=False)  # one graph for all blocks of a kind
         on_gpu = self.accelerator.device.type == "cuda" and not self.config.use_cpu_offload
@@ -190,6 +211,7 @@ class Engine:
     def prepare_frozen(self, transformer: FluxTransformer2DModel) -> torch.nn.Module:
         """A second model that is only evaluated, split like the trained one under FSDP2."""
         transformer.requires_grad_(False).eval()
+        self._split_sequence(transformer)
         if self.name == "fsdp":
             return fsdp2_prepare_model(self.accelerator, transformer)
         return transformer.to(self.accelerator.device)
@@ -276,8 +298,11 @@ class Engine:
         return {"gib_peak": peak}
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Adds the gradient of a micro-batch."""
-        self.accelerator.backward(loss)
+        """Adds the gradient of a micro-batch.
+
+        Gradients are averaged over all processes, but belong summed over those of a sequence group.
+        """
+        self.accelerator.backward(loss * self.config.sp_size)
 
     def micro_batch(self, last: bool) -> AbstractContextManager:
         """Context of a micro-batch's forward and backward pass: gradients are exchanged in the last one alone."""

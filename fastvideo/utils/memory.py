@@ -49,7 +49,7 @@ def predict_memory(config: GRPOConfig, world_size: int) -> dict[str, float]:
     shape = LatentShape.of(meta_vae(path), config.h, config.w)
     sizes = transformer.config
     width, blocks = sizes.num_attention_heads * sizes.attention_head_dim, sizes.num_layers + sizes.num_single_layers
-    row = (shape.tokens + TEXT_TOKENS) * width * compute / 2
+    row = (shape.tokens + TEXT_TOKENS) / config.sp_size * width * compute / 2
     share = config.selective_checkpointing if config.gradient_checkpointing else 0
     kept = KEPT_BY_A_BLOCK * (1 - share) + KEPT_AT_A_CHECKPOINT * share
     training = config.train_micro_batch_size * row * (blocks * kept + (KEPT_BY_A_BLOCK if share else 0))
