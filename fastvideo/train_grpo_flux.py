@@ -55,7 +55,14 @@ from fastvideo.rollout_plan import (
     trained_above,
     updates,
 )
-from fastvideo.utils.advantages import fuse, kept_pictures, mix_advantages, picture_shares, sample_order
+from fastvideo.utils.advantages import (
+    fuse,
+    kept_pictures,
+    mix_advantages,
+    picture_shares,
+    reward_means,
+    sample_order,
+)
 from fastvideo.utils.checkpoint import (
     CheckpointNotWritten,
     load_ema,
@@ -69,7 +76,7 @@ from fastvideo.utils.grpo_states import windows
 from fastvideo.utils.log import Log
 from fastvideo.utils.memory import describe_memory
 from fastvideo.utils.processes import stop_signals
-from fastvideo.utils.sampling_utils import coefficients, log_prob, transition_mean
+from fastvideo.utils.sampling_utils import coefficients, draw_noise, log_prob, transition_mean, transition_table
 
 import numpy as np
 import torch
@@ -81,8 +88,8 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-# What a random stream is for; the last entry of its seed.
-NOISE, STEP_SUBSET, ORDER = 0, 1, 2
+# What a random stream of a prompt is for; the last entry of its seed. 0 is noise (`draw_noise`).
+STEP_SUBSET, ORDER = 1, 2
 
 # In bf16 on an H100 batches of at least so many rows round alike; 1 row differs by as much as the clip range.
 FEW_ROWS = 3
@@ -94,20 +101,6 @@ DRIFT = (
 
 # v = velocity(x [N, L, C], σ [N], prompt index [N])
 Velocity = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-def draw_noise(
-    seed: int, iteration: int, slots: Sequence[int], rows: int, step: int, shape: LatentShape
-) -> torch.Tensor:
-    """Standard normal noise [prompts · rows, L, C], a function of (seed, iteration, prompt slot, row, step) alone.
-
-    One generator a row, on the CPU: the numbers depend neither on rank, world size and micro-batch nor on the device.
-    """
-    noise = torch.empty(len(slots) * rows, shape.tokens, shape.channels)
-    for i, row in enumerate(noise):
-        key = np.random.SeedSequence([seed, iteration, slots[i // rows], i % rows, step, NOISE])
-        row.normal_(generator=torch.Generator().manual_seed(int(key.generate_state(1, np.uint64)[0]) >> 1))
-    return noise
 
 
 # --- rollout ----------------------------------------------------------------------------------------------------------
@@ -130,12 +123,6 @@ class Rollout:
             torch.cat([part.latents for part in parts]),
             *({position: torch.cat([d[position] for d in dicts]) for position in dicts[0]} for dicts in by_position),
         )
-
-
-def transition_table(plan: Plan, device: torch.device) -> torch.Tensor:
-    """Coefficients of x and v, std and σ of each step, [steps, 4]: the float32 numbers rollout and training share."""
-    rows = [(c.x, c.v, c.std, step.sigma) for c, step in zip(coefficients(plan), plan, strict=True)]
-    return torch.tensor(rows, dtype=torch.float32, device=device)
 
 
 @torch.no_grad()
@@ -743,30 +730,15 @@ class Trainer:
         """
         columns = leaf_columns(plan, start_rows(self.config))
         trained = sum(c.stop - c.start for leaf, c in columns.items() if trained_above(plan, leaf))  # they come first
-        metrics = self.reward_means({name: values[:, :trained] for name, values in scores.items()})
+        metrics = reward_means({name: v[:, :trained] for name, v in scores.items()}, self.reward_weights)
         if trained < max(c.stop for c in columns.values()):
-            anchors = self.reward_means({name: values[:, trained:] for name, values in scores.items()})
+            anchors = reward_means({name: v[:, trained:] for name, v in scores.items()}, self.reward_weights)
             metrics |= {f"eval_{name}": value for name, value in anchors.items()}
         for model in self.reward_models.values():
             if isinstance(model, GranularRewardModel):
                 current = model.get_dynamic_weights(*self.progress(self.places(plan)[:trained]))
                 mean = np.atleast_2d(current).mean(0)
                 metrics |= {f"granular_weight_{c}": w for c, w in zip(model.component_names, mean, strict=True)}
-        return metrics
-
-    def reward_means(self, scores: dict[str, np.ndarray]) -> dict[str, float]:
-        """reward, reward_std, failed_rewards and failed_{model}, and the mean score of every model and component."""
-        used = np.stack([scores[name] for name in self.reward_weights])
-        complete = np.isfinite(used).all(0)
-        reward = np.tensordot(list(self.reward_weights.values()), used[:, complete], 1)
-        metrics = {
-            "reward": reward.mean() if complete.any() else math.nan,
-            "reward_std": reward.std() if complete.any() else math.nan,
-            "failed_rewards": int((~np.isfinite(used)).sum()),
-        } | {f"failed_{name}": int((~np.isfinite(scores[name])).sum()) for name in self.reward_weights}
-        for name, values in scores.items():
-            finite = values[np.isfinite(values)]
-            metrics[f"reward_{name}"] = finite.mean() if len(finite) else math.nan
         return metrics
 
 

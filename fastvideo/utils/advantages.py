@@ -123,3 +123,19 @@ def sample_order(advantages: np.ndarray, strategy: str | None, rng: np.random.Ge
         alternating = np.stack([good[:pairs], bad[:pairs]], axis=1).ravel()
         return np.concatenate([alternating, good[pairs:], bad[pairs:], samples[advantages == 0]])
     return samples
+
+
+def reward_means(scores: dict[str, np.ndarray], weights: dict[str, float]) -> dict[str, float]:
+    """reward, reward_std, failed_rewards and failed_{model}, and the mean score of every model and component."""
+    used = np.stack([scores[name] for name in weights])
+    complete = np.isfinite(used).all(0)
+    reward = np.tensordot(list(weights.values()), used[:, complete], 1)
+    metrics = {
+        "reward": reward.mean() if complete.any() else math.nan,
+        "reward_std": reward.std() if complete.any() else math.nan,
+        "failed_rewards": int((~np.isfinite(used)).sum()),
+    } | {f"failed_{name}": int((~np.isfinite(scores[name])).sum()) for name in weights}
+    for name, values in scores.items():
+        finite = values[np.isfinite(values)]
+        metrics[f"reward_{name}"] = finite.mean() if len(finite) else math.nan
+    return metrics

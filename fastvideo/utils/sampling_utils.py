@@ -6,13 +6,16 @@ training apply the same numbers with the same operations in float32, which is wh
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from fastvideo.rollout_plan import Step
+    from fastvideo.models.flux import LatentShape
+    from fastvideo.rollout_plan import Plan, Step
 
 
 def shift_time(t: float, shift: float) -> float:
@@ -143,3 +146,23 @@ def log_prob(sample: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> tor
     """
     density = -((sample - mean) ** 2) / (2 * std**2) - torch.log(std) - 0.5 * math.log(2 * math.pi)
     return density.flatten(1).mean(1)
+
+
+def transition_table(plan: "Plan", device: torch.device) -> torch.Tensor:
+    """Coefficients of x and v, std and σ of each step, [steps, 4]: the float32 numbers rollout and training share."""
+    rows = [(c.x, c.v, c.std, step.sigma) for c, step in zip(coefficients(plan), plan, strict=True)]
+    return torch.tensor(rows, dtype=torch.float32, device=device)
+
+
+def draw_noise(
+    seed: int, iteration: int, slots: Sequence[int], rows: int, step: int, shape: "LatentShape"
+) -> torch.Tensor:
+    """Standard normal noise [prompts · rows, L, C], a function of (seed, iteration, prompt slot, row, step) alone.
+
+    One generator a row, on the CPU: the numbers depend neither on rank, world size and micro-batch nor on the device.
+    """
+    noise = torch.empty(len(slots) * rows, shape.tokens, shape.channels)
+    for i, row in enumerate(noise):
+        key = np.random.SeedSequence([seed, iteration, slots[i // rows], i % rows, step, 0])
+        row.normal_(generator=torch.Generator().manual_seed(int(key.generate_state(1, np.uint64)[0]) >> 1))
+    return noise
