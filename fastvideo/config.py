@@ -415,8 +415,8 @@ class GRPOConfig(RewardSpecConfig):
     )
     sp_size: int = flag(
         1,
-        "ddp, fsdp: so many consecutive processes compute each picture together, its tokens split over them (diffusers' "
-        "Ulysses attention), for pictures too large for one GPU; divides the processes, heads, image and text tokens",
+        "ddp, fsdp: so many processes compute a picture together, its tokens split over them (diffusers' Ulysses "
+        "attention), for pictures too large for one GPU; must divide processes, attention heads, image and text tokens",
     )
     use_cpu_offload: bool = flag(False, "fsdp, deepspeed: parameters and moments wait in the CPU's memory")
     rollout_keep_gathered: str = flag(

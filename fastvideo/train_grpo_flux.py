@@ -461,7 +461,8 @@ class Trainer:
     def collect(
         self, plan: Plan, number: int, conditioning: Conditioning, captions: list[str], seconds: dict[str, float]
     ) -> tuple[Rollout, list, dict[str, np.ndarray]]:
-        """This rank's rollout and pictures, and the gathered scores: name -> [P, pictures], NaN where failed.
+        """This data rank's rollout and pictures (on its first process), and all scores: name -> [P, pictures], NaN
+        where failed.
 
         As many whole groups as --rollout_batch_size holds are sampled at a time, and scored while the next ones are.
         """
@@ -485,8 +486,8 @@ class Trainer:
             scores.append(self.scorer.submit(self.score, pictures, texts, *progress))
         with self.phase("reward", seconds):  # what is left of it
             found = gather_object([future.result() for future in scores])
-        everywhere = {name: np.concatenate([part[name] for part in found]).reshape(-1, len(places)) for name in found[0]}
-        return Rollout.join(parts), images, everywhere
+        gathered = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+        return Rollout.join(parts), images, {k: v.reshape(-1, len(places)) for k, v in gathered.items()}
 
     def score(self, images: list, prompts: list[str], step: int | np.ndarray, total: int) -> dict[str, np.ndarray]:
         """Scores by name, [N], in the scorer's thread and on a CUDA stream of its own."""

@@ -4,6 +4,7 @@ import math
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from fastvideo.models.reward_model.jpeg import JpegCompressibilityRewardModel
 from fastvideo.models.reward_model.shapes import ShapesRewardModel
@@ -21,6 +22,13 @@ def brightness(images: Images, prompts: list[str]) -> list[float]:
 def rough_brightness(images: Images, prompts: list[str]) -> list[float]:
     """Steps of 1/1000, so that a pixel which rounding moves to the next of its 256 values changes no reward."""
     return [round(value, 3) for value in brightness(images, prompts)]
+
+
+def noted_brightness(images: Images, prompts: list[str]) -> list[float]:
+    """Writes a line a picture into a file of the process, in the folder NOTES."""
+    with open(Path(os.environ["NOTES"]) / f"scored_by_{os.environ['RANK']}", "a") as file:
+        file.writelines(f"{prompt}\n" for prompt in prompts)
+    return brightness(images, prompts)
 
 
 def never(images: Images, prompts: list[str]) -> list[float]:

@@ -1,0 +1,125 @@
+"""--sp_size: processes that compute each picture together sample, score and learn what one process does."""
+
+import re
+
+from fastvideo.data_preprocess.preprocess_flux_embedding import embed_prompts
+from fastvideo.models.flux import check_sequence_split
+
+import numpy as np
+import pytest
+from conftest import Run, assert_same_update, torchrun
+from PIL import Image
+from test_engines import LORA, UNEVEN, assert_same_numbers
+
+SHARED = UNEVEN | {"image_log_steps": 1, "prompts_per_iteration": 2}
+
+
+@pytest.fixture
+def together(flags, tmp_path, subprocess_environment):
+    """together(name, processes, flag=value, ...) -> their Run."""
+
+    def run(name: str, processes: int, **given) -> Run:
+        environment = subprocess_environment | {"NOTES": str(tmp_path)}
+        done = torchrun(flags(output_dir=tmp_path / name, **given), environment, processes=processes)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return Run(tmp_path / name)
+
+    return run
+
+
+def grids(run: Run) -> list[np.ndarray]:
+    paths = sorted((run.folder / "images").iterdir())
+    return [np.asarray(Image.open(path)).astype(int) for path in paths]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "processes,given",
+    [
+        (2, {}),
+        (4, {}),
+        (4, {"sp_size": 4, "gradient_checkpointing": True}),
+        (2, {"parallel": "fsdp"}),
+        pytest.param(4, {"parallel": "fsdp"}, marks=pytest.mark.long),
+    ],
+)
+def test_processes_that_share_a_sequence_give_the_numbers_of_one(train, together, processes, given):
+    alone, shared = train(**SHARED), together("shared", processes, **SHARED | {"sp_size": 2} | given)
+    assert_same_numbers(alone, shared)
+    assert_same_update(alone, shared)
+    for line in shared.metrics:
+        assert line["ratio_first_deviation"] <= 1e-6
+    for one, other in zip(grids(alone), grids(shared), strict=True):
+        assert np.abs(one - other).max() <= 1  # a value that rounding moves to the next
+
+
+@pytest.mark.slow
+def test_adapters_and_the_divergence_from_the_base_model_are_shared_too(train, together):
+    settings = {**SHARED, **LORA, "ref_kl_coeff": 0.1}
+    assert_same_numbers(train(**settings), together("shared", 2, **settings, sp_size=2))
+
+
+@pytest.mark.slow
+def test_a_frozen_copy_and_edge_probabilities_are_shared_too(train, together):
+    settings = {
+        "algorithm": "branch_grpo", "sampling_steps": 5, "tree_split_points": [0, 2], "num_generations": 4,
+        "tree_fusion": "probability", "ref_kl_coeff": 0.1, "prompts_per_iteration": 2, "learning_rate": 1e-6,
+        "reward_model": "custom_rewards:rough_brightness",
+    }  # fmt: skip
+    assert_same_numbers(train(**settings), together("shared", 4, **settings, sp_size=2))
+
+
+@pytest.mark.slow
+def test_a_picture_is_scored_once(together, tmp_path):
+    together("shared", 4, **SHARED | {"reward_model": "custom_rewards:noted_brightness"}, sp_size=2)
+    scored = {path.name: len(path.read_text().splitlines()) for path in tmp_path.glob("scored_by_*")}
+    assert scored == {"scored_by_0": 8, "scored_by_2": 8}  # in 2 iterations
+
+
+@pytest.mark.slow
+def test_a_checkpoint_goes_on_with_another_sp_size(train, together):
+    settings = SHARED | {"max_train_steps": 4, "checkpointing_steps": 2, "image_log_steps": 0}
+    whole, shared = train("whole", **settings), together("shared", 2, **settings, sp_size=2)
+    for name, rest in {
+        "one": train("one", **settings, resume_from_checkpoint=shared.checkpoints[0]),
+        "two": together("two", 2, **settings, sp_size=2, resume_from_checkpoint=whole.checkpoints[0]),
+        "data": together("data", 2, **settings, resume_from_checkpoint=shared.checkpoints[0]),
+    }.items():
+        assert [line["step"] for line in rest.metrics] == [3, 4], name
+        for line, other in zip(rest.metrics, whole.metrics[2:], strict=True):
+            assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3), name
+            assert line["reward"] == pytest.approx(other["reward"], rel=1e-3), name
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world_size", [None, "3"])
+def test_processes_that_do_not_make_whole_groups_are_refused(train, capsys, monkeypatch, world_size, tmp_path):
+    if world_size:
+        monkeypatch.setenv("WORLD_SIZE", world_size)
+    with pytest.raises(SystemExit) as stop:
+        train("out", sp_size=2)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and "--sp_size 2" in line and f"which is {world_size or 1}" in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "height,text_tokens,parts,named",
+    [(32, 16, 3, "4 attention heads"), (24, 16, 4, "9 image tokens (--h 24 --w 24)"), (32, 18, 4, "18 text tokens")],
+)
+def test_what_can_not_be_dealt_out_is_refused(tiny_flux, height, text_tokens, parts, named):
+    check_sequence_split(tiny_flux, 32, 32, 16, 4)
+    with pytest.raises(ValueError, match=f"--sp_size {parts}: must divide the {re.escape(named)}"):
+        check_sequence_split(tiny_flux, height, height, text_tokens, parts)
+
+
+@pytest.mark.slow
+def test_prompts_of_an_odd_length_are_refused_before_models_are_loaded(
+    flags, tiny_flux, prompts_file, tmp_path, subprocess_environment
+):
+    index = embed_prompts(tiny_flux, prompts_file, tmp_path / "odd", max_sequence_length=15)
+    done = torchrun(flags(data_json_path=index, sp_size=2), subprocess_environment)
+    assert done.returncode != 0
+    assert "train_grpo_flux.py: error: --sp_size 2: must divide the 15 text tokens" in done.stderr.splitlines()
