@@ -336,6 +336,11 @@ def split_sequence(transformer: FluxTransformer2DModel, mesh: DeviceMesh) -> Non
         transformer.enable_parallelism(
             config=ContextParallelConfig(ulysses_degree=mesh["ulysses"].size(), mesh=mesh),
         )
+    # CUDA's autocast makes norms return float32: queries and keys would meet bf16 values in attention's backward pass,
+    # where nothing casts them, and travel at twice the size.
+    for name, module in transformer.named_modules():
+        if name.rpartition(".")[2] in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
+            module.register_forward_hook(lambda module, inputs, output: output.to(inputs[0].dtype))
 
 
 def enable_gradient_checkpointing(transformer: FluxTransformer2DModel, share: float = 1.0) -> None:
