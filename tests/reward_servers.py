@@ -33,23 +33,16 @@ class ChatHandler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def chat_server(monkeypatch):
-    """chat_server(answer) starts a server; answer(content of the message) -> (status or None, reply).
-
-    A reply that is a text is put into an answer of the protocol, bytes go out as they are, status None hangs up.
-    `requests` of the server: (path, headers, body) in the order they came.
-    """
-    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
+def http_server():
+    """http_server(Handler, name=value, ...) -> a real server with these attributes, its `url` and a `lock`."""
     servers = []
 
-    def start(answer):
-        server = ThreadingHTTPServer(("127.0.0.1", 0), ChatHandler)
-        server.answer, server.requests, server.busy, server.most_busy = answer, [], 0, 0
-        server.lock = threading.Lock()
+    def start(handler: type, **attributes):
+        server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         server.daemon_threads, server.handle_error = True, lambda *_: None  # clients here hang up on purpose
+        server.url, server.lock = f"http://127.0.0.1:{server.server_port}", threading.Lock()
+        vars(server).update(attributes)
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        server.url = f"http://127.0.0.1:{server.server_port}"
         servers.append(server)
         return server
 
@@ -57,3 +50,15 @@ def chat_server(monkeypatch):
     for server in servers:
         server.shutdown()
         server.server_close()
+
+
+@pytest.fixture
+def chat_server(monkeypatch, http_server):
+    """chat_server(answer) starts a server; answer(content of the message) -> (status or None, reply).
+
+    A reply that is a text is put into an answer of the protocol, bytes go out as they are, status None hangs up.
+    `requests` of the server: (path, headers, body) in the order they came.
+    """
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    return lambda answer: http_server(ChatHandler, answer=answer, requests=[], busy=0, most_busy=0)

@@ -3,9 +3,7 @@
 import json
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import pytest
 
@@ -15,10 +13,8 @@ GATED = "Access to model lab/gated is restricted. You must have access to it and
 class Hub(BaseHTTPRequestHandler):
     """lab/gated is there but needs a licence; lab/missing isn't."""
 
-    asked: list[str] = []
-
     def do_GET(self) -> None:
-        self.asked.append(self.path)
+        self.server.asked.append(self.path)
         gated = "lab/gated" in self.path
         body = json.dumps({"error": GATED if gated else "Repository not found"}).encode()
         self.send_response(403 if gated else 404)
@@ -35,22 +31,13 @@ class Hub(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def hub() -> Iterator[str]:
-    Hub.asked.clear()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
-
-
 @pytest.mark.parametrize("repository", ["lab/gated", "lab/missing"])
 def test_a_hub_repository_that_gives_nothing_ends_in_one_line_that_says_what_to_do(
-    hub, repository, flags, tmp_path, subprocess_environment
+    http_server, repository, flags, tmp_path, subprocess_environment
 ):
+    hub = http_server(Hub, asked=[])
     secret = "hf_notarealtokenbutsecret"
-    environment = subprocess_environment | {"HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "0", "HF_TOKEN": secret}
+    environment = subprocess_environment | {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_TOKEN": secret}
     environment |= {"HF_HOME": str(tmp_path / "hub"), "no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1"}
     argv = flags(pretrained_model_name_or_path=repository, output_dir=tmp_path / "out")
     done = subprocess.run(
@@ -62,7 +49,7 @@ def test_a_hub_repository_that_gives_nothing_ends_in_one_line_that_says_what_to_
     start = next(i for i, line in enumerate(message) if line.startswith("train_grpo_flux.py: error"))
     assert f"--pretrained_model_name_or_path {repository}" in message[start]
     assert "licence" in message[start] and "HF_TOKEN" in message[start]
-    assert any(repository in path for path in Hub.asked)
+    assert any(repository in path for path in hub.asked)
     assert "Traceback" not in done.stderr and secret not in done.stdout + done.stderr
     written = [path.read_text(errors="replace") for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert not any(secret in text for text in written)

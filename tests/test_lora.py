@@ -7,6 +7,7 @@ from fastvideo import train_grpo_flux
 from fastvideo.models import merge_lora
 from fastvideo.models.flux import LORA_FILE, add_lora, load_transformer, load_with_lora
 from fastvideo.sample import sample_flux
+from fastvideo.utils import engines
 
 import numpy as np
 import pytest
@@ -67,7 +68,7 @@ def test_only_adapters_change_and_all_of_them(train, tiny_flux, monkeypatch):
 
 
 def test_a_wrong_target_is_refused_with_the_choices_before_any_weight_is_loaded(train, capsys, monkeypatch):
-    monkeypatch.setattr(train_grpo_flux, "load_transformer", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(engines, "load_transformer", lambda *_: pytest.fail("weights were loaded"))
     with pytest.raises(SystemExit) as stop:
         train(use_lora=True, lora_target_modules=["to_q", "to_quary"])
     assert stop.value.code == 2

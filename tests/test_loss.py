@@ -112,7 +112,7 @@ def test_an_optimizer_step_descends_the_mean_over_prompts_samples_and_steps(flag
         batch["prompt_embeds"], batch["pooled_prompt_embeds"], batch["text_ids"][0], trainer.image_ids, 3.5
     )
     plan = make_plan(settings, window)
-    sampled = trainer.sample(plan, 1, conditioning)
+    sampled = trainer.sample(plan, 1, range(2), conditioning)
     advantages = np.array([[3.0, -1, -1, -1], [0.5, 0.2, -0.4, -0.3]])
 
     total = 0.0

@@ -10,8 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from types import ModuleType
 
@@ -361,37 +360,22 @@ for name, build in builds.items():
 """
 
 
-@pytest.fixture
-def proxy():
-    """proxy() -> a running HTTP proxy that lets nobody through and notes in `asked` who wanted to go where."""
-    servers = []
+class Proxy(BaseHTTPRequestHandler):
+    """Lets nobody through, and notes in the server's `asked` who wanted to go where."""
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_CONNECT(self):
-            self.server.asked.append(self.path)
-            self.send_error(403)
+    def do_CONNECT(self):
+        self.server.asked.append(self.path)
+        self.send_error(403)
 
-        def log_message(self, *arguments):
-            pass
-
-    def start():
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        server.asked, server.url = [], f"http://127.0.0.1:{server.server_port}"
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        servers.append(server)
-        return server
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+    def log_message(self, *arguments):
+        pass
 
 
 @pytest.mark.slow
 def test_each_model_downloads_through_its_own_proxy_and_names_what_it_could_not_get(
-    proxy, subprocess_environment, tmp_path
+    http_server, subprocess_environment, tmp_path
 ):
-    proxies = [proxy(), proxy(), proxy()]
+    proxies = [http_server(Proxy, asked=[]) for _ in range(3)]
     environment = {k: v for k, v in subprocess_environment.items() if not k.lower().endswith("_proxy")}
     environment |= {"HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hub")}
     done = subprocess.run(

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import zlib
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from types import SimpleNamespace
 
 from fastvideo.config import RewardSpecConfig
@@ -109,29 +109,14 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def troubled():
+def troubled(http_server):
     """troubled(answer) starts a server that says it serves brightness; answer(body, request number) is its reply."""
-    servers = []
-
-    def start(answer):
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        spec = RewardSpecConfig(reward_model="custom_rewards:brightness")
-        server.health = {
-            "settings": reward_settings(spec, False),
-            "models": {"custom_rewards:brightness": "brightness"},
-            "limits": {"body_bytes": 2**27, "images": 64, "pixels": 2**26},
-        }
-        server.answer, server.requests, server.lock, server.health_status = answer, [], threading.Lock(), 200
-        server.daemon_threads, server.handle_error = True, lambda *_: None  # clients here hang up on purpose
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        server.url = f"http://127.0.0.1:{server.server_port}"
-        servers.append(server)
-        return server
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+    health = {
+        "settings": reward_settings(RewardSpecConfig(reward_model="custom_rewards:brightness"), False),
+        "models": {"custom_rewards:brightness": "brightness"},
+        "limits": {"body_bytes": 2**27, "images": 64, "pixels": 2**26},
+    }
+    return lambda answer: http_server(Handler, answer=answer, health=dict(health), requests=[], health_status=200)
 
 
 def good(body, number=0):
