@@ -1,4 +1,4 @@
-"""E-GRPO's command line for the same trainer: `section.key=value` instead of `--flag value`.
+"""E-GRPO's command line for the same trainer, read by Hydra: `section.key=value` instead of `--flag value`.
 
     torchrun --nproc_per_node=8 fastvideo/train.py algorithm=grpo_merge reward=hps \\
         model.pretrained_model_name_or_path=data/flux data.json_path=data/rl_embeddings/prompt.json \\
@@ -7,23 +7,34 @@
         sampling.height=512 sampling.width=512 reward.hps_path=hps_ckpt/HPS_v2.1_compressed.pt \\
         wandb.enabled=true wandb.project=my-project output_dir=outputs/e_grpo
 
-Sections: model, data, training, grpo, sampling, reward, distributed, wandb. A key is a flag of the trainer, alone
-or in a section; `data.json_path` is --data_json_path, and ALIASES names what is called differently. Values are YAML.
+Groups: algorithm is one of the trainer's, or grpo (flow_grpo); reward is hps, clip, combined, or one of the trainer's.
+Weighted and other rewards are values, 'reward.reward_model="hpsv2:0.7,pick_score:0.3"': Hydra wants a text with commas,
+brackets or = in quotes of its own, inside those of the shell. A value wins over a group's choice. Lists are [1,2].
+Sections: model, data, training, grpo, sampling, reward, distributed, wandb. A key is a flag of the trainer, alone or in
+a section (`data.json_path` is --data_json_path; ALIASES names what is called differently). The last one given counts.
+`fastvideo/train_grpo_flux.py --help` lists the flags. Hydra's own keys don't exist: it writes no folder and no log.
 """
 
 import difflib
+import re
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import field, fields, make_dataclass
+from typing import Any
 
 from fastvideo.config import ALGORITHMS, IGNORED_FLAGS, GRPOConfig
+from fastvideo.models.reward_model.utils import MIXES, REWARDS
 from fastvideo.train_grpo_flux import main as train
 
-import yaml
+from hydra import compose, initialize
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 SECTIONS = ("model", "data", "training", "grpo", "sampling", "reward", "distributed", "wandb")
 ALIASES = {
-    "reward": "reward_model",
     "sampling.height": "h",
     "sampling.width": "w",
     "data.cfg_rate": "cfg",
@@ -32,53 +43,79 @@ ALIASES = {
     "wandb.enabled": "use_wandb",
     "wandb.name": "experiment_name",
 }
-REWARDS = {"hps": "hpsv2", "clip": "clip_score", "combined": "hpsv2:0.7,clip_score:0.3"}
-GROUPS = {"grpo": "flow_grpo"}
-FLAGS = {f.name: f.type for f in fields(GRPOConfig)} | dict.fromkeys(IGNORED_FLAGS, str)
+GROUPS = {
+    "algorithm": {"grpo": "flow_grpo"} | {name: name for name in ALGORITHMS},
+    "reward": {"hps": "hpsv2", "clip": "clip_score", "combined": "hpsv2:0.7,clip_score:0.3"}
+    | {name: name for name in (*REWARDS, *MIXES)},
+}
+PLACES = {"algorithm": "algorithm", "reward": "reward.reward_model"}  # the keys that the groups' choices set
+FLAGS: dict[str, Any] = {f.name: f.type for f in fields(GRPOConfig)} | dict.fromkeys(IGNORED_FLAGS, Any)
+KEYS = {f"{section}.{name.removeprefix(f'{section}_')}": name for section in SECTIONS for name in FLAGS}
+KEYS |= {f"{section}.{name}": name for section in SECTIONS for name in FLAGS} | {name: name for name in FLAGS} | ALIASES
 
 
-def flag_of(key: str) -> str:
-    """The trainer's flag of a key. Raises ValueError, with the nearest keys, if there is none."""
-    section, _, name = key.rpartition(".")
-    if section in ("", *SECTIONS):
-        for candidate in (ALIASES.get(key), name, f"{section}_{name}"):
-            if candidate in FLAGS:
-                return candidate
-    close = difflib.get_close_matches(name, [*FLAGS, *(alias.rpartition(".")[2] for alias in ALIASES)], 3)
-    choices = ", ".join(f"{section}.{found}" if section in SECTIONS else found for found in close)
-    if section not in ("", *SECTIONS):
-        raise ValueError(f"{key}: unknown section {section!r}; choose from {', '.join(SECTIONS)}")
-    raise ValueError(f"unknown key {key}" + (f"; did you mean {choices}?" if choices else ""))
+def register() -> None:
+    """Gives Hydra GRPOConfig's fields and types, without values: defaults are config.py's, by what is given."""
+    store = ConfigStore.instance()
+    members: list[tuple[str, Any, Any]] = [(name, kind, MISSING) for name, kind in FLAGS.items()]
+    for section in SECTIONS:
+        keys = {key.removeprefix(f"{section}."): flag for key, flag in KEYS.items() if key.startswith(f"{section}.")}
+        kind = make_dataclass(section, [(name, FLAGS[flag], MISSING) for name, flag in keys.items()])
+        members.append((section, kind, field(default_factory=kind)))
+    choices = field(default_factory=lambda: ["_self_", *({group: None} for group in GROUPS)])
+    store.store("trainer", make_dataclass("Trainer", [*members, ("defaults", list, choices)]))
+    for group, options in GROUPS.items():
+        for option, value in options.items():
+            store.store(option, OmegaConf.from_dotlist([f"{PLACES[group]}={value}"]), group, "_global_")
+
+
+register()
+
+
+def readable(argument: str) -> str:
+    """The argument as Hydra shall read it. Raises ValueError, one line, for what Hydra would explain in several."""
+    key, equals, text = argument.partition("=")
+    if not equals:
+        raise ValueError(f"{argument}: expected key=value, such as training.learning_rate=1e-6")
+    if key not in (*KEYS, *GROUPS):
+        close = difflib.get_close_matches(key, (*KEYS, *GROUPS), 1)
+        raise ValueError(f"unknown key {key}" + (f"; did you mean {close[0]}?" if close else ""))
+    if KEYS.get(key) == "wandb_key":  # before any message could repeat its value
+        raise ValueError(f"{key}: keys don't belong on a command line; set WANDB_API_KEY in the environment")
+    try:
+        override = OverridesParser.create().parse_override(argument)
+    except HydraException as error:
+        raise ValueError(f"{argument}: not a value in Hydra's grammar; a text goes in quotes, {key}='...'") from error
+    value, kind = override.value(), FLAGS.get(KEYS.get(key, ""))
+    if key in GROUPS and str(value) not in GROUPS[key]:
+        other = {"reward": "; give any other as reward.reward_model='...'"}.get(key, "")
+        raise ValueError(f"{argument}: choose from {', '.join(GROUPS[key])}{other}")
+    if override.is_sweep_override():
+        raise ValueError(f"{argument}: several values; a text with commas goes in quotes, {key}='...', a list in [ ]")
+    if kind is bool and not isinstance(value, bool):
+        raise ValueError(f"{argument}: choose from true, false")
+    if kind in (str, str | None) and isinstance(value, (bool, int, float)):
+        return f"{key}='{text}'"  # a name 1e3 stays what was typed, not 1000.0
+    return argument
 
 
 def to_flags(overrides: Sequence[str]) -> list[str]:
-    """The trainer's command line for `key=value` arguments. Raises ValueError, one line, for what can't be read."""
+    """The trainer's command line for `key=value` arguments: just what was given. Raises ValueError, one line."""
+    try:
+        with initialize(version_base="1.3", config_path=None):
+            config = compose("trainer", [readable(argument) for argument in overrides])
+        places = [PLACES.get(key, key) for key, _, _ in (argument.partition("=") for argument in overrides)]
+        given = {KEYS[place]: OmegaConf.select(config, place) for place in places}
+    except (HydraException, OmegaConfBaseException) as error:
+        reasons = [str(reason).splitlines()[0] for reason in (error, error.__cause__) if reason]
+        raise ValueError(": ".join(reasons)) from error
     argv: list[str] = []
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals:
-            raise ValueError(f"{override}: expected key=value, such as training.learning_rate=1e-6")
-        flag = flag_of(key)
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ValueError(f"{key}={text}: not a YAML value") from error
-        if flag == "algorithm" and value not in (*ALGORITHMS, *GROUPS):
-            raise ValueError(f"algorithm={text}: choose from {', '.join([*GROUPS, *ALGORITHMS])}")
-        if isinstance(value, dict):
-            raise ValueError(f"{key}={text}: expected one value or a list")
-        if FLAGS[flag] is bool:
-            if not isinstance(value, bool):
-                raise ValueError(f"{key}={text}: choose from true, false")
+    for flag, value in given.items():
+        if isinstance(value, bool):
             argv.append(f"--{flag}" if value else f"--no_{flag}")
-        elif isinstance(value, list):
-            argv += [f"--{flag}", *(str(entry) for entry in value or ["None"])]
         else:
-            plain = (
-                value if isinstance(value, str) else text
-            )  # the trainer parses numbers, and YAML takes `no` for false
-            names = {"algorithm": GROUPS, "reward_model": REWARDS}.get(flag, {})
-            argv.append(f"--{flag}={names.get(plain, plain)}")
+            text = ",".join(map(str, value)) or "None" if OmegaConf.is_list(value) else value
+            argv.append(f"--{flag}={text}")
     return argv
 
 
@@ -91,7 +128,8 @@ def main(overrides: Sequence[str] | None = None) -> None:
     try:
         argv = to_flags(overrides)
     except ValueError as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
+        without_login = re.sub(r"[^\s/=,\"'\[]+@", "", str(error))
+        print(f"train.py: error: {without_login}", file=sys.stderr)
         raise SystemExit(2) from error
     train(argv)
 

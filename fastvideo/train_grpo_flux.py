@@ -829,8 +829,8 @@ def train(trainer: Trainer, sampler: PromptSampler, loader: DataLoader) -> None:
                 failed = ", ".join(f"{v} {k}" for k, v in metrics.items() if "failed_" in k and v)
                 raise TrainingStopped(
                     f"more scores failed in iteration {metrics['step']} than --max_reward_failures "
-                    f"{config.max_reward_failures} ({failed}); nothing was trained with it, and all is saved in "
-                    f"{config.output_dir}"
+                    f"{config.max_reward_failures} ({failed}); nothing was trained with it, the rest is "
+                    "saved; --resume_from_checkpoint latest repeats that iteration"
                 )
             if stopped:
                 raise TrainingStopped(

@@ -46,7 +46,9 @@ def test_the_documented_command_gives_these_settings():
         ("reward=combined", "reward_model", "hpsv2:0.7,clip_score:0.3"),
         ("reward=multi_reward", "reward_model", "multi_reward"),
         ("reward=pick_score", "reward_model", "pick_score"),
-        ("reward=shapes:2,jpeg_compressibility", "reward_model", "shapes:2,jpeg_compressibility"),
+        ("reward=jpeg_compressibility", "reward_model", "jpeg_compressibility"),
+        ('reward.reward_model="shapes:2,jpeg_compressibility"', "reward_model", "shapes:2,jpeg_compressibility"),
+        ("reward.reward_model=fastvideo.config:flag", "reward_model", "fastvideo.config:flag"),
         ("training.gradient_checkpointing=false", "gradient_checkpointing", False),
         ("wandb.enabled=False", "use_wandb", False),
         ("eta=0.5", "eta", 0.5),
@@ -58,7 +60,10 @@ def test_the_documented_command_gives_these_settings():
         ("reward.clip_path=clip.bin", "hps_clip_path", "clip.bin"),
         ("distributed.master_weight_type=bf16", "master_weight_type", "bf16"),
         ("training.mixed_precision=no", "mixed_precision", "no"),  # which YAML takes for false
+        ("training.compile=true", "compile", "true"),  # a text, though it looks like a switch
         ("wandb.name='1e3'", "experiment_name", "1e3"),
+        ("wandb.name=1e3", "experiment_name", "1e3"),
+        ("data.loss_coef=1", "algorithm", "mix_grpo"),  # a flag without effect, with the trainer's warning
     ],
 )
 def test_a_key_is_a_flag(override, name, value):
@@ -71,17 +76,29 @@ def test_a_key_is_a_flag(override, name, value):
         ("grpo.num_generation=16", ("grpo.num_generation", "grpo.num_generations?")),
         ("training.lerning_rate=1", ("training.lerning_rate", "training.learning_rate")),
         ("sampling.hight=512", ("sampling.hight", "sampling.height")),
-        ("gpro.eta=1", ("gpro.eta", "section", "grpo")),
+        ("gpro.eta=1", ("unknown key gpro.eta", "grpo.eta")),
         ("wobble=1", ("unknown key wobble",)),
+        ("+wobble=1", ("unknown key +wobble",)),
+        ("hydra.run.dir=out", ("unknown key hydra.run.dir",)),
         ("algorithm=ppo", ("algorithm=ppo", "grpo_merge", "branch_grpo")),
         ("eta", ("eta", "key=value")),
         ("--eta=1", ("unknown key --eta",)),
-        ("grpo.eta_step_list=[1,", ("grpo.eta_step_list=[1,", "YAML")),
-        ("grpo.eta={a: 1}", ("grpo.eta={a: 1}", "one value")),
-        ("wandb.enabled=maybe", ("wandb.enabled=maybe", "true")),
-        ("grpo.num_generations=many", ("--num_generations", "many")),
+        ("reward=hsp", ("reward=hsp", "hps", "multi_reward", "reward.reward_model=")),
+        ("reward=shapes:2,jpeg_compressibility", ("reward=shapes:2,", "pick_score", "reward.reward_model='...'")),
+        ("reward=[hps,clip]", ("reward=[hps,clip]", "choose from hps, clip")),
+        ("reward.reward_model=hpsv2,pick_score", ("reward.reward_model=hpsv2,pick_score", "quotes")),
+        ("grpo.eta_step_list=[1,", ("grpo.eta_step_list=[1,", "grammar")),
+        ("grpo.eta={a: 1}", ("grpo.eta={a: 1}", "Float")),
+        ("grpo.eta=null", ("grpo.eta=null", "not Optional")),
+        ("grpo.eta=${grpo.etta}", ("grpo.etta", "not found")),
+        ("wandb.enabled=maybe", ("wandb.enabled=maybe", "true, false")),
+        ("grpo.num_generations=many", ("grpo.num_generations=many", "Integer")),
+        ("grpo.num_generations=1", ("--num_generations 1", "at least 2")),
+        ("sampling.sde_type=ode", ("--sde_type", "ode", "flow", "cps")),
         ("grpo.eta_step_list=[1,2]", ("--eta_step_merge_list [1, 1, 1]",)),
         ("wandb.wandb_key=hush", ("WANDB_API_KEY",)),
+        ("wandb.key=[hush", ("WANDB_API_KEY",)),
+        ("reward.reward_server=http://me:hush@a,http://b", ("reward.reward_server=http://a,http://b", "quotes")),
     ],
 )
 def test_a_bad_argument_is_refused_in_one_line(capsys, override, named):
@@ -91,6 +108,31 @@ def test_a_bad_argument_is_refused_in_one_line(capsys, override, named):
     (line,) = capsys.readouterr().err.splitlines()
     assert ": error: " in line and all(text in line for text in named), line
     assert "hush" not in line
+
+
+def test_the_last_one_given_counts_and_a_value_wins_over_a_group():
+    assert settings("data.json_path=p", "eta=0.1", "grpo.eta=0.2", "reward=hps", "reward=clip").eta == 0.2
+    assert settings("data.json_path=p", "reward=hps", "reward=clip").reward_model == "clip_score"
+    assert settings("data.json_path=p", "reward.reward_model=pick_score", "reward=clip").reward_model == "pick_score"
+
+
+def test_a_key_that_is_not_given_is_left_to_the_algorithm():
+    assert front_door.to_flags(["algorithm=grpo_merge", "reward=hps"]) == [
+        "--algorithm=grpo_merge", "--reward_model=hpsv2",
+    ]  # fmt: skip
+
+
+def test_every_flag_is_a_key_of_every_section():
+    for name in front_door.FLAGS:
+        for section in ("", *front_door.SECTIONS):
+            assert front_door.KEYS[f"{section}.{name}".lstrip(".")] == name
+
+
+def test_hydra_writes_nothing_and_stays_where_it_is(tmp_path, subprocess_environment):
+    command = [sys.executable, str(ROOT / "fastvideo/train.py"), *DOCUMENTED, "dry_run=true"]
+    done = subprocess.run(command, cwd=tmp_path, env=subprocess_environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "images an iteration" in done.stdout and not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
