@@ -53,13 +53,13 @@ def test_processes_that_share_a_sequence_give_the_numbers_of_one(train, together
         assert np.abs(one - other).max() <= 1  # a value that rounding moves to the next
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_adapters_and_the_divergence_from_the_base_model_are_shared_too(train, together):
     settings = {**SHARED, **LORA, "ref_kl_coeff": 0.1}
     assert_same_numbers(train(**settings), together("shared", 2, **settings, sp_size=2))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_frozen_copy_and_edge_probabilities_are_shared_too(train, together):
     settings = {
         "algorithm": "branch_grpo", "sampling_steps": 5, "tree_split_points": [0, 2], "num_generations": 4,
