@@ -10,4 +10,6 @@ if [ "${1:-}" = --long ]; then
   shift
   exec "$PYTHON_BIN" -m pytest -q "$@"
 fi
-exec "$PYTHON_BIN" -m pytest -q -m "not long" --durations=15 "$@"
+# Tests use one thread each, TEST_PROCESSES of them at a time.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+exec "$PYTHON_BIN" -m pytest -q -m "not long" -n "${TEST_PROCESSES:-2}" --durations=15 "$@"
