@@ -1,4 +1,4 @@
-"""Evaluation during training: fixed pictures, whatever the processes; a link to the best checkpoint; training untouched."""
+"""Evaluation during training: the same pictures on any processes, a link to the best checkpoint, training untouched."""
 
 import json
 import os
@@ -23,7 +23,7 @@ DECIDES = "evaluation_reward_JpegCompressibilityRewardModel"
 @pytest.fixture
 def eval_prompts(tmp_path):
     path = tmp_path / "eval.txt"
-    path.write_text(PROMPTS[0] + "\na <b>large</b> \"blue\" circle / 🐟\n" + PROMPTS[3] + "\n", encoding="utf-8")
+    path.write_text(PROMPTS[0] + '\na <b>large</b> "blue" circle / 🐟\n' + PROMPTS[3] + "\n", encoding="utf-8")
     return path
 
 
@@ -70,7 +70,7 @@ def test_evaluation_leaves_training_alone_and_keeps_the_best_checkpoint(train, e
 def test_two_processes_and_a_resumed_run_evaluate_alike(train, flags, eval_prompts, tmp_path, subprocess_environment):
     whole = train("whole", **SETTINGS, eval_prompts=eval_prompts)
     command = {k: v for k, v in SETTINGS.items() if k != "train_batch_size"}
-    command |= {"prompts_per_iteration": 2, "eval_prompts": eval_prompts, "max_train_steps": 1}
+    command |= {"prompts_per_iteration": 2, "eval_prompts": eval_prompts, "max_train_steps": 1, "parallel": "fsdp"}
     done = torchrun(flags(**command, output_dir=tmp_path / "two"), subprocess_environment)
     assert done.returncode == 0, done.stderr
     two = type(whole)(tmp_path / "two")
@@ -80,7 +80,8 @@ def test_two_processes_and_a_resumed_run_evaluate_alike(train, flags, eval_promp
 
     shutil.copytree(whole.folder, tmp_path / "again", symlinks=True)
     first = next(path for path in whole.checkpoints if path.name.startswith("checkpoint-2-"))
-    again = train("again", **SETTINGS, eval_prompts=eval_prompts, resume_from_checkpoint=tmp_path / "again" / first.name)
+    checkpoint = tmp_path / "again" / first.name
+    again = train("again", **SETTINGS, eval_prompts=eval_prompts, resume_from_checkpoint=checkpoint)
     assert again.numbers() == whole.numbers() and pictures(again, 4) == pictures(whole, 4)
     assert os.readlink(again.folder / "best") == os.readlink(whole.folder / "best")
 
@@ -91,7 +92,7 @@ def test_two_processes_and_a_resumed_run_evaluate_alike(train, flags, eval_promp
         ({"eval_steps": 1}, "give --eval_prompts too"),
         ({"eval_reward": "shapes"}, "--eval_reward shapes: goes with --eval_steps"),
         ({"eval_steps": 1, "eval_prompts": "none.txt"}, "--eval_prompts none.txt: "),
-        ({"eval_steps": 1, "eval_prompts": "none.txt", "eval_reward": "shape"}, "--eval_reward 'shape': unknown reward"),
+        ({"eval_steps": 1, "eval_prompts": "no.txt", "eval_reward": "shape"}, "--eval_reward 'shape': unknown reward"),
     ],
 )
 def test_bad_evaluation_flags_are_one_line(train, capsys, given, text):

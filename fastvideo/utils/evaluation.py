@@ -1,7 +1,8 @@
-"""Evaluation during training: fixed prompts with fixed seeds, sampled without noise, scored; the best one decides `best`.
+"""Evaluation during training: fixed prompts with fixed seeds, sampled without noise and scored.
 
 --eval_steps N writes evaluation/{iteration}/ in the run's folder: a picture a prompt and scores.json, which
-fastvideo.eval.report pairs with those of iteration 0, the model before training. Noise comes from --seed and the
+fastvideo.eval.report pairs with those of iteration 0, the model before training; the link `best` in that folder points
+to the checkpoint of the highest score. Noise comes from --seed and the
 prompt's place in --eval_prompts, each picture is sampled on its own, and nothing of it enters training, so neither the
 number of processes nor a restart changes a picture, and training goes on as if there had been no evaluation.
 """
@@ -55,7 +56,7 @@ class Evaluation:
         self.dataset = LatentFluxRLDataset(index)
         self.prompts = [entry["caption"] for entry in self.dataset.entries]
         self.plan = tuple(plan_mix(config, ()))  # no stochastic step
-        self.models, self.weights = trainer.reward_models, trainer.reward_weights
+        self.models, self.weights = trainer.scoring.models, trainer.scoring.weights
         if config.eval_reward:
             device = str(trainer.accelerator.device)
             held_out, self.weights = build_reward_models(config.held_out(), device, evaluation=True)
