@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -49,7 +50,9 @@ class _List(argparse.Action):
         self.convert = type
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        parts = [part for part in re.split(r"[\s,\[\]]+", " ".join(values)) if not is_none(part)]
+        parts = values  # of paths: spaces and commas are theirs
+        if self.convert is not Path:
+            parts = [part for part in re.split(r"[\s,\[\]]+", " ".join(values)) if not is_none(part)]
         try:
             setattr(namespace, self.dest, [self.convert(part) for part in parts])
         except ValueError:

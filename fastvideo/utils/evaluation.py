@@ -21,7 +21,7 @@ from fastvideo.models.flux import decode_latents
 from fastvideo.models.reward_model.utils import build_reward_models, check_reward_files, compute_reward
 from fastvideo.rollout_plan import plan_mix
 from fastvideo.utils.advantages import reward_means
-from fastvideo.utils.files import read_prompts, write_bytes, write_json
+from fastvideo.utils.files import evaluation_folder, read_prompts, write_bytes, write_json
 
 import numpy as np
 from accelerate.utils import gather_object
@@ -36,11 +36,6 @@ def check_evaluation(config: GRPOConfig) -> None:
         read_prompts(config.eval_prompts, "eval_prompts")
     if config.eval_reward:
         check_reward_files(config.held_out(), evaluation=True)
-
-
-def evaluation_folder(output_dir: str | Path, iteration: int) -> Path:
-    """Where the pictures and scores of an evaluation lie."""
-    return Path(output_dir) / "evaluation" / f"{iteration:06d}"
 
 
 class Evaluation:
