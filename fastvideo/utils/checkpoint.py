@@ -6,6 +6,7 @@ checkpoint-{step}-{epoch}/
     ema/                                               the same for the average of the weights, with --ema_decay
     optimizer/                                         only resuming needs it; split over the processes
     checkpoint.json                                    iteration, settings, versions, sizes and hashes of all files
+best                                                   a link to the checkpoint of the best evaluation (--eval_steps)
 """
 
 import importlib.metadata
