@@ -1,62 +1,88 @@
 #!/usr/bin/env bash
-# Engines on real GPUs: the same first iterations from DDP (or one process), FSDP2, ZeRO-2 and ZeRO-3 on FLUX blocks of full width, a kill
-# and a resume, and LoRA on all 12 B parameters at 720x720 on one GPU. Random weights, no downloads.
-#   bash benchmarks/engines_gpu.sh agree 4     processes (default 2), 2+4 blocks, 10 iterations an engine; more flags go on
-#   bash benchmarks/engines_gpu.sh lora        one GPU, 19+38 blocks, the recipe's G 12 and T 25
-#   bash benchmarks/engines_gpu.sh full 8      full fine-tuning under FSDP2, 19+38 blocks, G 4, T 8, window 2
-# Metrics go to $OUT (default outputs/engines_gpu); print them with `python benchmarks/compare_runs.py $OUT/*/metrics.jsonl`.
+# Engines on real GPUs, with random weights and no downloads.
+#   bash benchmarks/engines_gpu.sh agree 2    the same 10 iterations on 2+4 blocks of full width from each engine: DDP, FSDP2, FSDP2 resumed
+#                                             from DDP's checkpoint, killed with -9 and resumed, with CPU offload, ZeRO-2, ZeRO-3, LoRA
+#   bash benchmarks/engines_gpu.sh split 2    the same from one process, and from 2 that share each picture (--sp_size 2)
+#   bash benchmarks/engines_gpu.sh lora 4     all 12 B parameters at 720x720, G 4, T 8, window 2: seconds by phase and memory
+#   bash benchmarks/engines_gpu.sh full 4     the same, all of them trained under FSDP2
+# The second word is the number of processes, the third a comma-separated choice of what to run (agree alone). Results go to
+# $OUT (default outputs/engines_gpu).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
-what=${1:-agree} nproc=${2:-2}
-more=("${@:3}") # flags for the trainer
+what=${1:-agree} nproc=${2:-2} choice=${3:-plain,fsdp,resumed,killed,offload,zero2,zero3,lora}
 OUT=${OUT:-outputs/engines_gpu}
+blocks=$OUT/blocks6
 mkdir -p "$OUT"
 
-model() { # folder, double blocks, single blocks
-  [ -f "$1/prompt.json" ] || "$PYTHON_BIN" - "$@" <<'P'
-import sys
+torchrun() { "$PYTHON_BIN" -m torch.distributed.run --standalone --nproc_per_node "$@"; }
+
+model() { # 2+4 blocks, which several of these scripts may share
+  mkdir -p "$blocks"
+  (
+    flock 9
+    [ -f "$blocks/prompt.json" ] || PYTHONPATH=benchmarks:${PYTHONPATH:-} "$PYTHON_BIN" -c "
 from pathlib import Path
-
-sys.path.insert(0, "benchmarks")
 from bench_iteration import BenchmarkConfig, make_inputs
-
-folder = Path(sys.argv[1])
-folder.mkdir(parents=True, exist_ok=True)
-make_inputs(folder, BenchmarkConfig(double_blocks=int(sys.argv[2]), single_blocks=int(sys.argv[3])))
-P
+make_inputs(Path('$blocks'), BenchmarkConfig(double_blocks=2, single_blocks=4))"
+  ) 9>"$blocks.lock"
 }
 
-train() { # name, model folder, processes, flags
-  local name=$1 folder=$2 n=$3
-  shift 3
-  "$PYTHON_BIN" -m torch.distributed.run --standalone --nproc_per_node "$n" fastvideo/train_grpo_flux.py \
-    --pretrained_model_name_or_path "$folder" --init_random_flux --data_json_path "$folder/prompt.json" --output_dir "$OUT/$name" \
-    --reward_model jpeg_compressibility --no_use_wandb --dataloader_num_workers 0 --image_log_steps 0 "$@" "${more[@]}"
+train() { # name, flags
+  local name=$1
+  shift
+  torchrun "$nproc" fastvideo/train_grpo_flux.py --pretrained_model_name_or_path "$blocks" --init_random_flux \
+    --data_json_path "$blocks/prompt.json" --output_dir "$OUT/$name" --reward_model jpeg_compressibility --no_use_wandb \
+    --dataloader_num_workers 0 --image_log_steps 0 --compile false --h 256 --w 256 --num_generations 4 --sampling_steps 8 \
+    --group_size 2 --gradient_accumulation_steps 2 --max_train_steps 10 --checkpointing_steps 5 --learning_rate 1e-6 "$@" \
+    >"$OUT/$name.log" 2>&1 || { tail -n 30 "$OUT/$name.log" && return 1; }
 }
 
-small="--h 256 --w 256 --num_generations 4 --sampling_steps 8 --group_size 2 --gradient_accumulation_steps 2"
+bench() { # flags
+  torchrun "$nproc" benchmarks/bench_iteration.py --double_blocks 19 --single_blocks 38 --folder "$OUT/flux12b_$nproc" \
+    --json_file "$OUT/$what$nproc.json" --num_generations 4 --sampling_steps 8 --group_size 2 --gradient_accumulation_steps 2 \
+    --prog_overlap_step 3 --train_micro_batch_size 2 "$@"
+}
+
+killed() { # after the sixth of ten iterations, and resumed
+  train killed "$@" &
+  local run=$! metrics=$OUT/killed/metrics.jsonl
+  until [ "$(grep -c step "$metrics" 2>/dev/null)" -ge 6 ] 2>/dev/null; do kill -0 "$run" && sleep 0.1; done
+  pkill -9 -f -- "--output_dir $OUT/killed"
+  wait "$run" || true
+  train killed "$@" --resume_from_checkpoint latest
+}
+
 case $what in
 agree)
-  model "$OUT/blocks6" 2 4
-  common="$small --max_train_steps 10 --checkpointing_steps 5 --learning_rate 1e-6 --prompts_per_iteration $nproc"
-  plain=$([ "$nproc" = 1 ] && echo none || echo ddp)
-  train "$plain" "$OUT/blocks6" "$nproc" --parallel "$plain" $common
-  train fsdp "$OUT/blocks6" "$nproc" --parallel fsdp $common
-  train resumed "$OUT/blocks6" "$nproc" --parallel fsdp $common --resume_from_checkpoint "$(echo "$OUT/$plain"/checkpoint-5-*)"
-  train zero2 "$OUT/blocks6" "$nproc" --parallel deepspeed --zero_stage 2 $common
-  train zero3 "$OUT/blocks6" "$nproc" --parallel deepspeed --zero_stage 3 $common
-  train lora_fsdp "$OUT/blocks6" "$nproc" --parallel fsdp --use_lora $common
+  model
+  plain=ddp
+  [ "$nproc" != 1 ] || plain=none
+  for name in ${choice//,/ }; do
+    case $name in
+    plain) train plain --parallel "$plain" ;;
+    fsdp) train fsdp --parallel fsdp ;;
+    resumed) train resumed --parallel fsdp --resume_from_checkpoint "$(echo "$OUT"/plain/checkpoint-5-*)" ;;
+    killed) killed --parallel fsdp ;;
+    offload) train offload --parallel fsdp --use_cpu_offload ;;
+    zero2) train zero2 --parallel deepspeed --zero_stage 2 ;;
+    zero3) train zero3 --parallel deepspeed --zero_stage 3 ;;
+    lora) train lora --parallel fsdp --use_lora ;;
+    *) echo "engines_gpu.sh agree $nproc $name: choose from plain, fsdp, resumed, killed, offload, zero2, zero3, lora" >&2 && exit 2 ;;
+    esac
+    "$PYTHON_BIN" benchmarks/compare_runs.py "$OUT/$name/metrics.jsonl"
+    rm -rf "$OUT/$name"/checkpoint-10-*
+  done
   ;;
-lora)
-  model "$OUT/flux12b" 19 38
-  train lora "$OUT/flux12b" 1 --use_lora --learning_rate 3e-4 --max_train_steps 2 --num_generations 12 --sampling_steps 25 \
-    --train_micro_batch_size "${MICRO:-4}"
+split)
+  model
+  parts=$nproc
+  train "split$parts" --parallel ddp --sp_size "$parts"
+  nproc=1
+  train split1 --parallel none
+  "$PYTHON_BIN" benchmarks/compare_runs.py "$OUT"/split*/metrics.jsonl
   ;;
-full)
-  model "$OUT/flux12b" 19 38
-  train full "$OUT/flux12b" "$nproc" --parallel fsdp $small --h 720 --w 720 --max_train_steps 3 --prompts_per_iteration "$nproc"
-  ;;
-*) echo "engines_gpu.sh $what: choose from agree, lora, full" >&2; exit 2 ;;
+lora) bench --use_lora --learning_rate 3e-4 ;;
+full) bench --parallel fsdp ;;
+*) echo "engines_gpu.sh $what: choose from agree, split, lora, full" >&2 && exit 2 ;;
 esac
-"$PYTHON_BIN" benchmarks/compare_runs.py "$OUT"/*/metrics.jsonl

@@ -285,6 +285,12 @@ def leaf_columns(plan: Plan, start: int) -> dict[int, slice]:
     return found
 
 
+def group_places(plan: Plan, config: GRPOConfig) -> np.ndarray:
+    """The place of each of a prompt's pictures in its group, from 0 to below G."""
+    sizes = [columns.stop - columns.start for columns in leaf_columns(plan, start_rows(config)).values()]
+    return np.concatenate([np.arange(size) * config.num_generations / size for size in sizes])
+
+
 def updates(plan: Plan, samples: int, k: int) -> list[tuple[slice, list[int]]]:
     """The optimizer steps of an iteration: which of a group's samples, and which positions, each trains.
 

@@ -17,7 +17,6 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
@@ -32,37 +31,27 @@ from fastvideo.models.flux import (
     check_lora_targets,
     check_sequence_split,
     decode_latents,
-    forward_flops,
     load_vae,
     meta_transformer,
     predict_velocity,
     without_lora,
 )
-from fastvideo.models.reward_model.granular import GranularRewardModel
-from fastvideo.models.reward_model.utils import build_reward_models, check_reward_files, compute_reward
+from fastvideo.models.reward_model.utils import check_reward_files
 from fastvideo.rollout_plan import (
     Plan,
     describe,
     entropies,
     function_evaluations,
-    leaf_columns,
+    group_places,
     leaves,
     make_plan,
     optimizer_steps,
     parents,
     rows_after,
     start_rows,
-    trained_above,
     updates,
 )
-from fastvideo.utils.advantages import (
-    fuse,
-    kept_pictures,
-    mix_advantages,
-    picture_shares,
-    reward_means,
-    sample_order,
-)
+from fastvideo.utils.advantages import plan_advantages, sample_order
 from fastvideo.utils.checkpoint import (
     CheckpointNotWritten,
     load_ema,
@@ -77,6 +66,8 @@ from fastvideo.utils.log import Log
 from fastvideo.utils.memory import describe_memory
 from fastvideo.utils.processes import stop_signals
 from fastvideo.utils.sampling_utils import coefficients, draw_noise, log_prob, transition_mean, transition_table
+from fastvideo.utils.scoring import Scoring
+from fastvideo.utils.transitions import Transition, micro_batches, slice_transitions
 
 import numpy as np
 import torch
@@ -211,57 +202,6 @@ def reference_kl(mean: torch.Tensor, reference: torch.Tensor, std: torch.Tensor)
     return ((mean - reference) ** 2 / (2 * std**2)).mean(dim=(1, 2))
 
 
-@dataclass(frozen=True)
-class Transition:
-    """A trained transition of this rank: step position in the plan, row before it, row after it, its advantage, and
-    its weight in the loss of its optimizer step.
-    """
-
-    position: int
-    parent: int
-    child: int
-    prompt: int
-    advantage: float
-    weight: float = 1.0
-
-
-def slice_transitions(
-    plan: Plan, rows: list[int], order: np.ndarray, trained: np.ndarray, advantages: dict[int, np.ndarray]
-) -> list[Transition]:
-    """The transitions of one optimizer step, sorted so that those leaving one row stand together. Weights make their
-    loss the mean over prompts of the mean over a prompt's transitions.
-
-    Args:
-        rows: rows a prompt after each step. order: [P, k] samples of this step. trained: [P, G, n] plan positions.
-        advantages: position that this step trains -> [P, rows after it], NaN where the transition is pruned.
-    """
-    group, found = trained.shape[1], []
-    for prompt, samples in enumerate(order):
-        edges = {}  # samples that still are one row share a transition
-        for sample in samples:
-            for position in advantages.keys() & trained[prompt, sample].tolist():
-                row = int(sample) * rows[position] // group
-                advantage = float(advantages[position][prompt, row])
-                if not math.isnan(advantage):
-                    edges[position, prompt * rows[position] + row] = advantage
-        for (position, child), advantage in edges.items():
-            weight = 1 / (len(order) * len(edges))
-            found.append(Transition(position, child // plan[position].branch, child, prompt, advantage, weight))
-    return sorted(found, key=lambda t: (t.position, t.parent, t.child))
-
-
-def micro_batches(transitions: list[Transition], size: int) -> list[list[Transition]]:
-    """As few parts of at most `size` distinct rows as there can be, about equally long: one forward and backward pass
-    serves all transitions that leave a row.
-    """
-    rows = {row: i for i, row in enumerate(dict.fromkeys((t.position, t.parent) for t in transitions))}
-    parts = math.ceil(len(rows) / size)
-    batches: list[list[Transition]] = [[] for _ in range(parts)]
-    for t in transitions:
-        batches[rows[t.position, t.parent] * parts // len(rows)].append(t)
-    return batches
-
-
 def to_device(values: Sequence[float] | torch.Tensor, device: torch.device) -> torch.Tensor:
     """Numbers as a tensor there, without waiting for the GPU, as a plain copy does."""
     tensor = torch.as_tensor(values)
@@ -342,15 +282,12 @@ class Trainer:
         self.image_ids = self.shape.image_ids(device)
         self.guidance_embeds = bool(transformer.config.guidance_embeds)
         self.fills_up = engine.compiled or device.type == "cuda"
-        self.reward_models, self.reward_weights = build_reward_models(config, str(device))
-        self.scorer = ThreadPoolExecutor(1, "scorer")  # scores pictures while the next prompts' are sampled
-        self.reward_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.scoring = Scoring(config, device)
 
         engine.prepare(transformer, {"lr": config.learning_rate, "weight_decay": config.weight_decay})
         self.frozen = None
         if config.ref_kl_coeff and not config.use_lora:
             self.frozen = engine.prepare_frozen(engine.load(path, engine.frozen_dtype))
-        self.matmul_rate = engine.matmul_rate()
         self.steps_per_iteration = optimizer_steps(config)
         self.lr_scheduler = get_scheduler(
             config.lr_scheduler,
@@ -466,7 +403,7 @@ class Trainer:
 
         As many whole groups as --rollout_batch_size holds are sampled at a time, and scored while the next ones are.
         """
-        config, local, places = self.config, self.local_prompts, self.places(plan)
+        config, local, places = self.config, self.local_prompts, group_places(plan, self.config)
         together = max(1, (config.rollout_batch_size or local * config.num_generations) // config.num_generations)
         first_slot = self.engine.data_rank * local
         parts, images, scores = [], [], []
@@ -482,82 +419,24 @@ class Trainer:
                 pictures = decode_latents(self.vae, parts[-1].latents, config.h, config.w, batch)
             images += pictures
             texts = [caption for caption in captions[begin:end] for _ in places]
-            progress = self.progress(np.tile(places, end - begin))
-            scores.append(self.scorer.submit(self.score, pictures, texts, *progress))
+            scores.append(self.scoring.submit(pictures, texts, np.tile(places, end - begin), number))
         with self.phase("reward", seconds):  # what is left of it
             found = gather_object([future.result() for future in scores])
         gathered = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
         return Rollout.join(parts), images, {k: v.reshape(-1, len(places)) for k, v in gathered.items()}
 
-    def score(self, images: list, prompts: list[str], step: int | np.ndarray, total: int) -> dict[str, np.ndarray]:
-        """Scores by name, [N], in the scorer's thread and on a CUDA stream of its own."""
-        with torch.cuda.stream(self.reward_stream):  # which does nothing for None
-            return compute_reward(
-                images, prompts, self.reward_models, self.reward_weights, curr_step=step, total_steps=total
-            )[2]
-
-    def places(self, plan: Plan) -> np.ndarray:
-        """The place of each of a prompt's pictures in its group, from 0 to below G."""
-        sizes = [columns.stop - columns.start for columns in leaf_columns(plan, start_rows(self.config)).values()]
-        return np.concatenate([np.arange(size) * self.config.num_generations / size for size in sizes])
-
-    def progress(self, places: np.ndarray) -> tuple[int | np.ndarray, int]:
-        """curr_step and total_steps of the granular weights: over training, or each picture's place in its group."""
-        if self.config.granular_progress == "batch_index":
-            return places, self.config.num_generations
-        return self.done + 1, self.config.max_train_steps
-
-    def advantage_weights(self, places: np.ndarray) -> dict[str, np.ndarray]:
-        """Weight of each score in the advantage, [pictures]. With `--granular_mix advantage` components stand for their
-        model.
-        """
-        weights: dict[str, np.ndarray] = {}
-        for name, weight in self.reward_weights.items():
-            model = self.reward_models[name]
-            if self.config.granular_mix == "advantage" and isinstance(model, GranularRewardModel):
-                parts = model.component_weights(*self.progress(places), len(places))
-                weights |= {key: weight * part for key, part in parts.items()}
-            else:
-                weights[name] = np.full(len(places), weight)
-        return weights
-
     def advantages(
         self, plan: Plan, sampled: Rollout, scores: dict[str, np.ndarray]
     ) -> tuple[dict[int, np.ndarray], int]:
-        """Advantages of all ranks, position -> [P, rows after it], NaN where pruned; and the number of flat groups.
-
-        A row scores what its pictures score together, compared with the other rows of its step and prompt. Several
-        tails (Granular-GRPO) add their advantages.
-        """
-        config, start = self.config, start_rows(self.config)
-        rows, weights = rows_after(plan, start), self.advantage_weights(self.places(plan))
-        log_probs: dict[int, np.ndarray] = {}  # of the splits, by the number of rows before them; none: plain means
-        if config.tree_fusion == "probability":
-            for position, step in enumerate(plan):
+        """Those of all ranks, see `plan_advantages`."""
+        split_log_probs: dict[int, np.ndarray] = {}
+        if self.config.tree_fusion == "probability":
+            for position, (step, rows) in enumerate(zip(plan, rows_after(plan, start_rows(self.config)), strict=True)):
                 if step.branch > 1:
                     own = sampled.log_probs[position].reshape(self.local_prompts, -1)
-                    before = rows[position] // step.branch
-                    log_probs[before] = self.engine.gather(own).double().cpu().numpy()
-        found: dict[int, np.ndarray] = {}
-        groups: dict[tuple[int, int], tuple[np.ndarray, int]] = {}
-        for leaf, columns in leaf_columns(plan, start).items():
-            for position in trained_above(plan, leaf):
-                count, group = rows[position], (leaf, rows[position])
-                if group not in groups:
-                    shares = picture_shares(log_probs, count, rows[leaf], config.tree_fusion_temperature)
-                    fused = {name: fuse(values[:, columns], count, shares) for name, values in scores.items()}
-                    shaped = {name: fuse(weight[None, columns], count, shares) for name, weight in weights.items()}
-                    groups[group] = mix_advantages(
-                        fused, shaped, config.multi_reward_mix, config.use_group, config.trimmed_ratio
-                    )
-                found[position] = found.get(position, 0) + groups[group][0]
-        if config.tree_width_prune:
-            mode, share = config.tree_width_prune, config.tree_width_prune_share
-            for position, values in found.items():
-                if rows[position] == config.num_generations:  # from the last split on
-                    kept = kept_pictures(values, config.tree_split_children, mode, share)
-                    found[position] = np.where(kept, values, np.nan)
-        return found, sum(flat for _, flat in groups.values())
+                    split_log_probs[rows // step.branch] = self.engine.gather(own).double().cpu().numpy()
+        weights = self.scoring.advantage_weights(plan, self.done + 1)
+        return plan_advantages(self.config, plan, scores, weights, split_log_probs)
 
     def rng(self, number: int, slot: int, purpose: int) -> np.random.Generator:
         """Random choices of one prompt, a function of (seed, iteration, prompt slot)."""
@@ -681,11 +560,11 @@ class Trainer:
         sampled, images, scores = self.collect(plan, number, conditioning, batch["caption"], seconds)
         shape = next(iter(scores.values())).shape
         advantages, flat = self.advantages(plan, sampled, scores)
-        reward_metrics = self.reward_metrics(plan, scores)
+        reward_metrics = self.scoring.metrics(plan, scores, number)
         failures = reward_metrics["failed_rewards"] + reward_metrics.get("eval_failed_rewards", 0)
         self.too_many_failures = config.max_reward_failures is not None and failures > config.max_reward_failures
         # With advantage_aggr a model that scored nothing counts 0; the others still teach.
-        alone = self.reward_weights if config.multi_reward_mix == "advantage_aggr" else ()
+        alone = self.scoring.weights if config.multi_reward_mix == "advantage_aggr" else ()
         scored = any(math.isfinite(reward_metrics[key]) for key in ["reward", *(f"reward_{name}" for name in alone)])
         with self.phase("train", seconds):
             if scored and not self.too_many_failures:
@@ -695,7 +574,8 @@ class Trainer:
                 metrics = {"optimizer_steps": 0, "skipped_steps": self.steps_per_iteration}
         self.done = number - self.too_many_failures  # a resumed run repeats an iteration that had too few scores
         nfe = function_evaluations(plan, start_rows(config))
-        metrics |= self.rates(conditioning, self.local_prompts * nfe, metrics.pop("trained_rows", 0), seconds) | {
+        tokens, sampled_rows = (len(self.image_ids), len(conditioning.text_ids)), self.local_prompts * nfe
+        metrics |= self.engine.rates(tokens, sampled_rows, metrics.pop("trained_rows", 0), seconds) | {
             "step": number,
             "images": shape[0] * shape[1],
             "nfe": shape[0] * nfe,
@@ -706,41 +586,6 @@ class Trainer:
             **self.engine.peak_memory(),
         }
         return metrics | reward_metrics | seconds | {"seconds_total": time.perf_counter() - start}, images
-
-    def rates(
-        self, conditioning: Conditioning, sampled_rows: int, trained_rows: int, seconds: dict[str, float]
-    ) -> dict[str, float]:
-        """TFLOP/s of this process by phase, and their share of what a large matrix product reaches there.
-
-        What is recomputed or filled up counts nothing. Training costs three forward passes a row, two with LoRA, whose
-        base gets no gradient.
-        """
-        tokens = len(conditioning.image_ids), len(conditioning.text_ids)
-        flops = forward_flops(self.engine.transformer, *tokens)
-        passes = {"rollout": sampled_rows, "train": (2 if self.config.use_lora else 3) * trained_rows}
-        metrics = {}
-        for phase, count in passes.items():
-            rate = flops * count / self.config.sp_size / seconds[f"seconds_{phase}"]
-            metrics |= {f"tflops_{phase}": rate / 1e12, f"peak_share_{phase}": rate / self.matmul_rate}
-        return metrics
-
-    def reward_metrics(self, plan: Plan, scores: dict[str, np.ndarray]) -> dict[str, float]:
-        """Means of the weighted reward, of every model and component, and the granular weights of this iteration.
-
-        Pictures that train nothing (E-GRPO's anchors, the noise-free samples) are reported apart, as eval_reward….
-        """
-        columns = leaf_columns(plan, start_rows(self.config))
-        trained = sum(c.stop - c.start for leaf, c in columns.items() if trained_above(plan, leaf))  # they come first
-        metrics = reward_means({name: v[:, :trained] for name, v in scores.items()}, self.reward_weights)
-        if trained < max(c.stop for c in columns.values()):
-            anchors = reward_means({name: v[:, trained:] for name, v in scores.items()}, self.reward_weights)
-            metrics |= {f"eval_{name}": value for name, value in anchors.items()}
-        for model in self.reward_models.values():
-            if isinstance(model, GranularRewardModel):
-                current = model.get_dynamic_weights(*self.progress(self.places(plan)[:trained]))
-                mean = np.atleast_2d(current).mean(0)
-                metrics |= {f"granular_weight_{c}": w for c, w in zip(model.component_names, mean, strict=True)}
-        return metrics
 
 
 # --- command line -----------------------------------------------------------------------------------------------------

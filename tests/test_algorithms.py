@@ -27,6 +27,7 @@ from fastvideo.rollout_plan import (
     updates,
 )
 from fastvideo.train_grpo_flux import Rollout, draw_noise, rollout
+from fastvideo.utils import advantages as advantage_maths
 from fastvideo.utils.advantages import fuse, kept_pictures, picture_shares
 from fastvideo.utils.grpo_states import windows
 from fastvideo.utils.sampling_utils import entropy, sigma_schedule
@@ -520,8 +521,8 @@ def test_e_grpo_evaluates_the_gradient_once_a_group(train, velocity_calls):
 
 def test_strides_add_their_advantages(train, monkeypatch):
     calls, totals = [], []
-    mix, advantages = train_grpo_flux.mix_advantages, train_grpo_flux.Trainer.advantages
-    monkeypatch.setattr(train_grpo_flux, "mix_advantages", lambda *a: calls.append(mix(*a)) or calls[-1])
+    mix, advantages = advantage_maths.mix_advantages, train_grpo_flux.Trainer.advantages
+    monkeypatch.setattr(advantage_maths, "mix_advantages", lambda *a: calls.append(mix(*a)) or calls[-1])
     monkeypatch.setattr(train_grpo_flux.Trainer, "advantages", lambda *a: totals.append(advantages(*a)) or totals[-1])
     train(algorithm="granular_grpo", granular_list=[1, 2, 3], eta_step_list=[0, 2], max_train_steps=1)
     ((total, _),) = totals

@@ -369,15 +369,15 @@ def test_a_node_that_can_not_be_reached_is_named(environment):
 @pytest.mark.slow
 def test_a_dry_run_prints_the_plan_and_each_node_s_command(environment, flags, tmp_path):
     def dry_run(**given: str) -> list[str]:
-        command = ["bash", RECIPE, *flags(output_dir=tmp_path / "run", dry_run=True)]
+        command = ["bash", RECIPE, *flags(output_dir=tmp_path / "run", dry_run=True, parallel="fsdp")]
         env = {**environment, "HF_TOKEN": SECRET, "NCCL_DEBUG": "INFO", **given}
         done = subprocess.run(command, env=env, timeout=100, capture_output=True, text=True, check=True)
         assert SECRET not in done.stdout + done.stderr and not (tmp_path / "run").exists()
         return done.stdout.splitlines()
 
     environment |= {"NPROC_PER_NODE": "3", "LAUNCHER": "ssh", "REMOTE_SHELL": "false"}
-    plan, *_, first, second, summary = dry_run()
-    assert "5 process(es)" in plan
+    plan, *_, memory, first, second, summary = dry_run()
+    assert "5 process(es)" in plan and memory.startswith("predicted peak memory of each process: ")
     assert first.startswith(f"127.0.0.2: cd {ROOT} && {sys.executable} -m torch.distributed.run ")
     assert "--nnodes 2 --nproc_per_node 2 --node_rank 0 --master_addr 127.0.0.2 --master_port FREE_PORT" in first
     assert "--nnodes 2 --nproc_per_node 3 --node_rank 1 --master_addr 127.0.0.2" in second

@@ -27,7 +27,8 @@ def flux_of(tmp_path_factory):
 
 
 def predicted(folder, flags: str, processes: int = 1) -> dict[str, float]:
-    argv = f"--pretrained_model_name_or_path {folder} --data_json_path unused --reward_model shapes {flags}".split()
+    model = f"--pretrained_model_name_or_path {folder} --data_json_path unused --reward_model shapes --dry_run"
+    argv = f"{model} {flags}".split()
     return predict_memory(parse_dataclass(GRPOConfig, argv), processes)
 
 
@@ -40,13 +41,11 @@ def predicted(folder, flags: str, processes: int = 1) -> dict[str, float]:
         ((19, 38), "--train_micro_batch_size 4 --use_lora", 31.5),
     ],
 )
-def test_the_prediction_is_within_a_tenth_of_what_was_measured(flux_of, monkeypatch, blocks, flags, measured):
-    monkeypatch.setenv("LOCAL_RANK", "0")
+def test_the_prediction_is_within_a_tenth_of_what_was_measured(flux_of, blocks, flags, measured):
     assert predicted(flux_of(*blocks), flags)["peak"] == pytest.approx(measured, rel=0.1)
 
 
-def test_engines_split_what_they_say(flux_of, monkeypatch):
-    monkeypatch.setenv("LOCAL_RANK", "0")
+def test_engines_split_what_they_say(flux_of):
     folder, gib = flux_of(1, 1), 2**30
     with torch.device("meta"):
         count = sum(
@@ -81,3 +80,15 @@ def test_a_dry_run_prints_the_prediction_or_that_there_is_none(flags, capsys):
     assert "predicted peak memory of each process: 0." in capsys.readouterr().out
     main(flags(dry_run=True, pretrained_model_name_or_path="owner/not-downloaded"))
     assert "predicted peak memory: unknown until the model is here" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp", "deepspeed"])
+def test_a_dry_run_needs_no_torchrun_but_contradictory_flags_are_refused(flags, capsys, monkeypatch, parallel):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    main(flags(dry_run=True, parallel=parallel))
+    assert "predicted peak memory of each process: 0." in capsys.readouterr().out
+    offload, coarse = {"use_cpu_offload": True, "parallel": "ddp"}, {"master_weight_type": "bf16", "parallel": "fsdp"}
+    for given in (offload, coarse):
+        with pytest.raises(SystemExit) as stop:
+            main(flags(dry_run=True, **given))
+        assert stop.value.code == 2 and f"--{next(iter(given))}" in capsys.readouterr().err

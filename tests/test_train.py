@@ -10,6 +10,7 @@ import threading
 import time
 
 from fastvideo import train_grpo_flux
+from fastvideo.utils import advantages as advantage_maths
 
 import custom_rewards
 import numpy as np
@@ -215,13 +216,13 @@ def test_a_mix_logs_every_model_and_the_weighted_total(train):
 @pytest.fixture
 def advantage_calls(monkeypatch) -> list:
     """What the trainer gave to mix_advantages, and what it got."""
-    calls, real = [], train_grpo_flux.mix_advantages
+    calls, real = [], advantage_maths.mix_advantages
 
     def recording(scores, *rest):
         calls.append((scores, real(scores, *rest)[0]))
         return real(scores, *rest)
 
-    monkeypatch.setattr(train_grpo_flux, "mix_advantages", recording)
+    monkeypatch.setattr(advantage_maths, "mix_advantages", recording)
     return calls
 
 

@@ -5,6 +5,9 @@ P prompts over all ranks, G samples each. All of it is small, on the host, in fl
 
 import math
 
+from fastvideo.config import GRPOConfig
+from fastvideo.rollout_plan import Plan, leaf_columns, rows_after, start_rows, trained_above
+
 import numpy as np
 
 FLAT = 1e-6  # a standard deviation up to this, relative to max(1, |mean|), is rounding
@@ -106,6 +109,47 @@ def mix_advantages(
     total = sum(weight * scores[name] for name, weight in weights.items() if np.any(weight))
     advantages, flat = group_advantages(total if use_group else total.reshape(1, -1), trimmed_ratio)
     return advantages.reshape(total.shape), int(flat.sum())
+
+
+def plan_advantages(
+    config: GRPOConfig,
+    plan: Plan,
+    scores: dict[str, np.ndarray],
+    weights: dict[str, np.ndarray],
+    split_log_probs: dict[int, np.ndarray],
+) -> tuple[dict[int, np.ndarray], int]:
+    """A row scores what its pictures score together, compared with the other rows of its step and prompt. Several tails
+    (Granular-GRPO) add their advantages.
+
+    Args:
+        scores: name -> [P, pictures], NaN where failed. weights: name -> [pictures].
+        split_log_probs: as in `picture_shares`; without any, rows score plain means.
+
+    Returns:
+        Plan position -> advantages [P, rows after it], NaN where pruned; and the number of flat groups.
+    """
+    start = start_rows(config)
+    rows = rows_after(plan, start)
+    found: dict[int, np.ndarray] = {}
+    groups: dict[tuple[int, int], tuple[np.ndarray, int]] = {}
+    for leaf, columns in leaf_columns(plan, start).items():
+        for position in trained_above(plan, leaf):
+            count, group = rows[position], (leaf, rows[position])
+            if group not in groups:
+                shares = picture_shares(split_log_probs, count, rows[leaf], config.tree_fusion_temperature)
+                fused = {name: fuse(values[:, columns], count, shares) for name, values in scores.items()}
+                shaped = {name: fuse(weight[None, columns], count, shares) for name, weight in weights.items()}
+                groups[group] = mix_advantages(
+                    fused, shaped, config.multi_reward_mix, config.use_group, config.trimmed_ratio
+                )
+            found[position] = found.get(position, 0) + groups[group][0]
+    if config.tree_width_prune:
+        mode, share = config.tree_width_prune, config.tree_width_prune_share
+        for position, values in found.items():
+            if rows[position] == config.num_generations:  # from the last split on
+                kept = kept_pictures(values, config.tree_split_children, mode, share)
+                found[position] = np.where(kept, values, np.nan)
+    return found, sum(flat for _, flat in groups.values())
 
 
 def sample_order(advantages: np.ndarray, strategy: str | None, rng: np.random.Generator) -> np.ndarray:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from fastvideo.config import GRPOConfig
 from fastvideo.models.flux import (
+    forward_flops,
     load_transformer,
     make_attention_gradients_contiguous,
     meta_transformer,
@@ -59,12 +60,14 @@ def choose_engine(config: GRPOConfig, world_size: int) -> str:
     name = config.parallel or ("fsdp" if sharded else "ddp" if world_size > 1 else "none")
     if name == "none" and world_size > 1:
         raise ValueError(f"--parallel none: {world_size} processes were started; choose ddp, fsdp or deepspeed")
-    if name == "ddp" and world_size == 1:
-        raise ValueError("--parallel ddp: only one process was started; use torchrun, or --parallel none")
     if name in ("fsdp", "deepspeed") and config.master_weight_type != "fp32":
         raise ValueError(f"--master_weight_type {config.master_weight_type}: --parallel {name} knows only fp32")
     if name in ("none", "ddp") and config.use_cpu_offload:
         raise ValueError(f"--use_cpu_offload: goes with --parallel fsdp or deepspeed; this run is {name}")
+    if config.dry_run:  # which says what the engine would take, before anybody starts processes
+        return name
+    if name == "ddp" and world_size == 1:
+        raise ValueError("--parallel ddp: only one process was started; use torchrun, or --parallel none")
     if name in ("fsdp", "deepspeed") and "LOCAL_RANK" not in os.environ:
         raise ValueError(f"--parallel {name}: start it with torchrun (--nproc_per_node 1 for a single process)")
     return name
@@ -204,6 +207,7 @@ class Engine:
         self.raw_optimizer = torch.optim.AdamW(self.trained_parameters(), fused=on_gpu, **optimizer_settings)
         self.model, self.optimizer = self._wrap()
         self._choose_memory()
+        self.matmul_rate = self._matmul_rate()
 
     def _wrap(self) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
         return self.accelerator.prepare(self.transformer, self.raw_optimizer)
@@ -274,7 +278,7 @@ class Engine:
             if isinstance(module, FSDPModule):
                 module.reshard()
 
-    def matmul_rate(self) -> float:
+    def _matmul_rate(self) -> float:
         """Floating point operations a second of a large matrix product in the compute format, measured here."""
         device, repeats = self.accelerator.device, 20
         size, wait = (8192, torch.cuda.synchronize) if device.type == "cuda" else (512, lambda: None)
@@ -288,6 +292,22 @@ class Engine:
                 torch.mm(a, a)
             wait()
         return repeats * 2 * size**3 / (time.perf_counter() - start)
+
+    def rates(
+        self, tokens: tuple[int, int], sampled_rows: int, trained_rows: int, seconds: dict[str, float]
+    ) -> dict[str, float]:
+        """TFLOP/s of this process by phase, and their share of what a large matrix product reaches there.
+
+        What is recomputed or filled up counts nothing. Training costs three forward passes a row, two with LoRA, whose
+        base gets no gradient. tokens: of the picture and of the text.
+        """
+        flops = forward_flops(self.transformer, *tokens)
+        passes = {"rollout": sampled_rows, "train": (2 if self.config.use_lora else 3) * trained_rows}
+        metrics = {}
+        for phase, count in passes.items():
+            rate = flops * count / self.config.sp_size / seconds[f"seconds_{phase}"]
+            metrics |= {f"tflops_{phase}": rate / 1e12, f"peak_share_{phase}": rate / self.matmul_rate}
+        return metrics
 
     def peak_memory(self) -> dict[str, float]:
         """`gib_peak`, the most memory this GPU's tensors have taken since the last call; nothing on the CPU."""
