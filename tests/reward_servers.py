@@ -7,10 +7,31 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 
-class ChatHandler(BaseHTTPRequestHandler):
+class QuietHandler(BaseHTTPRequestHandler):
+    """What the tests' servers share."""
+
+    def read_json(self) -> dict:
+        return json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+
+    def reply(self, status: int | None, body: bytes, headers: dict[str, str] | None = None) -> None:
+        """Status None hangs up."""
+        if status is None:
+            self.connection.close()
+            return
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+class ChatHandler(QuietHandler):
     def do_POST(self):
-        server = self.server
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        server, body = self.server, self.read_json()
         with server.lock:
             server.requests.append((self.path, dict(self.headers), body))
             server.busy += 1
@@ -18,18 +39,9 @@ class ChatHandler(BaseHTTPRequestHandler):
         status, reply = server.answer(body["messages"][0]["content"])
         with server.lock:
             server.busy -= 1
-        if status is None:  # drop the connection
-            self.connection.close()
-            return
         if isinstance(reply, str):
             reply = json.dumps({"choices": [{"message": {"role": "assistant", "content": reply}}]}).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(reply)))
-        self.end_headers()
-        self.wfile.write(reply)
-
-    def log_message(self, *arguments):
-        pass
+        self.reply(status, reply)
 
 
 @pytest.fixture

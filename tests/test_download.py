@@ -8,11 +8,12 @@ import shutil
 import subprocess
 import sys
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+from reward_servers import QuietHandler
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = "scripts/huggingface/download_checkpoints.sh"
@@ -30,7 +31,7 @@ class Server(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(QuietHandler):
     protocol_version = "HTTP/1.1"
 
     def do_HEAD(self):
@@ -77,15 +78,7 @@ class Handler(BaseHTTPRequestHandler):
         return self.answer(206, data[start : end + 1], {**(headers or {}), **ranged})
 
     def answer(self, status, body, headers=None):
-        self.send_response(status)
-        for name, value in {"Accept-Ranges": "bytes", "Content-Length": str(len(body)), **(headers or {})}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def log_message(self, *arguments):
-        pass
+        self.reply(status, body, {"Accept-Ranges": "bytes", **(headers or {})})
 
 
 @pytest.fixture

@@ -3,32 +3,24 @@
 import json
 import subprocess
 import sys
-from http.server import BaseHTTPRequestHandler
 
 import pytest
+from reward_servers import QuietHandler
 
 GATED = "Access to model lab/gated is restricted. You must have access to it and be authenticated to access it."
 
 
-class Hub(BaseHTTPRequestHandler):
+class Hub(QuietHandler):
     """lab/gated is there but needs a licence; lab/missing isn't."""
 
     def do_GET(self) -> None:
         self.server.asked.append(self.path)
         gated = "lab/gated" in self.path
-        body = json.dumps({"error": GATED if gated else "Repository not found"}).encode()
-        self.send_response(403 if gated else 404)
-        self.send_header("X-Error-Code", "GatedRepo" if gated else "RepoNotFound")
-        self.send_header("X-Error-Message", GATED if gated else "Repository not found")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
+        code, message = ("GatedRepo", GATED) if gated else ("RepoNotFound", "Repository not found")
+        headers = {"X-Error-Code": code, "X-Error-Message": message}
+        self.reply(403 if gated else 404, json.dumps({"error": message}).encode(), headers)
 
     do_HEAD = do_GET
-
-    def log_message(self, *_: object) -> None:
-        pass
 
 
 @pytest.mark.parametrize("repository", ["lab/gated", "lab/missing"])

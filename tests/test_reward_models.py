@@ -10,15 +10,17 @@ import re
 import shutil
 import subprocess
 import sys
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from types import ModuleType
 
 from fastvideo import train_grpo_flux
+from fastvideo.config import RewardSpecConfig
+from fastvideo.models.reward_model import image_reward_compat
 from fastvideo.models.reward_model.clip_score import CLIPScoreRewardModel
 from fastvideo.models.reward_model.hps_score import HPSClipRewardModel, hps_preprocess
 from fastvideo.models.reward_model.image_reward import COMPONENTS, ImageRewardModel
 from fastvideo.models.reward_model.pick_score import PickScoreRewardModel
+from fastvideo.models.reward_model.utils import build_reward_models
 
 import numpy as np
 import pytest
@@ -34,6 +36,7 @@ from reward_checkpoints import (
     narrow,
     pictures,
 )
+from reward_servers import QuietHandler
 
 TOLERANCE = dict(rtol=0, atol=1e-5)
 RGB = [image.convert("RGB") for image in pictures()]
@@ -207,6 +210,27 @@ def test_hps_refuses_other_files(narrow_rewards, tmp_path):
         HPSClipRewardModel(str(tmp_path / "part.pt"))
 
 
+def test_the_file_of_hps_2_0_loads_under_its_name(narrow_rewards, tmp_path):
+    older = tmp_path / "HPS_v2_compressed.pt"
+    older.symlink_to(narrow_rewards / "hps_ckpt" / HPS_FILE)
+    models, _ = build_reward_models(RewardSpecConfig(reward_model="hpsv2", hps_path=str(older)), "cpu")
+    (model,) = models.values()
+    np.testing.assert_allclose(model(RGB[:2], PROMPTS[:2]), build("hps", narrow_rewards)(RGB[:2], PROMPTS[:2]))
+
+
+def test_what_transformers_still_has_for_image_reward_is_left_alone(monkeypatch):
+    from transformers import modeling_utils
+
+    names = ("apply_chunking_to_forward", "prune_linear_layer", "find_pruneable_heads_and_indices")
+    for name in names:
+        monkeypatch.setattr(modeling_utils, name, "its own", raising=False)
+    bert = type("Bert", (), dict.fromkeys(methods := ("get_head_mask", "invert_attention_mask"), "its own"))
+    image_reward_compat._add_missing_imports()
+    image_reward_compat._add_missing_methods(bert)
+    assert {getattr(modeling_utils, name) for name in names} | {getattr(bert, name) for name in methods} == {"its own"}
+    assert bert.all_tied_weights_keys == {}  # which it lacked
+
+
 @pytest.mark.parametrize("kind", list(MAKERS))
 def test_half_precision_scores_are_close(kind, narrow_rewards):
     half = build(kind, narrow_rewards, "bf16")(pictures(), PROMPTS)
@@ -360,15 +384,12 @@ for name, build in builds.items():
 """
 
 
-class Proxy(BaseHTTPRequestHandler):
+class Proxy(QuietHandler):
     """Lets nobody through, and notes in the server's `asked` who wanted to go where."""
 
     def do_CONNECT(self):
         self.server.asked.append(self.path)
         self.send_error(403)
-
-    def log_message(self, *arguments):
-        pass
 
 
 @pytest.mark.slow

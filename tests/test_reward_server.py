@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 import zlib
-from http.server import BaseHTTPRequestHandler
 from types import SimpleNamespace
 
 from fastvideo.config import RewardSpecConfig
@@ -29,6 +28,7 @@ import uvicorn
 from conftest import ROOT, base_weights, same_weights
 from PIL import Image
 from reward_checkpoints import HPS_FILE, PICK_SCORE_FOLDER, PROMPTS, pictures
+from reward_servers import QuietHandler
 
 SPEC = "shapes:3,custom_rewards:brightness"
 SCENES = all_scenes(withheld=False)[::97][:6]
@@ -84,28 +84,16 @@ def process(tmp_path_factory):
     server.wait()
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(QuietHandler):
     def do_GET(self):
         self.reply(self.server.health_status, json.dumps(self.server.health).encode())
 
     def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = self.read_json()
         with self.server.lock:
             self.server.requests.append(body)
             status, reply = self.server.answer(body, len(self.server.requests))
-        if status is None:  # drop the connection
-            self.connection.close()
-        else:
-            self.reply(status, reply)
-
-    def reply(self, status, reply):
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(reply)))
-        self.end_headers()
-        self.wfile.write(reply)
-
-    def log_message(self, *arguments):
-        pass
+        self.reply(status, reply)
 
 
 @pytest.fixture

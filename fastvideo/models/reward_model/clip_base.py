@@ -1,5 +1,6 @@
 """What the rewards made of one CLIP share: a batched score from the cosine of a picture's and its prompt's features."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 
 
-class CLIPReward:
+class CLIPReward(ABC):
     """A reward from cosines. Subclasses set `name` and define how pixels and features are made.
 
     model: a CLIP with a `logit_scale`. device, dtype ("fp32", "bf16" or "fp16"): where and in what format it scores.
@@ -25,17 +26,17 @@ class CLIPReward:
         self.model = prepare(model, device, dtype)
         self.device, self.dtype, self.batch_size = device, dtype, batch_size
 
+    @abstractmethod
     def _pixels(self, images: list[Image.Image]) -> torch.Tensor:
         """RGB pictures -> normalised [n, 3, height, width] on the CPU."""
-        raise NotImplementedError
 
     def _encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
         """[n, 3, height, width] -> features [n, d]."""
         return self.model.encode_image(pixels)
 
+    @abstractmethod
     def _encode_text(self, texts: list[str]) -> torch.Tensor:
         """Features [n, d]."""
-        raise NotImplementedError
 
     def _finish(self, cosines: torch.Tensor) -> torch.Tensor:
         """Cosines [n] -> scores [n]."""

@@ -12,6 +12,7 @@ the same as (.5, .3, .2) to (.2, .5, .3). (Between different sums the larger one
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -56,7 +57,7 @@ def check_schedule(
         raise ValueError(f"--granular_gamma {gamma}: must be a finite number above 0")
 
 
-class GranularRewardModel:
+class GranularRewardModel(ABC):
     """Base of rewards made of components. A subclass sets `name`, `component_names` and `score_components`.
 
     start_weights, end_weights: one weight a component, at the first and at the last step of training.
@@ -144,9 +145,9 @@ class GranularRewardModel:
         weights = self._weights_per_image(curr_step, total_steps, n)
         return {f"{self.name}_{c}": weights[:, i].copy() for i, c in enumerate(self.component_names)}
 
+    @abstractmethod
     def score_components(self, images: list[Image.Image], prompts: list[str]) -> dict[str, np.ndarray]:
-        """One float64 [N] array for each of component_names; NaN where a component failed. Subclasses define it."""
-        raise NotImplementedError(f"{type(self).__name__} must define score_components")
+        """One float64 [N] array for each of component_names; NaN where a component failed."""
 
     def score(
         self,
