@@ -71,7 +71,8 @@ def other_run(run_dir: Path) -> Path:
 
 
 def evaluation_row(step: int) -> dict:
-    return {"evaluation_reward": 0.3 + step / 100, f"evaluation_reward_{MODEL}": 0.3 + step / 100}
+    score = 0.3 + step / 100
+    return {"evaluation_reward": score, f"evaluation_reward_{MODEL}": score, "evaluation_best_iteration": step or None}
 
 
 def write(run_dir: Path) -> str:
@@ -147,7 +148,8 @@ def test_running_training_with_half_a_line_repeated_steps_and_missing_keys(tmp_p
 def test_a_run_with_evaluations_shows_the_first_beside_the_last(other_run: Path):
     path, scores = report.write_report(other_run)
     page = path.read_text(encoding="utf-8")
-    assert scores[0]["n"] == 5 and "iteration 0: a large circle 0" in page and "iteration 15" in page
+    assert scores[0]["n"] == 5 and "iteration 0: a large circle 0" in page and "iteration 15: a large circle 0" in page
+    assert "<dt>Best evaluation</dt><dd><b>0.450</b><span>iteration 15</span>" in page
     assert EVIL not in page and html.escape(EVIL) in page
     with Image.open(other_run / "report" / "evaluation.png") as image:
         assert image.width > 600

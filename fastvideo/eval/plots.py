@@ -351,6 +351,9 @@ def draw_schedules(path: str | Path) -> None:
     class Moved(GranularRewardModel):
         component_names = ("start", "end")  # weights (1, 0) -> (0, 1): the second one is the share of the way
 
+        def score_components(self, images: list, prompts: list[str]) -> dict:
+            return {}  # nothing is scored here
+
     progress = np.linspace(0, 1, 1001)
     lines = [("linear", None), ("cosine", None)] + [(s, g) for s in ("exponential", "logarithmic") for g in (0.5, 2.0)]
     with matplotlib.rc_context(STYLE):

@@ -340,6 +340,10 @@ def headline(run: Run, scores: list[dict]) -> list[tuple[str, str, str]]:
     if k:
         text = f"mean of the first and the last {k} iterations" if k > 1 else "first and last iteration"
         tiles.append(("Training reward", f"{number(first)} → {number(last)}", text))
+    evaluated = {row.get("step"): row for row in run.rows if "evaluation_reward" in row}
+    best = next((row.get("evaluation_best_iteration") for row in reversed(evaluated.values())), None)
+    if best in evaluated:
+        tiles.append(("Best evaluation", number(evaluated[best]["evaluation_reward"]), f"iteration {best:,}"))
     planned = settings.get("max_train_steps")
     planned = f"of {planned:,} planned" if isinstance(planned, int) else "so far"
     tiles.append(("Iterations", f"{run.iterations:,}", planned))

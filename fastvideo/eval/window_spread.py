@@ -80,7 +80,7 @@ def principal_components(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 
 
 def sample_windows(config: SpreadConfig) -> tuple[list[str], dict[int, torch.Tensor], torch.Tensor]:
-    """The prompts; window start -> final latents [prompts, samples, elements]; those without noise [prompts, elements]."""
+    """The prompts; window start -> final latents, [P, samples, elements]; those without noise, [P, elements]."""
     training = config.training()
     prompts = read_prompts(config.prompts_file, "prompts_file").prompts[: config.prompts]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
