@@ -2,6 +2,7 @@
 
 from fastvideo.config import GRPOConfig
 from fastvideo.models.flux import LatentShape, add_lora, meta_transformer, meta_vae
+from fastvideo.models.int8 import quantize_blocks
 from fastvideo.utils.engines import choose_engine
 from fastvideo.utils.fingerprint import local_folder
 
@@ -28,16 +29,19 @@ def predict_memory(config: GRPOConfig, world_size: int) -> dict[str, float]:
     transformer = meta_transformer(path)
     everything = sum(p.numel() for p in transformer.parameters())
     trained = everything
+    compute = 2 if config.mixed_precision == "bf16" else 4
+    frozen = 0
+    if config.quantize_base:
+        quantize_blocks(transformer, "meta")
     if config.use_lora:
+        frozen = sum(p.numel() * (1 if p.dtype == torch.int8 else compute) for p in transformer.parameters())
         add_lora(transformer, config.lora_rank, config.lora_alpha, config.lora_target_modules, config.seed)
         trained = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
-    frozen = everything if config.use_lora else 0
-    compute = 2 if config.mixed_precision == "bf16" else 4
     master = 2 if config.master_weight_type == "bf16" else 4
     split = world_size if engine in ("fsdp", "deepspeed") else 1
     split_weights = 1 if engine == "deepspeed" and config.zero_stage == 2 else split
 
-    weights = (master * trained + compute * frozen) / split_weights
+    weights = (master * trained + frozen) / split_weights
     gathered = split_weights > 1 and (engine == "deepspeed" or config.rollout_keep_gathered != "false")
     if gathered or (master != compute and not config.use_lora):
         weights += compute * everything  # the whole model in the compute format
