@@ -1,5 +1,7 @@
 """How much GPU memory a run will take, from its flags and the models' config.json alone, before anything is loaded."""
 
+import os
+
 from fastvideo.config import GRPOConfig
 from fastvideo.models.flux import LatentShape, add_lora, meta_transformer, meta_vae
 from fastvideo.models.int8 import quantize_blocks
@@ -35,20 +37,25 @@ def predict_memory(config: GRPOConfig, world_size: int) -> dict[str, float]:
         quantize_blocks(transformer, "meta")
     if config.use_lora:
         frozen = sum(p.numel() * (1 if p.dtype == torch.int8 else compute) for p in transformer.parameters())
-        add_lora(transformer, config.lora_rank, config.lora_alpha, config.lora_target_modules, config.seed)
+        with torch.device("meta"):
+            add_lora(transformer, config.lora_rank, config.lora_alpha, config.lora_target_modules, config.seed)
         trained = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
     master = 2 if config.master_weight_type == "bf16" else 4
     split = world_size if engine in ("fsdp", "deepspeed") else 1
+    if engine == "fsdp" and (config.fsdp_sharding_startegy or "").startswith("hybrid"):
+        split = min(split, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
     split_weights = 1 if engine == "deepspeed" and config.zero_stage == 2 else split
 
     weights = (master * trained + frozen) / split_weights
-    gathered = split_weights > 1 and (engine == "deepspeed" or config.rollout_keep_gathered != "false")
-    if gathered or (master != compute and not config.use_lora):
+    gradients, moments = master * trained / split, 2 * master * trained / split
+    if config.use_cpu_offload:  # they wait on the CPU
+        weights, gradients, moments = 0 if split_weights > 1 else weights, 0, 0
+    gathered = split_weights > 1 or (master != compute and not config.use_lora)
+    if gathered and (engine != "fsdp" or config.rollout_keep_gathered != "false"):
         weights += compute * everything  # the whole model in the compute format
     if config.ref_kl_coeff and not config.use_lora:
         weights += compute * everything / (split if engine == "fsdp" else 1)
     weights += 4 * trained / split if config.ema_decay else 0
-    gradients, moments = master * trained / split, 2 * master * trained / split
 
     shape = LatentShape.of(meta_vae(path), config.h, config.w)
     sizes = transformer.config
