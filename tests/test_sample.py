@@ -1,21 +1,24 @@
-"""Sampling: noise that belongs to the prompt, hybrid inference, restarts, settings that don't mix, processes."""
+"""Sampling: noise that belongs to the prompt, all kinds of models, hybrid inference, restarts, processes, layouts."""
 
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
-from fastvideo.models.flux import load_transformer
+from fastvideo.models.flux import LORA_FILE, load_transformer
 from fastvideo.sample import sample_flux
 from fastvideo.sample.sample_flux import SampleConfig, main, sample
 
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxPipeline
+from diffusers import FluxPipeline, FluxTransformer2DModel
 from PIL import Image
+from safetensors.torch import save_file
+from test_checkpoints import wait_for
 
 ROOT = Path(__file__).parents[1]
 TINY = str(ROOT / "data/tiny_flux")
@@ -23,11 +26,11 @@ PROMPTS = [
     "a small red circle at the left on a blue background",
     'a "quoted" / slashed\\ <b>prompt</b> & more',
     "🙂 emoji, ünïcödé",
-    "a large green square in the center on a white background",
+    "a large green square in the center on a white background, " * 33 + "2,000 characters".ljust(86, "x"),
 ]
 
 
-def flags(folder: Path, name: str, *more: object) -> list[str]:
+def command(folder: Path, name: str, *more: object) -> list[str]:
     prompts = folder / "prompts.txt"
     if not prompts.exists():
         prompts.write_text("\n".join(PROMPTS), encoding="utf-8")
@@ -62,29 +65,90 @@ def tuned(tmp_path_factory) -> str:
     return str(path)
 
 
-def test_without_hybrid_the_pictures_are_diffusers_own_for_the_seeds_in_the_manifest(tmp_path):
-    manifest = main(flags(tmp_path, "out"))
+def diffusers_picture(pipe: FluxPipeline, entry: dict) -> np.ndarray:
+    """What FluxPipeline itself makes of an entry's prompt and seed."""
+    settings = {"height": 32, "width": 32, "num_inference_steps": 4, "guidance_scale": 3.5, "max_sequence_length": 16}
+    generator = torch.Generator("cpu").manual_seed(entry["seed"])
+    return np.asarray(pipe(entry["prompt"], generator=generator, **settings).images[0])
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_without_hybrid_the_pictures_are_diffusers_own_for_the_seeds_in_the_manifest(tmp_path, dtype):
+    manifest = main(command(tmp_path, "out", "--dtype", dtype))
     entries = json.loads(manifest.read_text(encoding="utf-8"))
     assert [entry["prompt"] for entry in entries] == PROMPTS and [entry["index"] for entry in entries] == [0, 1, 2, 3]
     assert all(set(entry) == {"image", "prompt", "seed", "index"} for entry in entries)
-    pipe = FluxPipeline.from_pretrained(TINY, torch_dtype=torch.float32)
+    pipe = FluxPipeline.from_pretrained(TINY, dtype=sample_flux.DTYPES[dtype])
     for entry in entries:
-        generator = torch.Generator("cpu").manual_seed(entry["seed"])
-        settings = {
-            "height": 32,
-            "width": 32,
-            "num_inference_steps": 4,
-            "guidance_scale": 3.5,
-            "max_sequence_length": 16,
-        }
-        expected = pipe(entry["prompt"], generator=generator, **settings).images[0]
         with Image.open(manifest.parent / entry["image"]) as image:
-            assert np.array_equal(np.asarray(image), np.asarray(expected))
+            assert np.array_equal(np.asarray(image), diffusers_picture(pipe, entry))
             assert image.text["prompt"] == entry["prompt"]
 
 
+def test_defaults_are_those_of_the_paper():
+    config = SampleConfig()
+    size = (config.h, config.w, config.total_sampling_steps, config.guidance_scale, config.max_sequence_length)
+    assert size == (1024, 1024, 50, 3.5, 512)
+
+
+def test_every_way_to_name_a_tuned_model_gives_its_pictures(tmp_path, tuned):
+    expected = main(command(tmp_path, "folder", "--model_path", tuned))
+    pipeline, checkpoint, bare = tmp_path / "pipeline", tmp_path / "checkpoint-1-0", tmp_path / "mix_grpo_ckpt"
+    shutil.copytree(TINY, pipeline)
+    shutil.copytree(tuned, pipeline / "transformer", dirs_exist_ok=True)
+    shutil.copytree(tuned, checkpoint / "ema")
+    bare.mkdir()
+    weights = shutil.copy(
+        Path(tuned) / "diffusion_pytorch_model.safetensors", bare
+    )  # without config.json, as published
+    for number, path in enumerate((pipeline, checkpoint / "ema", bare, weights)):
+        manifest = main(command(tmp_path, f"out{number}", "--model_path", path))
+        assert largest_difference(manifest, expected) == 0, path
+    assert largest_difference(main(command(tmp_path, "base", "--model_path", TINY)), expected) > 3
+    save_file({"a": torch.zeros(1)}, weights)
+    with pytest.raises(ValueError, match=r"^--model_path .*model.safetensors: doesn't fit --pretrained.*Missing key"):
+        main(command(tmp_path, "wrong", "--model_path", weights))
+
+
+def test_checkpoints_of_a_run_and_their_averages_are_sampled_as_diffusers_does(tmp_path, train):
+    given = {"learning_rate": 3e-2, "ema_decay": 0.5, "max_train_steps": 1}
+    lora = train(use_lora=True, lora_rank=4, lora_alpha=8, **given).checkpoints[-1]
+    whole = train(**{**given, "learning_rate": 1e-3}).checkpoints[-1]
+    found = []
+    for number, path in enumerate((whole, whole / "ema", lora, lora / "ema", lora / LORA_FILE)):
+        manifest = main(command(tmp_path, f"out{number}", "--model_path", path))
+        pipe = FluxPipeline.from_pretrained(TINY, dtype=torch.float32)
+        if number < 2:
+            pipe.transformer = FluxTransformer2DModel.from_pretrained(path)
+        else:
+            pipe.load_lora_weights(path)
+        (first, *_) = json.loads(manifest.read_text())
+        assert np.abs(pixels(manifest)[0] - diffusers_picture(pipe, first)).max() <= 1, path
+        found.append(pixels(manifest)[0].tobytes())
+    assert len(set(found[:4])) == 4 and found[4] == found[2]
+
+
+def test_hybrid_inference_with_adapters_holds_one_model(tmp_path, train, monkeypatch):
+    adapters = train(use_lora=True, lora_rank=4, learning_rate=3e-2, max_train_steps=1).checkpoints[-1]
+    pipelines = []
+    load = sample_flux.HybridPipeline
+
+    def recorded(*args):
+        pipelines.append(load(*args))
+        return pipelines[-1]
+
+    monkeypatch.setattr(sample_flux, "HybridPipeline", recorded)
+    base, half, tuned = (
+        main(command(tmp_path, f"f{f}", "--model_path", adapters, "--mix_fraction", f)) for f in (0, 0.5, 1)
+    )
+    merged = [p for p in pipelines if p.tuned is not None]
+    assert len(merged) == 2 and all(p.base is p.tuned is p.pipe.transformer for p in merged)
+    assert largest_difference(base, main(command(tmp_path, "base"))) == 0
+    assert min(largest_difference(half, base), largest_difference(half, tuned)) > 1
+
+
 def test_batch_size_does_not_change_the_pictures(tmp_path):
-    one, three = (main(flags(tmp_path, f"b{n}", "--batch_size", n, "--images_per_prompt", 2)) for n in (1, 3))
+    one, three = (main(command(tmp_path, f"b{n}", "--batch_size", n, "--images_per_prompt", 2)) for n in (1, 3))
     assert len(pixels(one)) == 8
     assert largest_difference(one, three) <= 1
 
@@ -92,17 +156,17 @@ def test_batch_size_does_not_change_the_pictures(tmp_path):
 def test_seeds_prompts_and_repeats_have_their_own_noise(tmp_path):
     (tmp_path / "prompts.txt").write_text("\n".join([PROMPTS[0]] * 2))
     settings = ("--images_per_prompt", 2, "--total_sampling_steps", 2)
-    manifests = [main(flags(tmp_path, f"s{seed}", "--seed", seed, *settings)) for seed in (0, 1)]
+    manifests = [main(command(tmp_path, f"s{seed}", "--seed", seed, *settings)) for seed in (0, 1)]
     seeds = [entry["seed"] for manifest in manifests for entry in json.loads(manifest.read_text())]
     pictures = {picture.tobytes() for manifest in manifests for picture in pixels(manifest)}
     assert len(set(seeds)) == len(pictures) == 8
 
 
 def test_hybrid_inference_lies_between_the_models_and_meets_them_at_its_ends(tmp_path, tuned):
-    base = main(flags(tmp_path, "base", "--baseline", "--model_path", tuned))
-    alone = main(flags(tmp_path, "tuned", "--model_path", tuned))
+    base = main(command(tmp_path, "base", "--baseline", "--model_path", tuned))
+    alone = main(command(tmp_path, "tuned", "--model_path", tuned))
     never, half, always = (
-        main(flags(tmp_path, f"mix{n}", "--model_path", tuned, "--mix_sampling_steps", n, "--batch_size", 4))
+        main(command(tmp_path, f"mix{n}", "--model_path", tuned, "--mix_sampling_steps", n, "--batch_size", 4))
         for n in (0, 2, 4)
     )
     assert largest_difference(never, base) <= 1
@@ -124,87 +188,176 @@ def test_hybrid_inference_runs_the_tuned_model_first_in_every_batch(tmp_path, tu
         return transformer
 
     monkeypatch.setattr(sample_flux, "load_transformer", recorded)
-    main(flags(tmp_path, "out", "--model_path", tuned, "--mix_sampling_steps", 3, "--batch_size", 2))
+    main(command(tmp_path, "out", "--model_path", tuned, "--mix_sampling_steps", 3, "--batch_size", 2))
     assert calls == ["tuned", "tuned", "tuned", "base"] * 2
 
 
+def test_a_sweep_over_shares_loads_once_and_gives_the_pictures_of_single_runs(tmp_path, tuned, monkeypatch):
+    loaded = []
+    load = sample_flux.load_transformer
+    monkeypatch.setattr(sample_flux, "load_transformer", lambda *args: loaded.append(args) or load(*args))
+    sweep = main(command(tmp_path, "sweep", "--model_path", tuned, "--mix_fraction", "0,0.5,1"))
+    assert len(loaded) == 2  # base and tuned
+    rows = json.loads(sweep.read_text())
+    assert [(row["mix_fraction"], row["mix_sampling_steps"]) for row in rows] == [(0, 0), (0.5, 2), (1, 4)]
+    assert [row["manifest"] for row in rows] == [f"mix_{n}_4/manifest.json" for n in (0, 2, 4)]
+    for row in rows:
+        steps = row["mix_sampling_steps"]
+        single = main(command(tmp_path, f"one{steps}", "--model_path", tuned, "--mix_sampling_steps", steps))
+        assert largest_difference(sweep.parent / row["manifest"], single) == 0
+    again = main(command(tmp_path, "sweep", "--model_path", tuned, "--mix_fraction", "0.5"))  # a folder of its own
+    assert again == sweep.parent / "manifest.json"
+
+
+def test_offloading_changes_no_picture_and_leaves_nothing_behind(tmp_path, tuned):
+    hybrid = ("--model_path", tuned, "--mix_fraction", "0.5")
+    expected = main(command(tmp_path, "none", *hybrid))
+    for how in ("model", "sequential"):
+        assert largest_difference(main(command(tmp_path, how, *hybrid, "--cpu_offload", how)), expected) == 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("how", ["model", "sequential"])
+def test_offloading_on_a_gpu_keeps_less_memory_there(tmp_path, tuned, how):
+    hybrid = ("--model_path", tuned, "--mix_fraction", "0.5", "--device", "cuda", "--dtype", "fp32")
+    peaks, manifests = [], []
+    for name in ("none", how):
+        torch.cuda.reset_peak_memory_stats()
+        manifests.append(main(command(tmp_path, name, *hybrid, "--cpu_offload", name)))
+        peaks.append(torch.cuda.max_memory_allocated())
+    assert peaks[1] < peaks[0]
+    assert largest_difference(*manifests) <= 1
+
+
+@pytest.mark.long  # a minute of compilation on a CPU
+def test_compiled_blocks_draw_the_same_pictures(tmp_path, tuned):
+    hybrid = ("--model_path", tuned, "--mix_fraction", "0.5")
+    plain, compiled = (main(command(tmp_path, f"c{n}", *hybrid, *more)) for n, more in enumerate([(), ("--compile",)]))
+    assert largest_difference(plain, compiled) <= 1
+
+
+def test_the_benchmark_layout_and_its_jpeg_files(tmp_path, capsys):
+    prompts = tmp_path / "benchmark"
+    prompts.mkdir()
+    for style, texts in {"anime": PROMPTS[:2], "photo": PROMPTS[1:3]}.items():
+        (prompts / f"{style}.json").write_text(json.dumps(texts))
+    argv = command(tmp_path, "out", "--prompts_file", prompts, "--image_format", "jpg")
+    manifest = main(argv)
+    entries = json.loads(manifest.read_text())
+    assert [entry["image"] for entry in entries] == [f"{s}/0000{i}.jpg" for s in ("anime", "photo") for i in (0, 1)]
+    assert [(entry["style"], entry["index"]) for entry in entries][1:3] == [("anime", 1), ("photo", 2)]
+    assert entries[1]["prompt"] == entries[2]["prompt"] and entries[1]["seed"] != entries[2]["seed"]
+    damaged = manifest.parent / "photo/00000.jpg"
+    before = damaged.read_bytes()
+    damaged.write_bytes(before[:-80])
+    capsys.readouterr()
+    main(argv)
+    assert "1 pictures sampled, 3 were there" in capsys.readouterr().out
+    assert damaged.read_bytes() == before
+    with pytest.raises(ValueError, match="--prompts_file .*holds anime.json, concept-art.json.*found none"):
+        main(command(tmp_path, "none", "--prompts_file", ROOT / "docs"))
+
+
 def test_a_restart_makes_only_what_is_missing_or_damaged(tmp_path, capsys, monkeypatch):
-    command = flags(tmp_path, "out", "--batch_size", 3)
-    manifest = main(command)
+    argv = command(tmp_path, "out", "--batch_size", 3)
+    manifest = main(argv)
     before = {path.name: path.read_bytes() for path in manifest.parent.iterdir()}
     (manifest.parent / "00000_0.png").unlink()
     truncated = manifest.parent / "00003_0.png"
     truncated.write_bytes(truncated.read_bytes()[:-60])
     (manifest.parent / "00002_0.png").write_bytes(before["00001_0.png"])  # a picture of another prompt
     capsys.readouterr()
-    main(command)
+    main(argv)
     assert "3 pictures sampled, 1 were there" in capsys.readouterr().out
     assert {path.name: path.read_bytes() for path in manifest.parent.iterdir()} == before
 
     monkeypatch.setattr(sample_flux, "HybridPipeline", None)  # nothing to do: nothing may be loaded
-    main(command)
+    main(argv)
 
 
 def test_an_edited_prompt_file_resamples_the_changed_prompts(tmp_path, capsys):
-    main(flags(tmp_path, "out"))
+    main(command(tmp_path, "out"))
     (tmp_path / "prompts.txt").write_text("\n".join([PROMPTS[0], "new", *PROMPTS[2:]]), encoding="utf-8")
     capsys.readouterr()
-    manifest = main(flags(tmp_path, "out"))
+    manifest = main(command(tmp_path, "out"))
     assert "1 pictures sampled, 3 were there" in capsys.readouterr().out
     assert json.loads(manifest.read_text())[1]["prompt"] == "new"
 
 
 def test_other_settings_in_the_same_folder_are_refused_and_overwrite_replaces_them(tmp_path, tuned, capsys):
-    manifest = main(flags(tmp_path, "out"))
+    manifest = main(command(tmp_path, "out"))
     before = pixels(manifest)
     with pytest.raises(
         ValueError, match=r"--output_dir .*other settings: guidance_scale \(3.5 there, 2.0 now\); choose"
     ):
-        main(flags(tmp_path, "out", "--guidance_scale", 2))
+        main(command(tmp_path, "out", "--guidance_scale", 2))
     with pytest.raises(ValueError, match="other settings: tuned_model"):
-        main(flags(tmp_path, "out", "--model_path", tuned))
+        main(command(tmp_path, "out", "--model_path", tuned))
     assert all(map(np.array_equal, pixels(manifest), before))
     capsys.readouterr()
-    main(flags(tmp_path, "out", "--model_path", tuned, "--overwrite"))
+    main(command(tmp_path, "out", "--model_path", tuned, "--overwrite"))
     assert "4 pictures sampled, 0 were there" in capsys.readouterr().out
-    main(flags(tmp_path, "out", "--model_path", tuned))
+    main(command(tmp_path, "out", "--model_path", tuned))
     assert "0 pictures sampled, 4 were there" in capsys.readouterr().out
 
 
 def test_a_retrained_model_at_the_same_path_is_noticed(tmp_path, tuned):
     path = tmp_path / "checkpoint-60-0"
     shutil.copytree(tuned, path)
-    main(flags(tmp_path, "out", "--model_path", path))
+    main(command(tmp_path, "out", "--model_path", path))
     transformer = load_transformer(str(path))
     with torch.no_grad():
         for parameter in transformer.parameters():
             parameter.mul_(1.01)
     transformer.save_pretrained(path)
     with pytest.raises(ValueError, match="other settings: tuned_model"):
-        main(flags(tmp_path, "out", "--model_path", path))
+        main(command(tmp_path, "out", "--model_path", path))
 
 
 def test_a_static_shift_replaces_the_scheduler_of_the_model(tmp_path):
     own, same, other = (
-        main(flags(tmp_path, f"s{n}", *more)) for n, more in enumerate([(), ("--shift", 3), ("--shift", 1)])
+        main(command(tmp_path, f"s{n}", *more)) for n, more in enumerate([(), ("--shift", 3), ("--shift", 1)])
     )
     assert largest_difference(own, same) == 0  # the tiny model's own shift is 3
     assert largest_difference(own, other) > 3
 
 
 def test_the_manifest_names_pictures_relative_to_itself(tmp_path):
-    manifest = main(flags(tmp_path, "out", "--output_json", tmp_path / "lists" / "m.json"))
+    manifest = main(command(tmp_path, "out", "--output_json", tmp_path / "lists" / "m.json"))
     assert manifest == tmp_path / "lists" / "m.json"
     assert json.loads(manifest.read_text())[0]["image"] == "../out/00000_0.png"
 
 
-def test_two_processes_give_the_same_pictures_and_manifest_as_one(tmp_path):
-    one = main(flags(tmp_path, "one"))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launcher, "-m", "fastvideo.sample.sample_flux", *flags(tmp_path, "two")]
-    subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, timeout=120)
-    files = [{p.name: p.read_bytes() for p in folder.iterdir()} for folder in (one.parent, tmp_path / "two")]
-    assert files[0] == files[1]
+@pytest.mark.slow
+def test_a_killed_run_finished_by_two_runs_at_once_leaves_the_files_of_an_uninterrupted_one(tmp_path, tuned):
+    """One process killed; then the recipe on two processes, with the reference's flags, beside a third process."""
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS * 10), encoding="utf-8")
+    mix = ("--mix_sampling_steps", 2, "--total_sampling_steps", 4, "--seed", 617)
+    weights = Path(tuned) / "diffusion_pytorch_model.safetensors"
+    argv = command(tmp_path, "out", "--batch_size", 3, "--model_path", weights, *mix)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHON_BIN": sys.executable}
+    folder, log = tmp_path / "out", tmp_path / "killed.log"
+    with open(log, "w") as file:
+        alone = [sys.executable, "-m", "fastvideo.sample.sample_flux", *argv]
+        killed = subprocess.Popen(alone, cwd=ROOT, env=environment, stdout=file, stderr=file)
+    wait_for(lambda: len(list(folder.glob("*.png"))) >= 3, killed, log)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert not (folder / "manifest.json").exists()
+
+    names = {"pretrained_model_name_or_path": "flux_baseline_model_dir"}
+    reference = [names.get(token[2:], token[2:]).join(("--", "")) if token[:2] == "--" else token for token in argv]
+    recipe = subprocess.Popen(
+        ["bash", "scripts/inference/inference_flux.sh", *reference],
+        cwd=ROOT,
+        env={**environment, "NPROC_PER_NODE": "2"},
+    )
+    third = subprocess.Popen(alone, cwd=ROOT, env=environment)
+    assert third.wait(120) == 0 and recipe.wait(120) == 0
+
+    expected = main([*argv, "--output_dir", str(tmp_path / "uninterrupted")])
+    files = [{p.name: p.read_bytes() for p in f.glob("[!.]*")} for f in (expected.parent, folder)]
+    assert len(files[0]) == 42 and files[0] == files[1]
 
 
 @pytest.mark.parametrize(
@@ -222,7 +375,7 @@ def test_two_processes_give_the_same_pictures_and_manifest_as_one(tmp_path):
 )
 def test_bad_input_gives_one_line_before_sampling(tmp_path, more, message):
     with pytest.raises(ValueError, match=message):
-        main(flags(tmp_path, "out", *more))
+        main(command(tmp_path, "out", *more))
     assert not (tmp_path / "out").exists()
 
 
@@ -235,6 +388,16 @@ def test_bad_input_gives_one_line_before_sampling(tmp_path, more, message):
         ({"seed": -1}, "--seed -1"),
         ({"shift": 0.0}, "--shift 0.0"),
         ({"dtype": "int8"}, "--dtype int8: choose from auto"),
+        ({"cpu_offload": "disk"}, "--cpu_offload disk: choose from none, model, sequential"),
+        ({"cpu_offload": "sequential", "compile": True}, "--compile: its graphs can't move layers"),
+        ({"mix_fraction": [0.2, 1.5]}, "--mix_fraction 0.2,1.5: must be between 0 and 1"),
+        ({"mix_fraction": [0.5], "mix_sampling_steps": 3}, "--mix_fraction 0.5, --mix_sampling_steps: give one"),
+        (
+            {"mix_fraction": [0.8, 0.801], "model_path": "x"},
+            "two shares are the same number of --total_sampling_steps 50",
+        ),
+        ({"mix_fraction": [0.5, 0.8], "model_path": "x", "baseline": True}, "--baseline: takes no share"),
+        ({"mix_fraction": [0.8]}, "--mix_fraction: needs --model_path"),
     ],
 )
 def test_impossible_settings_are_refused(settings, message):

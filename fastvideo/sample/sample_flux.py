@@ -5,24 +5,31 @@
     torchrun --nproc_per_node 8 -m fastvideo.sample.sample_flux ...      (same flags)
 
 Hybrid inference (MixGRPO, arXiv 2507.21802): the tuned transformer takes the first `--mix_sampling_steps` of
-`--total_sampling_steps`, the base model the rest, which undoes some of what was learned only to please the reward.
+`--total_sampling_steps`, or the share `--mix_fraction` of them, and the base model the rest, which undoes some of what
+was learned only to please the reward. Several shares (`--mix_fraction 0.2,0.5,0.8`) load the models once; each has a
+folder mix_{steps}_{total}/ of its own, and sweep.json lists their manifests.
 
 A picture's noise depends on `--seed`, the prompt's place in the file and the picture's number, not on processes or
 batches. A restart keeps the pictures that are there: each carries its prompt, seed and a hash of the settings, and the
-folder's sampling.json says what those were. The manifest, a JSON list of {"image", "prompt", "seed", "index"} with
-`image` relative to it, is written when all pictures are there.
+folder's sampling.json says what those were. Several runs may work on one folder at once. The manifest, a JSON list of
+{"image", "prompt", "seed", "index"} with `image` relative to it, is written when all pictures are there.
+docs/evaluation.md has more.
 """
 
 import hashlib
 import io
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 from fastvideo.config import flag, parse_dataclass
+from fastvideo.eval.benchmark import read_benchmark
 from fastvideo.models.flux import (
+    LORA_FILE,
     LatentShape,
     ModelNotFoundError,
     is_lora,
@@ -30,15 +37,20 @@ from fastvideo.models.flux import (
     load_transformer,
     load_vae,
     load_with_lora,
+    meta_transformer,
 )
 from fastvideo.utils.files import read_prompts, write_bytes, write_json
-from fastvideo.utils.fingerprint import model_fingerprint
+from fastvideo.utils.fingerprint import model_fingerprint, sample_file
 from fastvideo.utils.processes import Processes, barrier, processes
 
 import numpy as np
 import torch
+from accelerate import cpu_offload_with_hook
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from PIL import Image, PngImagePlugin
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -50,13 +62,20 @@ class SampleConfig:
     """Settings of a sampling run."""
 
     pretrained_model_name_or_path: str = flag("data/flux", "base FLUX pipeline: a folder or a hub id")
+    flux_baseline_model_dir: str | None = flag(None, "another name of --pretrained_model_name_or_path")
     model_path: str | None = flag(
-        None, "tuned transformer or LoRA adapters: a training checkpoint or a folder; None: only the base model"
+        None,
+        "tuned model: a training checkpoint or its ema/, a folder with a transformer, LoRA adapters or a whole "
+        "pipeline, a .safetensors file of the base model's architecture, or a hub id; None: only the base model",
     )
     baseline: bool = flag(False, "sample the base model even if model_path is given")
-    prompts_file: str = flag("data/prompts_test.txt", "text file with one prompt a line")
+    prompts_file: str = flag(
+        "data/prompts_test.txt",
+        "text file with one prompt a line, or a folder of HPSv2 benchmark prompts (anime.json, ...)",
+    )
     output_dir: str = flag("outputs/samples", "folder for the pictures")
-    output_json: str | None = flag(None, "manifest to write (None: manifest.json in output_dir)")
+    output_json: str | None = flag(None, "manifest to write (None: manifest.json in output_dir; sweep.json of a sweep)")
+    image_format: str = flag("png", "file format; jpg loses detail", choices=["png", "jpg"])
     seed: int = flag(42, "seed of the initial noise")
     images_per_prompt: int = flag(1, "pictures of each prompt, each with its own noise")
     batch_size: int = flag(1, "pictures sampled at a time; speed and memory only")
@@ -64,14 +83,29 @@ class SampleConfig:
     w: int = flag(1024, "picture width in pixels")
     guidance_scale: float = flag(3.5, "distilled guidance; only for models with guidance embeds (FLUX.1-dev)")
     total_sampling_steps: int = flag(50, "denoising steps")
-    mix_sampling_steps: int | None = flag(None, "steps the tuned model takes before the base model goes on (None: all)")
+    mix_sampling_steps: int | None = flag(
+        None, "steps the tuned model takes before the base model goes on (None or -1: all)"
+    )
+    mix_fraction: list[float] = flag(
+        [], "the same as a share of all steps (the paper recommends 0.8); several are sampled one after the other"
+    )
     shift: float | None = flag(None, "static shift of the sigma schedule (None: the base pipeline's own scheduler)")
     max_sequence_length: int = flag(512, "T5 tokens; cut to what the model's tokenizer declares")
     dtype: str = flag("auto", "number format; auto: bf16 on a GPU, fp32 on the CPU", choices=["auto", *DTYPES])
     device: str = flag("auto", "cpu, cuda, cuda:1, ... or auto")
+    compile: bool = flag(False, "compile the transformers' blocks: a slow start, then faster steps")
+    cpu_offload: str = flag(
+        "none",
+        "keep in GPU memory only the model at work, or (sequential, slow) only the layer",
+        choices=["none", "model", "sequential"],
+    )
     overwrite: bool = flag(False, "sample anew into a folder that holds pictures of other settings")
 
     def __post_init__(self) -> None:
+        if self.flux_baseline_model_dir is not None:
+            self.pretrained_model_name_or_path = self.flux_baseline_model_dir
+        if self.mix_sampling_steps == -1:
+            self.mix_sampling_steps = None
         for name in ("images_per_prompt", "batch_size", "h", "w", "total_sampling_steps", "max_sequence_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
@@ -79,8 +113,34 @@ class SampleConfig:
             raise ValueError(f"--seed {self.seed}: must not be negative")
         if self.shift is not None and not self.shift > 0:
             raise ValueError(f"--shift {self.shift}: must be above 0")
-        if self.dtype not in ("auto", *DTYPES):
-            raise ValueError(f"--dtype {self.dtype}: choose from auto, {', '.join(DTYPES)}")
+        choices = {
+            "dtype": ("auto", *DTYPES),
+            "image_format": ("png", "jpg"),
+            "cpu_offload": ("none", "model", "sequential"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"--{name} {getattr(self, name)}: choose from {', '.join(allowed)}")
+        if self.compile and self.cpu_offload == "sequential":
+            raise ValueError("--compile: its graphs can't move layers; choose --cpu_offload none or model")
+        self._check_mix()
+
+    def _check_mix(self) -> None:
+        if self.mix_fraction:
+            shares = ",".join(f"{fraction:g}" for fraction in self.mix_fraction)
+            if self.mix_sampling_steps is not None:
+                raise ValueError(f"--mix_fraction {shares}, --mix_sampling_steps: give one of them")
+            if not all(0 <= fraction <= 1 for fraction in self.mix_fraction):
+                raise ValueError(f"--mix_fraction {shares}: must be between 0 and 1")
+            if len(set(self._mix_steps())) < len(self.mix_fraction):
+                raise ValueError(
+                    f"--mix_fraction {shares}: two shares are the same number of --total_sampling_steps "
+                    f"{self.total_sampling_steps}"
+                )
+            if self.baseline and len(self.mix_fraction) > 1:
+                raise ValueError(f"--baseline: takes no share of --mix_fraction {shares}")
+            if self.model_path is None and not self.baseline and any(self.mix_fraction):
+                raise ValueError("--mix_fraction: needs --model_path, the tuned model that takes these steps")
         if self.mix_sampling_steps is not None:
             if not 0 <= self.mix_sampling_steps <= self.total_sampling_steps:
                 raise ValueError(
@@ -90,16 +150,39 @@ class SampleConfig:
             if self.model_path is None and not self.baseline and self.mix_sampling_steps > 0:
                 raise ValueError("--mix_sampling_steps: needs --model_path, the tuned model that takes these steps")
 
+    def _mix_steps(self) -> list[int]:
+        return [int(fraction * self.total_sampling_steps + 0.5) for fraction in self.mix_fraction]
+
+    @property
+    def is_sweep(self) -> bool:
+        return len(self.mix_fraction) > 1
+
+    def runs(self) -> list["SampleConfig"]:
+        """One configuration for every share of `--mix_fraction`, in the folder that a sweep gives it, or only this."""
+        found = []
+        for steps in self._mix_steps():
+            places = {}
+            if self.is_sweep:
+                name = f"mix_{steps}_{self.total_sampling_steps}"
+                places["output_dir"] = str(Path(self.output_dir) / name)
+                if self.output_json:
+                    path = Path(self.output_json)
+                    places["output_json"] = str(path.with_name(f"{path.stem}_{name}.json"))
+            found.append(replace(self, mix_fraction=[], mix_sampling_steps=steps, **places))
+        return found or [self]
+
     @property
     def tuned_steps(self) -> int:
-        """How many of the first steps the tuned transformer takes."""
+        """How many of the first steps the tuned transformer takes, in a configuration of `runs`."""
         if self.baseline or self.model_path is None:
             return 0
         return self.total_sampling_steps if self.mix_sampling_steps is None else self.mix_sampling_steps
 
     @property
     def manifest(self) -> Path:
-        return Path(self.output_json) if self.output_json else Path(self.output_dir) / "manifest.json"
+        """What the run writes last; of a sweep, the list of its manifests."""
+        default = Path(self.output_dir) / ("sweep.json" if self.is_sweep else "manifest.json")
+        return Path(self.output_json) if self.output_json else default
 
 
 @dataclass(frozen=True)
@@ -110,20 +193,34 @@ class Picture:
     prompt: str
     seed: int  # of its own generator: torch.Generator("cpu").manual_seed(seed) reproduces it in a FluxPipeline
     index: int  # in the manifest
+    style: str | None = None  # of the benchmark
 
 
-def plan_pictures(config: SampleConfig, prompts: Sequence[str]) -> list[Picture]:
+def read_prompt_list(path: str) -> list[tuple[str, str | None]]:
+    """(prompt, style) of a text file, style None, or of a folder of benchmark prompts. Raises ValueError, one line."""
+    if Path(path).is_dir():
+        styles = read_benchmark(Path(path), "prompts_file")
+        return [(prompt, style) for style, prompts in styles.items() for prompt in prompts]
+    return [(prompt, None) for prompt in read_prompts(path, "prompts_file", unique=False).prompts]
+
+
+def plan_pictures(config: SampleConfig, prompts: Sequence[tuple[str, str | None]]) -> list[Picture]:
     """All pictures of a run, in the manifest's order. Their seeds are hashed: no two values of --seed share noise."""
-    return [
-        Picture(
-            Path(config.output_dir) / f"{prompt_index:05d}_{number}.png",
-            prompt,
-            int(np.random.SeedSequence([config.seed, prompt_index, number]).generate_state(1)[0]),
-            prompt_index * config.images_per_prompt + number,
-        )
-        for prompt_index, prompt in enumerate(prompts)
-        for number in range(config.images_per_prompt)
-    ]
+    found, before = [], {}
+    for place, (prompt, style) in enumerate(prompts):
+        number_in_style = before[style] = before.get(style, -1) + 1
+        for number in range(config.images_per_prompt):
+            # The benchmark has one picture a prompt, and no number in its name.
+            name = f"{number_in_style:05d}" + (f"_{number}" if style is None or config.images_per_prompt > 1 else "")
+            path = Path(config.output_dir) / (style or "") / f"{name}.{config.image_format}"
+            seed = int(np.random.SeedSequence([config.seed, place, number]).generate_state(1)[0])
+            found.append(Picture(path, prompt, seed, len(found), style))
+    return found
+
+
+def _record(picture: Picture, settings_hash: str) -> dict[str, str]:
+    """What a picture's file says about it."""
+    return {"prompt": picture.prompt, "seed": str(picture.seed), "settings": settings_hash}
 
 
 def is_done(picture: Picture, settings_hash: str) -> bool:
@@ -131,64 +228,132 @@ def is_done(picture: Picture, settings_hash: str) -> bool:
     try:
         with Image.open(picture.path) as image:
             image.load()
-            return image.text == {"prompt": picture.prompt, "seed": str(picture.seed), "settings": settings_hash}
-    except (OSError, SyntaxError, AttributeError):  # missing, truncated, broken PNG, no PNG
+            record = image.text if image.format == "PNG" else json.loads(image.info["comment"])
+            return record == _record(picture, settings_hash)
+    except (OSError, SyntaxError, ValueError, KeyError, AttributeError):  # missing, truncated, broken, another format
         return False
 
 
 def save_picture(picture: Picture, image: Image.Image, settings_hash: str) -> None:
-    """Writes the PNG, atomically, with what `is_done` asks for."""
-    info = PngImagePlugin.PngInfo()
-    for key, text in (("prompt", picture.prompt), ("seed", str(picture.seed)), ("settings", settings_hash)):
-        info.add_itxt(key, text)
+    """Writes the file, atomically, with what `is_done` asks for."""
+    record = _record(picture, settings_hash)
     buffer = io.BytesIO()
-    image.save(buffer, "PNG", pnginfo=info)
+    if picture.path.suffix == ".jpg":
+        image.save(buffer, "JPEG", quality=95, comment=json.dumps(record))
+    else:
+        info = PngImagePlugin.PngInfo()
+        for key, text in record.items():
+            info.add_itxt(key, text)
+        image.save(buffer, "PNG", pnginfo=info)
     write_bytes(picture.path, buffer.getvalue())
+
+
+def _weight_file(model_path: str) -> Path | None:
+    """The file of a model that comes without a config.json, and so has the base model's architecture."""
+    path = Path(model_path)
+    if path.is_file():
+        return path
+    file = path / SAFETENSORS_WEIGHTS_NAME
+    return file if file.is_file() and not (path / "config.json").is_file() else None
+
+
+def _lora_folder(model_path: str) -> str | None:
+    """The folder of LoRA adapters that the path means, if it does; it may name their file."""
+    path = Path(model_path)
+    folder = path.parent if path.name == LORA_FILE else path
+    return str(folder) if is_lora(folder) else None
+
+
+def load_tuned(base: str, model_path: str, dtype: torch.dtype) -> FluxTransformer2DModel:
+    """The transformer that `--model_path` means; adapters are switched on in the transformer of the pipeline `base`.
+
+    Raises ValueError, one line, for a model that isn't there or doesn't fit the base model.
+    """
+    folder, file = _lora_folder(model_path), _weight_file(model_path)
+    try:
+        if folder:
+            return load_with_lora(base, folder, dtype)
+        if file:
+            transformer = meta_transformer(base, dtype).eval()
+            weights = {name: tensor.to(dtype, copy=True) for name, tensor in load_file(file).items()}
+            transformer.load_state_dict(weights, assign=True)
+            return transformer
+        return load_transformer(model_path, dtype)
+    except ModelNotFoundError as error:
+        raise ValueError(
+            str(error).replace(f"--pretrained_model_name_or_path {model_path}", f"--model_path {model_path}")
+        ) from error
+    except (RuntimeError, SafetensorError) as error:  # torch's and peft's, of other names or shapes
+        problem = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"--model_path {model_path}: doesn't fit --pretrained_model_name_or_path {base}: {problem}"
+        ) from error
 
 
 class HybridPipeline:
     """The base pipeline, whose transformer is the tuned one for the first steps of every call."""
 
-    def __init__(self, config: SampleConfig, vae: AutoencoderKL, device: str, dtype: torch.dtype) -> None:
-        """Loads what the settings need besides the VAE. Raises ValueError, one line, for a model that isn't there."""
+    def __init__(
+        self, config: SampleConfig, tuned_steps: Sequence[int], vae: AutoencoderKL, device: str, dtype: torch.dtype
+    ) -> None:
+        """Loads what calls with these `tuned_steps` need besides the VAE: with LoRA adapters always one transformer.
+
+        Raises ValueError, one line, for a model that isn't there.
+        """
         base = config.pretrained_model_name_or_path
         self.config = config
-        self.tuned: FluxTransformer2DModel | None = None
-        self.lora = config.tuned_steps > 0 and is_lora(config.model_path)
-        if self.lora:
-            self.tuned = load_with_lora(base, config.model_path, dtype).to(device)
-        elif config.tuned_steps > 0:
-            try:
-                self.tuned = load_transformer(config.model_path, dtype).to(device)
-            except ModelNotFoundError as error:
-                raise ValueError(str(error).replace("--pretrained_model_name_or_path", "--model_path")) from error
-        only_tuned = config.tuned_steps == config.total_sampling_steps or self.lora
+        self.tuned = load_tuned(base, config.model_path, dtype) if any(tuned_steps) else None
+        self.lora = self.tuned is not None and _lora_folder(config.model_path) is not None
+        only_tuned = self.lora or min(tuned_steps) == config.total_sampling_steps
         self.base = self.tuned if only_tuned else load_transformer(base, dtype)
         components = load_text_encoders(base, dtype).components
-        self.pipe = FluxPipeline(**{**components, "vae": vae.to(dtype), "transformer": self.base}).to(device)
+        torch.nn.Module.to(vae, dtype)  # ModelMixin.to would warn
+        first = self.base if self.tuned is None else self.tuned
+        self.pipe = FluxPipeline(**{**components, "vae": vae, "transformer": first})
         self.pipe.set_progress_bar_config(disable=True)
         if config.shift is not None:
             self.pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(
                 self.pipe.scheduler.config, shift=config.shift, use_dynamic_shifting=False
             )
+        self.first, self.base_hook = first, None
+        second = self.base if self.base is not first else None  # which the pipeline doesn't know
+        if config.cpu_offload == "none":
+            self.pipe.to(device)
+            if second:
+                second.to(device)
+        elif config.cpu_offload == "model":
+            self.pipe.enable_model_cpu_offload(device=device)
+            if second:
+                _, self.base_hook = cpu_offload_with_hook(second, device)
+        else:
+            for part in (self.pipe, *([second] if second else [])):
+                part.enable_group_offload(onload_device=torch.device(device), offload_type="leaf_level")
+        if config.compile:
+            for transformer in {first, self.base}:
+                transformer.compile_repeated_blocks()
 
-    def _use(self, tuned: bool) -> None:
+    def _use(self, transformer: FluxTransformer2DModel, tuned: bool) -> None:
         """The transformer of the next steps; adapters are switched rather than models."""
-        self.pipe.transformer = self.tuned if tuned else self.base
+        self.pipe.transformer = transformer
         if self.lora:
-            (self.tuned.enable_adapters if tuned else self.tuned.disable_adapters)()
+            (transformer.enable_adapters if tuned else transformer.disable_adapters)()
 
-    def __call__(self, pictures: Sequence[Picture]) -> list[Image.Image]:
+    def __call__(self, pictures: Sequence[Picture], tuned_steps: int) -> list[Image.Image]:
         """Samples a batch; every picture from its own CPU generator, so that its noise doesn't depend on the others."""
         config = self.config
 
         def after_step(pipe: FluxPipeline, step: int, _timestep: torch.Tensor, tensors: dict) -> dict:
-            if step + 1 == config.tuned_steps:
-                self._use(tuned=False)
+            if step + 1 == config.total_sampling_steps:
+                pipe.transformer = self.first  # the one that offloading knows
+                if self.base_hook:
+                    self.base_hook.offload()  # the VAE may need the room
+            elif step + 1 == tuned_steps:
+                if self.base_hook:
+                    self.tuned.to("cpu")
+                self._use(self.base, tuned=False)
             return tensors
 
-        if self.tuned is not None:
-            self._use(tuned=True)
+        self._use(self.tuned if tuned_steps else self.base, tuned=tuned_steps > 0)
         return self.pipe(
             prompt=[picture.prompt for picture in pictures],
             height=config.h,
@@ -201,10 +366,17 @@ class HybridPipeline:
         ).images
 
 
+def _tuned_fingerprint(model_path: str) -> str | None:
+    folder, file = _lora_folder(model_path), _weight_file(model_path)
+    if file and not folder:
+        return str(sample_file(file)["sha256"])
+    return model_fingerprint(folder or model_path, (".", "transformer"))
+
+
 def _settings(config: SampleConfig, dtype: str) -> dict[str, object] | None:
     """All that decides what a picture looks like, besides its prompt and seed. None while a model isn't on disk."""
     base = model_fingerprint(config.pretrained_model_name_or_path, PIPELINE_FOLDERS)
-    tuned = model_fingerprint(config.model_path, (".", "transformer")) if config.tuned_steps else "none"
+    tuned = _tuned_fingerprint(config.model_path) if config.tuned_steps else "none"
     if base is None or tuned is None:
         return None
     names = ("seed", "h", "w", "guidance_scale", "total_sampling_steps", "shift", "max_sequence_length")
@@ -218,94 +390,137 @@ def _settings(config: SampleConfig, dtype: str) -> dict[str, object] | None:
     }
 
 
-def _claim_folder(config: SampleConfig, settings: dict[str, object], here: Processes) -> None:
-    """Writes sampling.json; refuses a folder with pictures of other settings, so that they can't be taken for these."""
+def _claim_folder(config: SampleConfig, settings: dict[str, object], here: Processes) -> str:
+    """Writes sampling.json unless it is there; returns the settings' hash.
+
+    Raises ValueError for a folder with pictures of other settings, so that they can't be taken for these.
+    """
     path = Path(config.output_dir) / "sampling.json"
-    if path.exists() and not config.overwrite:
-        try:
-            there = json.loads(path.read_text(encoding="utf-8"))["settings"]
-            changed = [f"{k} ({there.get(k)} there, {v} now)" for k, v in settings.items() if there.get(k) != v]
-        except (ValueError, KeyError, AttributeError) as error:
-            changed = [f"unreadable sampling.json: {error!r}"]
-        if changed:
-            raise ValueError(
-                f"--output_dir {config.output_dir}: holds pictures of other settings: {', '.join(changed)}; "
-                "choose another folder, or --overwrite them"
-            )
-    barrier()  # nobody writes before everybody has looked
     if here.rank == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
-        sources = {
-            "pretrained_model_name_or_path": config.pretrained_model_name_or_path,
-            "model_path": config.model_path,
-        }
-        write_json(path, {"settings": settings, "sources": {**sources, "prompts_file": config.prompts_file}})
+        names = ("pretrained_model_name_or_path", "model_path", "prompts_file")
+        record = {"settings": settings, "sources": {name: getattr(config, name) for name in names}}
+        own = path.with_name(f".sampling.{socket.gethostname()}.{os.getpid()}.json")
+        write_json(own, record)
+        try:
+            if config.overwrite:
+                os.replace(own, path)
+            else:
+                os.link(own, path)  # unlike a replacement it fails when there is one, also of this very moment
+        except FileExistsError:
+            pass  # compared below
+        except OSError:  # a file system without links
+            if not path.exists():
+                os.replace(own, path)
+        finally:
+            own.unlink(missing_ok=True)
+    barrier()
+    try:
+        there = json.loads(path.read_text(encoding="utf-8"))["settings"]
+        changed = [f"{k} ({there.get(k)} there, {v} now)" for k, v in settings.items() if there.get(k) != v]
+    except (ValueError, KeyError, AttributeError) as error:
+        changed = [f"unreadable sampling.json: {error!r}"]
+    if changed:
+        raise ValueError(
+            f"--output_dir {config.output_dir}: holds pictures of other settings: {', '.join(changed)}; "
+            "choose another folder, or --overwrite them"
+        )
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _relative(path: Path, folder: Path) -> str:
+    return Path(os.path.relpath(path.absolute(), folder.absolute())).as_posix()
+
+
+def _sample_run(
+    config: SampleConfig,
+    pictures: Sequence[Picture],
+    settings_hash: str,
+    load: Callable[[], HybridPipeline],
+    here: Processes,
+) -> None:
+    """Makes the pictures of one configuration of `runs` that aren't there yet, and its manifest."""
+    if here.rank == 0:
+        for folder in {picture.path.parent for picture in pictures}:
+            folder.mkdir(exist_ok=True)
+    barrier()
+    # Batches are fixed by the plan: one with a picture missing is sampled as a whole, so that a restart computes in the
+    # same shapes as an uninterrupted run.
+    batches = [pictures[i : i + config.batch_size] for i in range(0, len(pictures), config.batch_size)]
+    made = 0
+    mine = batches[here.rank :: here.world_size]
+    for batch in tqdm(mine, desc="sampling", unit="batch", disable=here.rank != 0):
+        missing = [picture for picture in batch if not is_done(picture, settings_hash)]
+        if not missing:
+            continue
+        for picture, image in zip(batch, load()(batch, config.tuned_steps), strict=True):
+            if picture in missing:
+                save_picture(picture, image, settings_hash)
+                made += 1
+    print(f"rank {here.rank}: {made} pictures sampled, {sum(map(len, mine)) - made} were there")
+    barrier()
+
+    if here.rank == 0:
+        folder = config.manifest.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        entries = []
+        for picture in pictures:
+            entry = {"image": _relative(picture.path, folder), "prompt": picture.prompt, "seed": picture.seed}
+            entry |= {"index": picture.index} | ({"style": picture.style} if picture.style else {})
+            entries.append(entry)
+        write_json(config.manifest, entries)
+        print(f"{len(entries)} pictures of {len(entries) // config.images_per_prompt} prompts: {config.manifest}")
     barrier()
 
 
 def sample(config: SampleConfig) -> Path:
-    """Makes all pictures of `config` that aren't there yet; returns the manifest's path.
+    """Makes all pictures of `config` that aren't there yet; returns the path of the manifest, or of sweep.json.
 
     Under torchrun the batches are dealt out to the processes, and rank 0 writes the manifest.
 
     Raises:
         ValueError: one line, for missing models or prompts, an impossible size, or a folder with other pictures.
     """
-    prompt_file = read_prompts(config.prompts_file, "prompts_file", unique=False)
-    pictures = plan_pictures(config, prompt_file.prompts)
+    prompts = read_prompt_list(config.prompts_file)
+    runs = config.runs()
     vae = load_vae(config.pretrained_model_name_or_path)
     LatentShape.of(vae, config.h, config.w)  # raises for a size that doesn't fit
     with processes(None if config.device == "auto" else config.device) as here:
         dtype = ("fp32" if here.device == "cpu" else "bf16") if config.dtype == "auto" else config.dtype
-        pipe = None
-        settings = _settings(config, dtype)
-        if settings is None:  # a hub id for the first time, or a wrong path, of which loading complains
-            pipe = HybridPipeline(config, vae, here.device, DTYPES[dtype])
-            settings = _settings(config, dtype)
-        if settings is None:
+
+        @cache
+        def load() -> HybridPipeline:
+            return HybridPipeline(config, [run.tuned_steps for run in runs], vae, here.device, DTYPES[dtype])
+
+        settings = [_settings(run, dtype) for run in runs]
+        if None in settings:  # a hub id for the first time, or a wrong path, of which loading complains
+            load()
+            settings = [_settings(run, dtype) for run in runs]
+        if None in settings:
             raise ValueError(
                 "--pretrained_model_name_or_path, --model_path: not found in the hub's cache after loading"
             )
-        _claim_folder(config, settings, here)
-        settings_hash = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-
-        # Batches are fixed by the plan: one with a picture missing is sampled as a whole, so that a restart computes in
-        # the same shapes as an uninterrupted run.
-        batches = [pictures[i : i + config.batch_size] for i in range(0, len(pictures), config.batch_size)]
-        made = 0
-        mine = batches[here.rank :: here.world_size]
-        for batch in tqdm(mine, desc="sampling", unit="batch", disable=here.rank != 0):
-            missing = [picture for picture in batch if not is_done(picture, settings_hash)]
-            if not missing:
-                continue
-            pipe = pipe or HybridPipeline(config, vae, here.device, DTYPES[dtype])
-            for picture, image in zip(batch, pipe(batch), strict=True):
-                if picture in missing:
-                    save_picture(picture, image, settings_hash)
-                    made += 1
-        print(f"rank {here.rank}: {made} pictures sampled, {sum(map(len, mine)) - made} were there")
-        barrier()
-
-        if here.rank == 0:
-            folder = config.manifest.absolute().parent
-            folder.mkdir(parents=True, exist_ok=True)
-            entries = [
+        hashes = [_claim_folder(run, found, here) for run, found in zip(runs, settings, strict=True)]
+        for run, settings_hash in zip(runs, hashes, strict=True):
+            _sample_run(run, plan_pictures(run, prompts), settings_hash, load, here)
+        if config.is_sweep and here.rank == 0:
+            path = config.manifest
+            shares = zip(config.mix_fraction, runs, strict=True)
+            rows = [
                 {
-                    "image": Path(os.path.relpath(picture.path.absolute(), folder)).as_posix(),
-                    "prompt": picture.prompt,
-                    "seed": picture.seed,
-                    "index": picture.index,
+                    "mix_fraction": share,
+                    "mix_sampling_steps": run.tuned_steps,
+                    "manifest": _relative(run.manifest, path.parent),
                 }
-                for picture in pictures
+                for share, run in shares
             ]
-            write_json(config.manifest, entries)
-            print(f"{len(entries)} pictures of {len(prompt_file.prompts)} prompts: {config.manifest}")
-        barrier()
+            write_json(path, rows)
+            print(f"{len(rows)} shares: {path}")
     return config.manifest
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
-    """The command line; returns the manifest's path."""
+    """The command line; returns the path of the manifest, or of sweep.json."""
     return sample(parse_dataclass(SampleConfig, argv, __doc__))
 
 
