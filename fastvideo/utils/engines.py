@@ -172,7 +172,8 @@ class Engine:
         if not self.loads_weights:
             return meta_transformer(source, dtype).to_empty(device="cpu")
         if self.config.init_random_flux and source == self.config.pretrained_model_name_or_path:
-            device = "cpu" if self.name == "fsdp" else self.accelerator.device
+            wait = self.name == "fsdp" or self.config.quantize_base  # there is less to be put on the GPU later
+            device = "cpu" if wait else self.accelerator.device
             return random_transformer(source, dtype, self.config.seed, device)
         return load_transformer(source, dtype)
 
