@@ -5,8 +5,8 @@
     python benchmarks/bench_iteration.py --tiny --ablation                         # on a CPU
 
 From the first flag that isn't the benchmark's own on, flags go to the trainer. The defaults are the MixGRPO recipe
-(720×720, G 12, T 25, window 4, k 3, one prompt) with windows at 0, 10 and 20, a reward that costs next to nothing, and
-two iterations a window, of which the second is reported. Useful operations are counted once: what is recomputed, or
+(720×720, G 12, T 25, window 4, k 3, one prompt), a reward that costs next to nothing, and two iterations a window, of
+which the second is reported. Useful operations are counted once: what is recomputed, or
 fills up a batch, adds nothing. Prints tables and the versions; keep the output under benchmarks/results/.
 """
 
@@ -18,14 +18,12 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, fields
-from itertools import islice
 from pathlib import Path
 
 from fastvideo.config import GRPOConfig, flag, parse_dataclass
 from fastvideo.dataset.latent_flux_rl_datasets import FOLDERS
 from fastvideo.models.tiny_flux import build_tiny_flux
 from fastvideo.train_grpo_flux import set_up
-from fastvideo.utils.grpo_states import windows
 
 import diffusers
 import torch
@@ -40,6 +38,7 @@ class BenchmarkConfig:
     double_blocks: int = flag(4, "double-stream blocks (FLUX.1 has 19)")
     single_blocks: int = flag(8, "single-stream blocks (FLUX.1 has 38)")
     tiny: bool = flag(False, "the tiny FLUX at 32x32 instead, for a CPU")
+    windows: list[int] = flag([0, 10, 19], "where the window starts", nargs="+")
     ablation: bool = flag(False, "measure again with each optimisation switched off")
     profile: bool = flag(False, "print which GPU kernels an iteration spends its time in")
     folder: str | None = flag(None, "where the inputs go (None: a temporary folder)")
@@ -102,16 +101,16 @@ def measure(folder: Path, config: BenchmarkConfig, flags: list[str]) -> list[dic
     training = parse_dataclass(
         GRPOConfig,
         f"--pretrained_model_name_or_path {folder} --data_json_path {folder}/prompt.json "
-        f"--output_dir {folder}/out --reward_model jpeg_compressibility --dataloader_num_workers 0 "
-        f"--max_train_steps 6 --iters_per_group 2 --prog_overlap_step 10 {size}".split()
+        f"--output_dir {folder}/out --reward_model jpeg_compressibility --dataloader_num_workers 0 {size}".split()
         + flags,
     )
     trainer, _, loader = set_up(training)
-    schedule = zip(islice(windows(training), training.max_train_steps), loader, strict=False)
-    lines = [trainer.iteration(batch, window)[0] for window, batch in schedule]
+    end = training.sampling_steps - 2
+    windows = [list(range(start, min(start + training.group_size, end))) for start in config.windows for _ in range(2)]
+    lines = [trainer.iteration(batch, window)[0] for window, batch in zip(windows, loader, strict=False)]
     if config.profile:
         with torch.profiler.profile() as profiler:
-            trainer.iteration(next(iter(loader)), next(windows(training)))
+            trainer.iteration(next(iter(loader)), windows[0])
         print(profiler.key_averages().table(sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=70))
     return lines[1::2]
 

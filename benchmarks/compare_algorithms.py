@@ -89,7 +89,7 @@ def run(config: ComparisonConfig, name: str, seed: int) -> list[dict[str, float]
     every = max(1, round(config.images / pictures / config.points))
     steps = ["--max_train_steps", every * config.points, "--checkpointing_steps", every, "--seed", seed]
     where = ["--pretrained_model_name_or_path", MODEL, "--data_json_path", embeddings, "--output_dir", folder / "run"]
-    call(log, sys.executable, "-m", "fastvideo.train_grpo_flux", *flags, *where, *steps)
+    call(config, log, sys.executable, "-m", "fastvideo.train_grpo_flux", *flags, *where, *steps)
     lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
     points = []
     for done in range(every, every * config.points + 1, every):
@@ -98,7 +98,7 @@ def run(config: ComparisonConfig, name: str, seed: int) -> list[dict[str, float]
         scores = folder / f"scores-{done}.json"
         compare = ["--manifest", manifest, "--baseline_manifest", output / "base/manifest.json"]
         rewards = ["--reward_model_type", config.reward, "--output_json", scores, "--device", "cpu"]
-        call(log, sys.executable, "-m", "fastvideo.eval.eval_reward", *compare, *rewards)
+        call(config, log, sys.executable, "-m", "fastvideo.eval.eval_reward", *compare, *rewards)
         change = json.loads(scores.with_name(f"{scores.stem}_summary.json").read_text())["models"][config.score]
         spent = {cost: sum(line[cost] for line in lines[:done]) for cost in (*COSTS, "optimizer_steps")}
         points.append({"change": change["difference_mean"], "error": change["difference_standard_error"], **spent})
@@ -129,8 +129,9 @@ def main() -> None:
     output = Path(config.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     embed = ["--model_path", MODEL, "--prompt_dir", ROOT / "data/prompts.txt", "--output_dir", output / "embeddings"]
-    call(output / "base.log", sys.executable, "-m", "fastvideo.data_preprocess.preprocess_flux_embedding", *embed)
-    sample(config, output / "base", output / "base.log", "--baseline")
+    base_log = output / "base.log"
+    call(config, base_log, sys.executable, "-m", "fastvideo.data_preprocess.preprocess_flux_embedding", *embed)
+    sample(config, output / "base", base_log, "--baseline")
     pairs = list(product(config.algorithms, config.seeds))
     with ThreadPoolExecutor(config.jobs) as pool:
         points = list(pool.map(lambda pair: run(config, *pair), pairs))

@@ -39,9 +39,9 @@ train() { # name, flags
 }
 
 bench() { # flags
-  torchrun "$nproc" benchmarks/bench_iteration.py --double_blocks 19 --single_blocks 38 --folder "$OUT/flux12b_$nproc" \
+  torchrun "$nproc" benchmarks/bench_iteration.py --double_blocks 19 --single_blocks 38 --windows 0 3 --folder "$OUT/flux12b_$nproc" \
     --json_file "$OUT/$what$nproc.json" --num_generations 4 --sampling_steps 8 --group_size 2 --gradient_accumulation_steps 2 \
-    --prog_overlap_step 3 --train_micro_batch_size 2 "$@"
+    --train_micro_batch_size 2 "$@"
 }
 
 killed() { # after the sixth of ten iterations, and resumed

@@ -407,6 +407,7 @@ class GRPOConfig(RewardSpecConfig):
     lora_target_modules: list[str] = flag(
         ["to_q", "to_k", "to_v", "to_out.0"], "linear layers that get an adapter", metavar="MODULE"
     )
+    quantize_base: bool = flag(False, "LoRA, without fsdp or deepspeed: the frozen model's blocks are held in 8 bit")
 
     # --- processes --------------------------------------------------------------------------------------------------
     parallel: str | None = flag(
@@ -615,6 +616,10 @@ class GRPOConfig(RewardSpecConfig):
         if engine == "deepspeed":
             need(self.ema_decay == 0, "ema_decay", "DeepSpeed splits the weights its own way; choose --parallel fsdp")
             need(self.compile != "true", "compile", "DeepSpeed's hooks break the graph; choose auto or false")
+        if self.quantize_base:
+            need(self.use_lora, "quantize_base", "goes with --use_lora: weights in 8 bit can't be trained")
+            split = engine in ("fsdp", "deepspeed") or self.fsdp_sharding_startegy not in (None, "none")
+            need(not split, "quantize_base", "each process holds the model whole; choose --parallel none or ddp")
         if self.sp_size > 1:
             need(engine in (None, "ddp", "fsdp"), "sp_size", f"goes with --parallel ddp or fsdp, not {engine}")
             need(self.compile != "true", "compile", f"not with --sp_size {self.sp_size}; choose auto or false")

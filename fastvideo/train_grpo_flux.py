@@ -74,7 +74,6 @@ from fastvideo.utils.transitions import Transition, micro_batches, slice_transit
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from diffusers import attention_backend
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -346,7 +345,6 @@ class Trainer:
 
         training: the rounding matters; rows so few that kernels round differently are filled up with the last one.
         """
-        cudnn = self.engine.cudnn_attention(training)
         few = min(FEW_ROWS, self.config.train_micro_batch_size) if training and self.fills_up else 0
 
         def predict(latents: torch.Tensor, sigma: torch.Tensor, prompt_index: torch.Tensor) -> torch.Tensor:
@@ -354,8 +352,7 @@ class Trainer:
             if given < few:
                 place = torch.arange(few, device=latents.device).clamp(max=given - 1)
                 latents, sigma, prompt_index = latents[place], sigma[place], prompt_index[place]
-            attention = attention_backend("_native_cudnn") if cudnn else nullcontext()
-            with self.accelerator.autocast(), attention:
+            with self.accelerator.autocast(), self.engine.attention(training):
                 v = predict_velocity(model, latents, sigma, prompt_index, conditioning, self.guidance_embeds)
             return v[:given]
 

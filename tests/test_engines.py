@@ -86,7 +86,7 @@ def test_every_engine_gives_the_numbers_of_one_process(train, on_two, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", engines("fsdp"))
 def test_every_engine_trains_adapters_alike(train, on_two, name):
-    settings = {**UNEVEN, **LORA, "ref_kl_coeff": 0.1}
+    settings = {**UNEVEN, **LORA, "ref_kl_coeff": 0.1, "quantize_base": name == "ddp"}
     assert_same_numbers(train(**settings), on_two("two", **settings, **ENGINES[name]))
 
 
@@ -187,6 +187,14 @@ def test_the_engine_follows_from_flags_and_processes(monkeypatch, given, process
         ({"parallel": "deepspeed", "ema_decay": 0.9}, 2, "--ema_decay"),
         ({"parallel": "deepspeed", "master_weight_type": "bf16"}, 2, "--master_weight_type"),
         ({"parallel": "fsdp", "master_weight_type": "bf16"}, 2, "--master_weight_type"),
+        ({"quantize_base": True}, 1, "--quantize_base True: goes with --use_lora"),
+        (
+            {"quantize_base": True, "use_lora": True, "parallel": "fsdp"},
+            2,
+            "--quantize_base True: .* --parallel none or ddp",
+        ),
+        ({"quantize_base": True, "use_lora": True, "fsdp_sharding_startegy": "full"}, 2, "--quantize_base True"),
+        ({"quantize_base": True, "use_lora": True, "parallel": "deepspeed"}, 2, "--quantize_base True"),
     ],
 )
 def test_an_engine_that_can_not_be_had_is_refused(monkeypatch, given, processes, message):

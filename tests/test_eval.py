@@ -1,28 +1,32 @@
 """Evaluation: scores and means in the promised files, errors clustered by prompt, and broken input not overlooked."""
 
+import csv
 import json
 import math
+import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 from fastvideo.eval.eval_reward import EvalConfig, evaluate, main
-from fastvideo.eval.statistics import mean_and_error
+from fastvideo.eval.hacking import appearance, clip_distances, mean_distances, pixel_distances
+from fastvideo.eval.statistics import bootstrap_interval, mean_and_error
+from fastvideo.models.reward_model.clip_score import CLIPScoreRewardModel
 from fastvideo.models.reward_model.jpeg import jpeg_kilobytes
+from fastvideo.models.reward_model.pick_score import PickScoreRewardModel
 from fastvideo.models.reward_model.shapes import ShapesRewardModel, all_scenes, draw
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFilter
+from reward_checkpoints import CLIP_SCORE_FOLDER, HPS_FILE, PICK_SCORE_FOLDER
+from test_checkpoints import wait_for
 
 ROOT = Path(__file__).parents[1]
 SCENES = all_scenes(withheld=False)[::97][:6]
-
-
-def brightness(images: list[Image.Image], prompts: list[str]) -> list[float]:
-    """A custom reward, `test_eval:brightness`: it fails on pictures that are black."""
-    means = [float(np.asarray(image).mean()) for image in images]
-    return [mean if mean > 0 else math.nan for mean in means]
+HOSTILE = ['a "quoted" / slashed\\ path', "<script>alert(1)</script> & more", "🙂 ünï\u2028cödé, commas", "x" * 2000]
 
 
 def make_pictures(folder: Path, pictures: list[tuple[str, Image.Image]]) -> Path:
@@ -55,7 +59,7 @@ def test_scores_means_and_components_are_those_of_the_models(tmp_path):
     expected = {"ShapesRewardModel": model(images, captions)}
     expected |= {f"ShapesRewardModel_{key}": list(v) for key, v in model.score_components(images, captions).items()}
     expected["JpegCompressibilityRewardModel"] = [-jpeg_kilobytes(image) for image in images]
-    assert [set(entry) for entry in entries] == [{"index", "image", "prompt", "reward"}] * 6
+    assert [set(entry) for entry in entries] == [{"index", "image", "prompt", "reward", "measures"}] * 6
     assert [(entry["index"], entry["prompt"]) for entry in entries] == list(enumerate(captions))
     for key, values in expected.items():
         assert [entry["reward"][key] for entry in entries] == pytest.approx(values)
@@ -77,6 +81,8 @@ def test_scores_means_and_components_are_those_of_the_models(tmp_path):
         row = summary["models"][key]
         assert row["mean"] == pytest.approx(means[key])
         assert row["standard_error"] == pytest.approx(np.std(values, ddof=1) / math.sqrt(6))
+        assert row["interval"][0] < row["mean"] < row["interval"][1]
+    assert not list(tmp_path.glob(".*"))  # nothing is left of what a killed run would have gone on from
 
 
 def test_standard_errors_are_clustered_by_prompt():
@@ -92,6 +98,17 @@ def test_standard_errors_are_clustered_by_prompt():
     assert all(map(math.isnan, mean_and_error([], [])))
 
 
+def test_bootstrap_intervals_resample_prompts():
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=400)
+    low, high = bootstrap_interval(values, range(400))
+    error = mean_and_error(values, range(400))[1]
+    assert (low, high) == pytest.approx((values.mean() - 1.96 * error, values.mean() + 1.96 * error), abs=0.15 * error)
+    repeated = bootstrap_interval(np.repeat(values, 3), np.repeat(range(400), 3))  # nothing new is known
+    assert repeated == pytest.approx((low, high))
+    assert all(map(math.isnan, bootstrap_interval([1.0, 2.0], ["a", "a"])))
+
+
 def test_paired_differences_against_a_baseline(tmp_path):
     tuned = make_pictures(tmp_path / "tuned", grey(100, 110, 50, 70))
     base = make_pictures(tmp_path / "base", grey(90, 90, 60, 60))
@@ -101,7 +118,7 @@ def test_paired_differences_against_a_baseline(tmp_path):
         "--baseline_manifest",
         str(base),
         "--reward_model_type",
-        "test_eval:brightness",
+        "eval_rewards:brightness",
     ]
     assert main([*command, "--output_json", str(tmp_path / "out" / "s.json")]) == 0
     row = load(tmp_path / "out" / "s_summary.json")["models"]["brightness"]
@@ -109,10 +126,32 @@ def test_paired_differences_against_a_baseline(tmp_path):
     assert (row["pairs"], row["mean"], row["baseline_mean"], row["difference_mean"]) == (4, 82.5, 75, 7.5)
     assert row["difference_standard_error"] == pytest.approx(mean_and_error(change, ["a", "a", "b", "b"])[1])
     assert row["win_rate"] == 0.75
+    assert row["difference_interval"] == list(bootstrap_interval(change, ["a", "a", "b", "b"]))
+    with open(tmp_path / "out" / "s.csv", encoding="utf-8", newline="") as file:
+        (line, *measures) = csv.DictReader(file)
+    assert (line["style"], line["score"], line["kind"], line["n"], line["failed"]) == (
+        "all", "brightness", "reward", "4", "0",
+    )  # fmt: skip
+    assert [float(line[f"difference_{name}"]) for name in ("mean", "interval_low", "interval_high")] == [
+        7.5,
+        *row["difference_interval"],
+    ]
+    assert (float(line["win_rate"]), float(line["standard_error"])) == (0.75, row["standard_error"])
+    assert {measure["score"] for measure in measures} == {
+        "saturation", "sharpness", "high_frequency", "diversity_pixels",
+    }  # fmt: skip
     baseline = load(tmp_path / "out" / "s_baseline.json")
     assert [entry["reward"]["brightness"] for entry in baseline] == [90, 90, 60, 60]
     for file in ("s.json", "s_baseline.json"):
         assert all((tmp_path / "out" / entry["image"]).exists() for entry in load(tmp_path / "out" / file))
+
+
+def test_a_tie_is_half_a_win(tmp_path):
+    manifests = [make_pictures(tmp_path / name, grey(90, 100)) for name in ("tuned", "base")]
+    config = EvalConfig(
+        manifest=str(manifests[0]), baseline_manifest=str(manifests[1]), reward_model_type="eval_rewards:brightness"
+    )
+    assert evaluate(config)["models"]["brightness"]["win_rate"] == 0.5
 
 
 def test_a_baseline_of_other_prompts_is_refused(tmp_path):
@@ -144,7 +183,7 @@ def test_broken_pictures_are_named_and_left_out_and_the_exit_status_says_so(tmp_
 
 def test_failed_scores_are_null_counted_and_not_averaged_in(tmp_path):
     manifest = make_pictures(tmp_path, grey(100, 0, 50, 30))
-    command = ["--manifest", str(manifest), "--reward_model_type", "test_eval:brightness,jpeg_compressibility"]
+    command = ["--manifest", str(manifest), "--reward_model_type", "eval_rewards:brightness,jpeg_compressibility"]
     assert main(command) == 1
     assert [entry["reward"]["brightness"] for entry in load(tmp_path / "manifest_scores.json")] == [100, None, 50, 30]
     lines = (tmp_path / "manifest_scores_mean.txt").read_text().splitlines()
@@ -155,7 +194,7 @@ def test_failed_scores_are_null_counted_and_not_averaged_in(tmp_path):
 
 def test_no_score_at_all_is_no_number(tmp_path):
     manifest = make_pictures(tmp_path, grey(0, 0))
-    assert main(["--manifest", str(manifest), "--reward_model_type", "test_eval:brightness"]) == 1
+    assert main(["--manifest", str(manifest), "--reward_model_type", "eval_rewards:brightness"]) == 1
     assert (tmp_path / "manifest_scores_mean.txt").read_text().endswith("brightness Mean Reward: nan\n")
     assert load(tmp_path / "manifest_scores_summary.json")["models"]["brightness"]["mean"] is None
 
@@ -168,6 +207,161 @@ def test_one_picture_on_the_command_line(tmp_path):
     )
     assert run.returncode == 0 and "ShapesRewardModel_color" in run.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["one.png"]
+
+
+def test_all_reward_models_on_hostile_prompts_and_what_was_held_out(tmp_path, narrow_rewards):
+    """With the reference's flags; PickScore on the papers' scale; diversity from CLIPScore's features."""
+    noise = np.random.default_rng(0).integers(0, 255, (8, 40, 60, 3), dtype=np.uint8)
+    images = [Image.fromarray(picture) for picture in noise]
+    prompts = [prompt for prompt in HOSTILE for _ in range(2)]
+    manifest = make_pictures(tmp_path, list(zip(prompts, images, strict=True)))
+    clip, pick = str(narrow_rewards / CLIP_SCORE_FOLDER), str(narrow_rewards / PICK_SCORE_FOLDER)
+    folder = narrow_rewards / "image_reward_ckpt"
+    files = {"hps_path": narrow_rewards / "hps_ckpt" / HPS_FILE, "clip_score_path": clip, "pick_score_path": pick}
+    files |= {"image_reward_path": folder / "ImageReward.pt", "image_reward_med_config": folder / "med_config.json"}
+    files["image_reward_score_dir"] = folder  # of its tokenizer
+    argv = [str(token) for name, value in files.items() for token in (f"--{name}", value)]
+    argv += ["--prompt_file", str(manifest), "--batch_size", "3", "--reward_model", "all", "--device", "cpu"]
+    assert main([*argv, "--trained_rewards", "hpsv2:2,pick_score:0", "--output_json", str(tmp_path / "s.json")]) == 0
+    entries, summary = load(tmp_path / "s.json"), load(tmp_path / "s_summary.json")
+    assert [entry["prompt"] for entry in entries] == prompts
+    held_out = {name: row["held_out"] for name, row in summary["models"].items()}
+    assert held_out == {
+        "HPSClipRewardModel": False,
+        "ImageRewardModel": True,
+        "CLIPScoreRewardModel": True,
+        "PickScoreRewardModel": True,
+    }
+    training = PickScoreRewardModel(pick)(images, prompts)
+    found = [entry["reward"]["PickScoreRewardModel"] for entry in entries]
+    np.testing.assert_allclose(found, (8 * training + 18) / 100, atol=1e-5)
+    model = CLIPScoreRewardModel(clip)
+    expected = np.concatenate([mean_distances(clip_distances(images[i : i + 2], model)) for i in range(0, 8, 2)])
+    np.testing.assert_allclose([entry["measures"]["diversity_clip"] for entry in entries], expected, atol=1e-6)
+
+
+def test_measures_of_appearance_and_diversity():
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    plain = Image.fromarray(noise)
+    soft, grey_noise = plain.filter(ImageFilter.GaussianBlur(3)), plain.convert("L")
+    found = {name: appearance(image) for name, image in (("plain", plain), ("soft", soft), ("grey", grey_noise))}
+    assert found["soft"]["sharpness"] < found["plain"]["sharpness"] / 10
+    assert (
+        found["soft"]["high_frequency"] < 0.05 < 0.7 < found["plain"]["high_frequency"] < 0.9
+    )  # of white noise 1-π/16
+    assert found["grey"]["saturation"] == 0 < found["soft"]["saturation"] < found["plain"]["saturation"]
+    stripes = np.zeros((64, 64), np.uint8)
+    stripes[:, ::2] = 255
+    assert appearance(Image.fromarray(stripes))["high_frequency"] > 0.999
+    red = appearance(Image.new("RGB", (9, 7), (200, 0, 0)))
+    assert red == {"saturation": 1.0, "sharpness": 0.0, "high_frequency": 0.0}
+    images = [Image.new("RGB", (80, 40), (level, 0, 0)) for level in (0, 255, 255)]
+    far = math.sqrt(1 / 3)
+    assert mean_distances(pixel_distances(images)) == pytest.approx([far, far / 2, far / 2])
+
+
+def test_signs_of_reward_hacking_are_named(tmp_path, capsys):
+    """The tuned pictures please one reward, lose another, are all alike and glaring."""
+    rng = np.random.default_rng(0)
+
+    def noisy(level: int) -> Image.Image:
+        return Image.fromarray((rng.integers(0, 60, (32, 32, 3)) + level).astype(np.uint8))
+
+    prompts = [f"prompt {i // 4}" for i in range(40)]
+    base = make_pictures(tmp_path / "base", [(p, noisy(int(rng.integers(0, 150)))) for p in prompts])
+    tuned = make_pictures(tmp_path / "tuned", [(p, Image.new("RGB", (32, 32), (255, 0, 120))) for p in prompts])
+    argv = ["--manifest", str(tuned), "--baseline_manifest", str(base), "--trained_rewards", "jpeg_compressibility"]
+    argv += ["--reward_model_type", "jpeg_compressibility,jpeg_incompressibility"]
+    assert main([*argv, "--output_json", str(tmp_path / "s.json")]) == 0
+    signs = load(tmp_path / "s_summary.json")["signs"]
+    expected = [
+        "JpegIncompressibilityRewardModel, not trained on, fell",
+        "saturation changed: +",
+        "sharpness changed: -",
+    ]
+    expected += ["high_frequency changed: -", "diversity_pixels: pictures of a prompt are more alike: -"]
+    assert [sign.startswith(start) for sign, start in zip(signs, expected, strict=True)] == [True] * 5, signs
+    output = capsys.readouterr().out
+    assert all(f"against the baseline, {sign}" in output for sign in signs)
+    assert "JpegIncompressibilityRewardModel (held out)" in output
+    argv[argv.index(str(tuned))] = str(base)
+    main([*argv, "--output_json", str(tmp_path / "s.json")])
+    assert load(tmp_path / "s_summary.json")["signs"] == []
+
+
+def test_the_benchmark_layout_is_scored_by_style(tmp_path):
+    prompts, images = tmp_path / "prompts", tmp_path / "images"
+    prompts.mkdir()
+    levels = {"anime": (10, 30), "concept-art": (50, 70), "paintings": (90, 110), "photo": (130, 150)}
+    for style, greys in levels.items():
+        (prompts / f"{style}.json").write_text(json.dumps([f"{style} 🙂", "b"]))
+        (images / style).mkdir(parents=True)
+        for i, level in enumerate(greys):
+            Image.new("RGB", (8, 8), (level,) * 3).save(images / style / f"{i:05d}.{'png' if i else 'jpg'}")
+    argv = ["--manifest", str(images), "--benchmark_prompts", str(prompts)]
+    assert main([*argv, "--reward_model_type", "eval_rewards:brightness"]) == 0
+    styles = load(images / "scores_summary.json")["styles"]
+    found = {style: part["models"]["brightness"]["mean"] for style, part in styles.items()}
+    assert found == {style: np.mean(greys) for style, greys in levels.items()}
+    with open(images / "scores.csv", newline="") as file:
+        rows = {row["style"]: row["mean"] for row in csv.DictReader(file) if row["score"] == "brightness"}
+    assert {style: float(mean) for style, mean in rows.items()} == {"all": 80, **found}
+    assert load(images / "scores.json")[-1]["image"] == "photo/00001.png"
+    (images / "photo/00001.png").unlink()
+    assert main([*argv, "--reward_model_type", "eval_rewards:brightness"]) == 1
+    assert load(images / "scores_summary.json")["skipped"][0]["image"].endswith("photo/00001.jpg")
+
+
+def test_a_manifest_with_paths_from_the_working_directory_is_read(tmp_path, monkeypatch):
+    """As the reference's sampler writes it."""
+    manifest = make_pictures(tmp_path / "pictures", grey(10, 20))
+    entries = [{"image": f"pictures/{i}.png", "prompt": "p"} for i in range(2)]
+    (manifest.parent / "m.json").write_text(json.dumps(entries))
+    monkeypatch.chdir(tmp_path)
+    assert main(["--manifest", "pictures/m.json", "--reward_model_type", "eval_rewards:brightness"]) == 0
+
+
+@pytest.mark.slow
+def test_a_killed_evaluation_goes_on_and_two_at_once_write_what_one_does(tmp_path, subprocess_environment, monkeypatch):
+    """One process is killed; another goes on; so do, in the same folder, the recipe on two processes and this one."""
+    levels = range(1, 25)
+    tuned, base = (make_pictures(tmp_path / name, grey(*levels[::step])) for name, step in (("tuned", 1), ("base", -1)))
+    folder, calls, log = tmp_path / "out", tmp_path / "calls", tmp_path / "log"
+    monkeypatch.setenv("CALLS", str(calls))
+    environment = {**subprocess_environment, "CALLS": str(calls), "PYTHON_BIN": sys.executable}
+    argv = ["--manifest", str(tuned), "--baseline_manifest", str(base), "--reward_batch_size", "2", "--device", "cpu"]
+    argv += ["--reward_model_type", "eval_rewards:slow_brightness", "--output_json"]
+
+    def start(*command: str, **more: str) -> subprocess.Popen:
+        with open(log, "a") as file:
+            command = [*command, *argv, str(folder / "s.json")]
+            return subprocess.Popen(command, cwd=ROOT, env={**environment, **more}, stdout=file, stderr=file)
+
+    def kept() -> int:
+        return sum(path.read_bytes().count(b"found") for path in folder.glob(".*.part"))
+
+    killed = start(sys.executable, "-m", "fastvideo.eval.eval_reward")
+    wait_for(lambda: kept() >= 15, killed, log)  # of 24 batches, 12 a manifest
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert not (folder / "s.json").exists()
+    (part,) = folder.glob(".*.part")
+    whole = kept() - 1
+    part.write_bytes(part.read_bytes()[:-20])  # a kill in the middle of a write
+    resumed = shutil.copytree(folder, tmp_path / "resumed")
+    calls.write_text("")
+    assert main([*argv, str(resumed / "s.json")]) == 0
+    assert calls.read_text().count("x") == 24 - whole
+
+    recipe = start("bash", "scripts/evaluate/eval_reward.sh", NPROC_PER_NODE="2")
+    wait_for(lambda: len(list(folder.glob(".*.part"))) > 1, recipe, log)
+    assert main([*argv, str(folder / "s.json")]) == 0
+    assert recipe.wait(100) == 0, log.read_text()[-3000:]
+    assert main([*argv, str(tmp_path / "uninterrupted/s.json")]) == 0
+    folders = (tmp_path / "uninterrupted", resumed, folder)
+    expected, *found = ({path.name: path.read_bytes() for path in f.iterdir()} for f in folders)
+    assert expected.keys() == {f"s{end}" for end in (".json", "_mean.txt", ".csv", "_summary.json", "_baseline.json")}
+    assert found == [expected] * 2
 
 
 @pytest.mark.parametrize(
@@ -203,6 +397,9 @@ def test_a_bad_manifest_gives_one_line(tmp_path, content, message):
             "--reward_model_type 'beauty': unknown reward; choose from hpsv2",
         ),
         (["--manifest", "m", "--reward_batch_size", "0"], "--reward_batch_size 0: must be at least 1"),
+        (["--manifest", "m", "--trained_rewards", "beauty"], "--trained_rewards 'beauty': unknown reward; choose from"),
+        (["--single_img", "a.png"], "--image, --prompt: they go together"),
+        (["--image", "a", "--prompt", "b", "--benchmark_prompts", "c"], "--benchmark_prompts: needs --manifest"),
     ],
 )
 def test_bad_flags_end_with_one_line_and_status_2(command, message, capsys):

@@ -77,8 +77,16 @@ def test_a_wrong_target_is_refused_with_the_choices_before_any_weight_is_loaded(
     assert all(name in error for name in ("attn.to_q", "attn.to_out.0", "ff.net.0.proj", "proj_mlp"))
 
 
-def test_a_resumed_lora_run_equals_an_uninterrupted_one(train):
-    settings = {**LORA, "max_train_steps": 4, "checkpointing_steps": 2, "ema_decay": 0.5, "train_batch_size": 2}
+@pytest.mark.parametrize("quantize_base", [False, True])
+def test_a_resumed_lora_run_equals_an_uninterrupted_one(train, quantize_base):
+    settings = {
+        **LORA,
+        "quantize_base": quantize_base,
+        "max_train_steps": 4,
+        "checkpointing_steps": 2,
+        "ema_decay": 0.5,
+        "train_batch_size": 2,
+    }
     whole = train("whole", **settings)
     rest = train("rest", **settings, resume_from_checkpoint=whole.checkpoints[0])
     assert rest.numbers() == whole.numbers()[2:]
@@ -86,6 +94,26 @@ def test_a_resumed_lora_run_equals_an_uninterrupted_one(train):
     for part in (".", "ema"):
         a, b = (load_file(run.checkpoints[-1] / part / LORA_FILE) for run in (whole, rest))
         assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a), part
+
+
+def test_a_base_in_8_bit_takes_a_byte_a_weight_and_trains_the_same_adapters(train, tiny_flux, monkeypatch):
+    trainers, real = [], train_grpo_flux.train
+    monkeypatch.setattr(train_grpo_flux, "train", lambda t, *rest: trainers.append(t) or real(t, *rest))
+    plain, run = (train(**LORA, mixed_precision="bf16", quantize_base=q) for q in (False, True))
+    base = load_transformer(tiny_flux).state_dict()
+    held = {name.replace(".base_layer", ""): p for name, p in trainers[1].engine.transformer.state_dict().items()}
+    in_bytes = [name for name, p in held.items() if p.dtype == torch.int8]
+    inside = [n for n, p in base.items() if "transformer_blocks." in n and n.endswith("weight") and p.ndim == 2]
+    assert sorted(in_bytes) == sorted(inside) and sum(base[name].numel() for name in in_bytes) > 1e6
+    for name in in_bytes:
+        step = held[name.replace(".weight", ".scale")][:, None]
+        assert ((held[name] * step - base[name]).abs() <= 0.5001 * step).all(), name
+    assert all(torch.equal(p, held[name]) for name, p in base.items() if name not in in_bytes)
+    assert [line["optimizer_steps"] for line in run.metrics] == [2, 2]
+    assert max(line["ratio_first_deviation"] for line in run.metrics) < 1e-5  # a tenth of the clip range
+    assert run.metrics[0]["grad_norm"] == pytest.approx(plain.metrics[0]["grad_norm"], rel=0.1)
+    a, b = (load_file(r.checkpoints[-1] / LORA_FILE) for r in (run, plain))
+    assert {name: (p.shape, p.dtype) for name, p in a.items()} == {name: (p.shape, p.dtype) for name, p in b.items()}
 
 
 @pytest.mark.parametrize("name,value", [("lora_rank", 8), ("lora_alpha", 4), ("lora_target_modules", ["to_q"])])

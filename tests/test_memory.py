@@ -1,11 +1,15 @@
 """The memory that a run is predicted to take, against arithmetic and against what a GPU measured."""
 
+import re
+from types import SimpleNamespace
+
 from fastvideo.config import GRPOConfig, parse_dataclass
 from fastvideo.train_grpo_flux import main
 from fastvideo.utils.memory import predict_memory
 
 import pytest
 import torch
+from conftest import ROOT
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 
 
@@ -26,6 +30,12 @@ def flux_of(tmp_path_factory):
     return make
 
 
+@pytest.fixture(scope="module")
+def flux_1(flux_of):
+    """FLUX.1's sizes."""
+    return flux_of(19, 38)
+
+
 def predicted(folder, flags: str, processes: int = 1) -> dict[str, float]:
     model = f"--pretrained_model_name_or_path {folder} --data_json_path unused --reward_model shapes --dry_run"
     argv = f"{model} {flags}".split()
@@ -33,19 +43,20 @@ def predicted(folder, flags: str, processes: int = 1) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(
-    "blocks,flags,measured",  # GiB, benchmarks/results/h100_iteration.txt
+    "blocks,flags,measured",  # GiB, benchmarks/results/h100_iteration.txt, h200_engines.txt
     [
         ((4, 8), "--parallel fsdp --train_micro_batch_size 4 --no_gradient_checkpointing", 53.5),
         ((4, 8), "--parallel fsdp --train_micro_batch_size 5 --no_gradient_checkpointing", 60.2),
         ((4, 8), "--train_micro_batch_size 2 --no_gradient_checkpointing", 50.0),
         ((19, 38), "--train_micro_batch_size 4 --use_lora", 31.5),
+        ((19, 38), "--train_micro_batch_size 2 --use_lora --num_generations 4 --gradient_accumulation_steps 2", 27.0),
     ],
 )
 def test_the_prediction_is_within_a_tenth_of_what_was_measured(flux_of, blocks, flags, measured):
     assert predicted(flux_of(*blocks), flags)["peak"] == pytest.approx(measured, rel=0.1)
 
 
-def test_engines_split_what_they_say(flux_of):
+def test_engines_split_what_they_say(flux_of, monkeypatch):
     folder, gib = flux_of(1, 1), 2**30
     with torch.device("meta"):
         count = sum(
@@ -61,9 +72,13 @@ def test_engines_split_what_they_say(flux_of):
     assert parts("--parallel ddp --mixed_precision no") == pytest.approx([4, 4, 8])
     assert parts("--parallel ddp --master_weight_type bf16") == pytest.approx([2, 2, 4])
     assert parts("--parallel fsdp") == pytest.approx([4 / 4 + 2, 1, 2])
-    assert parts("--parallel fsdp --rollout_keep_gathered false --mixed_precision no") == pytest.approx([1, 1, 2])
+    assert parts("--parallel fsdp --rollout_keep_gathered false") == pytest.approx([1, 1, 2])
+    assert parts("--parallel fsdp --use_cpu_offload") == pytest.approx([2, 0, 0])
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert parts("--parallel fsdp --fsdp_sharding_startegy hybrid_full") == pytest.approx([4 / 2 + 2, 2, 4])
     assert parts("--parallel deepspeed --zero_stage 2") == pytest.approx([4 + 2, 1, 2])
     assert parts("--parallel fsdp --ema_decay 0.9 --ref_kl_coeff 1") == pytest.approx([4 / 4 + 2 + 2 / 4 + 1, 1, 2])
+    assert parts("--parallel ddp --use_lora --lora_rank 4 --quantize_base")[0] == pytest.approx(1.1, abs=0.1)
     weights, gradients, moments = parts("--parallel ddp --use_lora --lora_rank 4")
     assert 2 < weights < 2.1 and 0 < gradients < 0.01 and moments == pytest.approx(2 * gradients)
 
@@ -92,3 +107,28 @@ def test_a_dry_run_needs_no_torchrun_but_contradictory_flags_are_refused(flags, 
         with pytest.raises(SystemExit) as stop:
             main(flags(dry_run=True, **given))
         assert stop.value.code == 2 and f"--{next(iter(given))}" in capsys.readouterr().err
+
+
+def test_a_run_that_can_not_fit_the_gpus_here_is_warned_about(flags, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for size, warned in ((2**20, True), (2**40, False)):
+        monkeypatch.setattr(
+            torch.cuda, "get_device_properties", lambda _, size=size: SimpleNamespace(total_memory=size)
+        )
+        main(flags(dry_run=True))
+        assert ("warning: a GPU here has" in capsys.readouterr().out) == warned
+
+
+def test_the_readme_s_recipes_pass_a_dry_run_and_take_what_it_says(flux_1, capsys, monkeypatch):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    lora = re.search(r"LoRA is `(.*?)`", text)[1]
+    rows = re.findall(r"^\| (\d+) × (\d+) GB[^|]*\| (LoRA )?`(.*?)` \| ([\d.]+) \|", text, re.MULTILINE)
+    assert len(rows) == 5
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    for processes, gigabytes, adapters, flags, said in rows:
+        monkeypatch.setenv("WORLD_SIZE", processes)
+        argv = f"--pretrained_model_name_or_path {flux_1} --data_json_path unused {flags} {lora if adapters else ''}"
+        main([*argv.split(), "--dry_run"])
+        found = float(re.search(r"predicted peak memory of each process: ([\d.]+) GiB", capsys.readouterr().out)[1])
+        assert found == pytest.approx(float(said), abs=0.05), flags
+        assert found + 4 < float(gigabytes) * 1e9 / 2**30, flags  # with room for a reward model

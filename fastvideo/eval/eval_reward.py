@@ -5,32 +5,50 @@
         --baseline_manifest outputs/base/manifest.json
     python -m fastvideo.eval.eval_reward --image cat.png --prompt "a cat" --reward_model_type image_reward
 
+    torchrun --nproc_per_node 8 -m fastvideo.eval.eval_reward ...        (same flags)
+
 For a manifest it writes beside `--output_json` X.json
-    X.json            [{"index", "image", "prompt", "reward": {Model: score}}], image relative to it; null: failed
-    X_mean.txt        the means, one line a model
-    X_summary.json    means, standard errors clustered by prompt, and what was left out
-    X_baseline.json   with a baseline manifest: its scores; X_summary.json then has the paired differences too
-Granular models add their components as {Model}_{component}. Pictures that can't be read are named and left out, failed
-scores are counted and never averaged in; either makes the exit status 1. Bad input makes it 2.
+    X.json            [{"index", "image", "prompt", "reward": {Model: score}, "measures": {name: value}}], image
+                      relative to it; null: failed
+    X_mean.txt        the means over the pictures that all models scored, one line a model
+    X.csv             a row a score: mean, standard error clustered by prompt, 95 % bootstrap interval; with a baseline
+                      manifest paired differences and win rate too; with benchmark styles rows for each
+    X_summary.json    the same, and what was left out
+    X_baseline.json   with a baseline manifest: its scores
+Granular models add their components as {Model}_{component}. `measures` (see hacking.py) show reward hacking: appearance
+of each picture, and where prompts have several, their diversity. Pictures that can't be read are named and left out,
+failed scores are counted and never averaged in; either makes the exit status 1. Bad input makes it 2.
+
+A killed evaluation goes on where it stopped: until its end X.json's folder has hidden .part files with what was scored.
+docs/evaluation.md has more.
 """
 
+import csv
+import io
 import json
 import math
 import os
+import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, fields
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from fastvideo.config import RewardConfig, flag, parse_dataclass
-from fastvideo.eval.statistics import mean_and_error
+from fastvideo.eval.benchmark import benchmark_entries, read_benchmark
+from fastvideo.eval.hacking import appearance, diversity, signs
+from fastvideo.eval.statistics import bootstrap_interval, mean_and_error
+from fastvideo.models.reward_model.clip_base import CLIPReward
 from fastvideo.models.reward_model.utils import RewardModel, build_reward_models, compute_reward, resolve_reward_spec
 from fastvideo.utils.files import write_bytes, write_json
+from fastvideo.utils.processes import Processes, barrier, processes
 
 import numpy as np
-import torch
+import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
@@ -44,40 +62,77 @@ def _own_flag_names() -> Iterator[None]:
         raise ValueError(str(error).replace("--reward_model ", "--reward_model_type ")) from error
 
 
+# Flags of the reference, and what they are called here.
+OTHER_NAMES = {
+    "prompt_file": "manifest",
+    "single_img": "image",
+    "single_img_prompt": "prompt",
+    "batch_size": "reward_batch_size",
+    "reward_model": "reward_model_type",
+}
+
+
 @dataclass
 class EvalConfig(RewardConfig):
     """Settings of an evaluation."""
 
-    manifest: str | None = flag(None, "manifest of pictures, as sample_flux.py writes it")
+    manifest: str | None = flag(
+        None,
+        "pictures: a manifest of sample_flux.py, or with --benchmark_prompts a folder in the HPSv2 benchmark's layout",
+    )
     image: str | None = flag(None, "score this one picture instead of a manifest; needs --prompt")
     prompt: str | None = flag(None, "prompt of --image")
     reward_model_type: str = flag("all", "reward models: all, a name or a comma list, as in training's --reward_model")
     output_json: str | None = flag(None, "scores to write (None: {manifest}_scores.json beside the manifest)")
     baseline_manifest: str | None = flag(
-        None, "pictures of the base model for the same prompts, for paired differences"
+        None, "pictures of the base model for the same prompts and seeds, for paired differences"
     )
+    benchmark_prompts: str | None = flag(
+        None, "folder of HPSv2 benchmark prompts (anime.json, ...): manifests are folders of {style}/{number:05d}.jpg"
+    )
+    trained_rewards: str | None = flag(None, "--reward_model of the training; the other rewards count as held out")
+    hacking_measures: bool = flag(True, "measure saturation, sharpness, high frequencies and diversity, too")
     device: str = flag("auto", "cpu, cuda, cuda:1, ... or auto; --reward_device goes before it")
+    prompt_file: str | None = flag(None, "another name of --manifest")
+    single_img: str | None = flag(None, "another name of --image")
+    single_img_prompt: str | None = flag(None, "another name of --prompt")
+    batch_size: int | None = flag(None, "another name of --reward_batch_size")
+    reward_model: str | None = flag(None, "another name of --reward_model_type")
 
     # The registry asks for these too, but they decide nothing here: scores aren't summed, and training isn't under way.
     hps_weight = clip_score_weight = image_reward_weight = pick_score_weight = unified_reward_weight = 1.0
     granular_schedule, granular_gamma = "linear", None
 
     def __post_init__(self) -> None:
+        for other, name in OTHER_NAMES.items():
+            if getattr(self, other) is not None:
+                setattr(self, name, getattr(self, other))
+        self.reward_model = self.reward_model_type  # the registry asks for it under this name
         if (self.manifest is None) == (self.image is None):
             raise ValueError("--manifest, --image: give one of them")
         if (self.image is None) != (self.prompt is None):
             raise ValueError("--image, --prompt: they go together")
         if self.baseline_manifest is not None and self.manifest is None:
             raise ValueError("--baseline_manifest: needs --manifest")
+        if self.benchmark_prompts is not None and self.manifest is None:
+            raise ValueError("--benchmark_prompts: needs --manifest, the folder of the pictures")
         if self.reward_batch_size < 1:
             raise ValueError(f"--reward_batch_size {self.reward_batch_size}: must be at least 1")
         with _own_flag_names():
             resolve_reward_spec(self)
+        self.trained_keys()
 
-    @property
-    def reward_model(self) -> str:
-        """The name under which the registry looks for it."""
-        return self.reward_model_type
+    def trained_keys(self) -> set[str] | None:
+        """The registry's names of `--trained_rewards`, those of weight 0 left out; None where it isn't given."""
+        if self.trained_rewards is None:
+            return None
+        training = copy(self)
+        training.reward_model = self.trained_rewards
+        try:
+            weights = resolve_reward_spec(training)
+        except ValueError as error:
+            raise ValueError(str(error).replace("--reward_model ", "--trained_rewards ")) from error
+        return {key for key, weight in weights.items() if weight > 0}
 
     @property
     def granular_end_weights(self) -> list[float]:
@@ -88,19 +143,21 @@ class EvalConfig(RewardConfig):
 class Scores:
     """Scores of the readable pictures of a manifest."""
 
-    entries: list[dict[str, Any]]  # index, prompt, path (of the picture), reward {model or component: float or None}
+    # index, prompt, path (of the picture), style (of a benchmark), reward {model or component: float or None}, measures
+    entries: list[dict[str, Any]]
     skipped: list[dict[str, str]]  # image, problem
     models: list[str]  # the reward models' names, without components
 
     @property
-    def failed(self) -> int:
-        """Pictures for which at least one model gave no score."""
-        return sum(any(entry["reward"][model] is None for model in self.models) for entry in self.entries)
+    def successful(self) -> list[dict[str, Any]]:
+        """Pictures that all models scored."""
+        return [entry for entry in self.entries if all(entry["reward"][model] is not None for model in self.models)]
 
 
 def read_manifest(path: Path, flag_name: str) -> list[dict[str, Any]]:
     """The entries of a manifest with `path` (of the picture), `prompt` and `index` (the position where it has none).
 
+    Pictures are looked for relative to the manifest, then, as the reference writes them, to the working directory.
     Raises ValueError, one line, for a file that is missing, malformed or empty, and for an index that comes twice.
     """
     try:
@@ -119,7 +176,11 @@ def read_manifest(path: Path, flag_name: str) -> list[dict[str, Any]]:
         index = keys.get("index", position)
         if not isinstance(index, int):
             raise ValueError(f"--{flag_name} {path}: entry {position} has the index {index!r}, not a whole number")
-        entries.append({"index": index, "prompt": keys["prompt"], "path": path.parent / keys["image"]})
+        places = [path.parent / keys["image"], Path(keys["image"])]
+        found_at = next((place for place in places if place.is_file()), places[0])
+        entries.append({"index": index, "prompt": keys["prompt"], "path": found_at})
+        if isinstance(keys.get("style"), str):
+            entries[-1]["style"] = keys["style"]
     if len({entry["index"] for entry in entries}) < len(entries):
         raise ValueError(f"--{flag_name} {path}: an index comes twice")
     return entries
@@ -132,40 +193,176 @@ def _open(path: Path) -> Image.Image | str:
             return image.convert("RGB")
     except FileNotFoundError:
         return "no such file"
-    except (OSError, SyntaxError, ValueError) as error:  # no picture, a truncated one, a broken PNG
+    # no picture, a truncated one, a broken PNG, one that unpacks to gigabytes
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         return f"not a readable picture: {error}"
 
 
-def score(entries: Sequence[dict[str, Any]], models: dict[str, RewardModel], batch_size: int) -> Scores:
-    """Scores pictures in batches; those that can't be read are named and left out."""
+class Journal:
+    """What was scored so far, in a hidden file beside the scores, so that a killed evaluation can go on.
+
+    One JSON line a batch, under a hash of the pictures, their prompts and `settings`: other pictures or settings find
+    nothing. Every process has a file of its own, and reads those of all, whatever became of them.
+    """
+
+    def __init__(self, output: Path | None, settings: str) -> None:
+        """output: the file of the scores; None: nothing is kept."""
+        self.output, self.settings = output, settings
+        self.done: dict[str, dict[str, Any]] = {}
+        for path in self._files():
+            try:
+                lines = path.read_bytes().splitlines()
+            except FileNotFoundError:  # another process has just ended, and removed it
+                continue
+            for line in lines:
+                try:
+                    record = json.loads(line)
+                    self.done[record["key"]] = record["found"]
+                except (ValueError, KeyError, TypeError):
+                    continue  # half a line, of the killed process
+
+    def _files(self) -> list[Path]:
+        if self.output is None or not self.output.parent.is_dir():
+            return []
+        start = f".{self.output.name}."
+        return [p for p in self.output.parent.iterdir() if p.name.startswith(start) and p.suffix == ".part"]
+
+    def key(self, entries: Sequence[dict[str, Any]]) -> str:
+        """The hash of a batch."""
+        digest = sha256(self.settings.encode())
+        for entry in entries:
+            digest.update(sha256(entry["path"].read_bytes()).digest() + sha256(entry["prompt"].encode()).digest())
+        return digest.hexdigest()
+
+    def add(self, key: str, found: dict[str, Any]) -> None:
+        """Keeps a batch's result."""
+        self.done[key] = found
+        if self.output is not None:
+            self.output.parent.mkdir(parents=True, exist_ok=True)
+            name = f".{self.output.name}.{socket.gethostname()}.{os.getpid()}.part"
+            with open(self.output.with_name(name), "ab") as file:  # of an earlier process, it may end with half a line
+                file.write(b"\n" + json.dumps({"key": key, "found": found}).encode())
+
+    def remove(self) -> None:
+        """When the scores are written: what this run and those killed before it have kept."""
+        for path in self._files():
+            path.unlink(missing_ok=True)
+
+
+def _gather(value: Any, here: Processes) -> list[Any]:
+    """The values of all processes."""
+    found = [value] * here.world_size
+    if here.world_size > 1:
+        dist.all_gather_object(found, value)
+    return found
+
+
+def score(
+    entries: Sequence[dict[str, Any]],
+    models: dict[str, RewardModel],
+    batch_size: int,
+    journal: Journal,
+    here: Processes,
+    measure: bool,
+) -> Scores:
+    """Scores pictures in batches, dealt out to the processes; those that can't be read are named and left out.
+
+    measure: also what shows reward hacking. All processes return the same.
+    """
     weights = dict.fromkeys(models, 1.0)  # only the single scores are used, not their sum
-    scored, skipped = [], []
-    for start in tqdm(range(0, len(entries), batch_size), desc="scoring", unit="batch"):
-        batch = [(entry, _open(entry["path"])) for entry in entries[start : start + batch_size]]
-        for entry, problem in batch:
+    scored: dict[int, dict[str, Any]] = {}  # by place in entries
+    skipped: dict[int, dict[str, str]] = {}
+    starts = range(0, len(entries), batch_size)[here.rank :: here.world_size]
+    for start in tqdm(starts, desc="scoring", unit="batch", disable=here.rank != 0):
+        batch = [(place, _open(entries[place]["path"])) for place in range(len(entries))[start : start + batch_size]]
+        for place, problem in batch:
             if isinstance(problem, str):
-                skipped.append({"image": str(entry["path"]), "problem": problem})
-                print(f"skipped {entry['path']}: {problem}")
-        batch = [(entry, image) for entry, image in batch if not isinstance(image, str)]
+                path = entries[place]["path"]
+                skipped[place] = {"image": str(path), "problem": problem}
+                print(f"skipped {path}: {problem}")
+        batch = [(place, image) for place, image in batch if not isinstance(image, str)]
         if not batch:
             continue
-        prompts = [entry["prompt"] for entry, _ in batch]
-        _, _, found, _ = compute_reward([image for _, image in batch], prompts, models, weights)
-        for row, (entry, _) in enumerate(batch):
-            reward = {key: float(v[row]) if math.isfinite(v[row]) else None for key, v in found.items()}
-            scored.append({**entry, "reward": reward})
-    return Scores(scored, skipped, list(models))
+        key = journal.key([entries[place] for place, _ in batch])
+        found = journal.done.get(key)
+        if found is None:
+            images = [image for _, image in batch]
+            _, _, rewards, _ = compute_reward(images, [entries[place]["prompt"] for place, _ in batch], models, weights)
+            found = {
+                "reward": {name: values.tolist() for name, values in rewards.items()},
+                "measures": [appearance(image) for image in images] if measure else [{}] * len(images),
+            }
+            if all(np.isfinite(values).all() for values in rewards.values()):  # else it is asked again
+                journal.add(key, found)
+        for row, (place, _) in enumerate(batch):
+            reward = {name: _number(values[row]) for name, values in found["reward"].items()}
+            scored[place] = {**entries[place], "reward": reward, "measures": dict(found["measures"][row])}
+    for theirs, left_out in _gather((scored, skipped), here):
+        scored |= theirs
+        skipped |= left_out
+    ordered = [scored[place] for place in sorted(scored)]
+    if measure:
+        _measure_diversity(ordered, models, here)
+    return Scores(ordered, [skipped[place] for place in sorted(skipped)], list(models))
+
+
+def _measure_diversity(entries: list[dict[str, Any]], models: dict[str, RewardModel], here: Processes) -> None:
+    """Adds it to the measures of pictures whose prompt has others. A CLIP is CLIPScore's, else another reward's."""
+    choices = [models.get("CLIPScoreRewardModel"), *models.values()]
+    clip = next((model for model in choices if isinstance(model, CLIPReward)), None)
+    groups: dict[str, list[int]] = {}
+    for place, entry in enumerate(entries):
+        groups.setdefault(entry["prompt"], []).append(place)
+    several = [places for places in groups.values() if len(places) > 1]
+    found: dict[int, dict[str, float]] = {}
+    for places in several[here.rank :: here.world_size]:
+        measured = diversity([_open(entries[place]["path"]) for place in places], clip)
+        for row, place in enumerate(places):
+            found[place] = {name: float(values[row]) for name, values in measured.items()}
+    for theirs in _gather(found, here):
+        for place, values in theirs.items():
+            entries[place]["measures"] |= values
 
 
 def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def summarize(scores: Scores, baseline: Scores | None = None) -> dict[str, Any]:
-    """Means, standard errors clustered by prompt and counts; with a baseline the paired differences (this - baseline).
+def _interval(values: Sequence[float], prompts: Sequence[str]) -> list[float] | None:
+    low, high = bootstrap_interval(values, prompts)
+    return [low, high] if math.isfinite(low) else None
 
-    A pair is a picture of each side with the same index. Raises ValueError when two such have different prompts, or
-    there is no pair at all.
+
+def _rows(entries: Sequence[dict[str, Any]], pairs: Sequence[tuple[dict, dict]] | None, where: str) -> dict[str, dict]:
+    """{name: statistics} of everything under `where`, "reward" or "measures", of the entries and, if given, pairs."""
+    rows = {}
+    for name in dict.fromkeys(name for entry in entries for name in entry[where]):
+        known = [entry for entry in entries if entry[where].get(name) is not None]
+        values, prompts = [entry[where][name] for entry in known], [entry["prompt"] for entry in known]
+        mean, error = mean_and_error(values, prompts)
+        row = {"n": len(known), "failed": sum(name in e[where] and e[where][name] is None for e in entries)}
+        row |= {"mean": _number(mean), "standard_error": _number(error), "interval": _interval(values, prompts)}
+        if pairs is not None:
+            both = [(a, b) for a, b in pairs if None not in (a[where].get(name), b[where].get(name))]
+            before = np.array([b[where][name] for _, b in both], dtype=np.float64)
+            change = np.array([a[where][name] for a, _ in both], dtype=np.float64) - before
+            prompts = [a["prompt"] for a, _ in both]
+            row["pairs"] = len(both)
+            for part, values in (("baseline", before), ("difference", change)):
+                mean, error = mean_and_error(values, prompts)
+                row |= {f"{part}_mean": _number(mean), f"{part}_standard_error": _number(error)}
+            row["difference_interval"] = _interval(change, prompts)
+            row["win_rate"] = float(((change > 0) + (change == 0) / 2).mean()) if both else None
+        rows[name] = row
+    return rows
+
+
+def summarize(scores: Scores, baseline: Scores | None = None, trained: Iterable[str] | None = None) -> dict[str, Any]:
+    """Means, standard errors clustered by prompt, bootstrap intervals over prompts, and counts.
+
+    With a baseline the paired differences (this - baseline) and the share of pairs won, a tie counting half; a pair is
+    a picture of each side with the same index. trained: names of the models that were trained on; the others are held
+    out. Raises ValueError when two of a pair have different prompts, or there is no pair at all.
     """
     there = {entry["index"]: entry for entry in baseline.entries} if baseline else {}
     pairs = [(entry, there[entry["index"]]) for entry in scores.entries if entry["index"] in there]
@@ -178,40 +375,59 @@ def summarize(scores: Scores, baseline: Scores | None = None) -> dict[str, Any]:
     if baseline and not pairs:
         raise ValueError("--baseline_manifest: no index in common with --manifest")
 
-    rows = {}
-    for key in scores.entries[0]["reward"] if scores.entries else ():
-        known = [entry for entry in scores.entries if entry["reward"][key] is not None]
-        mean, error = mean_and_error([e["reward"][key] for e in known], [e["prompt"] for e in known])
-        row = {"n": len(known), "failed": len(scores.entries) - len(known)}
-        row |= {"mean": _number(mean), "standard_error": _number(error)}
-        if baseline:
-            both = [(a, b) for a, b in pairs if a["reward"][key] is not None and b["reward"].get(key) is not None]
-            before = np.array([b["reward"][key] for _, b in both], dtype=np.float64)
-            change = np.array([a["reward"][key] for a, _ in both], dtype=np.float64) - before
-            prompts = [a["prompt"] for a, _ in both]
-            row["pairs"] = len(both)
-            for name, values in (("baseline", before), ("difference", change)):
-                mean, error = mean_and_error(values, prompts)
-                row |= {f"{name}_mean": _number(mean), f"{name}_standard_error": _number(error)}
-            row["win_rate"] = float((change > 0).mean()) if both else None
-        rows[key] = row
+    def of(style: str | None) -> dict[str, dict[str, dict]]:
+        chosen = [entry for entry in scores.entries if style in (None, entry.get("style"))]
+        both = [pair for pair in pairs if style in (None, pair[0].get("style"))] if baseline else None
+        models = _rows(chosen, both, "reward")
+        for name, row in models.items():
+            model = max((m for m in scores.models if name.startswith(m)), key=len)
+            row["kind"] = "reward" if name == model else "component"
+            row["held_out"] = None if trained is None else model not in trained
+        measures = _rows(chosen, both, "measures")
+        for row in measures.values():
+            row |= {"kind": "measure", "held_out": None}
+        return {"models": models, "measures": measures}
+
     sides = [side for side in (scores, baseline) if side]
+    whole = of(None)
     return {
         "images": len(scores.entries) + len(scores.skipped),
-        "successful": len(scores.entries) - scores.failed,
+        "successful": len(scores.successful),
         "prompts": len({entry["prompt"] for entry in scores.entries}),
         "skipped": [skip for side in sides for skip in side.skipped],
-        "models": rows,
+        **whole,
+        "signs": signs(whole["models"] | whole["measures"]),
+        "styles": {style: of(style) for style in dict.fromkeys(e["style"] for e in scores.entries if "style" in e)},
     }
 
 
 def mean_lines(scores: Scores) -> str:
-    """The content of *_mean.txt: how many pictures all models scored, then each model's mean over its own scores."""
-    lines = [f"Total Successful Samples: {len(scores.entries) - scores.failed}"]
+    """The content of *_mean.txt: how many pictures all models scored, and each model's mean over these."""
+    lines = [f"Total Successful Samples: {len(scores.successful)}"]
     for model in scores.models:
-        values = [entry["reward"][model] for entry in scores.entries if entry["reward"][model] is not None]
+        values = [entry["reward"][model] for entry in scores.successful]
         lines.append(f"{model} Mean Reward: {float(np.mean(values)) if values else math.nan}")
     return "\n".join(lines) + "\n"
+
+
+def csv_lines(summary: dict[str, Any]) -> str:
+    """The content of *.csv: a row a score, of all pictures and of each style; empty where there is no number."""
+    names = "kind held_out n failed mean standard_error interval pairs baseline_mean baseline_standard_error".split()
+    names += "difference_mean difference_standard_error difference_interval win_rate".split()
+    header = ["style", "score"]
+    for name in names:
+        header += [f"{name}_low", f"{name}_high"] if name.endswith("interval") else [name]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    for style, part in {"all": summary, **summary["styles"]}.items():
+        for score_name, row in (part["models"] | part["measures"]).items():
+            cells = [style, score_name]
+            for name in names:
+                value = row.get(name)
+                cells += (value or [None, None]) if name.endswith("interval") else [value]
+            writer.writerow(cells)
+    return text.getvalue()
 
 
 def table(summary: dict[str, Any]) -> str:
@@ -219,15 +435,20 @@ def table(summary: dict[str, Any]) -> str:
 
     def cell(row: dict[str, Any], name: str) -> str:
         mean, error = row[f"{name}mean"], row[f"{name}standard_error"]
-        return "-" if mean is None else f"{mean:.4f}" + ("" if error is None else f" ± {error:.4f}")
+        digits = ".3g" if row["kind"] == "measure" else ".4f"
+        return "-" if mean is None else f"{mean:{digits}}" + ("" if error is None else f" ± {error:{digits}}")
 
-    rows = [["model", "n", "failed", "mean ± s.e.", "baseline", "difference", "wins"]]
-    for key, row in summary["models"].items():
-        paired = ["", "", ""]
-        if "pairs" in row:
-            wins = "-" if row["win_rate"] is None else f"{row['win_rate']:.0%}"
-            paired = [cell(row, "baseline_"), cell(row, "difference_"), wins]
-        rows.append([key, str(row["n"]), str(row["failed"]), cell(row, ""), *paired])
+    rows = [["score", "n", "failed", "mean ± s.e.", "baseline", "difference", "wins"]]
+    for style, part in {"": summary, **summary["styles"]}.items():
+        for key, row in (part["models"] | part["measures"]).items():
+            if style and row["kind"] != "reward":
+                continue  # the CSV has them
+            paired = ["", "", ""]
+            if "pairs" in row:
+                wins = "-" if row["win_rate"] is None else f"{row['win_rate']:.0%}"
+                paired = [cell(row, "baseline_"), cell(row, "difference_"), wins]
+            label = f"{style} {key}".strip() + " (held out)" * bool(row["held_out"])
+            rows.append([label, str(row["n"]), str(row["failed"]), cell(row, ""), *paired])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
@@ -240,50 +461,88 @@ def _write_scores(path: Path, scores: Scores) -> None:
             "image": Path(os.path.relpath(entry["path"].absolute(), folder)).as_posix(),
             "prompt": entry["prompt"],
             "reward": entry["reward"],
+            **{name: entry[name] for name in ("measures", "style") if entry.get(name)},
         }
         for entry in scores.entries
     ]
     write_json(path, entries)
 
 
+def _entries(config: EvalConfig, path: str, flag_name: str) -> list[dict[str, Any]]:
+    if config.benchmark_prompts is None:
+        return read_manifest(Path(path), flag_name)
+    if not Path(path).is_dir():
+        raise ValueError(f"--{flag_name} {path}: with --benchmark_prompts it must be a folder of pictures")
+    return benchmark_entries(Path(path), read_benchmark(Path(config.benchmark_prompts), "benchmark_prompts"))
+
+
+def _settings(config: EvalConfig) -> str:
+    """All flags that decide a score; of files their size and date too."""
+    values = {field.name: getattr(config, field.name) for field in fields(RewardConfig)}
+    values |= {"reward_model": config.reward_model, "hacking_measures": config.hacking_measures}
+    files = {value: os.stat(value) for value in values.values() if isinstance(value, str) and os.path.isfile(value)}
+    return json.dumps([values, {path: [stat.st_size, stat.st_mtime_ns] for path, stat in files.items()}])
+
+
+def _output(config: EvalConfig) -> Path | None:
+    if config.output_json is not None:
+        return Path(config.output_json)
+    if config.manifest is None:
+        return None
+    path = Path(config.manifest)
+    return path / "scores.json" if path.is_dir() else path.with_name(f"{path.stem}_scores.json")
+
+
 def evaluate(config: EvalConfig) -> dict[str, Any]:
     """Scores what `config` names, writes the files and prints a table; returns the summary (see `summarize`).
+
+    Under torchrun the batches are dealt out to the processes, and rank 0 writes and prints.
 
     Raises:
         ValueError: one line, for bad flags, a malformed manifest, missing reward files, or not one readable picture.
     """
     if config.manifest:
-        entries = read_manifest(Path(config.manifest), "manifest")
+        entries = _entries(config, config.manifest, "manifest")
     else:
         entries = [{"index": 0, "prompt": config.prompt, "path": Path(config.image)}]
-    before = read_manifest(Path(config.baseline_manifest), "baseline_manifest") if config.baseline_manifest else None
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    with _own_flag_names():
-        models, _ = build_reward_models(config, device, evaluation=True)
-    scores = score(entries, models, config.reward_batch_size)
-    if not scores.entries:
-        raise ValueError(f"--{'manifest' if config.manifest else 'image'}: not one picture could be read")
-    baseline = score(before, models, config.reward_batch_size) if before else None
-    summary = summarize(scores, baseline)
+    before = config.baseline_manifest and _entries(config, config.baseline_manifest, "baseline_manifest")
+    output = _output(config)
+    with processes(None if config.device == "auto" else config.device) as here:
+        with _own_flag_names():
+            models, _ = build_reward_models(config, here.device, evaluation=True)
+        journal = Journal(output, _settings(config))
+        rest = (models, config.reward_batch_size, journal, here, config.hacking_measures)
+        scores = score(entries, *rest)
+        if not scores.entries:
+            raise ValueError(f"--{'manifest' if config.manifest else 'image'}: not one picture could be read")
+        baseline = score(before, *rest) if before else None
+        trained = config.trained_keys()
+        if trained is not None:  # the models have the spec's order
+            trained = {name for key, name in zip(resolve_reward_spec(config), models, strict=True) if key in trained}
+        summary = summarize(scores, baseline, trained)
+        if here.rank == 0:
+            _report(output, scores, baseline, summary)
+        barrier()
+        journal.remove()
+    return summary
 
-    output = config.output_json
-    if output is None and config.manifest:
-        output = Path(config.manifest).with_name(f"{Path(config.manifest).stem}_scores.json")
+
+def _report(output: Path | None, scores: Scores, baseline: Scores | None, summary: dict[str, Any]) -> None:
+    """Writes the files and prints the table."""
     if output is not None:
-        output = Path(output)
         output.parent.mkdir(parents=True, exist_ok=True)
         _write_scores(output, scores)
         if baseline:
             _write_scores(output.with_name(f"{output.stem}_baseline.json"), baseline)
         write_bytes(output.with_name(f"{output.stem}_mean.txt"), mean_lines(scores).encode())
+        write_bytes(output.with_name(f"{output.stem}.csv"), csv_lines(summary).encode())
         write_json(output.with_name(f"{output.stem}_summary.json"), summary)
     print(table(summary))
+    for sign in summary["signs"]:
+        print(f"against the baseline, {sign}")
     print(
         f"{summary['successful']} of {summary['images']} pictures scored by all models" + f": {output}" * bool(output)
     )
-    return summary
 
 
 def main(argv: Sequence[str] | None = None) -> int:

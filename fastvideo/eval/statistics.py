@@ -21,3 +21,27 @@ def mean_and_error(values: Sequence[float], prompts: Sequence[str]) -> tuple[flo
     if clusters < 2:
         return mean, math.nan
     return mean, float(np.sqrt((residuals**2).sum() * clusters / (clusters - 1)) / len(values))
+
+
+def bootstrap_interval(
+    values: Sequence[float], prompts: Sequence[str], share: float = 0.95, resamples: int = 2000
+) -> tuple[float, float]:
+    """The interval that holds the mean of N values with probability `share`: percentiles over resampled prompts.
+
+    Prompts are drawn with replacement, each with all its values. The draws are the same for the same number of prompts.
+    NaN where it can't be known: fewer than two prompts.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    _, cluster = np.unique(np.asarray(prompts, dtype=object).astype(str), return_inverse=True)
+    counts = np.bincount(cluster)
+    if len(counts) < 2:
+        return math.nan, math.nan
+    sums = np.bincount(cluster, weights=values)
+    rng = np.random.default_rng(0)
+    means: list[np.ndarray] = []
+    at_once = max(1, 2**20 // len(counts))  # bounds the memory
+    for start in range(0, resamples, at_once):
+        drawn = rng.integers(len(counts), size=(min(at_once, resamples - start), len(counts)))
+        means.append(sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1))
+    low, high = np.quantile(np.concatenate(means), [(1 - share) / 2, (1 + share) / 2])
+    return float(low), float(high)

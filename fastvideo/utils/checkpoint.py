@@ -28,6 +28,7 @@ from fastvideo.models.flux import (
     read_lora,
     save_lora,
 )
+from fastvideo.models.int8 import quantize_blocks
 from fastvideo.utils.engines import Engine, choose_engine
 from fastvideo.utils.files import write_bytes, write_json
 from fastvideo.utils.fingerprint import model_fingerprint, sample_file
@@ -225,6 +226,8 @@ def load_trained(config: GRPOConfig, engine: Engine, checkpoint: Path | None) ->
     master = torch.bfloat16 if config.master_weight_type == "bf16" else torch.float32
     dtype = engine.frozen_dtype if config.use_lora else master
     transformer = engine.load(source, dtype)
+    if config.quantize_base:
+        quantize_blocks(transformer, engine.accelerator.device)
     if config.use_lora:
         add_lora(transformer, config.lora_rank, config.lora_alpha, config.lora_target_modules, config.seed)
         if checkpoint is not None:

@@ -24,12 +24,18 @@ from fastvideo.models.flux import (
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlugin, InitProcessGroupKwargs
+from accelerate import (
+    Accelerator,
+    DeepSpeedPlugin,
+    DistributedDataParallelKwargs,
+    FullyShardedDataParallelPlugin,
+    InitProcessGroupKwargs,
+)
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType, broadcast_object_list
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
-from diffusers import FluxTransformer2DModel
+from diffusers import FluxTransformer2DModel, attention_backend
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -108,6 +114,8 @@ def build_accelerator(config: GRPOConfig, name: str) -> Accelerator:
         if cpu:  # Accelerate skips FSDP there without a word
             PartialState(cpu=True)
             PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    elif name == "ddp":  # gradients live in the buckets that are exchanged, not beside them
+        settings["kwargs_handlers"] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
     elif name == "deepspeed":
         offload = "cpu" if config.use_cpu_offload else "none"
         settings["deepspeed_plugin"] = DeepSpeedPlugin(
@@ -164,7 +172,8 @@ class Engine:
         if not self.loads_weights:
             return meta_transformer(source, dtype).to_empty(device="cpu")
         if self.config.init_random_flux and source == self.config.pretrained_model_name_or_path:
-            device = "cpu" if self.name == "fsdp" else self.accelerator.device
+            wait = self.name == "fsdp" or self.config.quantize_base  # there is less to be put on the GPU later
+            device = "cpu" if wait else self.accelerator.device
             return random_transformer(source, dtype, self.config.seed, device)
         return load_transformer(source, dtype)
 
@@ -181,6 +190,10 @@ class Engine:
         fits = self.accelerator.device.type == "cuda" and self.config.mixed_precision == "bf16"
         fits = fits and self.config.sp_size == 1  # its backward pass crashes there (torch 2.11, H200)
         return fits and self.config.cudnn_attention in (("always",) if training else ("always", "rollout"))
+
+    def attention(self, training: bool) -> AbstractContextManager:
+        """Context of calls of the model, and of a backward pass, in which gradient checkpointing calls it again."""
+        return attention_backend("_native_cudnn") if self.cudnn_attention(training) else nullcontext()
 
     @property
     def loads_weights(self) -> bool:
@@ -322,7 +335,8 @@ class Engine:
 
         Gradients are averaged over all processes, but belong summed over those of a sequence group.
         """
-        self.accelerator.backward(loss * self.config.sp_size)
+        with self.attention(training=True):
+            self.accelerator.backward(loss * self.config.sp_size)
 
     def micro_batch(self, last: bool) -> AbstractContextManager:
         """Context of a micro-batch's forward and backward pass: gradients are exchanged in the last one alone."""
@@ -334,6 +348,7 @@ class Engine:
         self._reshard()  # the gradients belong to the split parameters
         norm = accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        norm = norm.to(loss.device)  # from the CPU with --use_cpu_offload
         # The one wait in a step: all processes learn alike whether its numbers are finite.
         finite = bool(torch.isfinite(accelerator.reduce(loss + norm, "sum")))
         if finite:
@@ -390,7 +405,8 @@ class DeepSpeedEngine(Engine):
         return model, optimizer
 
     def backward(self, loss: torch.Tensor) -> None:
-        self.model.backward(loss)
+        with self.attention(training=True):
+            self.model.backward(loss)
 
     def micro_batch(self, last: bool) -> AbstractContextManager:
         self.model.set_gradient_accumulation_boundary(last)

@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
-# Scores the pictures of a manifest. Values come from the environment, any flag can follow:
+# Scores the pictures of a manifest, on NPROC_PER_NODE processes, one a GPU; with HOSTFILE on all its machines. Values
+# come from the environment, any flag can follow:
 #   MANIFEST=outputs/samples/manifest.json REWARD_MODEL_TYPE=hpsv2,pick_score bash scripts/evaluate/eval_reward.sh
-#   bash scripts/evaluate/eval_reward.sh --baseline_manifest outputs/base/manifest.json
-# One picture: python -m fastvideo.eval.eval_reward --image cat.png --prompt "a cat" --reward_model_type image_reward
+#   bash scripts/evaluate/eval_reward.sh --baseline_manifest outputs/base/manifest.json --trained_rewards hpsv2
+#   bash scripts/evaluate/eval_reward.sh --image cat.png --prompt "a cat"        (also --single_img, --single_img_prompt)
 source "$(dirname "${BASH_SOURCE[0]}")/../environment.sh"
-exec "$PYTHON_BIN" -m fastvideo.eval.eval_reward \
-  --manifest "${MANIFEST:-outputs/samples/manifest.json}" \
-  --reward_model_type "${REWARD_MODEL_TYPE:-all}" \
-  "$@"
+[[ " $* " =~ \ --(image|single_img)[=\ ] ]] || set -- --manifest "${MANIFEST:-outputs/samples/manifest.json}" "$@"
+set -- -m fastvideo.eval.eval_reward --reward_model_type "${REWARD_MODEL_TYPE:-all}" "$@"
+if [ "${NPROC_PER_NODE:-1}" = 1 ] && [ -z "${HOSTFILE:-}" ]; then
+  exec "$PYTHON_BIN" "$@" # torchrun would hide the exit status
+fi
+run_distributed "$@"

@@ -314,8 +314,8 @@ def launch(nodes: list[Node], args: list[str]) -> int:
         port = port or "29500"  # nodes started by hand can't ask the first one
         say(f"INDEX_CUSTOM={index}: this is only node {index} of {len(nodes)}; unset it to start all from here")
     if any(re.fullmatch(r"--dry[-_]run|dry_run=[Tt]rue", arg) for arg in args):
-        world = {**os.environ, "WORLD_SIZE": str(sum(node.slots for node in nodes))}
-        if status := subprocess.run([sys.executable, *args], cwd=ROOT, env=world).returncode:
+        world = {"WORLD_SIZE": str(sum(node.slots for node in nodes)), "LOCAL_WORLD_SIZE": str(nodes[0].slots)}
+        if status := subprocess.run([sys.executable, *args], cwd=ROOT, env={**os.environ, **world}).returncode:
             return status
         for i in [int(index)] if index else range(len(nodes)):
             command = shlex.join(torchrun(nodes, i, port or "FREE_PORT", args))
