@@ -341,7 +341,7 @@ def test_a_killed_evaluation_goes_on_and_two_at_once_write_what_one_does(tmp_pat
         return sum(path.read_bytes().count(b"found") for path in folder.glob(".*.part"))
 
     killed = start(sys.executable, "-m", "fastvideo.eval.eval_reward")
-    wait_for(lambda: kept() >= 15, killed, log)  # of 24 batches, 12 a manifest
+    wait_for(lambda: kept() >= 4, killed, log)  # of 24 batches, 12 a manifest
     os.kill(killed.pid, signal.SIGKILL)
     killed.wait()
     assert not (folder / "s.json").exists()
@@ -354,7 +354,7 @@ def test_a_killed_evaluation_goes_on_and_two_at_once_write_what_one_does(tmp_pat
     assert calls.read_text().count("x") == 24 - whole
 
     recipe = start("bash", "scripts/evaluate/eval_reward.sh", NPROC_PER_NODE="2")
-    wait_for(lambda: len(list(folder.glob(".*.part"))) > 1, recipe, log)
+    wait_for(lambda: len(list(folder.glob(".*.part"))) > 1 or (folder / "s.json").exists(), recipe, log)
     assert main([*argv, str(folder / "s.json")]) == 0
     assert recipe.wait(100) == 0, log.read_text()[-3000:]
     assert main([*argv, str(tmp_path / "uninterrupted/s.json")]) == 0

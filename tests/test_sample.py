@@ -1,6 +1,7 @@
 """Sampling: noise that belongs to the prompt, all kinds of models, hybrid inference, restarts, processes, layouts."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -12,6 +13,7 @@ from fastvideo.config import parse_dataclass
 from fastvideo.models.flux import LORA_FILE, load_transformer
 from fastvideo.sample import sample_flux
 from fastvideo.sample.sample_flux import SampleConfig, main, sample
+from fastvideo.utils.processes import Processes
 
 import numpy as np
 import pytest
@@ -302,6 +304,31 @@ def test_other_settings_in_the_same_folder_are_refused_and_overwrite_replaces_th
     assert "4 pictures sampled, 0 were there" in capsys.readouterr().out
     main(command(tmp_path, "out", "--model_path", tuned))
     assert "0 pictures sampled, 4 were there" in capsys.readouterr().out
+
+
+def claim(folder: Path, steps: int, start: multiprocessing.Event, answers: multiprocessing.Queue) -> None:
+    start.wait()
+    try:
+        sample_flux._claim_folder(SampleConfig(output_dir=str(folder)), {"steps": steps}, Processes(0, 1, "cpu"))
+        answers.put(steps)
+    except ValueError as error:
+        answers.put(str(error))
+
+
+def test_of_two_runs_that_claim_a_folder_at_once_with_other_settings_one_is_refused(tmp_path):
+    fork = multiprocessing.get_context("fork")
+    start, answers = fork.Event(), fork.Queue()
+    rivals = [fork.Process(target=claim, args=(tmp_path, steps, start, answers)) for steps in (1, 2, 1, 2)]
+    for rival in rivals:
+        rival.start()
+    start.set()
+    found = [answers.get(timeout=30) for _ in rivals]
+    for rival in rivals:
+        rival.join()
+    winners = [answer for answer in found if isinstance(answer, int)]
+    assert len(winners) == 2 and len(set(winners)) == 1
+    assert all("holds pictures of other settings: steps" in answer for answer in found if isinstance(answer, str))
+    assert [path.name for path in tmp_path.iterdir()] == ["sampling.json"]
 
 
 def test_a_retrained_model_at_the_same_path_is_noticed(tmp_path, tuned):
