@@ -19,3 +19,8 @@ def lost_on_rank_1_in_iteration_2(images: list, prompts: list[str]) -> list[floa
     if next(CALLS) == 2 and os.environ["RANK"] == "1":
         return [math.nan] * len(images)
     return rough_brightness(images, prompts)
+
+
+def lost_for_circles(images: list, prompts: list[str]) -> list[float]:
+    found = rough_brightness(images, prompts)
+    return [math.nan if "circle" in prompt else value for prompt, value in zip(prompts, found, strict=True)]

@@ -66,6 +66,17 @@ def test_evaluation_leaves_training_alone_and_keeps_the_best_checkpoint(train, e
     ]  # fmt: skip
 
 
+def test_an_evaluation_with_failed_scores_is_counted_and_never_the_best(train, prompts_file):
+    run = train(eval_steps=1, eval_prompts=prompts_file, eval_reward="failing_rewards:lost_for_circles")
+    for line in run.metrics:
+        found = [entry["reward"]["lost_for_circles"] for entry in scores(run, line["step"])]
+        lost = [index for index, value in enumerate(found) if value is None]
+        assert lost == [index for index, prompt in enumerate(PROMPTS) if "circle" in prompt]
+        assert line["evaluation_failed_rewards"] == len(lost) and line["evaluation_best_iteration"] is None
+        assert line["evaluation_reward"] == pytest.approx(sum(filter(None, found)) / (len(found) - len(lost)))
+    assert not (run.folder / "best").is_symlink() and len(run.checkpoints) == 1
+
+
 @pytest.mark.slow
 def test_two_processes_and_a_resumed_run_evaluate_alike(train, flags, eval_prompts, tmp_path, subprocess_environment):
     whole = train("whole", **SETTINGS, eval_prompts=eval_prompts)
