@@ -10,7 +10,8 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -49,7 +50,9 @@ class _List(argparse.Action):
         self.convert = type
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        parts = [part for part in re.split(r"[\s,\[\]]+", " ".join(values)) if not is_none(part)]
+        parts = values  # of paths: spaces and commas are theirs
+        if self.convert is not Path:
+            parts = [part for part in re.split(r"[\s,\[\]]+", " ".join(values)) if not is_none(part)]
         try:
             setattr(namespace, self.dest, [self.convert(part) for part in parts])
         except ValueError:
@@ -182,6 +185,11 @@ ALGORITHMS |= {
     "branch_grpo": {"requires": _SHARED_START, "defaults": _TREE_DEFAULTS},
     "branch_grpo_mix": {"requires": _SHARED_START, "defaults": _TREE_DEFAULTS},
 }
+# Settings that say where things are or what is shown, not what is trained.
+PLACES = (
+    "output_dir resume_from_checkpoint dry_run use_wandb experiment_name image_log_steps eval_steps eval_prompts "
+    "eval_reward serve_report"
+).split()
 MERGES, TREES = ("grpo_merge", "granular_grpo"), ("branch_grpo", "branch_grpo_mix")
 
 
@@ -427,12 +435,28 @@ class GRPOConfig(RewardSpecConfig):
         choices=["auto", "true", "false"],
     )
 
+    # --- evaluation during training ---------------------------------------------------------------------------------
+    eval_steps: int = flag(
+        0,
+        "iterations between evaluations: samples --eval_prompts with fixed seeds and scores them, before training and "
+        "after the last iteration too, and lets the link `best` point to the best checkpoint; 0: none",
+    )
+    eval_prompts: str | None = flag(None, "text file of the prompts of these evaluations, one a line")
+    eval_reward: str | None = flag(
+        None,
+        "what decides which checkpoint is best, named as in --reward_model: rewards that training doesn't see "
+        "(None: the reward in training)",
+    )
+
     # --- logging ----------------------------------------------------------------------------------------------------
     experiment_name: str = flag("mixgrpo", "name of the run in wandb")
     wandb_key: str | None = flag(None, "refused: set WANDB_API_KEY in the environment instead")
     wandb_project: str = flag("mixgrpo-flux", "project of the run in wandb")
     use_wandb: bool = flag(True, "log to wandb too; offline without a key")
     image_log_steps: int = flag(10, "iterations between saved image grids; 0: none")
+    serve_report: int | None = flag(
+        None, "port of this machine at which a browser finds the report of the running training (0: any free one)"
+    )
 
     @classmethod
     def create(cls, **explicit: Any) -> "GRPOConfig":
@@ -483,11 +507,12 @@ class GRPOConfig(RewardSpecConfig):
             need(getattr(self, name) >= 1, name, "must be at least 1")
         for name in ("prompts_per_iteration rollout_batch_size checkpoints_total_limit").split():
             need(getattr(self, name) is None or getattr(self, name) >= 1, name, "must be at least 1, or None")
+        need(0 <= (self.serve_report or 0) < 65536, "serve_report", "a port is between 0 and 65535")
         need((self.max_reward_failures or 0) >= 0, "max_reward_failures", "must not be negative, or None")
         for name in (
             "seed sampler_seed dataloader_num_workers frozen_init_timesteps prog_overlap_step eta kl_coeff "
             "lr_warmup_steps weight_decay ema_start_step image_log_steps flow_grpo_fast_steps "
-            "depth_pruning_slide_interval ref_kl_coeff"
+            "depth_pruning_slide_interval ref_kl_coeff eval_steps"
         ).split():
             need(getattr(self, name) >= 0, name, "must not be negative")
         for name in (
@@ -610,6 +635,19 @@ class GRPOConfig(RewardSpecConfig):
         from fastvideo.models.reward_model.utils import resolve_reward_spec
 
         resolve_reward_spec(self)
+        for name in ("eval_prompts", "eval_reward"):
+            need(self.eval_steps > 0 or getattr(self, name) is None, name, "goes with --eval_steps")
+        need(self.eval_steps == 0 or self.eval_prompts is not None, "eval_steps", "give --eval_prompts too")
+        if self.eval_reward is not None:
+            try:
+                resolve_reward_spec(self.held_out())
+            except ValueError as error:
+                raise ValueError(str(error).replace("--reward_model", "--eval_reward")) from None
+
+    def held_out(self) -> "GRPOConfig":
+        """These settings with --eval_reward, scored in this process, in place of the reward in training."""
+        own = {"eval_steps": 0, "eval_prompts": None, "eval_reward": None, "reward_server": None}
+        return replace(self, reward_model=self.eval_reward, **own)
 
     def _check_algorithm(self, need: Callable[[bool, str, str], None]) -> None:
         """The flags of Flow-GRPO-Fast, E-GRPO, Granular-GRPO and BranchGRPO."""

@@ -25,6 +25,7 @@ from pathlib import Path
 from fastvideo.config import IGNORED_FLAGS, GRPOConfig, parse_dataclass, world_size_of_environment
 from fastvideo.data_preprocess.preprocess_flux_embedding import embed_prompts
 from fastvideo.dataset.latent_flux_rl_datasets import LatentFluxRLDataset, PromptSampler, collate
+from fastvideo.eval.live import live_report
 from fastvideo.models.flux import (
     Conditioning,
     LatentShape,
@@ -61,6 +62,7 @@ from fastvideo.utils.checkpoint import (
     save_checkpoint,
 )
 from fastvideo.utils.engines import Engine, build_engine, main_process_first
+from fastvideo.utils.evaluation import Evaluation, check_evaluation
 from fastvideo.utils.grpo_states import windows
 from fastvideo.utils.log import Log
 from fastvideo.utils.memory import describe_memory
@@ -302,6 +304,8 @@ class Trainer:
         self.optimizer_steps = 0
         self.skipped_in_a_row = 0
         self.wandb_id = uuid.uuid4().hex[:8]
+        self.best: dict | None = None  # of the evaluations: iteration, value, what was measured
+        self.evaluation: Evaluation | None = None
         if checkpoint is not None:
             self._resume(checkpoint)
 
@@ -310,6 +314,8 @@ class Trainer:
         self.engine.load_optimizer(checkpoint / "optimizer")
         self.done, self.optimizer_steps = record["iteration"], record["optimizer_steps"]
         self.wandb_id = record["wandb_id"]
+        if (Path(self.config.output_dir) / "best").exists():  # not so in a new folder
+            self.best = record.get("best")
         if self.optimizer_steps:  # the learning rate of the flags' schedule at this place
             self.lr_scheduler._step_count = self.lr_scheduler.last_epoch = self.optimizer_steps - 1
             self.lr_scheduler.step()
@@ -319,7 +325,20 @@ class Trainer:
     def save(self, epoch: int) -> None:
         """Writes checkpoint-{iterations done}-{epoch}."""
         place = {"iteration": self.done, "epoch": epoch, "optimizer_steps": self.optimizer_steps}
-        save_checkpoint(self.engine, self.ema, place | {"wandb_id": self.wandb_id})
+        save_checkpoint(self.engine, self.ema, place | {"wandb_id": self.wandb_id, "best": self.best})
+
+    def evaluate(self, iteration: int) -> dict[str, float]:
+        """The metrics of the evaluation after an iteration, if one is due and the iteration trained."""
+        due = self.evaluation and iteration == self.done and self.evaluation.due(iteration)
+        return self.evaluation.run(self, iteration) if due else {}
+
+    def conditioning(self, batch: dict) -> Conditioning:
+        """That of the prompts of a batch, on the device."""
+        names = ("prompt_embeds", "pooled_prompt_embeds", "text_ids")
+        embeds, pooled, text_ids = (
+            batch[name].to(self.accelerator.device, torch.float32, non_blocking=True) for name in names
+        )
+        return Conditioning(embeds, pooled, text_ids[0], self.image_ids, self.config.guidance_scale)
 
     def velocity(self, model: torch.nn.Module, conditioning: Conditioning, training: bool = True) -> Velocity:
         """The same prediction, precision and autocast for rollout and training.
@@ -360,16 +379,18 @@ class Trainer:
         key = f"seconds_{name}"
         seconds[key] = seconds.get(key, 0.0) + time.perf_counter() - start
 
-    def sample(self, plan: Plan, number: int, slots: range, conditioning: Conditioning) -> Rollout:
-        """The rollout of iteration `number` for the prompts in `slots`."""
+    def sample(
+        self, plan: Plan, number: int, slots: range, conditioning: Conditioning, start: int | None = None
+    ) -> Rollout:
+        """The rollout of iteration `number` for the prompts in `slots`. start: rows a prompt at first, if others."""
         config, device = self.config, self.accelerator.device
-        start, group = start_rows(config), config.num_generations
+        start, group = start or start_rows(config), config.num_generations
 
         def noise(step: int, rows: int) -> torch.Tensor:
             return to_device(draw_noise(config.seed, number, slots, rows, step, self.shape), device)
 
         # Stream 0 is the initial noise, stream i + 1 that of plan position i.
-        latents = noise(0, 1 if config.init_same_noise else group)
+        latents = noise(0, 1 if config.init_same_noise else start)
         if config.init_same_noise:
             latents = latents.repeat_interleave(start, 0)
         size, micro = config.rollout_batch_size or len(slots) * group, config.train_micro_batch_size
@@ -544,15 +565,8 @@ class Trainer:
 
     def iteration(self, batch: dict, window: list[int]) -> tuple[dict, list]:
         """Rollout, rewards, advantages, optimizer steps. Returns the metrics of all ranks and this rank's pictures."""
-        config, device = self.config, self.accelerator.device
+        config, conditioning = self.config, self.conditioning(batch)
         number, seconds, start = self.done + 1, {}, time.perf_counter()
-        conditioning = Conditioning(
-            batch["prompt_embeds"].to(device, torch.float32, non_blocking=True),
-            batch["pooled_prompt_embeds"].to(device, torch.float32, non_blocking=True),
-            batch["text_ids"][0].to(device, torch.float32, non_blocking=True),
-            self.image_ids,
-            config.guidance_scale,
-        )
         plan = make_plan(config, window, number)
         sampled, images, scores = self.collect(plan, number, conditioning, batch["caption"], seconds)
         shape = next(iter(scores.values())).shape
@@ -591,6 +605,7 @@ class Trainer:
 def set_up(config: GRPOConfig) -> tuple[Trainer, PromptSampler, DataLoader]:
     """Everything that can fail on bad input, the cheap checks first."""
     check_reward_files(config)
+    check_evaluation(config)
     dataset = (
         LatentFluxRLDataset(config.data_json_path, config.cfg, config.sampler_seed) if config.data_json_path else None
     )
@@ -606,21 +621,28 @@ def set_up(config: GRPOConfig) -> tuple[Trainer, PromptSampler, DataLoader]:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
         torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention backward crashes on Hopper (torch 2.11)
     checkpoint = main_process_first(accelerator, lambda: open_output(config, accelerator.num_processes))
-    if dataset is None:
-        index = embed_prompts(
+
+    def embed(flag: str, folder: str) -> Path:
+        return embed_prompts(
             config.pretrained_model_name_or_path,
-            config.prompts_file,
-            Path(config.output_dir) / "rl_embeddings",
+            getattr(config, flag),
+            Path(config.output_dir) / folder,
             device=str(accelerator.device),
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
+            prompts_flag=flag,
         )
-        dataset = LatentFluxRLDataset(index, config.cfg, config.sampler_seed)
+
+    if dataset is None:
+        dataset = LatentFluxRLDataset(embed("prompts_file", "rl_embeddings"), config.cfg, config.sampler_seed)
+    eval_index = embed("eval_prompts", "eval_embeddings") if config.eval_steps else None
     dataset.check_files()  # before the models are loaded
     if config.sp_size > 1:
         text_tokens = len(dataset[0]["prompt_embeds"])
         check_sequence_split(config.pretrained_model_name_or_path, config.h, config.w, text_tokens, config.sp_size)
     trainer = Trainer(config, engine, checkpoint)
+    if eval_index is not None:
+        trainer.evaluation = Evaluation(trainer, eval_index)
     sampler = PromptSampler(
         len(dataset),
         trainer.local_prompts * engine.data_ranks,
@@ -653,8 +675,12 @@ def train(trainer: Trainer, sampler: PromptSampler, loader: DataLoader) -> None:
     schedule = islice(windows(config), trainer.done, config.max_train_steps)
     bar = tqdm(total=config.max_train_steps, initial=trainer.done, desc="training", disable=not main_process)
     with closing(log) if log else nullcontext(), bar, stop_signals() as asked:
+        before = trainer.evaluate(0)  # the model before training
+        if log is not None and before:
+            log.write({"step": 0} | before)
         for window, batch in zip(schedule, loader, strict=False):
             metrics, images = trainer.iteration(batch, window)
+            metrics |= trainer.evaluate(metrics["step"])
             if log is not None:
                 log.write(metrics | {"epoch": sampler.epoch_of(metrics["step"])})
                 if config.image_log_steps and metrics["step"] % config.image_log_steps == 0:
@@ -665,7 +691,8 @@ def train(trainer: Trainer, sampler: PromptSampler, loader: DataLoader) -> None:
             stopped = trainer.skipped_in_a_row >= config.max_skipped_steps
             interrupted = trainer.engine.any_process(bool(asked))
             due = trainer.done % config.checkpointing_steps == 0 or trainer.done == config.max_train_steps
-            if stopped or interrupted or due or trainer.too_many_failures:
+            best = trainer.best is not None and trainer.best["iteration"] == trainer.done
+            if stopped or interrupted or due or best or trainer.too_many_failures:
                 trainer.save(sampler.epoch_of(trainer.done))
             if trainer.too_many_failures:
                 failed = ", ".join(f"{v} {k}" for k, v in metrics.items() if "failed_" in k and v)
@@ -697,12 +724,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(text, describe_memory(config, world_size_of_environment()), sep="\n")
         if config.dry_run:
             return
+        live = live_report(config.output_dir, config.serve_report)
         run = set_up(config)
     except ValueError as error:
         print(f"train_grpo_flux.py: error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     try:
-        train(*run)
+        with live:
+            train(*run)
     except (TrainingStopped, CheckpointNotWritten) as error:
         print(f"train_grpo_flux.py: stopped: {error}", file=sys.stderr)
         raise SystemExit(128 + error.number if isinstance(error, Interrupted) else 1) from error

@@ -323,7 +323,7 @@ def test_a_manifest_with_paths_from_the_working_directory_is_read(tmp_path, monk
 
 @pytest.mark.slow
 def test_a_killed_evaluation_goes_on_and_two_at_once_write_what_one_does(tmp_path, subprocess_environment, monkeypatch):
-    """One process is killed; another goes on; so do, in the same folder, the recipe on two processes and a third."""
+    """One process is killed; another goes on; so do, in the same folder, the recipe on two processes and this one."""
     levels = range(1, 25)
     tuned, base = (make_pictures(tmp_path / name, grey(*levels[::step])) for name, step in (("tuned", 1), ("base", -1)))
     folder, calls, log = tmp_path / "out", tmp_path / "calls", tmp_path / "log"
@@ -340,9 +340,8 @@ def test_a_killed_evaluation_goes_on_and_two_at_once_write_what_one_does(tmp_pat
     def kept() -> int:
         return sum(path.read_bytes().count(b"found") for path in folder.glob(".*.part"))
 
-    alone = (sys.executable, "-m", "fastvideo.eval.eval_reward")
-    killed = start(*alone)
-    wait_for(lambda: kept() >= 15, killed, log)  # of 24 batches, 12 a manifest
+    killed = start(sys.executable, "-m", "fastvideo.eval.eval_reward")
+    wait_for(lambda: kept() >= 4, killed, log)  # of 24 batches, 12 a manifest
     os.kill(killed.pid, signal.SIGKILL)
     killed.wait()
     assert not (folder / "s.json").exists()
@@ -354,8 +353,10 @@ def test_a_killed_evaluation_goes_on_and_two_at_once_write_what_one_does(tmp_pat
     assert main([*argv, str(resumed / "s.json")]) == 0
     assert calls.read_text().count("x") == 24 - whole
 
-    both = start(*alone), start("bash", "scripts/evaluate/eval_reward.sh", NPROC_PER_NODE="2")
-    assert [process.wait(100) for process in both] == [0, 0], log.read_text()[-3000:]
+    recipe = start("bash", "scripts/evaluate/eval_reward.sh", NPROC_PER_NODE="2")
+    wait_for(lambda: len(list(folder.glob(".*.part"))) > 1 or (folder / "s.json").exists(), recipe, log)
+    assert main([*argv, str(folder / "s.json")]) == 0
+    assert recipe.wait(100) == 0, log.read_text()[-3000:]
     assert main([*argv, str(tmp_path / "uninterrupted/s.json")]) == 0
     folders = (tmp_path / "uninterrupted", resumed, folder)
     expected, *found = ({path.name: path.read_bytes() for path in f.iterdir()} for f in folders)

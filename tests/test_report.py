@@ -2,18 +2,19 @@
 
 import html
 import json
-import os
 import re
 import shutil
 import subprocess
+from contextlib import closing
 from html.parser import HTMLParser
 from pathlib import Path
 
 from fastvideo.eval import report
-from fastvideo.eval.plots import column, draw_schedules, plan_plots, smoothed
+from fastvideo.eval.plots import column, compare_plots, draw_schedules, plan_plots, smoothed
 
 import numpy as np
 import pytest
+from browser import Browser, browser_command
 from PIL import Image
 
 EVIL = "<script>document.title = 'attacked'</script> & \"quotes\" 'too' <img src=https://example.invalid/x.png> 🐟"
@@ -49,6 +50,29 @@ def run_dir(tmp_path: Path) -> Path:
             entries.append({"index": i, "image": f"{side}_{i}.png", "prompt": prompt, "reward": {MODEL: score}})
         (out / f"{side}.json").write_text(json.dumps(entries))
     return out
+
+
+@pytest.fixture
+def other_run(run_dir: Path) -> Path:
+    """The same with another learning rate, half as long, and with two evaluations."""
+    out = run_dir.with_name("other <i>run, 2")
+    shutil.copytree(run_dir, out)
+    settings = json.loads((out / "args.json").read_text()) | {"learning_rate": 1e-3, "experiment_name": "<i>other</i>"}
+    (out / "args.json").write_text(json.dumps(settings))
+    rows = [{"step": 0} | evaluation_row(0)] + [metrics_row(i) for i in range(1, 16)]
+    rows[-1] |= evaluation_row(15)
+    (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for side, step in (("base", 0), ("tuned", 15)):
+        folder = out / "evaluation" / f"{step:06d}"
+        folder.mkdir(parents=True)
+        for path in out.glob(f"{side}*.*"):
+            shutil.copy(path, folder / path.name.replace(f"{side}.json", "scores.json"))
+    return out
+
+
+def evaluation_row(step: int) -> dict:
+    score = 0.3 + step / 100
+    return {"evaluation_reward": score, f"evaluation_reward_{MODEL}": score, "evaluation_best_iteration": step or None}
 
 
 def write(run_dir: Path) -> str:
@@ -121,6 +145,45 @@ def test_running_training_with_half_a_line_repeated_steps_and_missing_keys(tmp_p
     assert sorted(p.name for p in page.parent.iterdir()) == ["report.html", "reward.png"]
 
 
+def test_a_run_with_evaluations_shows_the_first_beside_the_last(other_run: Path):
+    path, scores = report.write_report(other_run)
+    page = path.read_text(encoding="utf-8")
+    assert scores[0]["n"] == 5 and "iteration 0: a large circle 0" in page and "iteration 15: a large circle 0" in page
+    assert "<dt>Best evaluation</dt><dd><b>0.450</b><span>iteration 15</span>" in page
+    assert EVIL not in page and html.escape(EVIL) in page
+    with Image.open(other_run / "report" / "evaluation.png") as image:
+        assert image.width > 600
+
+
+def test_a_comparison_has_a_line_a_setting_and_a_band_over_seeds(run_dir: Path, other_run: Path, tmp_path: Path):
+    """Seeds with rewards 0.51 to 0.80 and 0.2 more make one line."""
+    seed = run_dir.with_name("seed")
+    shutil.copytree(run_dir, seed)
+    settings = json.loads((seed / "args.json").read_text())
+    (seed / "args.json").write_text(json.dumps(settings | {"seed": 5, "output_dir": "elsewhere"}))
+    rows = [metrics_row(i) | {"reward": metrics_row(i)["reward"] + 0.2} for i in range(1, 31)]
+    (seed / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    path = report.main(["--run_dir", str(run_dir), str(seed), str(other_run), "--output_dir", str(tmp_path / "out")])
+    page = path.read_text(encoding="utf-8")
+    cells = re.findall(r'<td data-label="(.*?)">(.*?)</td>', page)
+    assert [v for k, v in cells if k == "Seeds"] == ["2", "1"]
+    assert [v for k, v in cells if k == "Reward at first"] == ["0.62 ± 0.14", "0.510"]  # (0.52 + 0.72) / 2
+    assert [v for k, v in cells if k == "Evaluation at last"] == ["–", "0.450"]
+    assert re.search(r'<th scope="row">learning_rate</th><td[^>]*>–</td><td[^>]*>0.001</td>', page)
+    assert "<b>run</b>" not in page and "<i>other</i>" not in page and "sesame" not in page
+
+    groups = report.group_runs([report.Run.read(path) for path in (run_dir, seed, other_run)])
+    plots = {name: [plan_plots(run.rows, run.settings) for run in runs] for name, runs in groups.items()}
+    reward = next(plot for plot in compare_plots(plots) if plot.name == "reward")
+    name, other = groups
+    assert np.allclose(reward.panels[0].series[name], np.arange(1, 31) / 100 + 0.6)
+    assert np.allclose(reward.panels[0].spread[name], 0.2 / np.sqrt(2))
+    assert np.isfinite(reward.panels[0].series[other]).sum() == 15 and other not in reward.panels[0].spread
+    names = ["reward", "components", "granular_weights", "ratio", "optimisation", "window", "seconds", "evaluation"]
+    assert sorted(p.stem for p in path.parent.glob("*.png")) == sorted(names)
+
+
 @pytest.mark.parametrize("lines", [0, 1])
 def test_report_of_a_run_that_has_hardly_begun(tmp_path: Path, lines: int):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(metrics_row(i + 1)) + "\n" for i in range(lines)))
@@ -173,13 +236,7 @@ def test_schedule_picture(tmp_path: Path):
 
 def chromium(url: str, profile: Path, *flags: str) -> str:
     """Runs a headless browser on a page and returns its standard output."""
-    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if browser is None and not os.environ.get("CI"):
-        pytest.skip("no chromium here (apt-get install chromium)")
-    assert browser, "no chromium: .ci/run installs it"
-    quiet = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    quiet += " --disable-component-update --disable-sync --hide-scrollbars"
-    command = [browser, *quiet.split(), f"--user-data-dir={profile}", *flags, url]
+    command = [*browser_command(profile), *flags, url]
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
 
 
@@ -191,21 +248,49 @@ def test_browser_runs_our_script_and_no_prompt(run_dir: Path, tmp_path: Path):
     assert "<title>attacked" not in dom and '<a href="#gallery">' in dom
 
 
-def test_browser_sorts_filters_and_enlarges(run_dir: Path, tmp_path: Path):
-    page = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", write(run_dir))
-    actions = """<script>
-    const pick = (id, value) => { one(id).value = value; one(id).dispatchEvent(new Event("change")); };
-    pick("#order", "loss"); pick("#filter", "up");
-    one('li[data-index="2"] .pair').click();
-    dialog.dispatchEvent(new KeyboardEvent("keydown", {key: "ArrowRight"}));
-    </script></body>"""
-    acted = tmp_path / "acted.html"
-    acted.write_text(page.replace("</body>", actions), encoding="utf-8")
-    dom = chromium(acted.as_uri(), tmp_path / "profile", "--dump-dom")
-    assert re.findall(r'<li data-index="(\d)"', dom) == ["1", "3", "0", "5", "2", "4"]
-    assert "3 of 6 pairs" in dom and re.search(r"<dialog[^>]* open", dom)
-    enlarged = dom[dom.index("<dialog") :]  # to the right of the last shown pair comes the first one
-    assert "+0.100" in enlarged and f"{MODEL} 0.400 → 0.500" in enlarged
+def shown_pairs(browser: Browser) -> list[str]:
+    return browser.evaluate("cards.filter(card => !card.hidden).map(card => card.dataset.index)")
+
+
+def fits(browser: Browser) -> bool:
+    """Nothing sticks out to the right, and no text is smaller than 12 pixels."""
+    sizes = "[...document.querySelectorAll('p, td, th, dt, dd, li, label, figcaption, a, button')]"
+    sizes += ".every(e => parseFloat(getComputedStyle(e).fontSize) >= 12)"
+    return browser.evaluate(f"document.documentElement.scrollWidth <= innerWidth && {sizes}")
+
+
+def test_a_phone_without_network_and_with_a_keyboard_sorts_filters_and_zooms(
+    run_dir: Path, other_run: Path, tmp_path: Path
+):
+    write(run_dir)
+    scores = {"baseline_scores": run_dir / "base.json", "tuned_scores": run_dir / "tuned.json"}
+    compared, _ = report.write_report([run_dir, other_run], **scores, output_dir=tmp_path / "compared")
+    with closing(Browser(tmp_path / "profile")) as browser:
+        browser.open(compared.as_uri())
+        assert fits(browser)
+        browser.open((run_dir / "report" / "report.html").as_uri())
+        assert fits(browser)
+        assert shown_pairs(browser) == ["2", "5", "0", "3", "1", "4"]  # largest gain first, the failed one last
+        browser.press_until("Tab", "document.activeElement.id === 'order'")
+        browser.press("ArrowDown")
+        assert shown_pairs(browser) == ["1", "3", "0", "5", "2", "4"]  # largest loss
+        browser.press_until("Tab", "document.activeElement.id === 'filter'")
+        browser.press("ArrowDown")
+        assert shown_pairs(browser) == ["0", "5", "2"]  # improved
+        browser.press_until("Tab", "document.activeElement.matches('.pair')")
+        browser.press("Enter")
+        assert browser.evaluate("dialog.open") and "0.400 → 0.500" in browser.evaluate("dialog.innerText")
+        browser.press("ArrowRight")
+        assert "0.400 → 0.600" in browser.evaluate("dialog.innerText")
+        width = "one('dialog img').getBoundingClientRect().width"
+        before = browser.evaluate(width)
+        browser.press("+")
+        assert browser.evaluate(width) == pytest.approx(2 * before, abs=2)
+        browser.evaluate("one('dialog .frame').scrollLeft = 20")
+        browser.wait("document.querySelectorAll('dialog .frame')[1].scrollLeft === 20")  # both move
+        browser.press("Escape")
+        browser.wait("!dialog.open && document.activeElement.closest('li').dataset.index === '5'")
+        assert browser.requests and all(url.startswith(("file:", "data:")) for url in browser.requests)
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

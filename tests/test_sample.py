@@ -1,6 +1,7 @@
 """Sampling: noise that belongs to the prompt, all kinds of models, hybrid inference, restarts, processes, layouts."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -8,9 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from fastvideo.config import parse_dataclass
 from fastvideo.models.flux import LORA_FILE, load_transformer
 from fastvideo.sample import sample_flux
 from fastvideo.sample.sample_flux import SampleConfig, main, sample
+from fastvideo.utils.processes import Processes
 
 import numpy as np
 import pytest
@@ -85,10 +88,12 @@ def test_without_hybrid_the_pictures_are_diffusers_own_for_the_seeds_in_the_mani
             assert image.text["prompt"] == entry["prompt"]
 
 
-def test_defaults_are_those_of_the_paper():
+def test_defaults_are_the_papers_and_flags_of_the_reference_work():
     config = SampleConfig()
     size = (config.h, config.w, config.total_sampling_steps, config.guidance_scale, config.max_sequence_length)
     assert size == (1024, 1024, 50, 3.5, 512)
+    reference = parse_dataclass(SampleConfig, ["--flux_baseline_model_dir", "here", "--mix_sampling_steps", "-1"])
+    assert (reference.pretrained_model_name_or_path, reference.mix_sampling_steps) == ("here", None)
 
 
 def test_every_way_to_name_a_tuned_model_gives_its_pictures(tmp_path, tuned):
@@ -301,6 +306,31 @@ def test_other_settings_in_the_same_folder_are_refused_and_overwrite_replaces_th
     assert "0 pictures sampled, 4 were there" in capsys.readouterr().out
 
 
+def claim(folder: Path, steps: int, start: multiprocessing.Event, answers: multiprocessing.Queue) -> None:
+    start.wait()
+    try:
+        sample_flux._claim_folder(SampleConfig(output_dir=str(folder)), {"steps": steps}, Processes(0, 1, "cpu"))
+        answers.put(steps)
+    except ValueError as error:
+        answers.put(str(error))
+
+
+def test_of_two_runs_that_claim_a_folder_at_once_with_other_settings_one_is_refused(tmp_path):
+    fork = multiprocessing.get_context("fork")
+    start, answers = fork.Event(), fork.Queue()
+    rivals = [fork.Process(target=claim, args=(tmp_path, steps, start, answers)) for steps in (1, 2, 1, 2)]
+    for rival in rivals:
+        rival.start()
+    start.set()
+    found = [answers.get(timeout=30) for _ in rivals]
+    for rival in rivals:
+        rival.join()
+    winners = [answer for answer in found if isinstance(answer, int)]
+    assert len(winners) == 2 and len(set(winners)) == 1
+    assert all("holds pictures of other settings: steps" in answer for answer in found if isinstance(answer, str))
+    assert [path.name for path in tmp_path.iterdir()] == ["sampling.json"]
+
+
 def test_a_retrained_model_at_the_same_path_is_noticed(tmp_path, tuned):
     path = tmp_path / "checkpoint-60-0"
     shutil.copytree(tuned, path)
@@ -330,7 +360,7 @@ def test_the_manifest_names_pictures_relative_to_itself(tmp_path):
 
 @pytest.mark.slow
 def test_a_killed_run_finished_by_two_runs_at_once_leaves_the_files_of_an_uninterrupted_one(tmp_path, tuned):
-    """One process killed; then the recipe on two processes, with the reference's flags, beside a third process."""
+    """One process is killed; then the recipe runs on two processes, with the reference's flags, beside this one."""
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS * 10), encoding="utf-8")
     mix = ("--mix_sampling_steps", 2, "--total_sampling_steps", 4, "--seed", 617)
     weights = Path(tuned) / "diffusion_pytorch_model.safetensors"
@@ -352,8 +382,9 @@ def test_a_killed_run_finished_by_two_runs_at_once_leaves_the_files_of_an_uninte
         cwd=ROOT,
         env={**environment, "NPROC_PER_NODE": "2"},
     )
-    third = subprocess.Popen(alone, cwd=ROOT, env=environment)
-    assert third.wait(120) == 0 and recipe.wait(120) == 0
+    wait_for(lambda: len(list(folder.glob("*.png"))) >= 10, recipe, log)
+    main(argv)
+    assert recipe.wait(120) == 0
 
     expected = main([*argv, "--output_dir", str(tmp_path / "uninterrupted")])
     files = [{p.name: p.read_bytes() for p in f.glob("[!.]*")} for f in (expected.parent, folder)]

@@ -16,7 +16,7 @@ import custom_rewards
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, Run, assert_same_update, base_weights, relative_difference, same_weights, torchrun
+from conftest import PROMPTS, ROOT, Run, assert_same_update, base_weights, relative_difference, same_weights, torchrun
 from diffusers import FluxTransformer2DModel
 from PIL import Image
 
@@ -453,15 +453,41 @@ def test_an_output_directory_in_use_is_refused_and_left_alone(train, run_at, cap
     assert {path: path.read_bytes() for path in run_at("out").folder.rglob("*") if path.is_file()} == before
 
 
+def wandb_history(file) -> list[dict]:
+    """What an offline run has logged, one dict a step."""
+    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.sdk.internal.datastore import DataStore
+
+    store, found = DataStore(), []
+    store.open_for_scan(str(file))
+    while (data := store.scan_data()) is not None:
+        (record := Record()).ParseFromString(data)
+        if record.HasField("history"):
+            items = record.history.item
+            found.append({".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items})
+    return found
+
+
 @pytest.mark.slow
-def test_wandb_logs_offline_without_a_key(train, monkeypatch, tmp_path):
+def test_wandb_gets_what_metrics_jsonl_gets_offline_without_a_key(train, prompts_file, monkeypatch, tmp_path, capsys):
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     monkeypatch.setenv("WANDB_SILENT", "true")
-    run = train(use_wandb=True, image_log_steps=1, max_train_steps=1, experiment_name="mine")
+    run = train(
+        use_wandb=True, image_log_steps=1, max_train_steps=1, experiment_name="mine", eval_steps=1,
+        eval_prompts=prompts_file,
+    )  # fmt: skip
     (folder,) = (run.folder / "wandb").glob("offline-run-*")
-    assert list(folder.glob("*.wandb"))
+    (file,) = folder.glob("*.wandb")
+    record = json.loads((run.folder / "wandb.json").read_text())
+    assert record["folders"] == [str(folder)] and record["sync"] == f"wandb sync --append {folder}"
+    assert record["sync"] in capsys.readouterr().out
+    for line, logged in zip(run.metrics, wandb_history(file), strict=True):
+        assert line.items() <= logged.items()
+        assert logged["evaluation_samples.captions"] == list(PROMPTS)
+        assert logged["evaluation_samples.count"] == len(PROMPTS)
+        assert ("samples.path" in logged) == (line["step"] == 1)
 
 
 # --- going on ---------------------------------------------------------------------------------------------------------

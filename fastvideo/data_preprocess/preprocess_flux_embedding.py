@@ -63,7 +63,7 @@ def embed_prompts(
     if max_sequence_length < 1:
         raise ValueError(f"--max_sequence_length {max_sequence_length}: must be at least 1")
     device = str(device)
-    dtype = dtype or ("fp32" if device == "cpu" else "bf16")
+    dtype = dtype or ("fp32" if torch.device(device).type == "cpu" else "bf16")
     if dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype}: choose from {', '.join(DTYPES)}")
     if world_size > 1 and not torch.distributed.is_initialized():

@@ -435,7 +435,8 @@ def table(summary: dict[str, Any]) -> str:
 
     def cell(row: dict[str, Any], name: str) -> str:
         mean, error = row[f"{name}mean"], row[f"{name}standard_error"]
-        return "-" if mean is None else f"{mean:.4f}" + ("" if error is None else f" ± {error:.4f}")
+        digits = ".3g" if row["kind"] == "measure" else ".4f"
+        return "-" if mean is None else f"{mean:{digits}}" + ("" if error is None else f" ± {error:{digits}}")
 
     rows = [["score", "n", "failed", "mean ± s.e.", "baseline", "difference", "wins"]]
     for style, part in {"": summary, **summary["styles"]}.items():

@@ -5,7 +5,7 @@ import io
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 # Colours of the light theme. In the page's SVGs each becomes var(--name), so that curves follow the reader's theme; the
@@ -53,12 +54,14 @@ PHASES = ("rollout", "decode", "reward", "train")
 
 @dataclass
 class Panel:
-    """One axes. series: label -> values, one an iteration; kind: line, stack (of areas) or window (of lists)."""
+    """One axes. series: label -> values, one a step of the plot; kind: line, stack (of areas) or window (of lists)."""
 
     title: str
     series: dict[str, Sequence[Any]]
     kind: str = "line"
+    spread: dict[str, np.ndarray] = field(default_factory=dict)  # label -> half the width of a band around its line
     smooth: bool = True
+    points: bool = False  # values here and there, each with a marker
     log: bool = False
     limit: tuple[str, float] | None = None  # a dashed line: label, value
     top: float = 0  # the least upper end of the axis of a window
@@ -67,18 +70,28 @@ class Panel:
 
 @dataclass
 class Plot:
-    """A figure of stacked panels over the iterations: {name}.png, and an SVG in the page."""
+    """A figure of stacked panels over the iterations: {name}.png, and an SVG in the page.
+
+    steps: [n], the x axis of every panel. runs: names of the compared ones, whose lines have one colour in all panels.
+    """
 
     name: str
     title: str
     caption: str
     panels: list[Panel] = field(default_factory=list)
+    steps: np.ndarray = field(default_factory=lambda: np.empty(0))
+    runs: tuple[str, ...] = ()
 
 
 def column(rows: list[dict], key: str) -> np.ndarray:
     """Values of one key, float64 [rows]; NaN where it is missing or not a finite number."""
     values = [row.get(key) for row in rows]
     return np.array([float(v) if isinstance(v, int | float) and math.isfinite(v) else math.nan for v in values])
+
+
+def step_numbers(rows: list[dict]) -> np.ndarray:
+    """The iteration of every row, float64 [rows]."""
+    return np.array([float(row.get("step", i)) for i, row in enumerate(rows, 1)])
 
 
 def smoothing_width(n: int) -> int:
@@ -113,9 +126,22 @@ def number(value: Any, signed: bool = False, digits: int | None = None) -> str:
 
 def plan_plots(rows: list[dict], settings: dict) -> list[Plot]:
     """The plots for which the run has numbers."""
+    evaluated = [row for row in rows if "evaluation_reward" in row]
+    rows = [row for row in rows if row.get("step") != 0]  # 0: the evaluation before training
+    steps = step_numbers(rows)
 
     def some(*keys: str) -> dict[str, np.ndarray]:
         return {k: v for k in keys if np.isfinite(v := column(rows, k)).any()}
+
+    prefix = "evaluation_reward"
+    measured = [k for k in dict.fromkeys(k for row in evaluated for k in row) if k.startswith(prefix)]
+    measured = [
+        Panel(k.removeprefix(f"{prefix}_") if k != prefix else "what decides the best checkpoint",
+              {k: values}, smooth=False, points=True, colour=i)
+        for i, k in enumerate(k for k in measured if k != "evaluation_reward_std")
+        if np.isfinite(values := column(evaluated, k)).any()
+    ]  # fmt: skip
+    error = column(rows, "reward_std") / np.sqrt(column(rows, "images"))
 
     keys = [k for k in dict.fromkeys(k for row in rows for k in row) if k.startswith("reward_") and k != "reward_std"]
     models = [k for k in keys if not any(k.startswith(f"{other}_") for other in keys)]
@@ -140,13 +166,18 @@ def plan_plots(rows: list[dict], settings: dict) -> list[Plot]:
     mean = f" Thin: each iteration; thick: mean over {width} iterations." if width > 1 else ""
     planned = settings.get("sampling_steps")
     plots = [
-        Plot("reward", "Reward", "Weighted total on the training prompts." + mean,
-             [Panel("weighted total", some("reward")), Panel("standard deviation", some("reward_std"), colour=3)]),
+        Plot("evaluation", "Evaluation", "Fixed prompts with fixed seeds, sampled without noise.",
+             measured),
+        Plot("reward", "Reward", "Weighted total on the training prompts." + mean
+             + " Band: standard deviation of the pictures of all ranks, over the root of their number.",
+             [Panel("weighted total", some("reward"), spread={"reward": error}),
+              Panel("standard deviation", some("reward_std"), colour=3)]),
         Plot("components", "What the reward is made of", "Each on its own scale, unweighted.", rewards),
         Plot("granular_weights", "Granular weights", "Weight of each component in the reward; they sum to 1.",
              [Panel("weight", weights, smooth=False)]),
         Plot("ratio", "Policy ratio and clipping", "How far new and old policy part, and the share of clipped terms.",
              [Panel("max |ratio − 1|", deviation, log=log, limit=clip if log else None),
+              Panel("mean ratio − 1", {k: v - 1 for k, v in some("ratio_mean").items()}, colour=4),
               Panel("clip fraction", some("clip_frac"), colour=1)]),
         Plot("optimisation", "Optimisation", "Loss, gradient norm before clipping, learning rate.",
              [Panel("loss", some("loss")), Panel("gradient norm", some("grad_norm"), colour=2),
@@ -158,15 +189,59 @@ def plan_plots(rows: list[dict], settings: dict) -> list[Plot]:
              [Panel("seconds", phases, kind="stack")]),
     ]  # fmt: skip
     for plot in plots:
+        plot.steps = step_numbers(evaluated) if plot.name == "evaluation" else steps
         plot.panels = [panel for panel in plot.panels if panel.series]
     return [plot for plot in plots if plot.panels]
 
 
-def draw(plot: Plot, steps: np.ndarray) -> Figure:
-    """steps: [iterations], the x axis of every panel."""
-    n = len(plot.panels)
-    figure = Figure(figsize=(4.7, 2.7 if n == 1 else 0.6 + 1.35 * n), layout="constrained")
+def compare_plots(groups: dict[str, list[list[Plot]]]) -> list[Plot]:
+    """The plots of several runs in one: a line a group, the mean over its runs, and their standard deviation as a band.
+
+    groups: name -> the plots of each run in it, which differ in nothing but seeds.
+    """
+    plots = [plot for runs in groups.values() for run in runs for plot in run]
+    names = dict.fromkeys(plot.name for plot in plots)
+    return [_compared([plot for plot in plots if plot.name == name], groups) for name in names]
+
+
+def _compared(plots: list[Plot], groups: dict[str, list[list[Plot]]]) -> Plot:
+    steps = np.unique(np.concatenate([plot.steps for plot in plots]))
+    found: dict[str, Panel] = {}
+    for i, (group, runs) in enumerate(groups.items()):
+        values: dict[str, list[np.ndarray]] = {}
+        for plot in (plot for run in runs for plot in run if plot.name == plots[0].name):
+            places = np.searchsorted(steps, plot.steps)
+            for panel in plot.panels:
+                if panel.kind == "window":  # of the first run: a mean of windows is none
+                    windows = [[]] * len(steps)
+                    for place, window in zip(places, panel.series["window"], strict=True):
+                        windows[place] = window
+                    found.setdefault(group, replace(panel, title=group, series={"window": windows}, colour=i))
+                    continue
+                for label, series in panel.series.items():
+                    title = panel.title if len(panel.series) == 1 else label
+                    line = replace(panel, title=title, series={}, spread={}, kind="line", colour=0, limit=None)
+                    found.setdefault(title, line)
+                    values.setdefault(title, []).append(np.full(len(steps), math.nan))
+                    values[title][-1][places] = series
+        for title, lines in values.items():
+            known = np.ma.masked_invalid(lines)
+            found[title].series[group] = known.mean(0).filled(math.nan)
+            if len(lines) > 1:
+                found[title].spread[group] = known.std(0, ddof=1).filled(math.nan)
+    seeds = max(map(len, groups.values()))
+    caption = plots[0].caption.split(" Band:")[0] + (" Bands: standard deviation over seeds." if seeds > 1 else "")
+    return replace(plots[0], caption=caption, steps=steps, panels=list(found.values()), runs=tuple(groups))
+
+
+def draw(plot: Plot) -> Figure:
+    n, steps, names = len(plot.panels), plot.steps, [run[:60] for run in plot.runs]
+    height = (2.7 if n == 1 else 0.6 + 1.35 * n) + 0.2 * len(names)
+    figure = Figure(figsize=(4.7, height), layout="constrained")
     edges = np.append(steps - 0.5, steps[-1] + 0.5)
+    if names and plot.panels[0].kind == "line":
+        lines = [Line2D([], [], lw=1.8, **line_style(i)) for i in range(len(names))]
+        figure.legend(lines, names, loc="outside upper left", handlelength=1.6)
     for ax, panel in zip(figure.subplots(n, sharex=True, squeeze=False)[:, 0], plot.panels, strict=True):
         ax.set_title(panel.title)
         ax.yaxis.set_major_locator(MaxNLocator(5 if n == 1 else 3))
@@ -175,9 +250,9 @@ def draw(plot: Plot, steps: np.ndarray) -> Figure:
             ax.stackplot(edges, areas, step="post", labels=list(panel.series), colors=SERIES, alpha=0.85, lw=0)
             ax.set_ylim(bottom=0)
         elif panel.kind == "window":
-            draw_windows(ax, edges, panel.series["window"], panel.top)
+            draw_windows(ax, edges, panel)
         else:
-            draw_lines(ax, steps, panel)
+            draw_lines(ax, steps, panel, plot.runs)
         if ax.get_legend_handles_labels()[1]:
             ax.legend(
                 loc="lower right",
@@ -195,14 +270,27 @@ def draw(plot: Plot, steps: np.ndarray) -> Figure:
     return figure
 
 
-def draw_lines(ax: Axes, steps: np.ndarray, panel: Panel) -> None:
+def line_style(i: int) -> dict[str, Any]:
+    """Of the i-th line: colours that stay apart, then the same ones dashed."""
+    return {"color": SERIES[i % len(SERIES)], "ls": ("-", (0, (4, 1.5)), ":")[i // len(SERIES) % 3]}
+
+
+def draw_lines(ax: Axes, steps: np.ndarray, panel: Panel, runs: Sequence[str] = ()) -> None:
     for i, (name, values) in enumerate(panel.series.items()):
-        colour = SERIES[(panel.colour + i) % len(SERIES)]
-        label = name if len(panel.series) > 1 else None
-        marker = "o" if np.isfinite(values).sum() == 1 else None
-        if panel.smooth:
-            ax.plot(steps, values, color=colour, alpha=0.35, lw=0.9)
-        ax.plot(steps, smoothed(values) if panel.smooth else values, color=colour, lw=1.8, label=label, marker=marker)
+        style = line_style(runs.index(name) if runs else panel.colour + i)
+        label = name if len(panel.series) > 1 and not runs else None
+        known = np.isfinite(values)
+        line = smoothed(values) if panel.smooth else values
+        if name in panel.spread:
+            band = smoothed(panel.spread[name]) if panel.smooth else panel.spread[name]
+            ax.fill_between(steps, line - band, line + band, color=style["color"], alpha=0.18, lw=0)
+        if panel.smooth and not runs:
+            ax.plot(steps, values, color=style["color"], alpha=0.35, lw=0.9)
+        marker = "o" if panel.points or known.sum() == 1 else None
+        if panel.points:
+            ax.plot(steps[known], line[known], lw=1.8, label=label, marker=marker, ms=4, **style)
+        else:
+            ax.plot(steps, line, lw=1.8, label=label, marker=marker, **style)
     if panel.log:
         ax.set_yscale("log")
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 3), numticks=5))
@@ -212,18 +300,18 @@ def draw_lines(ax: Axes, steps: np.ndarray, panel: Panel) -> None:
         ax.axhline(panel.limit[1], color=MUTED, lw=1, ls=(0, (4, 3)), label=panel.limit[0])
 
 
-def draw_windows(ax: Axes, edges: np.ndarray, windows: list[list[int]], top: float) -> None:
+def draw_windows(ax: Axes, edges: np.ndarray, panel: Panel) -> None:
     """A filled cell for each trained step of each iteration; equal neighbours become one rectangle."""
-    start = 0
+    start, windows, colour = 0, panel.series["window"], SERIES[panel.colour % len(SERIES)]
     for i in range(1, len(windows) + 1):
         if i < len(windows) and windows[i] == windows[start]:
             continue
         span = [(edges[start], edges[i] - edges[start])]
         for step in windows[start]:
-            ax.broken_barh(span, (step - 0.5, 1), facecolor=SERIES[0], edgecolor=SERIES[0], lw=0.3)
+            ax.broken_barh(span, (step - 0.5, 1), facecolor=colour, edgecolor=colour, lw=0.3)
         start = i
     ax.yaxis.set_major_locator(MaxNLocator(6, integer=True))
-    ax.set_ylim(-0.5, max(max(max(w, default=0) for w in windows) + 1, top) - 0.5)
+    ax.set_ylim(-0.5, max(max(max(w, default=0) for w in windows) + 1, panel.top) - 0.5)
 
 
 def describe(plot: Plot) -> str:
@@ -233,10 +321,11 @@ def describe(plot: Plot) -> str:
         for label, values in panel.series.items():
             if panel.kind == "window":
                 seen = [w for w in values if w]
-                parts.append(f"trained steps {seen[0]} at first, {seen[-1]} at last")
+                who = f"{panel.title}: " if plot.runs else ""
+                parts.append(f"{who}trained steps {seen[0]} at first, {seen[-1]} at last")
             else:
                 first, last, _ = first_last(values)
-                name = label if len(panel.series) > 1 else panel.title
+                name = f"{panel.title} of {label}" if plot.runs else label if len(panel.series) > 1 else panel.title
                 parts.append(f"{name} from {number(first)} to {number(last)}")
     return f"{plot.title} over the iterations: " + "; ".join(parts)
 
@@ -261,6 +350,9 @@ def draw_schedules(path: str | Path) -> None:
 
     class Moved(GranularRewardModel):
         component_names = ("start", "end")  # weights (1, 0) -> (0, 1): the second one is the share of the way
+
+        def score_components(self, images: list, prompts: list[str]) -> dict:
+            return {}  # nothing is scored here
 
     progress = np.linspace(0, 1, 1001)
     lines = [("linear", None), ("cosine", None)] + [(s, g) for s in ("exponential", "logarithmic") for g in (0.5, 2.0)]

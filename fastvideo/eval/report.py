@@ -1,10 +1,13 @@
-r"""Report of a training run: PNG curves and one self-contained HTML page, for a finished or a running training.
+r"""Report of training runs: PNG curves and one self-contained HTML page, for finished and for running ones.
 
     python -m fastvideo.eval.report --run_dir outputs/run \
         --baseline_scores outputs/base_scores.json --tuned_scores outputs/tuned_scores.json
+    python -m fastvideo.eval.report --run_dir outputs/seed1 outputs/seed2 outputs/other     (compares them)
 
-reads args.json, metrics.jsonl and images/ of the run (whatever is there) and the scores that fastvideo.eval.eval_reward
-wrote for pictures of the base and the tuned model with the same seeds. The page needs no network and no other file.
+reads args.json, metrics.jsonl, images/ and evaluation/ of the run (whatever is there) and the scores that
+fastvideo.eval.eval_reward wrote for pictures of the base and the tuned model with the same seeds. Without such scores
+the first and the last evaluation of --eval_steps are shown, of several runs the last ones of the first and last run.
+Runs that differ in nothing but seeds are one line with a band. The page needs no network and no other file.
 """
 
 import base64
@@ -14,18 +17,22 @@ import json
 import math
 import re
 import string
+import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from fastvideo.config import flag, parse_dataclass
+from fastvideo.config import PLACES, flag, parse_dataclass
+from fastvideo.eval.live import LiveReport
 from fastvideo.eval.plots import (
     CSS_COLOURS,
     STYLE,
     column,
+    compare_plots,
     describe,
     draw,
     draw_schedules,
@@ -35,7 +42,7 @@ from fastvideo.eval.plots import (
     plan_plots,
 )  # fmt: skip
 from fastvideo.eval.statistics import mean_and_error
-from fastvideo.utils.files import write_bytes
+from fastvideo.utils.files import evaluation_folder, write_bytes
 
 import matplotlib
 import numpy as np
@@ -46,19 +53,22 @@ SECRET = re.compile(r"(api_?key|wandb_key|token|secret|password)$", re.IGNORECAS
 
 @dataclass
 class ReportConfig:
-    run_dir: str | None = flag(None, "output directory of the training run")
+    run_dir: list[Path] = flag([], "output directory of the training run; several are compared", metavar="DIR")
     baseline_scores: str | None = flag(None, "scores JSON of the base model's pictures (fastvideo.eval.eval_reward)")
     tuned_scores: str | None = flag(None, "scores JSON of the tuned model's pictures, same prompts and seeds")
-    output_dir: str | None = flag(None, "folder of the report; None: {run_dir}/report")
+    output_dir: str | None = flag(None, "folder of the report; None: {run_dir}/report, of the first run")
     title: str | None = flag(None, "title of the page; None: the run's experiment name")
     max_gallery: int = flag(60, "most before/after pairs shown, spread evenly over the ranking by score change")
+    serve_report: int | None = flag(None, "show it at this port of this machine, refreshed while the run goes on")
     schedules: str | None = flag(None, "only draw the granular weight schedules to this image file, then exit")
 
     def __post_init__(self) -> None:
-        if self.run_dir is None and self.schedules is None:
+        if not self.run_dir and self.schedules is None:
             raise ValueError("--run_dir: give the output directory of a training run")
         if (self.baseline_scores is None) != (self.tuned_scores is None):
             raise ValueError("--baseline_scores and --tuned_scores: give both or neither")
+        if self.serve_report is not None and len(self.run_dir) != 1:
+            raise ValueError(f"--serve_report {self.serve_report}: give one --run_dir")
         if self.max_gallery < 0:
             raise ValueError(f"--max_gallery {self.max_gallery}: must be at least 0")
 
@@ -81,12 +91,68 @@ def read_metrics(path: Path) -> tuple[list[dict], int]:
     return [rows[step] for step in sorted(rows)], broken
 
 
+@dataclass
+class Run:
+    """What a training left in its folder. broken: unreadable lines of metrics.jsonl; version: of that file."""
+
+    folder: Path
+    rows: list[dict]
+    broken: int
+    settings: dict
+    version: str
+
+    @classmethod
+    def read(cls, folder: Path) -> "Run":
+        """Raises ValueError, one line, for a folder without metrics.jsonl."""
+        path = folder / "metrics.jsonl"
+        if not path.is_file():
+            raise ValueError(f"--run_dir {folder}: no metrics.jsonl in it; give the --output_dir of a training run")
+        version = str(path.stat().st_mtime_ns)
+        return cls(folder, *read_metrics(path), read_settings(folder), version)
+
+    @property
+    def name(self) -> str:
+        return str(self.settings.get("experiment_name") or self.folder.resolve().name)
+
+    @property
+    def iterations(self) -> int:
+        return max((int(row.get("step", i)) for i, row in enumerate(self.rows, 1)), default=0)
+
+    def evaluations(self) -> list[Path]:
+        """The scores of the evaluations that metrics.jsonl knows of, in order."""
+        steps = (row["step"] for row in self.rows if "evaluation_reward" in row)
+        paths = (evaluation_folder(self.folder, step) / "scores.json" for step in steps)
+        return [path for path in paths if path.is_file()]
+
+
+def group_runs(runs: list[Run]) -> dict[str, list[Run]]:
+    """Name -> the runs whose settings differ in nothing but seeds and places, in the given order.
+
+    The name is the runs' own where it tells the groups apart, else the first one's folder, else its whole path.
+    """
+    found: dict[str, list[Run]] = {}
+    for run in runs:
+        same = {k: v for k, v in run.settings.items() if k not in (*PLACES, "seed", "sampler_seed")}
+        found.setdefault(json.dumps(same, sort_keys=True) if same else str(run.folder), []).append(run)
+    groups = list(found.values())
+    for names in (
+        [group[0].name for group in groups],
+        [group[0].folder.resolve().name for group in groups],
+        [str(group[0].folder) for group in groups],
+    ):
+        if len(set(names)) == len(groups):
+            break
+    return dict(zip(names, groups, strict=True))
+
+
 # --------------------------------------------------------------------------------------------------- before and after
 
 
 @dataclass
 class Pair:
-    """The same prompt and seed before and after training. scores: model -> (before, after), None where it failed."""
+    """The same prompt and seed before and after training, or in two runs. scores: model -> (before, after), None where
+    it failed.
+    """
 
     index: int
     prompt: str
@@ -152,18 +218,65 @@ def with_error(value: tuple[float, float], signed: bool = False) -> str:
     return f"{number(value[0], signed, digits)} ± {number(error, digits=digits)}"
 
 
-def score_row(row: dict) -> str:
-    """A row of the table of held-out rewards; data-label names the column where a phone stacks the cells."""
-    known = row["n"] > 0
-    cells = {
-        "Before": with_error(row["before"]) if known else "–",
-        "After": with_error(row["after"]) if known else "–",
-        "Change": f"<b>{with_error(row['change'], signed=True)}</b>" if known else "–",
-        "Improved": f"{row['improved']:.0%}" if known else "–",
-        "Pairs": f"{row['n']:,}",
-    }
-    values = "".join(f'<td data-label="{label}">{value}</td>' for label, value in cells.items())
-    return f'<tr><th scope="row">{html.escape(row["model"])}</th>{values}</tr>'
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """An HTML table of texts, empty without rows. Each row begins with its heading; data-label names the column where a
+    phone stacks the cells.
+    """
+    if not rows:
+        return ""
+    columns = [html.escape(label) for label in columns]
+    head = "".join(f'<th scope="col">{label}</th>' for label in columns)
+    body = []
+    for name, *cells in rows:
+        pairs = zip(columns[1:], cells, strict=True)
+        values = "".join(f'<td data-label="{label}">{html.escape(cell)}</td>' for label, cell in pairs)
+        body.append(f'<tr><th scope="row">{html.escape(name)}</th>{values}</tr>')
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+
+
+def score_row(row: dict) -> list[str]:
+    """A row of the table of scores on the same prompts."""
+    if not row["n"]:
+        return [row["model"], "–", "–", "–", "–", "0"]
+    sides = [with_error(row["before"]), with_error(row["after"]), with_error(row["change"], signed=True)]
+    return [row["model"], *sides, f"{row['improved']:.0%}", f"{row['n']:,}"]
+
+
+def over_runs(values: Sequence[float]) -> str:
+    """Mean and, of several runs, the standard deviation over them."""
+    known = [value for value in values if math.isfinite(value)]
+    if len(known) < 2:
+        return number(known[0]) if known else "–"
+    return with_error((float(np.mean(known)), float(np.std(known, ddof=1))))
+
+
+def run_row(name: str, runs: list[Run]) -> list[str]:
+    """A row of the table of compared runs."""
+    rewards = [first_last(column([row for row in run.rows if row.get("step") != 0], "reward")) for run in runs]
+    scores = [column(run.rows, "evaluation_reward") for run in runs]
+    scores = [values[np.isfinite(values)] for values in scores]
+    seconds = [column(run.rows, "seconds_total") for run in runs]
+    return [
+        name,
+        f"{len(runs)}",
+        " ".join(dict.fromkeys(f"{run.iterations:,}" for run in runs)),
+        over_runs([first for first, _, _ in rewards]),
+        over_runs([last for _, last, _ in rewards]),
+        over_runs([values[-1] if len(values) else math.nan for values in scores]),
+        over_runs([values.max() if len(values) else math.nan for values in scores]),
+        over_runs([float(np.nanmedian(values)) if np.isfinite(values).any() else math.nan for values in seconds]),
+    ]
+
+
+def differences(groups: dict[str, list[Run]]) -> list[list[str]]:
+    """Rows: a setting that isn't the same in all runs, and its values in each group."""
+    names = dict.fromkeys(k for runs in groups.values() for run in runs for k in run.settings if k not in PLACES)
+    found = []
+    for name in names:
+        values = [[shown(name, run.settings.get(name)) for run in runs] for runs in groups.values()]
+        if len({value for group in values for value in group}) > 1:
+            found.append([name, *(", ".join(dict.fromkeys(group)) for group in values)])
+    return found
 
 
 def image_tag(path: Path, alt: str, size: int = 512) -> str:
@@ -171,7 +284,7 @@ def image_tag(path: Path, alt: str, size: int = 512) -> str:
     try:
         with Image.open(path) as file:
             image = file.convert("RGB")
-    except OSError:
+    except (OSError, SyntaxError):  # missing, truncated, no picture; a PNG with a broken chunk
         return f'<span class="missing" role="img" aria-label="{html.escape(alt)}: no such picture">no picture</span>'
     small, buffer = max(image.size) <= 128, io.BytesIO()
     if small:
@@ -185,7 +298,7 @@ def image_tag(path: Path, alt: str, size: int = 512) -> str:
     return f'<img{pixels} src="{url}" width="{width}" height="{height}" alt="{html.escape(alt)}">'
 
 
-def gallery(pairs: list[Pair], models: list[str], most: int) -> str:
+def gallery(pairs: list[Pair], models: list[str], most: int, labels: tuple[str, str]) -> str:
     """List items, largest gain of the first model first; of many pairs an even selection from best to worst."""
     ranked = sorted(pairs, key=lambda p: (math.isnan(p.change(models[0])), -p.change(models[0]), p.index))
     if len(ranked) > most:
@@ -196,8 +309,8 @@ def gallery(pairs: list[Pair], models: list[str], most: int) -> str:
         for i, side in enumerate(("before", "after")):
             score = number(pair.scores.get(models[0], (None, None))[i])
             sides.append(
-                f"<figure>{image_tag(pair.images[i], f'{side}: {pair.prompt}')}"
-                f'<figcaption>{side} <b class="{side}">{score}</b></figcaption></figure>'
+                f'<figure><div class="frame">{image_tag(pair.images[i], f"{labels[i]}: {pair.prompt}")}</div>'
+                f'<figcaption>{html.escape(labels[i])} <b class="{side}">{score}</b></figcaption></figure>'
             )
         change = pair.change(models[0])
         items.append(
@@ -216,20 +329,24 @@ def sign(value: float) -> str:
 # ---------------------------------------------------------------------------------------------------------- the page
 
 
-def headline(rows: list[dict], settings: dict, scores: list[dict]) -> list[tuple[str, str, str]]:
+def headline(run: Run, scores: list[dict]) -> list[tuple[str, str, str]]:
     """Tiles: (label, number, what it means)."""
-    tiles = []
+    tiles, settings, rows = [], run.settings, [row for row in run.rows if row.get("step") != 0]
     if scores and scores[0]["n"]:
         row = scores[0]
         text = f"{with_error(row['change'], signed=True)}, {row['n']} pairs, {row['model']}"
-        tiles.append(("Held-out reward", f"{number(row['before'][0])} → {number(row['after'][0])}", text))
+        tiles.append(("Fixed prompts", f"{number(row['before'][0])} → {number(row['after'][0])}", text))
     first, last, k = first_last(column(rows, "reward"))
     if k:
         text = f"mean of the first and the last {k} iterations" if k > 1 else "first and last iteration"
         tiles.append(("Training reward", f"{number(first)} → {number(last)}", text))
+    evaluated = {row.get("step"): row for row in run.rows if "evaluation_reward" in row}
+    best = next((row.get("evaluation_best_iteration") for row in reversed(evaluated.values())), None)
+    if best in evaluated:
+        tiles.append(("Best evaluation", number(evaluated[best]["evaluation_reward"]), f"iteration {best:,}"))
     planned = settings.get("max_train_steps")
-    done = max((int(row.get("step", i)) for i, row in enumerate(rows, 1)), default=0)
-    tiles.append(("Iterations", f"{done:,}", f"of {planned:,} planned" if isinstance(planned, int) else "so far"))
+    planned = f"of {planned:,} planned" if isinstance(planned, int) else "so far"
+    tiles.append(("Iterations", f"{run.iterations:,}", planned))
     seconds = column(rows, "seconds_total")
     if np.isfinite(seconds).any():
         total = np.nansum(seconds)
@@ -249,20 +366,20 @@ def tile(parts: tuple[str, str, str]) -> str:
     return f"<div{wide}><dt>{label}</dt><dd><b>{value}</b><span>{text}</span></dd></div>"
 
 
-def remarks(rows: list[dict], broken: int, scores: list[dict]) -> list[str]:
-    """What went less than well, in sentences."""
-    found = [] if rows else ["metrics.jsonl has no finished iteration yet."]
-    if broken:
-        found.append(f"Unfinished lines of metrics.jsonl left out: {broken}.")
+def remarks(run: Run) -> list[str]:
+    """What went less than well in a run, in sentences."""
+    found = [] if run.rows else ["metrics.jsonl has no finished iteration yet."]
+    if run.broken:
+        found.append(f"Unfinished lines of metrics.jsonl left out: {run.broken}.")
     for key, text in (
         ("skipped_steps", "Optimizer steps skipped because of numbers that are not finite"),
         ("failed_rewards", "Rewards that failed during training"),
+        ("evaluation_failed_rewards", "Rewards that failed in evaluations"),
         ("zero_spread_groups", "Groups of images with equal rewards, which teach nothing"),
     ):
-        count = int(np.nansum(column(rows, key)))
+        count = int(np.nansum(column(run.rows, key)))
         if count:
             found.append(f"{text}: {count:,}.")
-    found += [f"Pairs left out of {r['model']} because a score failed: {r['failed']}." for r in scores if r["failed"]]
     return found
 
 
@@ -285,8 +402,52 @@ def read_settings(run_dir: Path) -> dict:
     return settings if isinstance(settings, dict) else {}
 
 
+def choose_pairs(
+    runs: list[Run], baseline: str | Path | None, tuned: str | Path | None
+) -> tuple[list[Pair], tuple[str, str], list[str]]:
+    """The pairs of the gallery, what their sides are called, and a remark where evaluations can't be paired."""
+    if baseline and tuned:
+        return read_pairs(Path(baseline), Path(tuned)), ("before", "after"), []
+    first, last = runs[0].evaluations(), runs[-1].evaluations()
+    if len(runs) == 1 and len(first) > 1:
+        labels = tuple(f"iteration {int(path.parent.name)}" for path in (first[0], last[-1]))
+        return read_pairs(first[0], last[-1]), labels, []
+    if len(runs) == 1 or not first or not last:
+        return [], ("before", "after"), []
+    names = [run.name for run in (runs[0], runs[-1])]
+    if names[0] == names[1]:
+        names = [run.folder.resolve().name for run in (runs[0], runs[-1])]
+    try:
+        return read_pairs(first[-1], last[-1]), tuple(names), []
+    except ValueError as error:
+        return [], ("before", "after"), [f"No pictures are compared: {error}."]
+
+
+def sample_grids(run: Run, most: int, title: str = "") -> list[str]:
+    """Figures of the pictures during training, evenly over the run."""
+    grids = sorted(path for path in (run.folder / "images").glob("iteration_*.png") if path.stem[10:].isdigit())
+    spaced = np.linspace(len(grids) - 1, 0, min(most, len(grids))).round().astype(int)
+    figures = []
+    for path in (grids[i] for i in sorted(set(spaced))):
+        name = f"{title}iteration {int(path.stem[10:])}"
+        figures.append(
+            f"<figure>{image_tag(path, f'samples, {name}', size=640)}"
+            f"<figcaption>{html.escape(name)}</figcaption></figure>"
+        )
+    return figures
+
+
+def settings_list(run: Run, title: str) -> str:
+    entries = "".join(
+        f"<div><dt>{html.escape(str(k))}</dt><dd>{html.escape(shown(str(k), v))}</dd></div>"
+        for k, v in run.settings.items()
+    )
+    summary = f"<summary>{html.escape(title)}</summary>"
+    return f'<details>{summary}<dl class="settings">{entries}</dl></details>' if entries else ""
+
+
 def write_report(
-    run_dir: str | Path,
+    run_dir: str | Path | Sequence[str | Path],
     baseline_scores: str | Path | None = None,
     tuned_scores: str | Path | None = None,
     output_dir: str | Path | None = None,
@@ -295,62 +456,69 @@ def write_report(
 ) -> tuple[Path, list[dict]]:
     """Writes report.html and a PNG of each plot; returns the page's path and the rows of `compare` (empty: no scores).
 
-    Raises ValueError, one line, for a run without metrics.jsonl and for scores that can't be paired.
+    run_dir: a run's folder, or several to compare. Raises ValueError, one line, for a run without metrics.jsonl and for
+    scores that can't be paired.
     """
-    run_dir = Path(run_dir)
-    output_dir = Path(output_dir or run_dir / "report")
-    if not (run_dir / "metrics.jsonl").is_file():
-        raise ValueError(f"--run_dir {run_dir}: no metrics.jsonl in it; give the --output_dir of a training run")
-    rows, broken = read_metrics(run_dir / "metrics.jsonl")
-    settings = read_settings(run_dir)
-    pairs = read_pairs(Path(baseline_scores), Path(tuned_scores)) if baseline_scores and tuned_scores else []
+    runs = [Run.read(Path(path)) for path in ([run_dir] if isinstance(run_dir, str | Path) else run_dir)]
+    groups, several = group_runs(runs), len(runs) > 1
+    output_dir = Path(output_dir or runs[0].folder / "report")
+    pairs, labels, notes = choose_pairs(runs, baseline_scores, tuned_scores)
     scores = compare(pairs)
     output_dir.mkdir(parents=True, exist_ok=True)
 
+    plots = {name: [plan_plots(run.rows, run.settings) for run in group] for name, group in groups.items()}
     curves = []
     with matplotlib.rc_context(STYLE):
-        steps = np.array([float(row.get("step", i)) for i, row in enumerate(rows, 1)])
-        for plot in plan_plots(rows, settings):
-            figure = draw(plot, steps)
+        for plot in compare_plots(plots) if several else plan_plots(runs[0].rows, runs[0].settings):
+            figure = draw(plot)
             figure.savefig(output_dir / f"{plot.name}.png", dpi=200)
             curves.append(
                 f"<figure><h3>{plot.title}</h3>{inline_svg(figure, describe(plot), plot.name)}"
                 f"<figcaption>{html.escape(plot.caption)}</figcaption></figure>"
             )
 
-    grids = sorted(path for path in (run_dir / "images").glob("iteration_*.png") if path.stem[10:].isdigit())
-    grids = [grids[i] for i in sorted(set(np.linspace(0, len(grids) - 1, min(6, len(grids))).round().astype(int)))]
-    samples = [
-        f"<figure>{image_tag(path, f'samples of iteration {int(path.stem[10:])}', size=640)}"
-        f"<figcaption>iteration {int(path.stem[10:])}</figcaption></figure>"
-        for path in grids
-    ]
+    if several:
+        samples = [grid for name, group in groups.items() for grid in sample_grids(group[0], 1, f"{name}, ")]
+    else:
+        samples = sample_grids(runs[0], 6)
+    notes += [f"{run.name}: {text}" if several else text for run in runs for text in remarks(run)]
+    notes += [f"Pairs left out of {r['model']} because a score failed: {r['failed']}." for r in scores if r["failed"]]
     models = [row["model"] for row in scores]
     template = Path(__file__).with_name("report_template.html").read_text(encoding="utf-8")
     script = template.split("<script>")[1].split("</script>")[0]
-    title = title or str(settings.get("experiment_name") or run_dir.resolve().name)
-    written = time.strftime("%Y-%m-%d %H:%M", time.localtime((run_dir / "metrics.jsonl").stat().st_mtime))
+    newest = max(int(run.version) for run in runs)
+    written = time.strftime("%Y-%m-%d %H:%M", time.localtime(newest / 1e9))
+    settings = runs[0].settings
     what = [str(settings[k]) for k in ("algorithm", "reward_model", "pretrained_model_name_or_path") if settings.get(k)]
+    what = [f"{len(runs)} runs" if several else " · ".join(what), f"last iteration logged {written}"]
+    columns = "Run,Seeds,Iterations,Reward at first,Reward at last,Evaluation at last,Best evaluation,Seconds/iteration"
     page = string.Template(template).substitute(
         script_hash=base64.b64encode(sha256(script.encode()).digest()).decode(),
         colours="".join(f"--{name}:{colour};" for name, colour in CSS_COLOURS.items()),
-        title=html.escape(title),
-        subtitle=html.escape(" · ".join([*what, f"last iteration logged {written}"])),
-        tiles="".join(map(tile, headline(rows, settings, scores))),
-        remarks="".join(f"<li>{html.escape(text)}</li>" for text in remarks(rows, broken, scores)),
-        scores="".join(map(score_row, scores)),
+        version=newest,
+        title=html.escape(title or " and ".join(groups)),
+        subtitle=html.escape(" · ".join(filter(None, what))),
+        tiles="" if several else "".join(map(tile, headline(runs[0], scores))),
+        remarks="".join(f"<li>{html.escape(text)}</li>" for text in notes),
+        runs=table(columns.split(","), [run_row(name, group) for name, group in groups.items()] if several else []),
+        scores=table(["Reward", *map(capital, labels), "Change", "Improved", "Pairs"], list(map(score_row, scores))),
         curves="".join(curves),
         models="".join(f"<option>{html.escape(m)}</option>" for m in models),
-        pairs=gallery(pairs, models, max_gallery) if models else "",
+        pairs=gallery(pairs, models, max_gallery, labels) if models else "",
         pair_count=f"{len(pairs):,}",
         samples="".join(samples),
+        differences=table(["Setting", *groups], differences(groups)) if several else "",
         settings="".join(
-            f"<div><dt>{html.escape(str(k))}</dt><dd>{html.escape(shown(str(k), v))}</dd></div>"
-            for k, v in settings.items()
+            settings_list(group[0], f"All settings of {name if several else 'the run'}")
+            for name, group in groups.items()
         ),
     )
     write_bytes(output_dir / "report.html", page.encode(errors="replace"))
     return output_dir / "report.html", scores
+
+
+def capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def main(argv: Sequence[str] | None = None) -> Path | None:
@@ -358,6 +526,10 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
     config = parse_dataclass(ReportConfig, argv, __doc__)
     if config.schedules:
         draw_schedules(config.schedules)
+        return None
+    if config.serve_report is not None:
+        with LiveReport(config.run_dir[0], config.serve_report), suppress(KeyboardInterrupt):
+            threading.Event().wait()
         return None
     path, scores = write_report(
         config.run_dir, config.baseline_scores, config.tuned_scores, config.output_dir, config.title, config.max_gallery

@@ -6,6 +6,7 @@ checkpoint-{step}-{epoch}/
     ema/                                               the same for the average of the weights, with --ema_decay
     optimizer/                                         only resuming needs it; split over the processes
     checkpoint.json                                    iteration, settings, versions, sizes and hashes of all files
+best                                                   a link to the checkpoint of the best evaluation (--eval_steps)
 """
 
 import importlib.metadata
@@ -18,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fastvideo.config import GRPOConfig
+from fastvideo.config import PLACES, GRPOConfig
 from fastvideo.models.flux import (
     add_lora,
     enable_gradient_checkpointing,
@@ -42,8 +43,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 RECORD = "checkpoint.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 FORMAT = 1
-# Settings that say where things are or how they are shown, not what is computed.
-PLACES = ("output_dir", "resume_from_checkpoint", "dry_run", "use_wandb", "experiment_name", "image_log_steps")
 
 
 class CheckpointNotWritten(RuntimeError):
@@ -132,6 +131,7 @@ def save_checkpoint(engine: Engine, ema: EMAModel | None, place: dict[str, Any])
                 _sync(path)
             os.replace(part, final)
             _sync(output_dir)
+            point_to_best(output_dir, place["best"])
             _rotate(output_dir, config.checkpoints_total_limit)
         wait()
     except (OSError, SafetensorError, CheckpointException) as error:
@@ -146,8 +146,22 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
+def point_to_best(output_dir: Path, best: dict[str, Any] | None) -> None:
+    """Makes `best` a link to the checkpoint of the best evaluation, atomically; removes it where there is none."""
+    link, part = output_dir / "best", output_dir / ".best.part"
+    iteration = best["iteration"] if best else None
+    found = next((path for path in checkpoints(output_dir) if int(path.name.split("-")[1]) == iteration), None)
+    if found is None:
+        link.unlink(missing_ok=True)
+    else:
+        part.unlink(missing_ok=True)  # left by a kill
+        part.symlink_to(found.name)
+        os.replace(part, link)
+
+
 def _rotate(output_dir: Path, limit: int | None) -> None:
-    for path in checkpoints(output_dir)[: -limit if limit else 0]:
+    best = (output_dir / "best").resolve()
+    for path in [p for p in checkpoints(output_dir)[: -limit if limit else 0] if p.resolve() != best]:
         gone = path.with_name(f".{path.name}.part")  # half deleted, it must not pass for a checkpoint
         os.replace(path, gone)
         shutil.rmtree(gone)
@@ -283,6 +297,7 @@ def open_output(config: GRPOConfig, processes: int) -> Path | None:
         for moved in set_aside_later(checkpoint, output):
             print(f"warning: a checkpoint after {checkpoint.name} was moved to {moved}", file=sys.stderr)
         truncate_metrics(output / "metrics.jsonl", read_record(checkpoint)["iteration"])
+        point_to_best(output, read_record(checkpoint).get("best"))
     elif used:
         raise ValueError(
             f"--output_dir {output}: holds a run already; choose another folder, or --resume_from_checkpoint latest"

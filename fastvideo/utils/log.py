@@ -1,13 +1,18 @@
-"""What a run writes while it trains: metrics.jsonl, image grids, and wandb on request."""
+"""What a run writes while it trains: metrics.jsonl, image grids, and wandb on request.
+
+wandb gets the numbers under their names in metrics.jsonl, the grids as `samples` and the pictures of an evaluation, in
+the order of their prompts, as `evaluation_samples`. wandb.json says where its files lie and how to upload them later.
+"""
 
 import io
 import json
 import math
 import os
+import shlex
 from pathlib import Path
 
 from fastvideo.config import GRPOConfig
-from fastvideo.utils.files import write_bytes, write_json
+from fastvideo.utils.files import evaluation_folder, write_bytes, write_json
 
 from diffusers.utils import make_image_grid
 
@@ -32,6 +37,13 @@ class Log:
                 id=wandb_id,
                 resume="allow",
             )
+            # A resumed run adds a folder under the same id; --append lets the parts follow one another.
+            folders = sorted(map(str, (self.folder / "wandb").glob(f"*run-*-{wandb_id}")))
+            sync = shlex.join(["wandb", "sync", "--append", *folders]) if self.run.offline else None
+            record = {"id": wandb_id, "project": config.wandb_project, "folders": folders, "sync": sync}
+            write_json(self.folder / "wandb.json", record)
+            if sync:
+                print(f"wandb is offline; to upload this run later: {sync}")
 
     def write(self, metrics: dict) -> None:
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
@@ -41,6 +53,16 @@ class Log:
             os.fsync(file.fileno())
         if self.run is not None:
             self.run.log(finite, step=metrics["step"])
+            if "evaluation_reward" in metrics:
+                self._log_evaluation(metrics["step"])
+
+    def _log_evaluation(self, step: int) -> None:
+        import wandb
+
+        folder = evaluation_folder(self.folder, step)
+        entries = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+        pictures = [wandb.Image(str(folder / entry["image"]), caption=entry["prompt"]) for entry in entries]
+        self.run.log({"evaluation_samples": pictures}, step=step)
 
     def write_images(self, step: int, images: list) -> None:
         rows = max(n for n in range(1, math.isqrt(len(images)) + 1) if len(images) % n == 0)

@@ -1,0 +1,89 @@
+"""--serve_report PORT: the report of a running training at http://127.0.0.1:PORT/, refreshed as metrics.jsonl grows.
+
+Only this machine can reach it. From another one: ssh -L PORT:127.0.0.1:PORT machine, then the same address.
+"""
+
+import html
+import os
+import subprocess
+import sys
+import threading
+from contextlib import AbstractContextManager, nullcontext
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+WAITING = '<!DOCTYPE html><meta http-equiv="refresh" content="5"><title>report</title><p>%s</p>'
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: "LiveReport"
+
+    def do_GET(self) -> None:
+        host = self.headers.get("Host", "").rsplit(":", 1)[0]
+        if host not in ("127.0.0.1", "localhost"):  # a page elsewhere whose name was made to mean this machine
+            self.send_error(403)
+        elif self.path == "/":
+            self._answer("text/html", self.server.page())
+        elif self.path == "/version":
+            self._answer("text/plain", self.server.version().encode())
+        else:
+            self.send_error(404)
+
+    def _answer(self, kind: str, body: bytes) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", f"{kind}; charset=utf-8")
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Cache-Control", "no-store")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Nothing: the terminal is the training's."""
+
+
+class LiveReport(ThreadingHTTPServer):
+    """Serves the report of a run's folder on the loopback. Another process draws it, so training keeps its thread."""
+
+    daemon_threads = True
+
+    def __init__(self, run_dir: str | Path, port: int) -> None:
+        """Raises ValueError, one line, for a port that is taken."""
+        try:
+            super().__init__(("127.0.0.1", port), _Handler)
+        except (OSError, OverflowError) as error:
+            raise ValueError(f"--serve_report {port}: {getattr(error, 'strerror', None) or error}") from error
+        self.run_dir, self._drawing, self._drawn = Path(run_dir), threading.Lock(), ""
+        print(f"report: http://127.0.0.1:{self.server_port}/", flush=True)
+
+    def version(self) -> str:
+        """Changes with metrics.jsonl; empty as long as there is none."""
+        path = self.run_dir / "metrics.jsonl"
+        return str(path.stat().st_mtime_ns) if path.exists() else ""
+
+    def page(self) -> bytes:
+        """The report, drawn anew if the metrics have changed."""
+        with self._drawing:
+            version = self.version()
+            if not version:
+                return (WAITING % "The first iteration isn't finished yet.").encode()
+            if version != self._drawn:
+                command = [sys.executable, "-m", "fastvideo.eval.report", "--run_dir", str(self.run_dir)]
+                done = subprocess.run(command, capture_output=True, text=True)
+                if done.returncode:
+                    return (WAITING % html.escape(done.stderr[-2000:])).encode()
+                self._drawn = version
+            return (self.run_dir / "report" / "report.html").read_bytes()
+
+    def __enter__(self) -> "LiveReport":
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+        self.server_close()
+
+
+def live_report(run_dir: str | Path, port: int | None) -> AbstractContextManager:
+    """To be entered: serves meanwhile, on the first of all processes, if there is a port."""
+    first = os.environ.get("RANK", "0") == "0"
+    return LiveReport(run_dir, port) if port is not None and first else nullcontext()

@@ -1,0 +1,150 @@
+r"""How far samples spread when the window of stochastic steps lies early or late: the picture of MixGRPO's Figure 2.
+
+    python -m fastvideo.eval.window_spread --pretrained_model_name_or_path data/flux --windows 0 4 8 12 16 20
+
+For each prompt and each window start, samples go from one and the same noise through the plan of a MixGRPO iteration.
+Their final latents are shown on the first two principal components of all of a prompt's samples, and their mean
+distance within a window (root mean square over the elements) by window start. The numbers go into a JSON file beside
+the picture.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastvideo.config import GRPOConfig, flag, parse_dataclass
+from fastvideo.eval.plots import INK, SERIES, STYLE
+from fastvideo.models.flux import (
+    Conditioning,
+    LatentShape,
+    encode_prompts,
+    is_lora,
+    load_text_encoders,
+    load_transformer,
+    load_with_lora,
+    meta_vae,
+    predict_velocity,
+)
+from fastvideo.rollout_plan import make_plan, plan_mix
+from fastvideo.train_grpo_flux import rollout
+from fastvideo.utils.files import read_prompts, write_json
+from fastvideo.utils.sampling_utils import draw_noise
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+
+@dataclass
+class SpreadConfig:
+    pretrained_model_name_or_path: str = flag("data/flux", "diffusers FLUX pipeline: a folder or a hub id")
+    model_path: str | None = flag(None, "tuned transformer or LoRA adapters; None: the pipeline's own")
+    prompts_file: str = flag("data/prompts_test.txt", "text file of prompts, one a line; the first ones are used")
+    prompts: int = flag(3, "how many prompts")
+    windows: list[int] = flag([0, 4, 8, 12, 16, 20], "first steps of the windows", metavar="STEP")
+    samples: int = flag(24, "samples a prompt and window")
+    group_size: int = flag(4, "window size")
+    sampling_steps: int = flag(25, "denoising steps")
+    eta: float = flag(0.7, "noise level of the stochastic steps")
+    shift: float = flag(3.0, "shift of the sigma schedule towards noise")
+    guidance_scale: float = flag(3.5, "distilled guidance; only for models with guidance embeds (FLUX.1-dev)")
+    h: int = flag(720, "picture height in pixels")
+    w: int = flag(720, "picture width in pixels")
+    seed: int = flag(714, "seed of all noise")
+    batch_size: int = flag(12, "rows a forward pass; speed and memory only")
+    output: str = flag("window_spread.png", "picture to write, by its suffix PNG, SVG or PDF; a JSON file beside it")
+
+    def __post_init__(self) -> None:
+        for name in ("prompts", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
+        if self.samples < 2:
+            raise ValueError(f"--samples {self.samples}: a distance needs 2")
+        last = self.sampling_steps - 1 - self.group_size  # the step to σ = 0 can't be stochastic
+        if not self.windows or not all(0 <= start <= last for start in self.windows):
+            raise ValueError(f"--windows {self.windows}: choose from 0 to {last}")
+
+    def training(self) -> GRPOConfig:
+        """The settings of a MixGRPO iteration with so many samples."""
+        shared = "sampling_steps group_size eta shift seed h w guidance_scale prompts_file".split()
+        own = {"num_generations": self.samples, "gradient_accumulation_steps": 1}
+        return GRPOConfig.create(**{name: getattr(self, name) for name in shared}, **own)
+
+
+def principal_components(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Coordinates of [N, D] on their first two principal components, [N, 2], and all components' shares of variance."""
+    u, s, _ = torch.linalg.svd(values - values.mean(0), full_matrices=False)
+    return u[:, :2] * s[:2], s**2 / (s**2).sum()
+
+
+def sample_windows(config: SpreadConfig) -> tuple[list[str], dict[int, torch.Tensor], torch.Tensor]:
+    """The prompts; window start -> final latents, [P, samples, elements]; those without noise, [P, elements]."""
+    training = config.training()
+    prompts = read_prompts(config.prompts_file, "prompts_file").prompts[: config.prompts]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    base = config.pretrained_model_name_or_path
+    embeds = encode_prompts(load_text_encoders(base, dtype).to(device), prompts)
+    shape = LatentShape.of(meta_vae(base), config.h, config.w)
+    if config.model_path and is_lora(config.model_path):
+        model = load_with_lora(base, config.model_path, dtype)
+    else:
+        model = load_transformer(config.model_path or base, dtype)
+    model = model.to(device).eval()
+    conditioning = Conditioning(*(x.float() for x in embeds), shape.image_ids(device), config.guidance_scale)
+
+    def velocity(*rows: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(device.type, dtype, enabled=device.type == "cuda"):
+            parts = zip(*(x.split(config.batch_size) for x in rows), strict=True)
+            return torch.cat([predict_velocity(model, *x, conditioning, model.config.guidance_embeds) for x in parts])
+
+    def noise(position: int, rows: int) -> torch.Tensor:
+        # Stream 0 is the start, the same for all windows, as is that of each step.
+        return draw_noise(config.seed, 0, range(len(prompts)), rows, position + 1, shape).to(device)
+
+    def sample(plan: tuple) -> torch.Tensor:
+        latents = rollout(plan, noise(-1, 1), len(prompts), velocity, noise).latents.flatten(1)
+        return latents.unflatten(0, (len(prompts), -1)).cpu()
+
+    windows = {
+        start: sample(make_plan(training, range(start, start + config.group_size))) for start in sorted(config.windows)
+    }
+    return prompts, windows, sample(tuple(plan_mix(training, ())))[:, 0]
+
+
+def main(argv: Sequence[str] | None = None) -> dict:
+    """The command line; returns what the JSON file holds."""
+    config = parse_dataclass(SpreadConfig, argv, __doc__)
+    prompts, windows, plain = sample_windows(config)
+    found = {"windows": list(windows), "group_size": config.group_size, "prompts": []}
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(3.4 * (len(prompts) + 1), 3.4), layout="constrained")
+        axes = figure.subplots(1, len(prompts) + 1)
+        colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.92, len(windows)))
+        for p, (prompt, ax) in enumerate(zip(prompts, axes[:-1], strict=True)):
+            samples = [values[p] for values in windows.values()]
+            points, shares = principal_components(torch.cat([*samples, plain[p : p + 1]]))
+            distances = [float(torch.pdist(x).mean()) / x.shape[1] ** 0.5 for x in samples]
+            for part, start, colour in zip(points[:-1].split(config.samples), windows, colours, strict=True):
+                ax.scatter(*part.T.numpy(), s=14, color=colour, label=f"steps {start}–{start + config.group_size - 1}")
+            ax.scatter(*points[-1].numpy(), s=90, marker="*", color=INK, label="no noise")
+            ax.set(title=prompt if len(prompt) <= 40 else prompt[:39] + "…")
+            ax.set_xlabel(f"component 1 ({shares[0]:.0%} of the variance)")
+            ax.set_ylabel(f"component 2 ({shares[1]:.0%})")
+            axes[-1].plot(list(windows), distances, marker="o", color=SERIES[p % len(SERIES)], label=f"prompt {p + 1}")
+            numbers = {"points": points.tolist(), "variance_shares": shares[:2].tolist(), "mean_distance": distances}
+            found["prompts"].append({"prompt": prompt, **numbers})
+        axes[-1].set(title="mean distance within a window", xlabel="first step of the window")
+        axes[-1].set_ylim(bottom=0)
+        axes[-1].legend()
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2 * len(axes))
+        figure.savefig(config.output, dpi=200)
+    write_json(Path(config.output).with_suffix(".json"), found)
+    print(json.dumps({"windows": found["windows"], "mean_distance": [p["mean_distance"] for p in found["prompts"]]}))
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""Evaluation during training: the same pictures on any processes, a link to the best checkpoint, training untouched."""
+
+import json
+import os
+import shutil
+
+import pytest
+from conftest import PROMPTS, torchrun
+from PIL import Image
+
+# A reward that the training doesn't see, and a learning rate at which every iteration changes the pictures.
+SETTINGS = {
+    "max_train_steps": 4,
+    "checkpointing_steps": 2,
+    "learning_rate": 1e-3,
+    "eval_steps": 1,
+    "eval_reward": "jpeg_compressibility",
+    "train_batch_size": 2,
+}
+DECIDES = "evaluation_reward_JpegCompressibilityRewardModel"
+
+
+@pytest.fixture
+def eval_prompts(tmp_path):
+    path = tmp_path / "eval.txt"
+    path.write_text(PROMPTS[0] + '\na <b>large</b> "blue" circle / 🐟\n' + PROMPTS[3] + "\n", encoding="utf-8")
+    return path
+
+
+def training_numbers(run):
+    """Without what evaluation adds."""
+    lines = [{k: v for k, v in line.items() if not k.startswith("evaluation_")} for line in run.numbers()]
+    return [line for line in lines if line["step"]]
+
+
+def pictures(run, iteration):
+    return {p.name: p.read_bytes() for p in sorted((run.folder / f"evaluation/{iteration:06d}").glob("*.png"))}
+
+
+def scores(run, iteration):
+    return json.loads((run.folder / f"evaluation/{iteration:06d}/scores.json").read_text())
+
+
+def test_evaluation_leaves_training_alone_and_keeps_the_best_checkpoint(train, eval_prompts):
+    plain = train(**{k: v for k, v in SETTINGS.items() if not k.startswith("eval")})
+    run = train("run", **SETTINGS, eval_prompts=eval_prompts, checkpoints_total_limit=1)
+    assert training_numbers(run) == training_numbers(plain)
+
+    values = {line["step"]: line["evaluation_reward"] for line in run.metrics}
+    assert sorted(values) == [0, 1, 2, 3, 4] and len(set(values.values())) == 5
+    for line in run.metrics:
+        entries = scores(run, line["step"])
+        assert [entry["prompt"] for entry in entries] == eval_prompts.read_text(encoding="utf-8").splitlines()
+        found = [entry["reward"]["JpegCompressibilityRewardModel"] for entry in entries]
+        assert line["evaluation_reward"] == line[DECIDES] == pytest.approx(sum(found) / 3)
+        assert line["evaluation_failed_rewards"] == 0 and "evaluation_reward_ShapesRewardModel_color" in line
+        with Image.open(run.folder / f"evaluation/{line['step']:06d}" / entries[1]["image"]) as image:
+            assert image.size == (32, 32)
+    assert pictures(run, 0) != pictures(run, 4)
+
+    best = max(range(1, 5), key=values.get)
+    assert (run.folder / "best").resolve().name.split("-")[1] == str(best)
+    assert {int(path.name.split("-")[1]) for path in run.checkpoints} == {best, 4}  # one newest, and the best
+    assert [line["evaluation_best_iteration"] for line in run.metrics] == [
+        None, *(max(range(1, n + 1), key=values.get) for n in range(1, 5))
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_two_processes_and_a_resumed_run_evaluate_alike(train, flags, eval_prompts, tmp_path, subprocess_environment):
+    whole = train("whole", **SETTINGS, eval_prompts=eval_prompts)
+    command = {k: v for k, v in SETTINGS.items() if k != "train_batch_size"}
+    command |= {"prompts_per_iteration": 2, "eval_prompts": eval_prompts, "max_train_steps": 1, "parallel": "fsdp"}
+    done = torchrun(flags(**command, output_dir=tmp_path / "two"), subprocess_environment)
+    assert done.returncode == 0, done.stderr
+    two = type(whole)(tmp_path / "two")
+    assert pictures(two, 0) == pictures(whole, 0) and len(pictures(two, 0)) == 3
+    assert scores(two, 0) == scores(whole, 0)
+    assert (two.folder / "best").resolve() == two.checkpoints[-1]
+
+    shutil.copytree(whole.folder, tmp_path / "again", symlinks=True)
+    first = next(path for path in whole.checkpoints if path.name.startswith("checkpoint-2-"))
+    checkpoint = tmp_path / "again" / first.name
+    again = train("again", **SETTINGS, eval_prompts=eval_prompts, resume_from_checkpoint=checkpoint)
+    assert again.numbers() == whole.numbers() and pictures(again, 4) == pictures(whole, 4)
+    assert os.readlink(again.folder / "best") == os.readlink(whole.folder / "best")
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"eval_steps": 1}, "give --eval_prompts too"),
+        ({"eval_reward": "shapes"}, "--eval_reward shapes: goes with --eval_steps"),
+        ({"eval_steps": 1, "eval_prompts": "none.txt"}, "--eval_prompts none.txt: "),
+        ({"eval_steps": 1, "eval_prompts": "no.txt", "eval_reward": "shape"}, "--eval_reward 'shape': unknown reward"),
+    ],
+)
+def test_bad_evaluation_flags_are_one_line(train, capsys, given, text):
+    with pytest.raises(SystemExit) as stop:
+        train(**given)
+    assert stop.value.code == 2 and text in capsys.readouterr().err.splitlines()[-1]

@@ -1,0 +1,78 @@
+"""--serve_report: the report of a training that goes on, over HTTP, for this machine alone."""
+
+import json
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+from conftest import PROMPTS, ROOT
+
+
+def get(url, **headers):
+    """(status, text) of a request that no proxy sees."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(urllib.request.Request(url, headers=headers), timeout=60) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def wait_for(condition):
+    """Its first true value."""
+    end = time.monotonic() + 120
+    while time.monotonic() < end:
+        if value := condition():
+            return value
+        time.sleep(0.1)
+    raise AssertionError("nothing came within two minutes")
+
+
+@pytest.mark.slow
+def test_a_running_training_shows_its_report_to_this_machine_alone(
+    flags, train, run_at, tmp_path, subprocess_environment, capsys
+):
+    prompts = tmp_path / "eval.txt"
+    prompts.write_text(f"{PROMPTS[0]}\n<script>alert(1)</script> 🐟\n", encoding="utf-8")
+    run, output = run_at("run"), tmp_path / "output"
+    command = flags(output_dir=run.folder, max_train_steps=1000, serve_report=0, eval_steps=500, eval_prompts=prompts)
+    with open(output, "wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, "fastvideo/train_grpo_flux.py", *command],
+            cwd=ROOT, env=subprocess_environment, stdout=file, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    try:
+        address = wait_for(lambda: re.search(r"http://127\.0\.0\.1:(\d+)/", output.read_text()))
+        url, port = address[0], int(address[1])
+        wait_for((run.folder / "metrics.jsonl").exists)
+        wait_for(lambda: len(run.metrics) > 2)
+        before, (status, page) = get(url + "version")[1], get(url)
+        shown = int(re.search(r"<dt>Iterations</dt><dd><b>(\d+)</b>", page)[1])
+        assert status == 200 and shown >= 2 and "of 1,000 planned" in page
+        wait_for(lambda: len(run.metrics) > shown + 1)
+        assert get(url + "version")[1] > before
+        assert int(re.search(r"<dt>Iterations</dt><dd><b>(\d+)</b>", get(url)[1])[1]) > shown
+        assert process.poll() is None and "<script>alert" not in page
+
+        assert get(url + "args.json")[0] == get(url + "../args.json")[0] == 404
+        assert get(url, Host=f"elsewhere.example:{port}")[0] == 403
+        for other in ("127.0.0.2", socket.gethostbyname(socket.gethostname()), "::1"):
+            if other != "127.0.0.1":
+                with pytest.raises(OSError):
+                    socket.create_connection((other, port), timeout=5)
+
+        with pytest.raises(SystemExit):
+            train("second", serve_report=port)
+        assert f"--serve_report {port}: Address already in use" in capsys.readouterr().err
+        assert not (tmp_path / "second").exists()
+    finally:
+        process.terminate()
+        process.wait()
+    with pytest.raises(OSError):
+        socket.create_connection(("127.0.0.1", port), timeout=5)
+    assert json.loads((run.folder / "args.json").read_text())["serve_report"] == 0
