@@ -25,9 +25,9 @@ def browser_command(profile: Path) -> list[str]:
 
 
 class Browser:
-    """One page, as wide as a phone. `requests`: the addresses that it asked for."""
+    """One page, as wide as a phone, without a network unless `online`. `requests`: the addresses that it asked for."""
 
-    def __init__(self, profile: Path, width: int = 390, height: int = 844) -> None:
+    def __init__(self, profile: Path, online: bool = False) -> None:
         (theirs, self._to), (self._from, writing) = os.pipe(), os.pipe()
         shell = f'exec "$@" 3<&{theirs} 4>&{writing}'  # where chromium looks for its pipes
         command = [*browser_command(profile), "--remote-debugging-pipe", "about:blank"]
@@ -41,14 +41,10 @@ class Browser:
         self._session = self._call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Network"):
             self._call(f"{domain}.enable")
-        self._call(
-            "Network.emulateNetworkConditions", offline=True, latency=0, downloadThroughput=0, uploadThroughput=0
-        )
-        self.resize(width, height)
-
-    def resize(self, width: int, height: int) -> None:
-        sizes = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
-        self._call("Emulation.setDeviceMetricsOverride", **sizes)
+        speed = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
+        self._call("Network.emulateNetworkConditions", offline=not online, **speed)
+        phone = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+        self._call("Emulation.setDeviceMetricsOverride", **phone)
 
     def _read(self) -> dict[str, Any]:
         while b"\0" not in self._rest:
@@ -98,7 +94,8 @@ class Browser:
 
     def wait(self, condition: str) -> None:
         """Until what happens after an event has happened."""
-        for _ in range(100):
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
             if self.evaluate(condition):
                 return
             time.sleep(0.05)

@@ -5,6 +5,7 @@ Only this machine can reach it. From another one: ssh -L PORT:127.0.0.1:PORT mac
 
 import html
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -52,27 +53,36 @@ class LiveReport(ThreadingHTTPServer):
             super().__init__(("127.0.0.1", port), _Handler)
         except (OSError, OverflowError) as error:
             raise ValueError(f"--serve_report {port}: {getattr(error, 'strerror', None) or error}") from error
-        self.run_dir, self._drawing, self._drawn = Path(run_dir), threading.Lock(), ""
+        self.run_dir, self._drawing = Path(run_dir), threading.Lock()
+        self._page, self._version = b"", ""  # the last one that was drawn, and the metrics.jsonl it was drawn from
         print(f"report: http://127.0.0.1:{self.server_port}/", flush=True)
 
-    def version(self) -> str:
-        """Changes with metrics.jsonl; empty as long as there is none."""
-        path = self.run_dir / "metrics.jsonl"
-        return str(path.stat().st_mtime_ns) if path.exists() else ""
-
     def page(self) -> bytes:
-        """The report, drawn anew if the metrics have changed."""
+        """The report as last drawn. The first one is waited for; then open pages ask for the `version`."""
+        problem = "" if self._page else self._draw()
+        return self._page or (WAITING % html.escape(problem)).encode()
+
+    def version(self) -> str:
+        """Of the report as last drawn. Begins to draw it anew if the metrics have changed."""
+        if not self._drawing.locked():
+            threading.Thread(target=self._draw, daemon=True).start()
+        return self._version
+
+    def _draw(self) -> str:
+        """Returns why there is no new report, if there is none."""
         with self._drawing:
-            version = self.version()
-            if not version:
-                return (WAITING % "The first iteration isn't finished yet.").encode()
-            if version != self._drawn:
-                command = [sys.executable, "-m", "fastvideo.eval.report", "--run_dir", str(self.run_dir)]
-                done = subprocess.run(command, capture_output=True, text=True)
-                if done.returncode:
-                    return (WAITING % html.escape(done.stderr[-2000:])).encode()
-                self._drawn = version
-            return (self.run_dir / "report" / "report.html").read_bytes()
+            metrics = self.run_dir / "metrics.jsonl"
+            if not metrics.exists():
+                return "The first iteration isn't finished yet."
+            if str(metrics.stat().st_mtime_ns) == self._version:
+                return ""
+            command = [sys.executable, "-m", "fastvideo.eval.report", "--run_dir", str(self.run_dir)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                return done.stderr[-2000:]
+            self._page = (self.run_dir / "report" / "report.html").read_bytes()
+            self._version = re.search(rb'data-version="(\d+)"', self._page)[1].decode()
+            return ""
 
     def __enter__(self) -> "LiveReport":
         threading.Thread(target=self.serve_forever, daemon=True).start()

@@ -407,13 +407,13 @@ def choose_pairs(
 ) -> tuple[list[Pair], tuple[str, str], list[str]]:
     """The pairs of the gallery, what their sides are called, and a remark where evaluations can't be paired."""
     if baseline and tuned:
-        return read_pairs(Path(baseline), Path(tuned)), ("before", "after"), []
+        return read_pairs(Path(baseline), Path(tuned)), ("Before", "After"), []
     first, last = runs[0].evaluations(), runs[-1].evaluations()
     if len(runs) == 1 and len(first) > 1:
-        labels = tuple(f"iteration {int(path.parent.name)}" for path in (first[0], last[-1]))
+        labels = tuple(f"Iteration {int(path.parent.name)}" for path in (first[0], last[-1]))
         return read_pairs(first[0], last[-1]), labels, []
     if len(runs) == 1 or not first or not last:
-        return [], ("before", "after"), []
+        return [], ("Before", "After"), []
     names = [run.name for run in (runs[0], runs[-1])]
     if names[0] == names[1]:
         names = [run.folder.resolve().name for run in (runs[0], runs[-1])]
@@ -501,7 +501,7 @@ def write_report(
         tiles="" if several else "".join(map(tile, headline(runs[0], scores))),
         remarks="".join(f"<li>{html.escape(text)}</li>" for text in notes),
         runs=table(columns.split(","), [run_row(name, group) for name, group in groups.items()] if several else []),
-        scores=table(["Reward", *map(capital, labels), "Change", "Improved", "Pairs"], list(map(score_row, scores))),
+        scores=table(["Reward", *labels, "Change", "Improved", "Pairs"], list(map(score_row, scores))),
         curves="".join(curves),
         models="".join(f"<option>{html.escape(m)}</option>" for m in models),
         pairs=gallery(pairs, models, max_gallery, labels) if models else "",
@@ -515,10 +515,6 @@ def write_report(
     )
     write_bytes(output_dir / "report.html", page.encode(errors="replace"))
     return output_dir / "report.html", scores
-
-
-def capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
 
 
 def main(argv: Sequence[str] | None = None) -> Path | None:
