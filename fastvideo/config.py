@@ -81,7 +81,8 @@ class _Parser(argparse_dataclass.ArgumentParser):
             kwargs |= {"action": _List, "type": get_args(f.type)[0]}
         if get_origin(f.type) is UnionType:  # int | None, which argparse-dataclass doesn't know
             inner = next(a for a in get_args(f.type) if a is not NoneType)
-            kwargs["type"] = lambda text: None if is_none(text) else inner(text)
+            automatic = f.metadata.get("none")  # what None is called besides
+            kwargs["type"] = lambda text: None if is_none(text) or text == automatic else inner(text)
             if "choices" in kwargs:
                 kwargs["choices"] = [*kwargs["choices"], None]
         return super().add_argument(f"--{f.name}", **kwargs)
@@ -279,7 +280,12 @@ class GRPOConfig(RewardSpecConfig):
         "rows a forward pass of the rollout (None: all); with several prompts a rank, those that fit are sampled "
         "together, and scored while the next ones are; speed and memory only",
     )
-    train_micro_batch_size: int = flag(1, "rows a training forward pass; speed and memory only")
+    train_micro_batch_size: int | None = flag(
+        None,
+        "rows a training forward pass (None or auto: as many as are predicted to take half of the GPU memory that "
+        "weights, gradients and moments leave; 8 on a CPU); speed and memory only",
+        none="auto",
+    )
     checkpointing_steps: int = flag(50, "iterations between checkpoints; the last one is always saved")
     checkpoints_total_limit: int | None = flag(None, "checkpoints kept; older ones are deleted (None: all are kept)")
 
@@ -500,12 +506,12 @@ class GRPOConfig(RewardSpecConfig):
             if isinstance(value, float):
                 need(math.isfinite(value), f.name, "must be a finite number")
         for name in (
-            "max_train_steps train_batch_size gradient_accumulation_steps train_micro_batch_size checkpointing_steps "
+            "max_train_steps train_batch_size gradient_accumulation_steps checkpointing_steps "
             "h w group_size iters_per_group max_iters_per_group min_iters_per_group unified_reward_num_workers "
             "reward_batch_size max_skipped_steps lora_rank lora_alpha sp_size"
         ).split():
             need(getattr(self, name) >= 1, name, "must be at least 1")
-        for name in ("prompts_per_iteration rollout_batch_size checkpoints_total_limit").split():
+        for name in ("prompts_per_iteration rollout_batch_size train_micro_batch_size checkpoints_total_limit").split():
             need(getattr(self, name) is None or getattr(self, name) >= 1, name, "must be at least 1, or None")
         need(0 <= (self.serve_report or 0) < 65536, "serve_report", "a port is between 0 and 65535")
         need((self.max_reward_failures or 0) >= 0, "max_reward_failures", "must not be negative, or None")

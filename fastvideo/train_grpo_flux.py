@@ -65,7 +65,7 @@ from fastvideo.utils.engines import Engine, build_engine, main_process_first
 from fastvideo.utils.evaluation import Evaluation, check_evaluation
 from fastvideo.utils.grpo_states import windows
 from fastvideo.utils.log import Log
-from fastvideo.utils.memory import describe_memory
+from fastvideo.utils.memory import describe_memory, predict_memory
 from fastvideo.utils.processes import stop_signals
 from fastvideo.utils.sampling_utils import coefficients, draw_noise, log_prob, transition_mean, transition_table
 from fastvideo.utils.scoring import Scoring
@@ -611,6 +611,8 @@ def set_up(config: GRPOConfig) -> tuple[Trainer, PromptSampler, DataLoader]:
     )
     if config.use_lora:
         check_lora_targets(meta_transformer(config.pretrained_model_name_or_path), config.lora_target_modules)
+    if config.train_micro_batch_size is None:
+        config = replace(config, train_micro_batch_size=predict_memory(config, world_size_of_environment())["rows"])
     engine = build_engine(config, world_size_of_environment())
     accelerator = engine.accelerator
     if accelerator.num_processes != world_size_of_environment():

@@ -42,17 +42,18 @@ ROUNDING = 1e-5
 torch.set_num_threads(1)
 
 
-def _reset() -> None:
+def forget_accelerator() -> None:
+    """Accelerate keeps the settings of the first Accelerator of a process."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
 
 
 @pytest.fixture(autouse=True)
 def reset_accelerate():
-    """Accelerate keeps the settings of the first Accelerator of a process; a test starts without any."""
-    _reset()
+    """A test starts without any."""
+    forget_accelerator()
     yield
-    _reset()
+    forget_accelerator()
 
 
 @pytest.fixture(scope="session")
@@ -199,7 +200,7 @@ def train(flags, tmp_path) -> Callable[..., Run]:
         nonlocal count
         count += 1
         folder = tmp_path / (output_dir or f"run{count}")
-        _reset()
+        forget_accelerator()
         train_grpo_flux.main(flags(output_dir=folder, **given))
         return Run(folder)
 

@@ -1,19 +1,25 @@
-"""Trains like train_grpo_flux.py and writes, on the first process, how often each collective ran, into argument 1."""
+"""Trains like train_grpo_flux.py, once for each list of flags in the JSON file that is argument 1. The first process
+writes how often each collective ran, a count for each run, into argument 2.
+"""
 
 import json
 import os
 import sys
 from collections import Counter
+from pathlib import Path
 
 from fastvideo import train_grpo_flux
 
+from conftest import forget_accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Collectives(TorchDispatchMode):
     """Counts what is handed to torch.distributed."""
 
-    counts: Counter = Counter()
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter = Counter()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.namespace in ("c10d", "_c10d_functional"):
@@ -21,8 +27,11 @@ class Collectives(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-with Collectives() as collectives:
-    train_grpo_flux.main(sys.argv[2:])
+found = []
+for argv in json.loads(Path(sys.argv[1]).read_text()):
+    forget_accelerator()
+    with Collectives() as collectives:
+        train_grpo_flux.main(argv)
+    found.append(collectives.counts)
 if os.environ["RANK"] == "0":
-    with open(sys.argv[1], "w") as file:
-        json.dump(collectives.counts, file)
+    Path(sys.argv[2]).write_text(json.dumps(found))

@@ -58,6 +58,7 @@ def test_every_switch_can_be_turned_on_and_off(name):
         "flow_grpo_sampling": ["--training_strategy", "all"],
         "drop_last_sample": ["--training_strategy", "all"],
         "use_group": ["--multi_reward_mix", "reward_aggr"],
+        "quantize_base": ["--use_lora"],
     }.get(name, [])
     assert getattr(parse(*needs, f"--{name}"), name) is True
     assert getattr(parse(*needs, f"--no_{name}"), name) is False
@@ -69,6 +70,7 @@ def test_none_means_not_set(text):
     config = parse("--dpm_algorithm_type", text, "--advantage_rerange_strategy", text, "--rollout_batch_size", text)
     assert config.dpm_algorithm_type is config.advantage_rerange_strategy is config.rollout_batch_size is None
     assert parse("--prompts_file", "p.txt", "--data_json_path", text).prompts_file == "p.txt"
+    assert parse("--train_micro_batch_size", "auto").train_micro_batch_size is None
 
 
 def test_lists_and_numbers_keep_their_types():

@@ -90,6 +90,24 @@ def test_more_rows_at_a_time_take_more_and_checkpointing_takes_less(flux_of):
     assert two == pytest.approx(2 * one) and checkpointed < two
 
 
+@pytest.mark.parametrize(
+    "gib,flags,rows",
+    [
+        (79.1, "--parallel fsdp --no_gradient_checkpointing", 5),  # of 36 GiB left; a row keeps 3.5 GiB
+        (139.8, "--parallel fsdp --no_gradient_checkpointing", 12),  # an optimizer step has 3 samples of 4 steps
+        (79.1, "--no_gradient_checkpointing --parallel none --train_micro_batch_size 7", 7),
+        (20, "--parallel fsdp", 1),
+    ],
+)
+def test_micro_batches_without_a_size_take_half_of_the_memory_left(flux_of, monkeypatch, gib, flags, rows):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    sizes = [SimpleNamespace(total_memory=gib * 2**30), SimpleNamespace(total_memory=2 * gib * 2**30)]
+    monkeypatch.setattr(torch.cuda, "get_device_properties", sizes.__getitem__)
+    found = predicted(flux_of(4, 8), flags)
+    assert found["rows"] == rows
+    assert gib < 21 or found["peak"] < gib
+
+
 def test_a_dry_run_prints_the_prediction_or_that_there_is_none(flags, capsys):
     main(flags(dry_run=True))
     assert "predicted peak memory of each process: 0." in capsys.readouterr().out

@@ -254,6 +254,17 @@ def test_batch_index_logs_the_mean_weights_of_a_group(train):
     assert [line[f"granular_weight_{name}"] for name in COMPONENTS] == pytest.approx(mean, abs=1e-9)
 
 
+def test_a_prompt_that_comes_twice_in_an_iteration_is_two_groups_with_noise_of_their_own(
+    train, advantage_calls, tmp_path
+):
+    (tmp_path / "one.txt").write_text("a large red circle at the left on a blue background\n")
+    given = {"prompts_file": tmp_path / "one.txt", "reward_model": "custom_rewards:brightness"}
+    train(**given, train_batch_size=2, max_train_steps=1)
+    ((scores, advantages),) = advantage_calls
+    assert not np.intersect1d(*scores["brightness"]).size
+    np.testing.assert_allclose(advantages, normalised(scores["brightness"]), atol=1e-4)
+
+
 def test_advantages_without_groups(train, advantage_calls):
     train(use_group=False, multi_reward_mix="reward_aggr", train_batch_size=2, max_train_steps=1)
     ((scores, advantages),) = advantage_calls

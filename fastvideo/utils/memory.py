@@ -1,16 +1,19 @@
 """How much GPU memory a run will take, from its flags and the models' config.json alone, before anything is loaded."""
 
+import math
 import os
 
 from fastvideo.config import GRPOConfig
 from fastvideo.models.flux import LatentShape, add_lora, meta_transformer, meta_vae
 from fastvideo.models.int8 import quantize_blocks
+from fastvideo.rollout_plan import make_plan, updates
 from fastvideo.utils.engines import choose_engine
 from fastvideo.utils.fingerprint import local_folder
+from fastvideo.utils.grpo_states import windows
 
 import torch
 
-TEXT_TOKENS = 512
+TEXT_TOKENS, ROWS_ON_A_CPU = 512, 8
 # Bytes a token and unit of width, measured in bf16 on an H100 (benchmarks/results/h100_iteration.txt).
 KEPT_BY_A_BLOCK = 40  # from forward to backward pass
 KEPT_AT_A_CHECKPOINT = 2  # a block's input
@@ -20,6 +23,8 @@ DECODED_PIXEL = 1000  # bytes, the VAE's last level
 
 def predict_memory(config: GRPOConfig, world_size: int) -> dict[str, float]:
     """GiB a GPU: weights, gradients, moments, activations, and their peak; reward models on the same GPU come on top.
+
+    `rows` isn't GiB but --train_micro_batch_size, or what it is without a value.
 
     Within a tenth of what was measured with one process, and of LoRA. FSDP2 may take more where there is more: it then
     holds gradients whole between micro-batches (80.9 GiB on each of four H200 for FLUX.1, predicted 68.7).
@@ -63,14 +68,25 @@ def predict_memory(config: GRPOConfig, world_size: int) -> dict[str, float]:
     row = (shape.tokens + TEXT_TOKENS) / config.sp_size * width * compute / 2
     share = config.selective_checkpointing if config.gradient_checkpointing else 0
     kept = KEPT_BY_A_BLOCK * (1 - share) + KEPT_AT_A_CHECKPOINT * share
-    training = config.train_micro_batch_size * row * (blocks * kept + (KEPT_BY_A_BLOCK if share else 0))
+    training_row = row * (blocks * kept + (KEPT_BY_A_BLOCK if share else 0))
+    left = min(gpu_sizes(), default=math.inf) - weights - gradients - moments
+    k, plan = config.gradient_accumulation_steps, make_plan(config, next(windows(config)))
+    most = config.local_prompts(world_size) * k * max(len(p) for _, p in updates(plan, config.num_generations, k))
+    fitting = int(min(most, left / 2 / training_row)) if left < math.inf else ROWS_ON_A_CPU
+    rows = config.train_micro_batch_size or max(1, fitting)
+    training = rows * training_row
     pictures = config.local_prompts(world_size) * config.num_generations
     sampling = (config.rollout_batch_size or pictures) * row * IN_FLIGHT
     decoding = (config.rollout_batch_size or config.num_generations) * config.h * config.w * DECODED_PIXEL * compute / 2
     activations = max(training, sampling, decoding)
     peak = weights + moments + max(gradients + training, sampling, decoding)
     parts = dict(weights=weights, gradients=gradients, moments=moments, activations=activations, peak=peak)
-    return {name: size / 2**30 for name, size in parts.items()}
+    return {"rows": rows} | {name: size / 2**30 for name, size in parts.items()}
+
+
+def gpu_sizes() -> list[int]:
+    """Bytes of each GPU here."""
+    return [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
 
 
 def describe_memory(config: GRPOConfig, world_size: int) -> str:
@@ -78,9 +94,12 @@ def describe_memory(config: GRPOConfig, world_size: int) -> str:
     if local_folder(config.pretrained_model_name_or_path) is None:
         return "predicted peak memory: unknown until the model is here"
     found = predict_memory(config, world_size)
-    parts = ", ".join(f"{name} {size:.3g}" for name, size in found.items() if name != "peak")
-    line = f"predicted peak memory of each process: {found['peak']:.3g} GiB ({parts}), without reward models"
-    sizes = [torch.cuda.get_device_properties(i).total_memory / 2**30 for i in range(torch.cuda.device_count())]
+    parts = ", ".join(f"{name} {size:.3g}" for name, size in found.items() if name not in ("peak", "rows"))
+    line = (
+        f"predicted peak memory of each process: {found['peak']:.3g} GiB ({parts}), without reward models, with "
+        f"training micro-batches of at most {found['rows']} rows"
+    )
+    sizes = [size / 2**30 for size in gpu_sizes()]
     if sizes and found["peak"] > min(sizes):
         line += (
             f"\nwarning: a GPU here has {min(sizes):.3g} GiB; lower --train_micro_batch_size or --rollout_batch_size, "
