@@ -310,9 +310,11 @@ def test_one_dead_url_of_three_costs_no_sample(troubled, caplog):
     assert [len(server.requests) for server in servers] == [2, 0, 4]
 
 
-def test_ranks_begin_at_different_servers(troubled, monkeypatch):
+@pytest.mark.parametrize("rank,sp_size", [("1", 1), ("2", 2)])
+def test_ranks_begin_at_different_servers(troubled, monkeypatch, rank, sp_size):
     servers = [troubled(good) for _ in range(2)]
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(RewardSpecConfig, "sp_size", sp_size, raising=False)
     connect(*(server.url for server in servers))[0]["brightness"](PICTURES, CAPTIONS)
     assert [len(server.requests) for server in servers] == [0, 1]
 

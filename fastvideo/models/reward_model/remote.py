@@ -79,7 +79,8 @@ class Servers:
         self.urls, self.settings = urls, settings
         self.batch_size, self.retries = config.reward_batch_size, config.reward_server_retries
         self.client = httpx.Client(timeout=httpx.Timeout(config.reward_server_timeout))
-        self.first = int(os.environ.get("RANK", "0"))
+        # Of the processes that share a picture (--sp_size) one scores; an evaluation's don't share any.
+        self.first = int(os.environ.get("RANK", "0")) // getattr(config, "sp_size", 1)
 
     def health(self) -> tuple[dict[str, dict[str, Any]], list[str]]:
         """({url: its settings, models and limits}, what is wrong with the servers that don't answer)."""
