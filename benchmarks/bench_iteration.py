@@ -3,6 +3,7 @@
     python benchmarks/bench_iteration.py --double_blocks 4 --single_blocks 8 --train_micro_batch_size 4
     python benchmarks/bench_iteration.py --ablation --train_micro_batch_size 4     # each optimisation switched off
     python benchmarks/bench_iteration.py --tiny --ablation                         # on a CPU
+    python benchmarks/bench_iteration.py --tiny --save                             # and how long saving takes
 
 From the first flag that isn't the benchmark's own on, flags go to the trainer. The defaults are the MixGRPO recipe
 (720×720, G 12, T 25, window 4, k 3, one prompt), a reward that costs next to nothing, and two iterations a window, of
@@ -14,6 +15,7 @@ import gc
 import json
 import os
 import platform
+import shutil
 import sys
 import tempfile
 import time
@@ -41,6 +43,7 @@ class BenchmarkConfig:
     windows: list[int] = flag([0, 10, 19], "where the window starts", nargs="+")
     ablation: bool = flag(False, "measure again with each optimisation switched off")
     profile: bool = flag(False, "print which GPU kernels an iteration spends its time in")
+    save: bool = flag(False, "save a checkpoint, and print how long training waits for it and when it is whole")
     folder: str | None = flag(None, "where the inputs go (None: a temporary folder)")
     json_file: str | None = flag(None, "write all numbers there too")
 
@@ -115,6 +118,16 @@ def measure(folder: Path, config: BenchmarkConfig, flags: list[str]) -> list[dic
         with torch.profiler.profile() as profiler:
             trainer.iteration(next(iter(loader)), windows[0])
         print(profiler.key_averages().table(sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=70))
+    if config.save:
+        start = time.perf_counter()
+        trainer.save(0)
+        waited = time.perf_counter() - start
+        trainer.writer.finish()
+        whole = time.perf_counter() - start
+        if trainer.accelerator.is_main_process:
+            size = sum(path.stat().st_size for path in Path(training.output_dir, "latest").rglob("*")) / 1e9
+            print(f"a checkpoint of {size:.3g} GB: training waits {waited:.3g} s, it is whole after {whole:.3g} s")
+            shutil.rmtree(training.output_dir)  # for the next variant
     return lines[1::2]
 
 

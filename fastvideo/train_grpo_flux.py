@@ -55,11 +55,11 @@ from fastvideo.rollout_plan import (
 from fastvideo.utils.advantages import plan_advantages, sample_order
 from fastvideo.utils.checkpoint import (
     CheckpointNotWritten,
+    CheckpointWriter,
     load_ema,
     load_trained,
     open_output,
     read_record,
-    save_checkpoint,
 )
 from fastvideo.utils.engines import Engine, build_engine, main_process_first
 from fastvideo.utils.evaluation import Evaluation, check_evaluation
@@ -299,6 +299,7 @@ class Trainer:
             power=config.lr_power,
         )
         self.ema = EMAModel(engine.trained_parameters(), decay=config.ema_decay) if config.ema_decay else None
+        self.writer = CheckpointWriter(engine, self.ema)
         self.done = 0  # iterations
         self.too_many_failures = False  # of rewards, in the last iteration
         self.optimizer_steps = 0
@@ -323,9 +324,9 @@ class Trainer:
             load_ema(checkpoint, self.engine, self.ema)
 
     def save(self, epoch: int) -> None:
-        """Writes checkpoint-{iterations done}-{epoch}."""
+        """Begins checkpoint-{iterations done}-{epoch}."""
         place = {"iteration": self.done, "epoch": epoch, "optimizer_steps": self.optimizer_steps}
-        save_checkpoint(self.engine, self.ema, place | {"wandb_id": self.wandb_id, "best": self.best})
+        self.writer.save(place | {"wandb_id": self.wandb_id, "best": self.best})
 
     def evaluate(self, iteration: int) -> dict[str, float]:
         """The metrics of the evaluation after an iteration, if one is due and the iteration trained."""
@@ -676,7 +677,7 @@ def train(trainer: Trainer, sampler: PromptSampler, loader: DataLoader) -> None:
     log = Log(config, trainer.wandb_id) if main_process else None
     schedule = islice(windows(config), trainer.done, config.max_train_steps)
     bar = tqdm(total=config.max_train_steps, initial=trainer.done, desc="training", disable=not main_process)
-    with closing(log) if log else nullcontext(), bar, stop_signals() as asked:
+    with closing(log) if log else nullcontext(), bar, stop_signals() as asked, trainer.writer.thread:
         before = trainer.evaluate(0)  # the model before training
         if log is not None and before:
             log.write({"step": 0} | before)
@@ -691,11 +692,14 @@ def train(trainer: Trainer, sampler: PromptSampler, loader: DataLoader) -> None:
             bar.set_postfix(reward=f"{metrics['reward']:.4f}", window=f"{first}-{last}")
             bar.update()
             stopped = trainer.skipped_in_a_row >= config.max_skipped_steps
-            interrupted = trainer.engine.any_process(bool(asked))
-            due = trainer.done % config.checkpointing_steps == 0 or trainer.done == config.max_train_steps
+            # A checkpoint that can't be written ends the run too, when the next one is begun.
+            interrupted = trainer.engine.any_process(bool(asked) or trainer.writer.failed)
+            ends = stopped or interrupted or trainer.too_many_failures or trainer.done == config.max_train_steps
             best = trainer.best is not None and trainer.best["iteration"] == trainer.done
-            if stopped or interrupted or due or best or trainer.too_many_failures:
+            if ends or best or trainer.done % config.checkpointing_steps == 0:
                 trainer.save(sampler.epoch_of(trainer.done))
+            if ends:
+                trainer.writer.finish()
             if trainer.too_many_failures:
                 failed = ", ".join(f"{v} {k}" for k, v in metrics.items() if "failed_" in k and v)
                 raise TrainingStopped(

@@ -10,12 +10,13 @@ from conftest import ROOT
 
 @pytest.mark.slow
 def test_an_iteration_is_timed_by_phase_with_and_without_each_optimisation(tmp_path, subprocess_environment):
-    command = "benchmarks/bench_iteration.py --tiny --ablation --json_file".split() + [str(tmp_path / "times.json")]
+    command = f"benchmarks/bench_iteration.py --tiny --ablation --save --json_file {tmp_path}/times.json".split()
     command += "--num_generations 2 --gradient_accumulation_steps 2 --train_micro_batch_size 8".split()
     done = subprocess.run(
         [sys.executable, *command], cwd=ROOT, env=subprocess_environment, capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr
+    assert done.stdout.count(" GB: training waits ") == 6
     runs = json.loads((tmp_path / "times.json").read_text())["runs"]
     assert list(runs)[0] == "all on" and "without shared prefix" in runs and len(runs) == 6
     for name, lines in runs.items():

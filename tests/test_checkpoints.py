@@ -3,19 +3,24 @@
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from fastvideo.train_grpo_flux import Trainer
 
 import pytest
 import torch
 from conftest import ROOT, same_weights
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.filesystem import FileSystem
 
 SETTINGS = {"max_train_steps": 4, "checkpointing_steps": 2, "learning_rate": 1e-4}
 
@@ -36,10 +41,15 @@ def refuse(train, capsys) -> Callable[..., str]:
 # --- which checkpoint -------------------------------------------------------------------------------------------------
 
 
+def latest(folder: Path) -> Path:
+    """Where the link `latest` leads."""
+    return folder / os.readlink(folder / "latest")
+
+
 def test_older_checkpoints_are_deleted_beyond_the_limit(train):
     run = train(max_train_steps=6, checkpointing_steps=1, checkpoints_total_limit=2)
     assert [path.name.split("-")[1] for path in run.checkpoints] == ["5", "6"]
-    assert not list(run.folder.glob(".*"))
+    assert not list(run.folder.glob(".*")) and latest(run.folder) == run.checkpoints[-1]
     train(run.folder.name, max_train_steps=7, checkpointing_steps=1, checkpoints_total_limit=2,
           resume_from_checkpoint="latest")  # fmt: skip
     assert [path.name.split("-")[1] for path in run.checkpoints] == ["6", "7"]
@@ -55,6 +65,7 @@ def test_resuming_from_an_earlier_checkpoint_sets_later_ones_aside(train, capsys
     moved = sorted((run.folder / "superseded").iterdir())
     assert [path.name for path in moved] == ["checkpoint-4-0.0", "checkpoint-6-1.0"]
     assert same_weights(later, load_file(moved[0] / "diffusion_pytorch_model.safetensors"))
+    assert latest(run.folder) == run.checkpoints[-1]
     assert "was moved to" in capsys.readouterr().err
     train("out", **settings, resume_from_checkpoint="latest")  # goes on from 3, not from 6
     assert [line["step"] for line in run.metrics] == [1, 2, 3, 4, 5, 6]
@@ -150,6 +161,37 @@ def test_a_resumed_run_keeps_its_wandb_run(train, monkeypatch, tmp_path):
     assert len(list(tmp_path.glob("*/wandb/offline-run-*"))) == 2 and len(ids) == 1
 
 
+def test_a_checkpoint_holds_its_iteration_although_training_went_on(train, monkeypatch):
+    """The disk takes nothing of iteration 3 until iteration 5 is done, with optimizer steps and the average's."""
+    settings = {**SETTINGS, "max_train_steps": 3, "checkpointing_steps": 3, "ema_decay": 0.5}
+    settings |= {"reward_model": "jpeg_compressibility"}  # its weights don't depend on the length of the run
+    whole = train("whole", **settings)
+    went_on, open_file, iteration = threading.Event(), FileSystem.create_stream, Trainer.iteration
+
+    def open_late(self, path, mode):
+        assert mode != "wb" or went_on.wait(20), "training waited for the disk"
+        return open_file(self, path, mode)
+
+    def iterate(self, *args):
+        result = iteration(self, *args)
+        if self.done == 5:
+            went_on.set()
+        return result
+
+    monkeypatch.setattr(FileSystem, "create_stream", open_late)
+    monkeypatch.setattr(Trainer, "iteration", iterate)
+    run = train("out", **{**settings, "max_train_steps": 6})
+    saved, later, expected = (files(path) for path in (*run.checkpoints, *whole.checkpoints))
+    for name in ("diffusion_pytorch_model", "ema/diffusion_pytorch_model", "optimizer/__0_0"):
+        (name,) = (file for file in expected if file.startswith(name))
+        assert saved[name] == expected[name] != later[name], name
+
+
+def files(checkpoint: Path) -> dict[str, dict]:
+    """Size and hash of its files."""
+    return json.loads((checkpoint / "checkpoint.json").read_text())["files"]
+
+
 # --- signals, kills, full disks ---------------------------------------------------------------------------------------
 
 
@@ -191,16 +233,17 @@ def lines(folder: Path) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_run_after_saving(start, train, run_at, tmp_path, number):
-    settings = {**SETTINGS, "max_train_steps": 12, "checkpointing_steps": 50}
+@pytest.mark.parametrize("number,saves", [(signal.SIGTERM, 50), (signal.SIGINT, 1)])
+def test_a_signal_ends_the_run_after_saving(start, train, run_at, tmp_path, number, saves):
+    settings = {**SETTINGS, "max_train_steps": 12, "checkpointing_steps": saves}
     process, log = start("cut", **settings), tmp_path / "cut.log"
     wait_for(lambda: lines(tmp_path / "cut") >= 2, process, tmp_path / "cut.log")
     process.send_signal(number)
     assert process.wait(60) == 128 + number
     assert "Traceback" not in log.read_text() and "--resume_from_checkpoint latest" in log.read_text()
     done = len(run_at("cut").metrics)
-    assert [path.name.split("-")[1] for path in run_at("cut").checkpoints] == [str(done)] and done < 12
+    expected = [str(step) for step in range(1, done + 1) if step % saves == 0 or step == done]
+    assert [path.name.split("-")[1] for path in run_at("cut").checkpoints] == expected and done < 12
     train("cut", **settings, resume_from_checkpoint="latest")
     whole = train("whole", **settings)
     assert run_at("cut").numbers() == whole.numbers()
@@ -269,17 +312,58 @@ def test_a_process_that_raises_ends_all_within_a_minute_with_its_traceback_last(
 
 
 @pytest.mark.slow
-def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(start, train, run_at, tmp_path):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_kill_in_the_middle_of_a_save_leaves_whole_checkpoints(start, train, run_at, tiny_flux, tmp_path, processes):
+    """What a killed process was writing is lost; the first process finishes its own when the second is killed.
+
+    A checkpoint isn't whole until the base model's files are hashed. One of them becomes a pipe, which keeps the writer
+    waiting for somebody to write to it.
+    """
+    base, cut, log = tmp_path / "base", run_at("cut"), tmp_path / "cut.log"
+    pipe = base / "transformer/pipe.json"
+    shutil.copytree(tiny_flux, base)
+    settings = {**SETTINGS, "max_train_steps": 60, "prompts_per_iteration": 2}
+    process = start("cut", processes, **settings, pretrained_model_name_or_path=base)
+    wait_for(lambda: bool(cut.checkpoints), process, log)
+    os.mkfifo(pipe)
+    wait_for(lambda: lines(cut.folder) >= 5, process, log)  # training goes on
+    assert [path.name.split("-")[1] for path in cut.checkpoints] == ["2"]
+    assert len(list(cut.folder.glob(".checkpoint-4-*.part"))) == 1
+    if processes == 1:
+        process.kill()
+        pipe.unlink()
+    else:
+        os.kill(children(process.pid)[-1], signal.SIGKILL)
+        with open(pipe, "wb"):
+            pipe.unlink()
+            pipe.touch()
+    assert process.wait(90) != 0
+    assert [path.name.split("-")[1] for path in cut.checkpoints] == (["2"] if processes == 1 else ["2", "4"])
+    assert latest(cut.folder) == cut.checkpoints[-1]
+    settings |= {"max_train_steps": 6, "pretrained_model_name_or_path": base}
+    train("cut", **settings, resume_from_checkpoint="latest")
+    assert [line["step"] for line in cut.metrics] == [1, 2, 3, 4, 5, 6] and not list(cut.folder.glob(".*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(start, train, run_at, tmp_path, processes):
     """The operating system refuses files above a limit, which is below the size of the weights from the second on."""
-    settings = {**SETTINGS, "max_train_steps": 2, "checkpointing_steps": 1, "reward_model": "jpeg_compressibility"}
+    settings = {**SETTINGS, "max_train_steps": 2, "reward_model": "jpeg_compressibility", "prompts_per_iteration": 2}
+    settings |= {"checkpoints_total_limit": 1}
     whole = train("whole", **settings)
     weights = (whole.checkpoints[0] / "diffusion_pytorch_model.safetensors").stat().st_size
     train("cut", **{**settings, "max_train_steps": 1})
-    process = start("cut", limit=weights // 2, **settings, resume_from_checkpoint="latest")
+    first = run_at("cut").checkpoints
+    longer = {**settings, "max_train_steps": 50, "resume_from_checkpoint": "latest"}
+    process, log = start("cut", processes, limit=weights // 2, **longer), tmp_path / "cut.log"
     assert process.wait(120) == 1
-    log = (tmp_path / "cut.log").read_text()
-    assert "can't be written" in log.splitlines()[-1] and "Traceback" not in log
-    assert [path.name for path in run_at("cut").checkpoints] == [whole.checkpoints[0].name]
-    assert not list((tmp_path / "cut").glob(".*.part"))
+    messages = re.findall(r"checkpoint-2-0 can't be written, with [\d.]+ GiB free there: .+", log.read_text())
+    assert len(messages) == processes
+    if processes == 1:
+        assert log.read_text().splitlines()[-1].endswith(messages[0]) and "File too large" in messages[0]
+        assert "Traceback" not in log.read_text()
+    assert lines(tmp_path / "cut") <= 4  # it was noticed while training went on, or by the next save
+    assert run_at("cut").checkpoints == first and not list((tmp_path / "cut").glob(".*"))
     train("cut", **settings, resume_from_checkpoint="latest")
     assert same_weights(run_at("cut").weights(), whole.weights())

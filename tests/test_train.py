@@ -503,11 +503,14 @@ STATEFUL = {
     "iters_per_group": 1,
     "advantage_rerange_strategy": "random",
     "train_batch_size": 2,
+    "image_log_steps": 1,
 }
 
 
 def assert_same_run(a: Run, b: Run) -> None:
     assert a.numbers() == b.numbers()
+    pictures, others = ({p.name: p.read_bytes() for p in run.folder.glob("images/*.png")} for run in (a, b))
+    assert pictures == others and len(pictures) == len(a.metrics)
     assert [path.name for path in a.checkpoints] == [path.name for path in b.checkpoints]
     for part in (".", "ema"):
         assert same_weights(a.weights(part=part), b.weights(part=part)), part

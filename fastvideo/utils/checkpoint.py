@@ -6,6 +6,7 @@ checkpoint-{step}-{epoch}/
     ema/                                               the same for the average of the weights, with --ema_decay
     optimizer/                                         only resuming needs it; split over the processes
     checkpoint.json                                    iteration, settings, versions, sizes and hashes of all files
+latest                                                 a link to the newest checkpoint
 best                                                   a link to the checkpoint of the best evaluation (--eval_steps)
 """
 
@@ -16,6 +17,7 @@ import platform
 import re
 import shutil
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -85,59 +87,116 @@ def swap_in(ema: EMAModel, parameters: list[torch.nn.Parameter]) -> None:
         average.copy_(keep)
 
 
-def save_checkpoint(engine: Engine, ema: EMAModel | None, place: dict[str, Any]) -> Path:
-    """Writes a checkpoint beside its final place and renames it, so that a kill leaves the old ones and no half one.
+class CheckpointWriter:
+    """Writes checkpoints while training goes on. All processes have one and call it at the same places.
 
-    All processes call it. place: where the run is, JSON values; `iteration` and `epoch` name the folder.
-
-    Raises:
-        CheckpointNotWritten: it can't be written; the part that was is removed.
+    `save` copies the state to the CPU. Threads write the copy beside its final place, and the first process renames it
+    when all have written their share: a kill leaves the old checkpoints and no half one.
     """
-    main, wait = engine.accelerator.is_main_process, engine.accelerator.wait_for_everyone
-    config, output_dir = engine.config, Path(engine.config.output_dir)
-    final = output_dir / f"checkpoint-{place['iteration']}-{place['epoch']}"
-    part = output_dir / f".{final.name}.part"
-    if engine.any_process(main and final.exists()):  # the one resumed from, and no iteration since
-        return final
-    try:
-        if main:
-            part.mkdir()
-        wait()
-        engine.save_optimizer(part / "optimizer")
-        weights = engine.trained_weights()
-        if main:
-            _write_weights(part, weights, engine)
+
+    def __init__(self, engine: Engine, ema: EMAModel | None) -> None:
+        self.engine, self.ema = engine, ema
+        self.thread = ThreadPoolExecutor(1, "checkpoint")
+        self.final: Path | None = None  # of the checkpoint that is being written
+        self.pending: Future | None = None  # this process's share of it, if it has one
+
+    def save(self, place: dict[str, Any]) -> None:
+        """Begins a checkpoint, after the one before is whole.
+
+        place: where the run is, JSON values; `iteration` and `epoch` name the folder.
+
+        Raises:
+            CheckpointNotWritten: the one before can't be written, or this one by an engine that doesn't wait with it.
+        """
+        self.finish()
+        engine, ema, main = self.engine, self.ema, self.engine.accelerator.is_main_process
+        final = Path(engine.config.output_dir) / f"checkpoint-{place['iteration']}-{place['epoch']}"
+        if engine.any_process(main and final.exists()):  # the one resumed from, and no iteration since
+            return
+        part = _part_of(final)
+        try:
+            self.pending = engine.save_optimizer(part / "optimizer")
+        except OSError as error:
+            raise _not_written(final, error) from error
+        self.final = final
+        weights = {".": engine.trained_weights()}
         if ema is not None:
             swap_in(ema, engine.trained_parameters())
-            weights = engine.trained_weights()
-            if main:
-                _write_weights(part / "ema", weights, engine)
+            weights["ema"] = engine.trained_weights()
             swap_in(ema, engine.trained_parameters())
-        wait()
         if main:
-            files = sorted(path for path in part.rglob("*") if path.is_file())
-            sizes = {path.relative_to(part).as_posix(): sample_file(path) for path in files}
-            record = {
-                **place,
-                "ema_optimization_step": ema.optimization_step if ema is not None else 0,
-                "settings": run_settings(config, engine.accelerator.num_processes),
-                "base_model_hash": model_fingerprint(config.pretrained_model_name_or_path, ("transformer",)),
-                "versions": versions(),
-                "format": FORMAT,
-                "files": sizes,
-            }
-            write_json(part / RECORD, record)
-            for path in (*part.rglob("*"), part):
-                _sync(path)
-            os.replace(part, final)
-            _sync(output_dir)
-            point_to_best(output_dir, place["best"])
-            _rotate(output_dir, config.checkpoints_total_limit)
-        wait()
-    except (OSError, SafetensorError, CheckpointException) as error:
-        shutil.rmtree(part, ignore_errors=True)
-        raise CheckpointNotWritten(f"{final} can't be written: {str(error).strip().splitlines()[-1]}") from error
-    return final
+            place = {**place, "ema_optimization_step": ema.optimization_step if ema is not None else 0}
+            self.pending = self.thread.submit(self._write, final, place, weights, self.pending)
+
+    def _write(
+        self, final: Path, place: dict[str, Any], weights: dict[str, dict[str, torch.Tensor]], optimizer: Future | None
+    ) -> None:
+        """The first process's thread: all but the optimizer's state, and the rename."""
+        config, part = self.engine.config, _part_of(final)
+        if optimizer is not None:
+            optimizer.result()  # of all processes
+        part.mkdir(exist_ok=True)
+        for name, tensors in weights.items():
+            _write_weights(part / name, tensors, self.engine)
+        files = sorted(path for path in part.rglob("*") if path.is_file())
+        record = {
+            **place,
+            "settings": run_settings(config, self.engine.accelerator.num_processes),
+            "base_model_hash": model_fingerprint(config.pretrained_model_name_or_path, ("transformer",)),
+            "versions": versions(),
+            "format": FORMAT,
+            "files": {path.relative_to(part).as_posix(): sample_file(path) for path in files},
+        }
+        write_json(part / RECORD, record)
+        for path in (*part.rglob("*"), part):
+            _sync(path)
+        os.replace(part, final)
+        _sync(final.parent)
+        point_to(final.parent, place["best"])
+        _rotate(final.parent, config.checkpoints_total_limit)
+
+    @property
+    def failed(self) -> bool:
+        """Whether it is known here that the checkpoint which was begun can't be written; `finish` says why."""
+        return self.pending is not None and self.pending.done() and self.pending.exception() is not None
+
+    def finish(self) -> None:
+        """Waits until the checkpoint that was begun, if any, is whole.
+
+        Raises:
+            CheckpointNotWritten: on all processes: it can't be written. The part that was is removed.
+        """
+        if self.final is None:
+            return
+        error = self.pending.exception() if self.pending is not None else None
+        if error is not None and not isinstance(error, (OSError, SafetensorError, CheckpointException)):
+            raise error
+        if self.engine.any_process(error is not None):
+            raise _not_written(self.final, error or OSError("another process failed")) from error
+        self.final = self.pending = None
+
+
+def _part_of(final: Path) -> Path:
+    """Where a checkpoint is while it isn't whole: nothing there passes for a checkpoint."""
+    return final.with_name(f".{final.name}.part")
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The disk's error behind `error`, else the error itself. torch.save raises one of its own after the disk's."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    chain = [error]
+    while chain[-1].__context__ is not None:
+        chain.append(chain[-1].__context__)
+    return next((one for one in chain if isinstance(one, OSError)), error)
+
+
+def _not_written(final: Path, error: BaseException) -> CheckpointNotWritten:
+    free = shutil.disk_usage(next(folder for folder in final.parents if folder.exists())).free
+    shutil.rmtree(_part_of(final), ignore_errors=True)
+    cause = _cause(error)  # if another process's, without the disk's error
+    reason = f"{type(cause).__name__}: {cause}".splitlines()[0]
+    return CheckpointNotWritten(f"{final} can't be written, with {free / 2**30:.1f} GiB free there: {reason}")
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -146,25 +205,27 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
-def point_to_best(output_dir: Path, best: dict[str, Any] | None) -> None:
-    """Makes `best` a link to the checkpoint of the best evaluation, atomically; removes it where there is none."""
-    link, part = output_dir / "best", output_dir / ".best.part"
-    iteration = best["iteration"] if best else None
-    found = next((path for path in checkpoints(output_dir) if int(path.name.split("-")[1]) == iteration), None)
-    if found is None:
-        link.unlink(missing_ok=True)
-    else:
+def point_to(output_dir: Path, best: dict[str, Any] | None) -> None:
+    """Makes `latest` and `best` links to the newest checkpoint and that of the best evaluation, each in one step.
+
+    Removes them where there is none.
+    """
+    found = {int(path.name.split("-")[1]): path for path in checkpoints(output_dir)}
+    for name, iteration in {"latest": max(found, default=None), "best": best and best["iteration"]}.items():
+        link, part = output_dir / name, output_dir / f".{name}.part"
+        if iteration not in found:
+            link.unlink(missing_ok=True)
+            continue
         part.unlink(missing_ok=True)  # left by a kill
-        part.symlink_to(found.name)
+        part.symlink_to(found[iteration].name)
         os.replace(part, link)
 
 
 def _rotate(output_dir: Path, limit: int | None) -> None:
     best = (output_dir / "best").resolve()
     for path in [p for p in checkpoints(output_dir)[: -limit if limit else 0] if p.resolve() != best]:
-        gone = path.with_name(f".{path.name}.part")  # half deleted, it must not pass for a checkpoint
-        os.replace(path, gone)
-        shutil.rmtree(gone)
+        os.replace(path, _part_of(path))  # before it is half deleted
+        shutil.rmtree(_part_of(path))
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -297,7 +358,7 @@ def open_output(config: GRPOConfig, processes: int) -> Path | None:
         for moved in set_aside_later(checkpoint, output):
             print(f"warning: a checkpoint after {checkpoint.name} was moved to {moved}", file=sys.stderr)
         truncate_metrics(output / "metrics.jsonl", read_record(checkpoint)["iteration"])
-        point_to_best(output, read_record(checkpoint).get("best"))
+        point_to(output, read_record(checkpoint).get("best"))
     elif used:
         raise ValueError(
             f"--output_dir {output}: holds a run already; choose another folder, or --resume_from_checkpoint latest"

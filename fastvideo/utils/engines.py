@@ -8,6 +8,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
@@ -152,6 +153,10 @@ class Engine:
     def __init__(self, config: GRPOConfig, name: str) -> None:
         self.config, self.name = config, name
         self.accelerator = build_accelerator(config, name)
+        # For threads that write checkpoints: training goes on beside them with collectives of its own.
+        self.disk_group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        # torch.distributed.checkpoint, in such a thread too, warns that one process is only one.
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
         self.data_ranks = config.data_ranks(self.accelerator.num_processes)
         self.data_rank, self.place_in_group = divmod(self.accelerator.process_index, config.sp_size)
 
@@ -359,38 +364,41 @@ class Engine:
     # --- to disk and back -------------------------------------------------------------------------------------------
 
     def trained_weights(self) -> dict[str, torch.Tensor]:
-        """The whole trained parameters on the CPU, by name, on the first process; elsewhere empty. All must call it."""
+        """A copy of the whole trained parameters on the CPU, by name, on the first process; elsewhere empty.
+
+        All must call it.
+        """
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-        return get_model_state_dict(self.model, options=options)
+        weights = get_model_state_dict(self.model, options=options)
+        if next(self.transformer.parameters()).device.type != "cpu":
+            return weights
+        # These may be the parameters themselves. One by one, so as not to hold gathered ones twice.
+        return {name: weights.pop(name).clone() for name in list(weights)}
 
     def set_trained_weights(self, weights: dict[str, torch.Tensor]) -> None:
         """The reverse. Only the first process's `weights` count."""
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.is_initialized(), strict=False)
         set_model_state_dict(self.model, weights, options=options)
 
-    def save_optimizer(self, folder: Path) -> None:
-        """Every process writes its share of the optimizer's state, by torch.distributed.checkpoint."""
-        if self.raw_optimizer.state:  # without a step there is none, and asking for it would make one
-            state = get_optimizer_state_dict(self.model, self.raw_optimizer)["state"]
-            with _without_warning():
-                dcp.save({"optimizer": state}, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    def save_optimizer(self, folder: Path) -> Future | None:
+        """Copies the optimizer's state, of which a thread of every process writes its share.
+
+        Returns what ends when all have written, or with what went wrong on any; None: nothing is left to write.
+        """
+        if not self.raw_optimizer.state:  # without a step there is none, and asking for it would make one
+            return None
+        state = {"optimizer": get_optimizer_state_dict(self.model, self.raw_optimizer)["state"]}
+        return dcp.async_save(
+            state, checkpoint_id=folder, process_group=self.disk_group, no_dist=not dist.is_initialized()
+        )
 
     def load_optimizer(self, folder: Path) -> None:
         """The reverse, also for another number of processes. Learning rate and the like stay those of the flags."""
         if not folder.is_dir():
             return
         template = get_optimizer_state_dict(self.model, self.raw_optimizer)
-        with _without_warning():
-            dcp.load({"optimizer": template["state"]}, checkpoint_id=folder, no_dist=not dist.is_initialized())
+        dcp.load({"optimizer": template["state"]}, checkpoint_id=folder, no_dist=not dist.is_initialized())
         set_optimizer_state_dict(self.model, self.raw_optimizer, template)
-
-
-@contextmanager
-def _without_warning() -> Iterator[None]:
-    """torch.distributed.checkpoint warns that one process is only one."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        yield
 
 
 class DeepSpeedEngine(Engine):
@@ -431,7 +439,11 @@ class DeepSpeedEngine(Engine):
         return weights
 
     def save_optimizer(self, folder: Path) -> None:
-        self.model.save_checkpoint(folder, tag="state", save_latest=False, exclude_frozen_parameters=True)
+        """Writes it before training goes on: DeepSpeed can't otherwise."""
+        try:
+            self.model.save_checkpoint(folder, tag="state", save_latest=False, exclude_frozen_parameters=True)
+        except RuntimeError as error:  # what torch.save makes of a full disk, for one
+            raise OSError(f"DeepSpeed's part: {error}") from error
 
     def load_optimizer(self, folder: Path) -> None:
         wanted = [{k: v for k, v in group.items() if k != "params"} for group in self.raw_optimizer.param_groups]
