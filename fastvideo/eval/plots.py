@@ -186,7 +186,8 @@ def plan_plots(rows: list[dict], settings: dict) -> list[Plot]:
              [Panel("denoising step", {"window": windows} if any(windows) else {}, kind="window",
                     top=planned if isinstance(planned, int) else 0)]),
         Plot("seconds", "Time an iteration", "Wall-clock seconds of an iteration by phase.",
-             [Panel("seconds", phases, kind="stack")]),
+             [Panel("seconds", phases, kind="stack"),
+              Panel("evaluation", some("seconds_evaluation"), smooth=False, points=True, colour=4)]),
     ]  # fmt: skip
     for plot in plots:
         plot.steps = step_numbers(evaluated) if plot.name == "evaluation" else steps
