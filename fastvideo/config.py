@@ -82,9 +82,12 @@ class _Parser(argparse_dataclass.ArgumentParser):
         if get_origin(f.type) is UnionType:  # int | None, which argparse-dataclass doesn't know
             inner = next(a for a in get_args(f.type) if a is not NoneType)
             automatic = f.metadata.get("none")  # what None is called besides
-            kwargs["type"] = lambda text: None if is_none(text) or text == automatic else inner(text)
-            if "choices" in kwargs:
-                kwargs["choices"] = [*kwargs["choices"], None]
+            choices = kwargs.get("choices", ())  # of which "none" may be one
+            kwargs["type"] = lambda text: (
+                None if (is_none(text) and text not in choices) or text == automatic else inner(text)
+            )
+            if choices:
+                kwargs["choices"] = [*choices, None]
         return super().add_argument(f"--{f.name}", **kwargs)
 
     def error(self, message: str) -> Any:

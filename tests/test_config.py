@@ -278,6 +278,7 @@ def test_contradictions_are_errors(capsys, argv, named):
         ("--advantage_rerange_strategy sort", ("--advantage_rerange_strategy", "sort", "balance")),
         ("--sp_size 0", ("--sp_size 0",)),
         ("--sp_size 2 --parallel deepspeed", ("--sp_size 2", "ddp", "fsdp", "deepspeed")),
+        ("--sp_size 2 --parallel none", ("--sp_size 2", "ddp", "fsdp", "none")),
         ("--sp_size 2 --compile true", ("--compile true", "--sp_size 2")),
         ("--ema_decay 1", ("--ema_decay 1",)),
         ("--data_json_path None", ("--data_json_path", "--prompts_file")),
