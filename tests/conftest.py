@@ -50,8 +50,9 @@ def forget_accelerator() -> None:
 
 @pytest.fixture(autouse=True)
 def reset_accelerate():
-    """A test starts without any."""
+    """A test starts without any, and with one thread, whatever tests before it did: two round differently."""
     forget_accelerator()
+    torch.set_num_threads(1)
     yield
     forget_accelerator()
 
