@@ -83,9 +83,12 @@ class _Parser(argparse_dataclass.ArgumentParser):
             inner = next(a for a in get_args(f.type) if a is not NoneType)
             automatic = f.metadata.get("none")  # what None is called besides
             choices = kwargs.get("choices", ())  # of which "none" may be one
-            kwargs["type"] = lambda text: (
-                None if (is_none(text) and text not in choices) or text == automatic else inner(text)
-            )
+
+            def convert(text: str) -> Any:
+                return None if (is_none(text) and text not in choices) or text == automatic else inner(text)
+
+            convert.__name__ = inner.__name__  # argparse's errors name it
+            kwargs["type"] = convert
             if choices:
                 kwargs["choices"] = [*choices, None]
         return super().add_argument(f"--{f.name}", **kwargs)

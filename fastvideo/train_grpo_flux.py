@@ -62,7 +62,7 @@ from fastvideo.utils.checkpoint import (
     read_record,
 )
 from fastvideo.utils.engines import Engine, build_engine, main_process_first
-from fastvideo.utils.evaluation import Evaluation, check_evaluation
+from fastvideo.utils.evaluation import Evaluation, build_held_out, check_evaluation
 from fastvideo.utils.grpo_states import windows
 from fastvideo.utils.log import Log
 from fastvideo.utils.memory import describe_memory, predict_memory
@@ -271,8 +271,8 @@ class Interrupted(TrainingStopped):
 class Trainer:
     """State of a run: models, optimizer, where it is. `iteration` does the work."""
 
-    def __init__(self, config: GRPOConfig, engine: Engine, checkpoint: Path | None) -> None:
-        self.config, self.engine, self.accelerator = config, engine, engine.accelerator
+    def __init__(self, config: GRPOConfig, engine: Engine, scoring: Scoring, checkpoint: Path | None) -> None:
+        self.config, self.engine, self.scoring, self.accelerator = config, engine, scoring, engine.accelerator
         self.local_prompts = config.local_prompts(self.accelerator.num_processes)
         device, path = self.accelerator.device, config.pretrained_model_name_or_path
         transformer = load_trained(config, engine, checkpoint)
@@ -283,7 +283,6 @@ class Trainer:
         self.image_ids = self.shape.image_ids(device)
         self.guidance_embeds = bool(transformer.config.guidance_embeds)
         self.fills_up = engine.compiled or device.type == "cuda"
-        self.scoring = Scoring(config, device)
 
         engine.prepare(transformer, {"lr": config.learning_rate, "weight_decay": config.weight_decay})
         self.frozen = None
@@ -636,6 +635,9 @@ def set_up(config: GRPOConfig) -> tuple[Trainer, PromptSampler, DataLoader]:
             prompts_flag=flag,
         )
 
+    # Before prompts are embedded: a reward that a hub doesn't give ends the run.
+    scoring = Scoring(config, accelerator.device)
+    held_out = build_held_out(config, accelerator.device)
     if dataset is None:
         dataset = LatentFluxRLDataset(embed("prompts_file", "rl_embeddings"), config.cfg, config.sampler_seed)
     eval_index = embed("eval_prompts", "eval_embeddings") if config.eval_steps else None
@@ -643,9 +645,9 @@ def set_up(config: GRPOConfig) -> tuple[Trainer, PromptSampler, DataLoader]:
     if config.sp_size > 1:
         text_tokens = len(dataset[0]["prompt_embeds"])
         check_sequence_split(config.pretrained_model_name_or_path, config.h, config.w, text_tokens, config.sp_size)
-    trainer = Trainer(config, engine, checkpoint)
+    trainer = Trainer(config, engine, scoring, checkpoint)
     if eval_index is not None:
-        trainer.evaluation = Evaluation(trainer, eval_index)
+        trainer.evaluation = Evaluation(trainer, eval_index, held_out)
     sampler = PromptSampler(
         len(dataset),
         trainer.local_prompts * engine.data_ranks,

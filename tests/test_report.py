@@ -198,6 +198,15 @@ def test_missing_and_broken_pictures_leave_a_note(run_dir: Path):
     assert write(run_dir).count('class="missing"') == 2
 
 
+def test_a_model_that_one_side_never_scored_has_not_failed(run_dir: Path):
+    entries = json.loads((run_dir / "tuned.json").read_text())
+    for entry in entries:
+        entry["reward"]["OnlyHere"] = 1.0
+    (run_dir / "tuned.json").write_text(json.dumps(entries))
+    page, rows = report.write_report(run_dir, run_dir / "base.json", run_dir / "tuned.json")
+    assert "OnlyHere" not in page.read_text() and "OnlyHere" not in [row["model"] for row in rows]
+
+
 def test_gallery_of_many_pairs_spans_best_to_worst(run_dir: Path):
     page, _ = report.write_report(run_dir, run_dir / "base.json", run_dir / "tuned.json", max_gallery=3)
     assert re.findall(r'<li data-index="(\d)"', page.read_text()) == ["2", "0", "4"]  # 4 has no score: last

@@ -211,3 +211,12 @@ def test_failures_on_one_rank_end_all_and_resuming_repeats_the_iteration(
     train("out", **settings, resume_from_checkpoint="latest")
     assert [(line["step"], line["failed_rewards"]) for line in run.metrics] == [(1, 0), (2, 0), (3, 0)]
     assert_same_update(run, train(**settings))
+
+
+def test_a_reward_that_the_hub_does_not_give_ends_the_run_before_prompts_are_embedded(flags, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("a small red circle\n")
+    given = {"data_json_path": None, "prompts_file": tmp_path / "prompts.txt", "output_dir": tmp_path / "run"}
+    with pytest.raises(SystemExit) as stop:
+        main(flags(**given, reward_model="pick_score", pick_score_path="nobody/no-such-model"))
+    assert stop.value.code == 2 and "--pick_score_path nobody/no-such-model" in capsys.readouterr().err
+    assert not (tmp_path / "run/rl_embeddings").exists()

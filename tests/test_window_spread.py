@@ -28,6 +28,11 @@ def test_early_windows_spread_samples_more_than_late_ones(tiny_flux, prompts_fil
         assert part["mean_distance"] == pytest.approx(other["mean_distance"], rel=1e-4)
 
 
+def test_a_tuned_model_that_is_not_there_is_named(tiny_flux, tmp_path):
+    with pytest.raises(ValueError, match="--model_path nope: no such folder"):
+        window_spread.main(["--pretrained_model_name_or_path", tiny_flux, "--model_path", "nope"])
+
+
 def test_principal_components_are_the_directions_of_largest_variance():
     values = torch.zeros(40, 6)
     values[:, 3], values[:, 1] = torch.linspace(-5, 5, 40), torch.linspace(-1, 1, 40).repeat(2)[::2]

@@ -189,7 +189,7 @@ def read_pairs(baseline: Path, tuned: Path) -> list[Pair]:
         if before[i][1] != after[i][1]:
             raise ValueError(f"--tuned_scores {tuned}: index {i} has another prompt than in {baseline}")
         known = [{m: v for m, v in side[i][2].items() if number(v) != "–"} for side in sides]
-        models = dict.fromkeys([*before[i][2], *after[i][2]])
+        models = [m for m in before[i][2] if m in after[i][2]]  # what one side never scored can't have failed
         scores = {m: (known[0].get(m), known[1].get(m)) for m in models}
         pairs.append(Pair(i, before[i][1], (before[i][0], after[i][0]), scores))
     return pairs

@@ -9,6 +9,7 @@ the picture.
 """
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +20,13 @@ from fastvideo.models.flux import (
     Conditioning,
     LatentShape,
     encode_prompts,
-    is_lora,
     load_text_encoders,
     load_transformer,
-    load_with_lora,
     meta_vae,
     predict_velocity,
 )
 from fastvideo.rollout_plan import make_plan, plan_mix
+from fastvideo.sample.sample_flux import load_tuned
 from fastvideo.train_grpo_flux import rollout
 from fastvideo.utils.files import read_prompts, write_json
 from fastvideo.utils.sampling_utils import draw_noise
@@ -54,7 +54,9 @@ class SpreadConfig:
     w: int = flag(720, "picture width in pixels")
     seed: int = flag(714, "seed of all noise")
     batch_size: int = flag(12, "rows a forward pass; speed and memory only")
-    output: str = flag("window_spread.png", "picture to write, by its suffix PNG, SVG or PDF; a JSON file beside it")
+    output: str = flag(
+        "outputs/window_spread.png", "picture to write, by its suffix PNG, SVG or PDF; a JSON file beside it"
+    )
 
     def __post_init__(self) -> None:
         for name in ("prompts", "batch_size"):
@@ -88,10 +90,7 @@ def sample_windows(config: SpreadConfig) -> tuple[list[str], dict[int, torch.Ten
     base = config.pretrained_model_name_or_path
     embeds = encode_prompts(load_text_encoders(base, dtype).to(device), prompts)
     shape = LatentShape.of(meta_vae(base), config.h, config.w)
-    if config.model_path and is_lora(config.model_path):
-        model = load_with_lora(base, config.model_path, dtype)
-    else:
-        model = load_transformer(config.model_path or base, dtype)
+    model = load_tuned(base, config.model_path, dtype) if config.model_path else load_transformer(base, dtype)
     model = model.to(device).eval()
     conditioning = Conditioning(*(x.float() for x in embeds), shape.image_ids(device), config.guidance_scale)
 
@@ -140,11 +139,17 @@ def main(argv: Sequence[str] | None = None) -> dict:
         axes[-1].set_ylim(bottom=0)
         axes[-1].legend()
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2 * len(axes))
+        Path(config.output).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(config.output, dpi=200)
     write_json(Path(config.output).with_suffix(".json"), found)
     print(json.dumps({"windows": found["windows"], "mean_distance": [p["mean_distance"] for p in found["prompts"]]}))
+    print(config.output)
     return found
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING
 from fastvideo.config import GRPOConfig
 from fastvideo.dataset.latent_flux_rl_datasets import LatentFluxRLDataset, collate
 from fastvideo.models.flux import decode_latents
-from fastvideo.models.reward_model.utils import build_reward_models, check_reward_files, compute_reward
+from fastvideo.models.reward_model.utils import RewardModel, build_reward_models, check_reward_files, compute_reward
 from fastvideo.rollout_plan import plan_mix
 from fastvideo.utils.advantages import reward_means
 from fastvideo.utils.files import evaluation_folder, read_prompts, write_bytes, write_json
 
 import numpy as np
+import torch
 from accelerate.utils import gather_object
 
 if TYPE_CHECKING:
@@ -38,6 +39,11 @@ def check_evaluation(config: GRPOConfig) -> None:
         check_reward_files(config.held_out(), evaluation=True)
 
 
+def build_held_out(config: GRPOConfig, device: torch.device) -> tuple[dict[str, RewardModel], dict[str, float]] | None:
+    """The reward models of --eval_reward, if given, and their weights."""
+    return build_reward_models(config.held_out(), str(device), evaluation=True) if config.eval_reward else None
+
+
 class Evaluation:
     """The prompts of --eval_prompts, embedded, and the rewards of their pictures.
 
@@ -45,17 +51,15 @@ class Evaluation:
     in what decides the best checkpoint, which is --eval_reward, or without it the reward in training.
     """
 
-    def __init__(self, trainer: "Trainer", index: Path) -> None:
-        """index: prompt.json of the embedded prompts."""
+    def __init__(self, trainer: "Trainer", index: Path, held_out: tuple[dict, dict] | None) -> None:
+        """index: prompt.json of the embedded prompts. held_out: see `build_held_out`."""
         config = self.config = trainer.config
         self.dataset = LatentFluxRLDataset(index)
         self.prompts = [entry["caption"] for entry in self.dataset.entries]
         self.plan = tuple(plan_mix(config, ()))  # no stochastic step
         self.models, self.weights = trainer.scoring.models, trainer.scoring.weights
-        if config.eval_reward:
-            device = str(trainer.accelerator.device)
-            held_out, self.weights = build_reward_models(config.held_out(), device, evaluation=True)
-            self.models = self.models | held_out
+        if held_out:
+            self.models, self.weights = self.models | held_out[0], held_out[1]
         settings = "seed h w sampling_steps shift guidance_scale pretrained_model_name_or_path".split()
         measure = [self.prompts, self.weights, [getattr(config, name) for name in settings]]
         self.measure = hashlib.sha256(json.dumps(measure).encode()).hexdigest()[:16]
