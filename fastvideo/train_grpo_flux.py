@@ -735,13 +735,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         live = live_report(config.output_dir, config.serve_report)
         run = set_up(config)
     except ValueError as error:
-        print(f"train_grpo_flux.py: error: {error}", file=sys.stderr)
+        # In one piece: other processes may write the same line at this moment.
+        sys.stderr.write(f"train_grpo_flux.py: error: {error}\n")
         raise SystemExit(2) from error
     try:
         with live:
             train(*run)
     except (TrainingStopped, CheckpointNotWritten) as error:
-        print(f"train_grpo_flux.py: stopped: {error}", file=sys.stderr)
+        sys.stderr.write(f"train_grpo_flux.py: stopped: {error}\n")
         raise SystemExit(128 + error.number if isinstance(error, Interrupted) else 1) from error
 
 
