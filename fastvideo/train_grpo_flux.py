@@ -748,3 +748,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     record(main)()  # torchrun ends with the traceback of the process that failed first
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # its threads could abort the interpreter's exit
