@@ -25,6 +25,7 @@ from typing import Any
 from fastvideo.config import ALGORITHMS, IGNORED_FLAGS, GRPOConfig
 from fastvideo.models.reward_model.utils import MIXES, REWARDS
 from fastvideo.train_grpo_flux import main as train
+from fastvideo.utils.processes import leave
 
 from hydra import compose, initialize
 from hydra.core.config_store import ConfigStore
@@ -136,3 +137,4 @@ def main(overrides: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
+    leave()

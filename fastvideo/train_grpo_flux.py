@@ -66,7 +66,7 @@ from fastvideo.utils.evaluation import Evaluation, build_held_out, check_evaluat
 from fastvideo.utils.grpo_states import windows
 from fastvideo.utils.log import Log
 from fastvideo.utils.memory import describe_memory, predict_memory
-from fastvideo.utils.processes import stop_signals
+from fastvideo.utils.processes import leave, stop_signals
 from fastvideo.utils.sampling_utils import coefficients, draw_noise, log_prob, transition_mean, transition_table
 from fastvideo.utils.scoring import Scoring
 from fastvideo.utils.transitions import Transition, micro_batches, slice_transitions
@@ -748,5 +748,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     record(main)()  # torchrun ends with the traceback of the process that failed first
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()  # its threads could abort the interpreter's exit
+    leave()

@@ -159,8 +159,10 @@ def test_two_nodes_train_what_one_node_trains(start, flags, environment, tmp_pat
         assert relative_difference(one.gradient(), two.gradient()) < 1e-6
         output = log.read_text().splitlines()
         assert output[0].startswith(f"launch.py: 2 nodes, 4 processes ({launcher}), master 127.0.0.2:")
-        assert all(line.startswith("127.0.0.2: ") for line in output[1:]), output
-        assert "16 images an iteration on 4 process(es)" in output[1] and "2/2" in output[-1]
+        # The other node says nothing but, now and then, that torchrun ended first on the master, which keeps its store.
+        assert all(line.startswith(tuple(f"{host}: " for host in HOSTS)) for line in output[1:]), output
+        first, *_, last = (line for line in output if line.startswith(HOSTS[0]))
+        assert "16 images an iteration on 4 process(es)" in first and "2/2" in last
 
 
 @pytest.mark.long

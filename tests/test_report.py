@@ -58,8 +58,8 @@ def other_run(run_dir: Path) -> Path:
     """The same with another learning rate, half as long, and with two evaluations."""
     out = run_dir.with_name("other <i>run, 2")
     shutil.copytree(run_dir, out)
-    settings = json.loads((out / "args.json").read_text()) | {"learning_rate": 1e-3, "experiment_name": "<i>other</i>"}
-    (out / "args.json").write_text(json.dumps(settings))
+    own = {"learning_rate": 1e-3, "experiment_name": "<i>other</i>", "reward_model": "shapes", "eval_reward": None}
+    (out / "args.json").write_text(json.dumps(json.loads((out / "args.json").read_text()) | own))
     rows = [{"step": 0} | evaluation_row(0)] + [metrics_row(i) for i in range(1, 16)]
     rows[-1] |= evaluation_row(15)
     (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -171,6 +171,7 @@ def test_a_comparison_has_a_line_a_setting_and_a_band_over_seeds(run_dir: Path, 
     assert [v for k, v in cells if k == "Seeds"] == ["2", "1"]
     assert [v for k, v in cells if k == "Reward at first"] == ["0.62 ± 0.14", "0.510"]  # (0.52 + 0.72) / 2
     assert [v for k, v in cells if k == "Evaluation at last"] == ["–", "0.450"]
+    assert [v for k, v in cells if k == "Evaluated by"] == ["–", "shapes"]
     assert re.search(r'<th scope="row">learning_rate</th><td[^>]*>–</td><td[^>]*>0.001</td>', page)
     assert "<b>run</b>" not in page and "<i>other</i>" not in page and "sesame" not in page
 
@@ -183,6 +184,16 @@ def test_a_comparison_has_a_line_a_setting_and_a_band_over_seeds(run_dir: Path, 
     assert np.isfinite(reward.panels[0].series[other]).sum() == 15 and other not in reward.panels[0].spread
     names = ["reward", "components", "granular_weights", "ratio", "optimisation", "window", "seconds", "evaluation"]
     assert sorted(p.stem for p in path.parent.glob("*.png")) == sorted(names)
+
+
+def test_runs_evaluated_by_different_rewards_share_no_axis(other_run: Path):
+    settings = json.loads((other_run / "args.json").read_text())
+    rows = report.Run.read(other_run).rows
+    plots = {measure: [plan_plots(rows, settings | {"eval_reward": measure})] for measure in ("hpsv2", "pick_score")}
+    (evaluation,) = (plot for plot in compare_plots(plots) if plot.name == "evaluation")
+    deciding = {panel.title: list(panel.series) for panel in evaluation.panels if "decides" in panel.title}
+    title = "what decides the best checkpoint: "
+    assert deciding == {f"{title}hpsv2": ["hpsv2"], f"{title}pick_score": ["pick_score"]}
 
 
 @pytest.mark.parametrize("lines", [0, 1])

@@ -8,9 +8,11 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 
 from fastvideo import train_grpo_flux
 from fastvideo.utils import advantages as advantage_maths
+from fastvideo.utils.engines import Engine
 
 import custom_rewards
 import numpy as np
@@ -18,6 +20,7 @@ import pytest
 import torch
 from conftest import PROMPTS, ROOT, Run, assert_same_update, base_weights, relative_difference, same_weights, torchrun
 from diffusers import FluxTransformer2DModel
+from diffusers.models.transformers.transformer_flux import FluxTransformerBlock
 from PIL import Image
 
 COMPONENTS = ("color", "form", "clean")
@@ -87,6 +90,31 @@ def test_gradient_checkpointing_changes_nothing_but_memory(train, reference):
     for share in (1.0, 0.5):
         other = train(train_batch_size=4, gradient_checkpointing=True, selective_checkpointing=share, **settings)
         assert_same_update(other, run)
+
+
+def test_blocks_computed_again_in_the_backward_pass_use_the_forward_passes_attention(train, monkeypatch):
+    """Another backend saves other tensors, which ends the run."""
+    open_contexts, calls, forward = [], [], FluxTransformerBlock.forward
+
+    @contextmanager
+    def attention(_engine: Engine, training: bool):
+        open_contexts.append(training)
+        yield
+        open_contexts.pop()
+
+    def counted(block, *args, **kwargs):
+        calls.append(open_contexts[-1] if open_contexts else None)
+        return forward(block, *args, **kwargs)
+
+    monkeypatch.setattr(Engine, "attention", attention)
+    monkeypatch.setattr(FluxTransformerBlock, "forward", counted)
+    passes = []
+    for checkpointing in (False, True):
+        train(max_train_steps=1, gradient_checkpointing=checkpointing)
+        passes.append(calls.count(True))
+        assert None not in calls
+        calls.clear()
+    assert passes[1] > passes[0] > 0
 
 
 @pytest.mark.slow

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastvideo.models.reward_model.clip_base import CLIPReward
-from fastvideo.models.reward_model.common import DTYPES, scoring
 
 import numpy as np
 from PIL import Image
@@ -59,19 +58,14 @@ def pixel_distances(images: Sequence[Image.Image]) -> np.ndarray:
     return np.sqrt(np.square(features[:, None] - features[None]).mean(axis=2))
 
 
-def clip_distances(images: Sequence[Image.Image], model: CLIPReward) -> np.ndarray:
+def clip_distances(images: list[Image.Image], model: CLIPReward) -> np.ndarray:
     """[N, N] of 1 − cosine of the features that a reward made of a CLIP sees."""
-    features = []
-    for start in range(0, len(images), model.batch_size):
-        pixels = model._pixels([image.convert("RGB") for image in images[start : start + model.batch_size]])
-        with scoring(model.device, model.dtype):
-            features.append(model._encode_image(pixels.to(model.device, DTYPES[model.dtype])).float().cpu().numpy())
-    features = np.concatenate(features).astype(np.float64)
+    features = model.image_features(images)
     features /= np.linalg.norm(features, axis=1, keepdims=True)
     return np.where(np.eye(len(features), dtype=bool), 0, 1 - features @ features.T)
 
 
-def diversity(images: Sequence[Image.Image], model: CLIPReward | None) -> dict[str, np.ndarray]:
+def diversity(images: list[Image.Image], model: CLIPReward | None) -> dict[str, np.ndarray]:
     """{measure: mean distance [N] of each of the N >= 2 pictures of a prompt to the others}; model: a CLIP, if any."""
     found = {"diversity_pixels": mean_distances(pixel_distances(images))}
     if model is not None:

@@ -124,6 +124,11 @@ def number(value: Any, signed: bool = False, digits: int | None = None) -> str:
     return f"{value:{'+' if signed else ''},.{max(digits, 0)}f}".replace("-", "−")
 
 
+def evaluation_measure(settings: dict) -> str:
+    """The reward that decides a run's best checkpoint."""
+    return str(settings.get("eval_reward") or settings.get("reward_model") or "–")
+
+
 def plan_plots(rows: list[dict], settings: dict) -> list[Plot]:
     """The plots for which the run has numbers."""
     evaluated = [row for row in rows if "evaluation_reward" in row]
@@ -135,8 +140,9 @@ def plan_plots(rows: list[dict], settings: dict) -> list[Plot]:
 
     prefix = "evaluation_reward"
     measured = [k for k in dict.fromkeys(k for row in evaluated for k in row) if k.startswith(prefix)]
+    deciding = f"what decides the best checkpoint: {evaluation_measure(settings)}"
     measured = [
-        Panel(k.removeprefix(f"{prefix}_") if k != prefix else "what decides the best checkpoint",
+        Panel(k.removeprefix(f"{prefix}_") if k != prefix else deciding,
               {k: values}, smooth=False, points=True, colour=i)
         for i, k in enumerate(k for k in measured if k != "evaluation_reward_std")
         if np.isfinite(values := column(evaluated, k)).any()

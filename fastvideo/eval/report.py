@@ -36,6 +36,7 @@ from fastvideo.eval.plots import (
     describe,
     draw,
     draw_schedules,
+    evaluation_measure,
     first_last,
     inline_svg,
     number,
@@ -262,6 +263,7 @@ def run_row(name: str, runs: list[Run]) -> list[str]:
         " ".join(dict.fromkeys(f"{run.iterations:,}" for run in runs)),
         over_runs([first for first, _, _ in rewards]),
         over_runs([last for _, last, _ in rewards]),
+        ", ".join(dict.fromkeys(evaluation_measure(run.settings) for run in runs)) if any(map(len, scores)) else "–",
         over_runs([values[-1] if len(values) else math.nan for values in scores]),
         over_runs([values.max() if len(values) else math.nan for values in scores]),
         over_runs([float(np.nanmedian(values)) if np.isfinite(values).any() else math.nan for values in seconds]),
@@ -491,7 +493,8 @@ def write_report(
     settings = runs[0].settings
     what = [str(settings[k]) for k in ("algorithm", "reward_model", "pretrained_model_name_or_path") if settings.get(k)]
     what = [f"{len(runs)} runs" if several else " · ".join(what), f"last iteration logged {written}"]
-    columns = "Run,Seeds,Iterations,Reward at first,Reward at last,Evaluation at last,Best evaluation,Seconds/iteration"
+    columns = "Run,Seeds,Iterations,Reward at first,Reward at last,Evaluated by,Evaluation at last,Best evaluation"
+    columns += ",Seconds/iteration"
     page = string.Template(template).substitute(
         script_hash=base64.b64encode(sha256(script.encode()).digest()).decode(),
         colours="".join(f"--{name}:{colour};" for name, colour in CSS_COLOURS.items()),

@@ -11,8 +11,9 @@ the picture.
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from fastvideo.config import GRPOConfig, flag, parse_dataclass
 from fastvideo.eval.plots import INK, SERIES, STYLE
@@ -37,6 +38,12 @@ import torch
 from matplotlib.figure import Figure
 
 
+def as_in_training(name: str) -> Any:
+    """The trainer's flag with its default."""
+    (found,) = (f for f in fields(GRPOConfig) if f.name == name)
+    return field(default=found.default, metadata=found.metadata)
+
+
 @dataclass
 class SpreadConfig:
     pretrained_model_name_or_path: str = flag("data/flux", "diffusers FLUX pipeline: a folder or a hub id")
@@ -45,13 +52,13 @@ class SpreadConfig:
     prompts: int = flag(3, "how many prompts")
     windows: list[int] = flag([0, 4, 8, 12, 16, 20], "first steps of the windows", metavar="STEP")
     samples: int = flag(24, "samples a prompt and window")
-    group_size: int = flag(4, "window size")
-    sampling_steps: int = flag(25, "denoising steps")
-    eta: float = flag(0.7, "noise level of the stochastic steps")
-    shift: float = flag(3.0, "shift of the sigma schedule towards noise")
-    guidance_scale: float = flag(3.5, "distilled guidance; only for models with guidance embeds (FLUX.1-dev)")
-    h: int = flag(720, "picture height in pixels")
-    w: int = flag(720, "picture width in pixels")
+    group_size: int = as_in_training("group_size")
+    sampling_steps: int = as_in_training("sampling_steps")
+    eta: float = as_in_training("eta")
+    shift: float = as_in_training("shift")
+    guidance_scale: float = as_in_training("guidance_scale")
+    h: int = as_in_training("h")
+    w: int = as_in_training("w")
     seed: int = flag(714, "seed of all noise")
     batch_size: int = flag(12, "rows a forward pass; speed and memory only")
     output: str = flag(

@@ -27,6 +27,12 @@ def barrier() -> None:
         dist.barrier()
 
 
+def leave() -> None:
+    """Leaves the process groups. Call it last: their threads could abort the interpreter's exit."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 @contextmanager
 def processes(device: str | None = None) -> Iterator[Processes]:
     """The process's place from torchrun's variables, with a gloo group to wait on when there are several.
@@ -45,7 +51,7 @@ def processes(device: str | None = None) -> Iterator[Processes]:
         yield Processes(rank, world_size, device)
     finally:
         if started:
-            dist.destroy_process_group()
+            leave()
 
 
 @contextmanager

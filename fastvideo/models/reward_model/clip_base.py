@@ -47,6 +47,16 @@ class CLIPReward(ABC):
         with scoring(self.device, self.dtype):
             return self._finish(cosine(self._encode_image(pixels), prompts, self._encode_text))
 
+    def image_features(self, images: list[Image.Image]) -> np.ndarray:
+        """What the model sees in N pictures: features, not normalised, float64 [N, d]."""
+
+        def encode(batch: list[Image.Image], _: list[str]) -> torch.Tensor:
+            pixels = self._pixels(batch).to(self.device, DTYPES[self.dtype])
+            with scoring(self.device, self.dtype):
+                return self._encode_image(pixels)
+
+        return in_batches(encode, images, [""] * len(images), self.batch_size)
+
     def __call__(self, images: list[Image.Image], prompts: list[str]) -> np.ndarray:
         """Scores of N images against N prompts, float64 [N]."""
         return in_batches(self._score, images, prompts, self.batch_size)
