@@ -1,17 +1,19 @@
 """A table of runs side by side: reward, loss and gradient norm of each iteration, seconds by phase, peak GPU memory.
 
-python benchmarks/compare_runs.py RUN/metrics.jsonl ...
+    python benchmarks/compare_runs.py RUN/metrics.jsonl ...
 """
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 COLUMNS = ("reward", "grad_norm", "loss", "ratio_first_deviation", "seconds_rollout", "seconds_train", "gib_peak")
 
 
 def main() -> None:
-    for path in map(Path, sys.argv[1:]):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("metrics", nargs="+", type=Path, help="metrics.jsonl of a run")
+    for path in parser.parse_args().metrics:
         print(path.parent.name)
         print("  step" + "".join(f"{name:>22}" for name in COLUMNS))
         for line in map(json.loads, path.read_text().splitlines()):

@@ -514,7 +514,8 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         rest = (models, config.reward_batch_size, journal, here, config.hacking_measures)
         scores = score(entries, *rest)
         if not scores.entries:
-            raise ValueError(f"--{'manifest' if config.manifest else 'image'}: not one picture could be read")
+            given = f"--manifest {config.manifest}" if config.manifest else f"--image {config.image}"
+            raise ValueError(f"{given}: not one picture could be read")
         baseline = score(before, *rest) if before else None
         trained = config.trained_keys()
         if trained is not None:  # the models have the spec's order
