@@ -2,9 +2,9 @@
 
 --eval_steps N writes evaluation/{iteration}/ in the run's folder: a picture a prompt and scores.json, which
 fastvideo.eval.report pairs with those of iteration 0, the model before training; the link `best` in that folder points
-to the checkpoint of the highest score. Noise comes from --seed and the prompt's place in --eval_prompts, each picture is
-sampled on its own, and nothing of it enters training: neither the number of processes nor a restart changes a picture,
-and training goes on as if there had been no evaluation.
+to the checkpoint of the highest score. Noise comes from --seed and the prompt's place in --eval_prompts, each picture
+is sampled on its own, and nothing of it enters training: neither the number of processes nor a restart changes a
+picture, and training goes on as if there had been no evaluation.
 """
 
 import hashlib
