@@ -24,7 +24,7 @@ from pathlib import Path
 
 from fastvideo.config import IGNORED_FLAGS, GRPOConfig, parse_dataclass, world_size_of_environment
 from fastvideo.data_preprocess.preprocess_flux_embedding import embed_prompts
-from fastvideo.dataset.latent_flux_rl_datasets import LatentFluxRLDataset, PromptSampler, collate
+from fastvideo.dataset.latent_flux_rl_datasets import LatentFluxRLDataset, PromptSampler, collate, outlive_signals
 from fastvideo.eval.live import live_report
 from fastvideo.models.flux import (
     Conditioning,
@@ -662,6 +662,7 @@ def set_up(config: GRPOConfig) -> tuple[Trainer, PromptSampler, DataLoader]:
         collate_fn=collate,
         num_workers=config.dataloader_num_workers,
         pin_memory=accelerator.device.type == "cuda",
+        worker_init_fn=outlive_signals,
     )
     return trainer, sampler, loader
 

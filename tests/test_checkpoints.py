@@ -252,7 +252,8 @@ def test_a_signal_ends_the_run_after_saving(start, train, run_at, tmp_path, numb
 
 @pytest.mark.slow
 def test_a_signal_to_torchrun_ends_all_processes_after_saving(start, run_at, tmp_path):
-    process = start("cut", 2, parallel="fsdp", max_train_steps=500, checkpointing_steps=500)
+    given = {"max_train_steps": 500, "checkpointing_steps": 500, "dataloader_num_workers": 2}
+    process = start("cut", 2, parallel="fsdp", **given)
     wait_for(lambda: lines(tmp_path / "cut") >= 2, process, tmp_path / "cut.log")
     process.terminate()
     process.wait(60)
