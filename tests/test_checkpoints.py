@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fastvideo.train_grpo_flux import Trainer
+from fastvideo.utils.processes import ONE_REQUEST
 
 import pytest
 import torch
@@ -251,14 +252,38 @@ def test_a_signal_ends_the_run_after_saving(start, train, run_at, tmp_path, numb
 
 
 @pytest.mark.slow
-def test_a_signal_to_torchrun_ends_all_processes_after_saving(start, run_at, tmp_path):
+@pytest.mark.parametrize("whom", ["torchrun", "everybody"])  # as Slurm does, when torchrun's own signal comes on top
+def test_a_signal_to_torchrun_ends_all_processes_after_saving(start, run_at, tmp_path, whom):
     given = {"max_train_steps": 500, "checkpointing_steps": 500, "dataloader_num_workers": 2}
-    process = start("cut", 2, parallel="fsdp", **given)
-    wait_for(lambda: lines(tmp_path / "cut") >= 2, process, tmp_path / "cut.log")
-    process.terminate()
-    process.wait(60)
+    process, log = start("cut", 2, parallel="fsdp", **given), tmp_path / "cut.log"
+    wait_for(lambda: lines(tmp_path / "cut") >= 2, process, log)
+    trainers = children(process.pid)
+    workers = [worker for trainer in trainers for worker in children(trainer)]
+    assert len(workers) == 4
+    for victim in [process.pid, *trainers, *workers] if whom == "everybody" else [process.pid]:
+        os.kill(victim, signal.SIGTERM)
+    assert process.wait(60) == 1  # torchrun's own way to end after a signal
     (checkpoint,) = run_at("cut").checkpoints
     assert checkpoint.name.split("-")[1] == str(len(run_at("cut").metrics))
+    assert log.read_text().count("stopped: asked to by a signal") == 2
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_a_run_at_once_unless_it_comes_with_the_first(start, run_at, tiny_flux, tmp_path):
+    """The run can't end by itself: its writer waits, as below, for somebody to write to a pipe."""
+    base, cut, log = tmp_path / "base", tmp_path / "cut", tmp_path / "cut.log"
+    shutil.copytree(tiny_flux, base)
+    os.mkfifo(base / "transformer/pipe.json")
+    process = start("cut", **{**SETTINGS, "max_train_steps": 500}, pretrained_model_name_or_path=base)
+    wait_for(lambda: lines(cut) >= 1, process, log)
+    process.terminate()
+    wait_for(lambda: "SIGTERM: this iteration ends" in log.read_text(), process, log)
+    process.terminate()
+    wait_for(lambda: bool(list(cut.glob(".checkpoint-*.part"))), process, log)  # it goes on as after one
+    time.sleep(ONE_REQUEST)
+    process.terminate()
+    assert process.wait(20) == -signal.SIGTERM
+    assert not run_at("cut").checkpoints
 
 
 def kill_at_random_moments(start, train, run_at, tmp_path, kills: int, processes: int) -> None:

@@ -216,6 +216,22 @@ def test_a_signal_ends_all_nodes_after_saving(start, tmp_path, launcher, number)
 
 
 @pytest.mark.slow
+def test_a_signal_to_every_process_is_saved_as_one_to_the_launcher(start, tmp_path, hostfile):
+    """As a scheduler sends it: the launcher, its shells, torchrun and what that started all get one, and pass it on."""
+    hostfile.write_text("localhost slots=2\n")
+    process, log = start("run", "ssh", **{**ENDLESS, "dataloader_num_workers": 1}), tmp_path / "run.log"
+    wait_for(lambda: lines(tmp_path / "run") >= 2, process, log)
+    everyone = marked(process.mark)
+    assert len(everyone) == 8  # launcher, shell, node, torchrun, two trainers, two workers
+    for pid in everyone:
+        os.kill(pid, signal.SIGTERM)
+    process.wait(60)
+    wait_until_gone(process.mark, 60)
+    (checkpoint,) = Run(tmp_path / "run").checkpoints
+    assert checkpoint.name.split("-")[1] == str(lines(tmp_path / "run"))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["ssh", pytest.param("pdsh", marks=pytest.mark.long)])
 def test_a_killed_launcher_leaves_no_process_and_keys_stay_secret(start, tmp_path, launcher):
     process, log = start("run", launcher, **ENDLESS), tmp_path / "run.log"
