@@ -31,7 +31,10 @@ from typing import IO, NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 SELF = [sys.executable, str(Path(__file__).resolve())]
 REMOTE_SHELL = "ssh -o BatchMode=yes -o ConnectTimeout=15 -o ServerAliveInterval=30"
-PASSED = "NCCL_* GLOO_* TORCH_* TORCHELASTIC_* CUDA_* OMP_* PYTHONPATH HF_* TOKENIZERS_* WANDB_* UNIFIED_REWARD_API_KEY"
+PASSED = (
+    "NCCL_* GLOO_* TORCH_* TORCHELASTIC_* PYTORCH_* CUDA_* OMP_* HF_* TOKENIZERS_* WANDB_* PYTHONPATH "
+    "UNIFIED_REWARD_API_KEY"
+)
 JOB = "FASTVIDEO_LAUNCH"  # an environment variable that marks all processes of a node, whoever their parent is
 PATIENCE = 5  # seconds that the other nodes have to end by themselves after one has failed
 PIPE_SIZE = 2**16  # what a pipe holds before anybody reads it
