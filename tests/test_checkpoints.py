@@ -1,5 +1,6 @@
 """Checkpoints through the command line: what is refused, what goes on, and what a kill or a full disk leaves behind."""
 
+import errno
 import json
 import os
 import random
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fastvideo.train_grpo_flux import Trainer
+from fastvideo.utils import checkpoint
 from fastvideo.utils.processes import ONE_REQUEST
 
 import pytest
@@ -72,6 +74,21 @@ def test_resuming_from_an_earlier_checkpoint_sets_later_ones_aside(train, capsys
     assert [line["step"] for line in run.metrics] == [1, 2, 3, 4, 5, 6]
 
 
+def test_leftovers_that_fill_the_disk_are_removed_before_anything_is_written(train, monkeypatch):
+    run = train("out", **SETTINGS)
+    before, leftover, write_bytes = run.numbers(), run.folder / ".checkpoint-6-0.part", checkpoint.write_bytes
+    leftover.mkdir()
+
+    def write(path, data):
+        if leftover.exists():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write_bytes(path, data)
+
+    monkeypatch.setattr(checkpoint, "write_bytes", write)
+    train("out", **SETTINGS, resume_from_checkpoint=run.checkpoints[0])
+    assert run.numbers() == before and not leftover.exists()
+
+
 DAMAGE = {
     "cut off": (lambda p: p.write_bytes(p.read_bytes()[:-100]), "bytes"),
     "gone": (Path.unlink, "is missing"),
@@ -100,6 +117,18 @@ def test_a_record_that_is_no_json_or_of_another_format_is_refused(train, refuse)
     for text, message in (("{", "can't be read"), (json.dumps({**whole, "format": 99}), "format 99"), ("[]", "read")):
         record.write_text(text)
         assert message in refuse("out", resume_from_checkpoint="latest")
+
+
+def test_a_record_that_lacks_something_is_refused_with_what_it_lacks(train, refuse):
+    run = train("out", **SETTINGS)
+    record = run.checkpoints[-1] / "checkpoint.json"
+    whole = json.loads(record.read_text())
+    record.write_text('{"format": 1, "files": {}}')
+    error = refuse("out", resume_from_checkpoint="latest")
+    assert str(record.parent) in error and "checkpoint.json lacks iteration, " in error and "settings" in error
+    del whole["settings"]["zero_stage"]
+    record.write_text(json.dumps(whole))
+    assert "checkpoint.json lacks settings.zero_stage" in refuse("out", resume_from_checkpoint="latest")
 
 
 def test_a_checkpoint_of_another_base_model_or_kind_is_refused(train, refuse, random_flux):
@@ -188,9 +217,9 @@ def test_a_checkpoint_holds_its_iteration_although_training_went_on(train, monke
         assert saved[name] == expected[name] != later[name], name
 
 
-def files(checkpoint: Path) -> dict[str, dict]:
+def files(folder: Path) -> dict[str, dict]:
     """Size and hash of its files."""
-    return json.loads((checkpoint / "checkpoint.json").read_text())["files"]
+    return json.loads((folder / "checkpoint.json").read_text())["files"]
 
 
 # --- signals, kills, full disks ---------------------------------------------------------------------------------------
@@ -263,8 +292,8 @@ def test_a_signal_to_torchrun_ends_all_processes_after_saving(start, run_at, tmp
     for victim in [process.pid, *trainers, *workers] if whom == "everybody" else [process.pid]:
         os.kill(victim, signal.SIGTERM)
     assert process.wait(60) == 1  # torchrun's own way to end after a signal
-    (checkpoint,) = run_at("cut").checkpoints
-    assert checkpoint.name.split("-")[1] == str(len(run_at("cut").metrics))
+    (saved,) = run_at("cut").checkpoints
+    assert saved.name.split("-")[1] == str(len(run_at("cut").metrics))
     assert log.read_text().count("stopped: asked to by a signal") == 2
 
 

@@ -45,6 +45,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 RECORD = "checkpoint.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 FORMAT = 1
+# What resuming reads of RECORD, and of the settings in it.
+NEEDED = ("iteration", "optimizer_steps", "ema_optimization_step", "wandb_id", "settings", "base_model_hash", "files")
+NEEDED_SETTINGS = ("use_lora", "lora_rank", "lora_alpha", "lora_target_modules", "pretrained_model_name_or_path")
+NEEDED_SETTINGS += ("engine", "processes", "zero_stage")
 
 
 class CheckpointNotWritten(RuntimeError):
@@ -258,6 +262,11 @@ def _damage(path: Path) -> str | None:
         record = read_record(path)
         if record["format"] != FORMAT:
             return f"{RECORD} has format {record['format']}, this version reads {FORMAT}"
+        missing = [name for name in NEEDED if name not in record]
+        settings = record.get("settings", NEEDED_SETTINGS)
+        missing += [f"settings.{name}" for name in NEEDED_SETTINGS if name not in settings]
+        if missing:
+            return f"{RECORD} lacks {', '.join(missing)}"
         for name, expected in record["files"].items():
             if not (path / name).is_file():
                 return f"{name} is missing"
@@ -300,7 +309,7 @@ def load_trained(config: GRPOConfig, engine: Engine, checkpoint: Path | None) ->
 
 def load_ema(checkpoint: Path, engine: Engine, ema: EMAModel) -> None:
     """Puts the average of a checkpoint, if it has one, into `ema`, which is split like the parameters."""
-    if not (checkpoint / "ema").is_dir():
+    if not engine.any_process(engine.accelerator.is_main_process and (checkpoint / "ema").is_dir()):
         return
     weights = read_weights(checkpoint / "ema") if engine.accelerator.is_main_process else {}
     swap_in(ema, engine.trained_parameters())
@@ -355,10 +364,6 @@ def open_output(config: GRPOConfig, processes: int) -> Path | None:
         if used and checkpoint.resolve().parent != output.resolve():
             raise ValueError(f"--output_dir {output}: holds another run than --resume_from_checkpoint {checkpoint}")
         check_resumable(checkpoint, config, processes)
-        for moved in set_aside_later(checkpoint, output):
-            print(f"warning: a checkpoint after {checkpoint.name} was moved to {moved}", file=sys.stderr)
-        truncate_metrics(output / "metrics.jsonl", read_record(checkpoint)["iteration"])
-        point_to(output, read_record(checkpoint).get("best"))
     elif used:
         raise ValueError(
             f"--output_dir {output}: holds a run already; choose another folder, or --resume_from_checkpoint latest"
@@ -367,7 +372,12 @@ def open_output(config: GRPOConfig, processes: int) -> Path | None:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--output_dir {output}: can't be made: {error.strerror}") from error
-    remove_leftovers(output)
+    remove_leftovers(output)  # before anything is written: they may have filled the disk
+    if checkpoint is not None:
+        for moved in set_aside_later(checkpoint, output):
+            print(f"warning: a checkpoint after {checkpoint.name} was moved to {moved}", file=sys.stderr)
+        truncate_metrics(output / "metrics.jsonl", read_record(checkpoint)["iteration"])
+        point_to(output, read_record(checkpoint).get("best"))
     return checkpoint
 
 
