@@ -21,7 +21,7 @@ from fastvideo.utils.processes import ONE_REQUEST
 
 import pytest
 import torch
-from conftest import ROOT, same_weights
+from conftest import ROOT, Run, relative_difference, same_weights, torchrun
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.filesystem import FileSystem
 
@@ -177,6 +177,30 @@ def next_red_first() -> int:
     from fastvideo.dataset.latent_flux_rl_datasets import PromptSampler
 
     return next(seed for seed in range(100) if PromptSampler(5, 1, seed=seed).draws(1)[0].index == 0)
+
+
+@pytest.mark.slow
+def test_processes_that_see_a_folder_at_different_times_resume_alike(train, flags, tmp_path, subprocess_environment):
+    """As on a network disk: the second process doesn't see yet what the first has seen to be there."""
+    settings = {**SETTINGS, "prompts_per_iteration": 2, "ema_decay": 0.5, "reward_model": "jpeg_compressibility"}
+    run = train("out", **settings)
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import os\nfrom pathlib import Path\nfrom fastvideo.train_grpo_flux import main\n"
+        "is_dir, exists, late = Path.is_dir, Path.exists, ('ema', 'optimizer', 'best')\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    Path.is_dir = lambda path: path.name not in late and is_dir(path)\n"
+        "    Path.exists = lambda path: path.name not in late and exists(path)\n"
+        "main()\n"
+    )
+    argv = flags(output_dir=tmp_path / "rest", parallel="fsdp", **settings, resume_from_checkpoint=run.checkpoints[0])
+    done = torchrun(argv, subprocess_environment, script=str(script))
+    assert done.returncode == 0, done.stderr[-4000:]
+    rest = Run(tmp_path / "rest")
+    assert [line["grad_norm"] for line in rest.metrics] == pytest.approx(
+        [line["grad_norm"] for line in run.metrics[2:]], rel=1e-3
+    )
+    assert relative_difference(rest.gradient(), run.gradient()) < 1e-4
 
 
 @pytest.mark.slow
