@@ -33,7 +33,7 @@ from fastvideo.models.flux import (
 from fastvideo.models.int8 import quantize_blocks
 from fastvideo.utils.engines import Engine, choose_engine
 from fastvideo.utils.files import write_bytes, write_json
-from fastvideo.utils.fingerprint import model_fingerprint, sample_file
+from fastvideo.utils.fingerprint import local_folder, model_fingerprint, sample_file
 
 import torch
 from diffusers import FluxTransformer2DModel
@@ -63,6 +63,16 @@ def versions() -> dict[str, str]:
     names = ("torch", "diffusers", "transformers", "accelerate", "peft", "deepspeed")
     found = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions() if d.metadata["Name"]}
     return {"python": platform.python_version()} | {name: found[name] for name in names if name in found}
+
+
+def base_model_hash(config: GRPOConfig) -> str | None:
+    """A hash of the base transformer's files; None: unknown, as a hub id's are not all on this machine (yet)."""
+    path = config.pretrained_model_name_or_path
+    folder = (local_folder(path) or Path(path)) / "transformer"
+    index = folder / f"{WEIGHTS}.index.json"
+    names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values() if index.exists() else [WEIGHTS]
+    here = Path(path).is_dir() or all((folder / name).exists() for name in names)
+    return model_fingerprint(path, ("transformer",)) if here else None
 
 
 def _write_weights(folder: Path, weights: dict[str, torch.Tensor], engine: Engine) -> None:
@@ -146,7 +156,7 @@ class CheckpointWriter:
         record = {
             **place,
             "settings": run_settings(config, self.engine.accelerator.num_processes),
-            "base_model_hash": model_fingerprint(config.pretrained_model_name_or_path, ("transformer",)),
+            "base_model_hash": base_model_hash(config),
             "versions": versions(),
             "format": FORMAT,
             "files": {path.relative_to(part).as_posix(): sample_file(path) for path in files},
@@ -296,6 +306,8 @@ def load_trained(config: GRPOConfig, engine: Engine, checkpoint: Path | None) ->
     master = torch.bfloat16 if config.master_weight_type == "bf16" else torch.float32
     dtype = engine.frozen_dtype if config.use_lora else master
     transformer = engine.load(source, dtype)
+    if checkpoint is not None:
+        check_base_model(checkpoint, config)  # which may have been downloaded just now
     if config.quantize_base:
         quantize_blocks(transformer, engine.accelerator.device)
     if config.use_lora:
@@ -394,11 +406,7 @@ def check_resumable(checkpoint: Path, config: GRPOConfig, processes: int) -> Non
     for name in fixed:
         if then[name] != now[name]:
             raise ValueError(f"--{name} {now[name]}: {where} was trained with {then[name]}")
-    if record["base_model_hash"] != model_fingerprint(config.pretrained_model_name_or_path, ("transformer",)):
-        raise ValueError(
-            f"{where}: was trained from another base model ({then['pretrained_model_name_or_path']}) than "
-            f"--pretrained_model_name_or_path {config.pretrained_model_name_or_path}"
-        )
+    check_base_model(checkpoint, config)
     engine = choose_engine(config, processes)
     if "deepspeed" in (engine, then["engine"]) and (engine, processes, config.zero_stage) != (
         then["engine"],
@@ -411,6 +419,17 @@ def check_resumable(checkpoint: Path, config: GRPOConfig, processes: int) -> Non
         )
     if changed:
         print(f"resuming {checkpoint} with changed settings, which count from now on: {'; '.join(changed)}")
+
+
+def check_base_model(checkpoint: Path, config: GRPOConfig) -> None:
+    """Raises ValueError when the base model is known not to be that of the checkpoint's run."""
+    record, now = read_record(checkpoint), base_model_hash(config)
+    if None not in (now, record["base_model_hash"]) and now != record["base_model_hash"]:
+        raise ValueError(
+            f"--resume_from_checkpoint {checkpoint}: was trained from another base model "
+            f"({record['settings']['pretrained_model_name_or_path']}) than "
+            f"--pretrained_model_name_or_path {config.pretrained_model_name_or_path}"
+        )
 
 
 def truncate_metrics(path: Path, last_step: int) -> None:
