@@ -36,7 +36,9 @@ ALGORITHMS = {
     "flow_grpo_fast": "--algorithm flow_grpo --flow_grpo_fast_steps 2 --train_batch_size 24",
     "dance_grpo": "--train_batch_size 24 --gradient_accumulation_steps 3",
     "grpo_merge": "--train_batch_size 5",
-    "grpo_merge+cps": "--algorithm grpo_merge --sde_type cps --train_batch_size 5",
+    # The merges that entropy gives grpo_merge; by entropy cps merges nothing.
+    "grpo_merge+cps": "--algorithm grpo_merge --sde_type cps --train_batch_size 5 "
+    "--eta_step_list 0,1,2,3,4 --eta_step_merge_list 1,1,2,2,2",
     "granular_grpo": "--train_batch_size 2",
     "branch_grpo": "--train_batch_size 18 --tree_split_points 0,2,4,6",
     "branch_grpo_mix": "--train_batch_size 18 --tree_split_points 0,2,4,6 --iters_per_group 10",
