@@ -33,9 +33,11 @@ ALGORITHMS = {
     "mix_grpo": "--train_batch_size 24 --iters_per_group 10",
     "mix_grpo+cps": "--algorithm mix_grpo --sde_type cps --train_batch_size 24 --iters_per_group 10",
     "mix_grpo_flash": "--train_batch_size 24 --iters_per_group 10",
+    "mix_grpo_flash_star": "--train_batch_size 24",
     "flow_grpo": "--train_batch_size 24",
     "flow_grpo_fast": "--algorithm flow_grpo --flow_grpo_fast_steps 2 --train_batch_size 24",
     "dance_grpo": "--train_batch_size 24 --gradient_accumulation_steps 3",
+    "dance_grpo_lora": "--train_batch_size 24 --gradient_accumulation_steps 3 --learning_rate 3e-4",
     "grpo_merge": "--train_batch_size 5",
     # The merges that entropy gives grpo_merge; by entropy cps merges nothing.
     "grpo_merge+cps": "--algorithm grpo_merge --sde_type cps --train_batch_size 5 "
@@ -59,7 +61,7 @@ class ComparisonConfig:
     algorithms: list[str] = flag(list(ALGORITHMS), "which to run")
     seeds: list[int] = flag([714, 1, 2], "training seeds")
     images: int = flag(8000, "pictures to sample and score in training")
-    learning_rate: float = flag(1e-4, "of all algorithms")
+    learning_rate: float = flag(1e-4, "of all algorithms but dance_grpo_lora, which has its own")
     reward: str = flag("shapes", "reward to train on")
     score: str = flag("ShapesRewardModel", "held-out score to report")
     points: int = flag(4, "measurements along a run")

@@ -372,9 +372,10 @@ class Trainer:
     def phase(self, name: str, seconds: dict[str, float]) -> Iterator[None]:
         """Adds the time of a phase; the only waits for the GPU are at its ends."""
         start = time.perf_counter()
-        yield
-        if self.accelerator.device.type == "cuda":
-            torch.cuda.current_stream().synchronize()
+        with torch.profiler.record_function(name):
+            yield
+            if self.accelerator.device.type == "cuda":
+                torch.cuda.current_stream().synchronize()
         key = f"seconds_{name}"
         seconds[key] = seconds.get(key, 0.0) + time.perf_counter() - start
 
