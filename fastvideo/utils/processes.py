@@ -5,12 +5,13 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import record
 
 # Seconds in which signals are one request: Slurm signals every process of a step, and torchrun then those it started.
 ONE_REQUEST = 5
@@ -31,10 +32,11 @@ def barrier() -> None:
         dist.barrier()
 
 
-def leave() -> None:
-    """Leaves the process groups. Call it last: their threads could abort the interpreter's exit."""
+def entry_point(main: Callable[[], None]) -> None:
+    """Runs a program that torchrun starts: torchrun ends with the traceback of the process that failed first."""
+    record(main)()
     if dist.is_initialized():
-        dist.destroy_process_group()
+        dist.destroy_process_group()  # its threads could abort the interpreter's exit
 
 
 @contextmanager
@@ -55,7 +57,7 @@ def processes(device: str | None = None) -> Iterator[Processes]:
         yield Processes(rank, world_size, device)
     finally:
         if started:
-            leave()
+            dist.destroy_process_group()
 
 
 @contextmanager
