@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,8 @@ from fastvideo.config import parse_dataclass
 from fastvideo.models.flux import LORA_FILE, load_transformer
 from fastvideo.sample import sample_flux
 from fastvideo.sample.sample_flux import SampleConfig, main, sample
-from fastvideo.utils.processes import Processes
+from fastvideo.utils.files import write_bytes
+from fastvideo.utils.processes import Processes, processes
 
 import numpy as np
 import pytest
@@ -280,13 +282,47 @@ def test_a_restart_makes_only_what_is_missing_or_damaged(tmp_path, capsys, monke
     main(argv)
 
 
-def test_an_edited_prompt_file_resamples_the_changed_prompts(tmp_path, capsys):
-    main(command(tmp_path, "out"))
-    (tmp_path / "prompts.txt").write_text("\n".join([PROMPTS[0], "new", *PROMPTS[2:]]), encoding="utf-8")
-    capsys.readouterr()
+def write_prompts(folder: Path, *prompts: str) -> None:
+    (folder / "prompts.txt").write_text("\n".join(prompts), encoding="utf-8")
+
+
+def test_prompts_may_be_added_but_other_ones_in_the_same_folder_are_refused(tmp_path, capsys):
     manifest = main(command(tmp_path, "out"))
+    before = pixels(manifest)
+    write_prompts(tmp_path, PROMPTS[0], "new", *PROMPTS[2:])
+    with pytest.raises(ValueError, match="--output_dir .*of other prompts: 00001_0.png; choose another folder"):
+        main(command(tmp_path, "out"))
+    write_prompts(tmp_path, *PROMPTS, "fifth")
+    capsys.readouterr()
+    main(command(tmp_path, "out"))
+    assert "1 pictures sampled, 4 were there" in capsys.readouterr().out
+    write_prompts(tmp_path, *PROMPTS, "another fifth")
+    with pytest.raises(ValueError, match="other prompts: 00004_0.png"):
+        main(command(tmp_path, "out"))
+    assert all(map(np.array_equal, pixels(manifest), [*before, pixels(manifest)[4]]))
+
+    write_prompts(tmp_path, PROMPTS[0], "new", *PROMPTS[2:])
+    capsys.readouterr()
+    main(command(tmp_path, "out", "--overwrite"))
     assert "1 pictures sampled, 3 were there" in capsys.readouterr().out
     assert json.loads(manifest.read_text())[1]["prompt"] == "new"
+    main(command(tmp_path, "out"))
+
+
+def test_no_manifest_names_pictures_that_an_unfinished_run_overwrote(tmp_path, tuned, monkeypatch):
+    manifest = main(command(tmp_path, "out"))
+    elsewhere = main(command(tmp_path, "out", "--output_json", tmp_path / "m.json"))
+    save, saved = sample_flux.save_picture, []
+
+    def stopped(picture, *rest):
+        if saved:
+            raise KeyboardInterrupt
+        saved.append(save(picture, *rest))
+
+    monkeypatch.setattr(sample_flux, "save_picture", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        main(command(tmp_path, "out", "--model_path", tuned, "--overwrite", "--output_json", elsewhere))
+    assert saved and not manifest.exists() and not elsewhere.exists()
 
 
 def test_other_settings_in_the_same_folder_are_refused_and_overwrite_replaces_them(tmp_path, tuned, capsys):
@@ -306,29 +342,71 @@ def test_other_settings_in_the_same_folder_are_refused_and_overwrite_replaces_th
     assert "0 pictures sampled, 4 were there" in capsys.readouterr().out
 
 
-def claim(folder: Path, steps: int, start: multiprocessing.Event, answers: multiprocessing.Queue) -> None:
+def claim(folder: Path, claimed: tuple[int, str], start: multiprocessing.Event, answers: multiprocessing.Queue) -> None:
+    """claimed: the steps, of the settings, and the last prompt."""
+    (steps, prompt), place = claimed, Processes(0, 1, "cpu")
+    config = SampleConfig(output_dir=str(folder))
+    pictures = sample_flux.plan_pictures(config, [("first", None), (prompt, None)])
     start.wait()
     try:
-        sample_flux._claim_folder(SampleConfig(output_dir=str(folder)), {"steps": steps}, Processes(0, 1, "cpu"))
-        answers.put(steps)
+        sample_flux._claim_folder(config, {"steps": steps}, pictures, place)
+        answers.put(claimed)
     except ValueError as error:
         answers.put(str(error))
 
 
-def test_of_two_runs_that_claim_a_folder_at_once_with_other_settings_one_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("claims", "before", "names", "message"),
+    [
+        ([(1, "a"), (2, "a")], [], ["sampling.json"], "holds pictures of other settings: steps"),
+        ([(1, "a"), (1, "b")], [], ["sampling.json"], "holds pictures of other prompts: 00001_0.png"),
+        ([(1, "a"), (1, "b")], ["first"], ["sampling.1.json", "sampling.json"], "of other prompts: 00001_0.png"),
+    ],
+)
+def test_of_two_runs_that_claim_a_folder_at_once_with_other_pictures_one_is_refused(
+    tmp_path, claims, before, names, message
+):
+    if before:  # then both add to what is there
+        config = SampleConfig(output_dir=str(tmp_path))
+        pictures = sample_flux.plan_pictures(config, [(prompt, None) for prompt in before])
+        sample_flux._claim_folder(config, {"steps": 1}, pictures, Processes(0, 1, "cpu"))
     fork = multiprocessing.get_context("fork")
     start, answers = fork.Event(), fork.Queue()
-    rivals = [fork.Process(target=claim, args=(tmp_path, steps, start, answers)) for steps in (1, 2, 1, 2)]
+    rivals = [fork.Process(target=claim, args=(tmp_path, claimed, start, answers)) for claimed in claims * 2]
     for rival in rivals:
         rival.start()
     start.set()
     found = [answers.get(timeout=30) for _ in rivals]
     for rival in rivals:
         rival.join()
-    winners = [answer for answer in found if isinstance(answer, int)]
+    winners = [answer for answer in found if isinstance(answer, tuple)]
     assert len(winners) == 2 and len(set(winners)) == 1
-    assert all("holds pictures of other settings: steps" in answer for answer in found if isinstance(answer, str))
-    assert [path.name for path in tmp_path.iterdir()] == ["sampling.json"]
+    assert all(message in answer for answer in found if isinstance(answer, str))
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+def test_machines_that_write_one_file_at_once_with_equal_process_numbers_do_not_meet(tmp_path, monkeypatch):
+    """Containers on several machines often number their processes alike."""
+    sync, path = os.fsync, tmp_path / "file"
+
+    def meanwhile(number: int) -> None:
+        monkeypatch.setattr(os, "fsync", sync)
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setattr(socket, "gethostname", lambda: "elsewhere")
+            write_bytes(path, b"other")
+        assert path.read_bytes() == b"other"
+        sync(number)
+
+    monkeypatch.setattr(os, "fsync", meanwhile)
+    write_bytes(path, b"this one")
+    assert path.read_bytes() == b"this one" and [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cuda", "cuda:3"), ("cuda:1", "cuda:1"), ("cpu", "cpu")])
+def test_every_process_has_the_gpu_of_its_number_unless_one_is_named(monkeypatch, device, expected):
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    with processes(device) as here:
+        assert here.device == expected
 
 
 def test_a_retrained_model_at_the_same_path_is_noticed(tmp_path, tuned):
