@@ -70,11 +70,11 @@ def tuned(tmp_path_factory) -> str:
     return str(path)
 
 
-def diffusers_picture(pipe: FluxPipeline, entry: dict) -> np.ndarray:
+def diffusers_picture(pipe: FluxPipeline, entry: dict, **more: object) -> np.ndarray:
     """What FluxPipeline itself makes of an entry's prompt and seed."""
     settings = {"height": 32, "width": 32, "num_inference_steps": 4, "guidance_scale": 3.5, "max_sequence_length": 16}
     generator = torch.Generator("cpu").manual_seed(entry["seed"])
-    return np.asarray(pipe(entry["prompt"], generator=generator, **settings).images[0])
+    return np.asarray(pipe(entry["prompt"], generator=generator, **settings, **more).images[0])
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -135,23 +135,41 @@ def test_checkpoints_of_a_run_and_their_averages_are_sampled_as_diffusers_does(t
     assert len(set(found[:4])) == 4 and found[4] == found[2]
 
 
-def test_hybrid_inference_with_adapters_holds_one_model(tmp_path, train, monkeypatch):
-    adapters = train(use_lora=True, lora_rank=4, learning_rate=3e-2, max_train_steps=1).checkpoints[-1]
-    pipelines = []
-    load = sample_flux.HybridPipeline
+@pytest.fixture
+def pipelines(monkeypatch) -> list[sample_flux.HybridPipeline]:
+    """Those that were loaded."""
+    found, load = [], sample_flux.HybridPipeline
 
     def recorded(*args):
-        pipelines.append(load(*args))
-        return pipelines[-1]
+        found.append(load(*args))
+        return found[-1]
 
     monkeypatch.setattr(sample_flux, "HybridPipeline", recorded)
-    base, half, tuned = (
-        main(command(tmp_path, f"f{f}", "--model_path", adapters, "--mix_fraction", f)) for f in (0, 0.5, 1)
-    )
+    return found
+
+
+def test_hybrid_inference_with_adapters_holds_one_model_and_switches_them_off(tmp_path, train, pipelines):
+    adapters = train(use_lora=True, lora_rank=4, learning_rate=3e-2, max_train_steps=1).checkpoints[-1]
+    given = ("--model_path", adapters, "--mix_fraction")
+    base, quarter, tuned = (main(command(tmp_path, f"f{f}", *given, f)) for f in (0, 0.25, 1))
     merged = [p for p in pipelines if p.tuned is not None]
     assert len(merged) == 2 and all(p.base is p.tuned is p.pipe.transformer for p in merged)
     assert largest_difference(base, main(command(tmp_path, "base"))) == 0
-    assert min(largest_difference(half, base), largest_difference(half, tuned)) > 1
+    assert min(largest_difference(quarter, base), largest_difference(quarter, tuned)) > 1
+
+    pipe = FluxPipeline.from_pretrained(TINY, dtype=torch.float32)
+    pipe.load_lora_weights(adapters)
+
+    def after_step(pipe, step, _timestep, tensors):
+        if step == 0:
+            pipe.disable_lora()
+        return tensors
+
+    (first, *_) = json.loads(quarter.read_text())
+    assert np.abs(pixels(quarter)[0] - diffusers_picture(pipe, first, callback_on_step_end=after_step)).max() <= 1
+    sweep = main(command(tmp_path, "sweep", *given, "0.25,0,1"))  # the adapters are there in each
+    for steps, expected in ((1, quarter), (0, base), (4, tuned)):
+        assert largest_difference(sweep.parent / f"mix_{steps}_4/manifest.json", expected) == 0
 
 
 def test_batch_size_does_not_change_the_pictures(tmp_path):
@@ -216,11 +234,54 @@ def test_a_sweep_over_shares_loads_once_and_gives_the_pictures_of_single_runs(tm
     assert again == sweep.parent / "manifest.json"
 
 
-def test_offloading_changes_no_picture_and_leaves_nothing_behind(tmp_path, tuned):
-    hybrid = ("--model_path", tuned, "--mix_fraction", "0.5")
+def test_offloading_changes_no_picture_and_leaves_nothing_behind(tmp_path, tuned, monkeypatch, pipelines):
+    """What it moves only a GPU shows; here, that diffusers was asked to, and what makes room for the base model."""
+    hybrid = ("--model_path", tuned, "--mix_fraction", "0,0.5")
     expected = main(command(tmp_path, "none", *hybrid))
-    for how in ("model", "sequential"):
-        assert largest_difference(main(command(tmp_path, how, *hybrid, "--cpu_offload", how)), expected) == 0
+    asked = []
+
+    def record(kind: type, name: str) -> None:
+        call = getattr(kind, name)
+
+        def recorded(self, *args, **more):
+            asked.append((name, self))
+            return call(self, *args, **more)
+
+        monkeypatch.setattr(kind, name, recorded)
+
+    record(FluxPipeline, "enable_model_cpu_offload")
+    record(FluxPipeline, "enable_group_offload")
+    record(FluxTransformer2DModel, "enable_group_offload")
+    for how, name in (("model", "enable_model_cpu_offload"), ("sequential", "enable_group_offload")):
+        sweep = main(command(tmp_path, how, *hybrid, "--cpu_offload", how))
+        for steps in (0, 2):
+            manifest = f"mix_{steps}_4/manifest.json"
+            assert largest_difference(sweep.parent / manifest, expected.parent / manifest) == 0
+        assert (name, pipelines[-1].pipe) in asked
+    _, by_model, by_layer = pipelines
+    assert by_model.base_hook.hook.prev_module_hook.model is by_model.pipe.text_encoder_2
+    assert ("enable_group_offload", by_layer.base) in asked
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_offloading_on_a_gpu_leaves_the_base_model_alone_there(tmp_path, tuned, monkeypatch, pipelines):
+    load, found = sample_flux.load_transformer, set()
+
+    def recorded(path, dtype):
+        transformer = load(path, dtype)
+        if path == TINY:
+            transformer.register_forward_hook(lambda *_: found.add(where()))
+        return transformer
+
+    def where() -> tuple[str, ...]:
+        hybrid = pipelines[-1]
+        parts = (hybrid.pipe.text_encoder, hybrid.pipe.text_encoder_2, hybrid.tuned, hybrid.base)
+        return tuple(next(part.parameters()).device.type for part in parts)
+
+    monkeypatch.setattr(sample_flux, "load_transformer", recorded)
+    hybrid = ("--model_path", tuned, "--mix_fraction", "0,0.5", "--cpu_offload", "model", "--device", "cuda")
+    main(command(tmp_path, "out", *hybrid))
+    assert found == {("cpu", "cpu", "cpu", "cuda")}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -48,6 +48,7 @@ from fastvideo.utils.processes import Processes, barrier, processes
 import numpy as np
 import torch
 from accelerate import cpu_offload_with_hook
+from accelerate.hooks import CpuOffload, UserCpuOffloadHook
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from PIL import Image, PngImagePlugin
@@ -326,7 +327,9 @@ class HybridPipeline:
         elif config.cpu_offload == "model":
             self.pipe.enable_model_cpu_offload(device=device)
             if second:
-                _, self.base_hook = cpu_offload_with_hook(second, device)
+                # At share 0 it runs right after the text encoders, the last of which the pipeline leaves there.
+                encoder = UserCpuOffloadHook(self.pipe.text_encoder_2, CpuOffload(device))
+                _, self.base_hook = cpu_offload_with_hook(second, device, prev_module_hook=encoder)
         else:
             for part in (self.pipe, *([second] if second else [])):
                 part.enable_group_offload(onload_device=torch.device(device), offload_type="leaf_level")
