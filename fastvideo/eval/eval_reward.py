@@ -17,9 +17,11 @@ For a manifest it writes beside `--output_json` X.json
     X_baseline.json   with a baseline manifest: its scores
 Granular models add their components as {Model}_{component}. `measures` (see hacking.py) show reward hacking: appearance
 of each picture, and where prompts have several, their diversity. Pictures that can't be read are named and left out,
-failed scores are counted and never averaged in; either makes the exit status 1. Bad input makes it 2.
+failed scores are counted and never averaged in; either makes the exit status 1. Bad input makes it 2, or
+through torchrun 1.
 
 A killed evaluation goes on where it stopped: until its end X.json's folder has hidden .part files with what was scored.
+Meanwhile one of other pictures or with other flags for the same X.json is refused.
 docs/evaluation.md has more.
 """
 
@@ -92,7 +94,7 @@ class EvalConfig(RewardConfig):
     )
     trained_rewards: str | None = flag(None, "--reward_model of the training; the other rewards count as held out")
     hacking_measures: bool = flag(True, "measure saturation, sharpness, high frequencies and diversity, too")
-    device: str = flag("auto", "cpu, cuda, cuda:1, ... or auto; --reward_device goes before it")
+    device: str = flag("auto", "cpu, cuda (the process's own), cuda:1, ... or auto; --reward_device goes before it")
     prompt_file: str | None = flag(None, "another name of --manifest")
     single_img: str | None = flag(None, "another name of --image")
     single_img_prompt: str | None = flag(None, "another name of --prompt")

@@ -95,7 +95,7 @@ class SampleConfig:
     shift: float | None = flag(None, "static shift of the sigma schedule (None: the base pipeline's own scheduler)")
     max_sequence_length: int = flag(512, "T5 tokens; cut to what the model's tokenizer declares")
     dtype: str = flag("auto", "number format; auto: bf16 on a GPU, fp32 on the CPU", choices=["auto", *DTYPES])
-    device: str = flag("auto", "cpu, cuda, cuda:1, ... or auto")
+    device: str = flag("auto", "cpu, cuda (the process's own), cuda:1, ... or auto")
     compile: bool = flag(False, "compile the transformers' blocks: a slow start, then faster steps")
     cpu_offload: str = flag(
         "none",
