@@ -1,6 +1,6 @@
 """A table of runs side by side: reward, loss and gradient norm of each iteration, seconds by phase, peak GPU memory.
 
-    python benchmarks/compare_runs.py RUN/metrics.jsonl ...
+python benchmarks/compare_runs.py RUN/metrics.jsonl ...
 """
 
 import argparse

@@ -198,6 +198,16 @@ PLACES = (
     "eval_reward serve_report"
 ).split()
 MERGES, TREES = ("grpo_merge", "granular_grpo"), ("branch_grpo", "branch_grpo_mix")
+# Flags, or the first word of flags, that only these algorithms read.
+OWN_FLAGS = {
+    "tree": TREES,
+    "depth": TREES,
+    "eta_step_list": MERGES,
+    "granular_list": MERGES,
+    "eta_step_merge_list": ("grpo_merge",),
+    "entropy_threshold": ("grpo_merge",),
+    "flow_grpo_fast_steps": ("flow_grpo",),
+}
 
 
 @dataclass
@@ -496,6 +506,8 @@ class GRPOConfig(RewardSpecConfig):
                 leaves = tree["tree_split_children"] ** len(tree["tree_split_points"])
                 if leaves >= 2:  # else _check_algorithm says what is wrong
                     explicit.setdefault("num_generations", leaves)
+                if explicit["sde_type"] == "cps":
+                    explicit.setdefault("tree_split_noise_scale", 1.0)  # cps keeps the noise level
             if name in (*MERGES, *TREES):
                 explicit["gradient_accumulation_steps"] = explicit.get("num_generations", base["num_generations"])
         return cls(**explicit)
@@ -577,13 +589,13 @@ class GRPOConfig(RewardSpecConfig):
                 "timestep_fraction",
                 f"leaves no step of {trainable} to train",
             )
-        self._check_algorithm(need)
         need(self.eta > 0, "eta", "must be greater than 0: deterministic steps can't be trained")
         need(
             self.sde_type != "cps" or self.eta < 1,
             "eta",
             "coefficients-preserving steps need an eta below 1",
         )
+        self._check_algorithm(need)
         need(
             self.dpm_algorithm_type in (None, "dpmsolver++"),
             "dpm_algorithm_type",
@@ -666,15 +678,13 @@ class GRPOConfig(RewardSpecConfig):
         steps, name = self.sampling_steps, self.algorithm
         window = {"flow_grpo": self.flow_grpo_fast_steps, "branch_grpo_mix": self.group_size}.get(name, 0)
         need(window <= steps - 2, "group_size" if name in TREES else "flow_grpo_fast_steps", f"at most {steps - 2}")
-        for given, owners in {
-            "flow_grpo_fast_steps": ("flow_grpo",),
-            "eta_step_list": MERGES,
-            "eta_step_merge_list": ("grpo_merge",),
-            "tree_width_prune": TREES,
-            "depth_pruning": TREES,
-        }.items():
-            need(not getattr(self, given) or name in owners, given, f"goes with --algorithm {' or '.join(owners)}")
+        for f in fields(self):
+            owners = OWN_FLAGS.get(f.name) or OWN_FLAGS.get(f.name.split("_")[0], ())
+            if owners and name not in owners:
+                default = f.default if f.default_factory is MISSING else f.default_factory()
+                need(getattr(self, f.name) == default, f.name, f"goes with --algorithm {' or '.join(owners)}")
         if self.flow_grpo_fast_steps:
+            need(self.frozen_init_timesteps == 0, "frozen_init_timesteps", "not with --flow_grpo_fast_steps")
             share = int(self.flow_grpo_fast_steps * self.timestep_fraction)
             need(share >= 1, "timestep_fraction", f"leaves no step of {self.flow_grpo_fast_steps} to train")
         if name in (*MERGES, *TREES):
@@ -699,6 +709,10 @@ class GRPOConfig(RewardSpecConfig):
             need(splits[0] >= 0 and splits[-1] < steps - 1, "tree_split_points", f"choose from 0 to {steps - 2}")
             leaves = children ** len(splits)
             need(self.num_generations == leaves, "num_generations", f"the tree has {children}^{len(splits)} = {leaves}")
+            if self.sde_type == "cps":
+                most = 1 / math.sin(self.eta * math.pi / 2)
+                fits = self.tree_split_noise_scale <= most
+                need(fits, "tree_split_noise_scale", f"at most {most:.3g} with --sde_type cps --eta {self.eta}")
             inside = all(1 <= depth < steps for depth in self.depth_pruning)
             need(inside, "depth_pruning", f"depths lie between 1 and {steps - 1}")
             need(self.depth_pruning_stop_depth >= 1, "depth_pruning_stop_depth", "must be at least 1")

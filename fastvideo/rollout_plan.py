@@ -195,14 +195,18 @@ def plan_merge(config: GRPOConfig, window: Sequence[int]) -> list[Step]:
 
 def plan_branch(config: GRPOConfig, window: Sequence[int]) -> list[Step]:
     """BranchGRPO: as DanceGRPO, but a tree: every row splits at `tree_split_points`, where noise is scaled. The mixed
-    variant makes noise only at the splits and in the window.
+    variant makes noise only at the splits and in the window. Before the first split there is nothing to compare.
     """
     noisy = set(range(config.sampling_steps))
     if config.algorithm == "branch_grpo_mix":
         noisy = {*config.tree_split_points, *window}
     splits = {"branch": config.tree_split_children, "noise_scale": config.tree_split_noise_scale}
     return [
-        replace(step, **(splits if step.index in config.tree_split_points else {}))
+        replace(
+            step,
+            train=step.train and step.index >= config.tree_split_points[0],
+            **(splits if step.index in config.tree_split_points else {}),
+        )
         if step.index in noisy
         else _base_step(config, step.index, step.index + 1, False)
         for step in plan_all(config, window)

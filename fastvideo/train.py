@@ -25,7 +25,7 @@ from typing import Any
 from fastvideo.config import ALGORITHMS, IGNORED_FLAGS, GRPOConfig
 from fastvideo.models.reward_model.utils import MIXES, REWARDS
 from fastvideo.train_grpo_flux import main as train
-from fastvideo.utils.processes import leave
+from fastvideo.utils.processes import entry_point
 
 from hydra import compose, initialize
 from hydra.core.config_store import ConfigStore
@@ -51,6 +51,7 @@ GROUPS = {
 }
 PLACES = {"algorithm": "algorithm", "reward": "reward.reward_model"}  # the keys that the groups' choices set
 FLAGS: dict[str, Any] = {f.name: f.type for f in fields(GRPOConfig)} | dict.fromkeys(IGNORED_FLAGS, Any)
+AUTOMATIC = {f.name: f.metadata["none"] for f in fields(GRPOConfig) if "none" in f.metadata}  # what None is called
 KEYS = {f"{section}.{name.removeprefix(f'{section}_')}": name for section in SECTIONS for name in FLAGS}
 KEYS |= {f"{section}.{name}": name for section in SECTIONS for name in FLAGS} | {name: name for name in FLAGS} | ALIASES
 
@@ -95,6 +96,8 @@ def readable(argument: str) -> str:
         raise ValueError(f"{argument}: several values; a text with commas goes in quotes, {key}='...', a list in [ ]")
     if kind is bool and not isinstance(value, bool):
         raise ValueError(f"{argument}: choose from true, false")
+    if isinstance(value, str) and value == AUTOMATIC.get(KEYS.get(key)):
+        return f"{key}=null"
     if kind in (str, str | None) and isinstance(value, (bool, int, float)):
         return f"{key}='{text}'"  # a name 1e3 stays what was typed, not 1000.0
     return argument
@@ -105,7 +108,8 @@ def to_flags(overrides: Sequence[str]) -> list[str]:
     try:
         with initialize(version_base="1.3", config_path=None):
             config = compose("trainer", [readable(argument) for argument in overrides])
-        places = [PLACES.get(key, key) for key, _, _ in (argument.partition("=") for argument in overrides)]
+        keys = [argument.partition("=")[0] for argument in overrides]
+        places = [PLACES.get(key, key) for key in sorted(keys, key=lambda key: key not in GROUPS)]  # a value wins
         given = {KEYS[place]: OmegaConf.select(config, place) for place in places}
     except (HydraException, OmegaConfBaseException) as error:
         reasons = [str(reason).splitlines()[0] for reason in (error, error.__cause__) if reason]
@@ -136,5 +140,4 @@ def main(overrides: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
-    leave()
+    entry_point(main)

@@ -66,7 +66,7 @@ from fastvideo.utils.evaluation import Evaluation, build_held_out, check_evaluat
 from fastvideo.utils.grpo_states import windows
 from fastvideo.utils.log import Log
 from fastvideo.utils.memory import describe_memory, predict_memory
-from fastvideo.utils.processes import leave, stop_signals
+from fastvideo.utils.processes import entry_point, stop_signals
 from fastvideo.utils.sampling_utils import coefficients, draw_noise, log_prob, transition_mean, transition_table
 from fastvideo.utils.scoring import Scoring
 from fastvideo.utils.transitions import Transition, micro_batches, slice_transitions
@@ -76,7 +76,6 @@ import torch
 from accelerate.utils import gather_object
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -373,9 +372,10 @@ class Trainer:
     def phase(self, name: str, seconds: dict[str, float]) -> Iterator[None]:
         """Adds the time of a phase; the only waits for the GPU are at its ends."""
         start = time.perf_counter()
-        yield
-        if self.accelerator.device.type == "cuda":
-            torch.cuda.current_stream().synchronize()
+        with torch.profiler.record_function(name):
+            yield
+            if self.accelerator.device.type == "cuda":
+                torch.cuda.current_stream().synchronize()
         key = f"seconds_{name}"
         seconds[key] = seconds.get(key, 0.0) + time.perf_counter() - start
 
@@ -747,5 +747,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    record(main)()  # torchrun ends with the traceback of the process that failed first
-    leave()
+    entry_point(main)

@@ -3,11 +3,13 @@
 import itertools
 import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import islice
 
 from fastvideo import train_grpo_flux
-from fastvideo.config import GRPOConfig
+from fastvideo.config import ALGORITHMS, MERGES, GRPOConfig
 from fastvideo.models.flux import LatentShape
 from fastvideo.rollout_plan import (
     Plan,
@@ -28,16 +30,16 @@ from fastvideo.rollout_plan import (
 )
 from fastvideo.train_grpo_flux import Rollout, draw_noise, rollout
 from fastvideo.utils import advantages as advantage_maths
-from fastvideo.utils.advantages import fuse, kept_pictures, picture_shares
+from fastvideo.utils.advantages import fuse, kept_pictures, plan_advantages
 from fastvideo.utils.grpo_states import windows
-from fastvideo.utils.sampling_utils import entropy, sigma_schedule
+from fastvideo.utils.sampling_utils import coefficients, entropy, sigma_schedule
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, relative_difference
 from PIL import Image
-from test_config import recipe_command
+from test_config import RECIPES
 from test_train import assert_same_update, base_weights, same_weights, torchrun
 
 SHAPE = LatentShape(6, 8, 4, 6)
@@ -401,24 +403,44 @@ def test_advantages_of_a_tree_are_those_of_a_recursion(train, monkeypatch, fusio
 
 def test_fusing_leaves_failed_pictures_out():
     scores = np.array([[1.0, 3, NAN, 5, NAN, NAN, 7, 8]])
-    even = np.ones((1, 8))
-    np.testing.assert_allclose(fuse(scores, 8, even), scores)
-    np.testing.assert_allclose(fuse(scores, 4, even), [[2, 5, NAN, 7.5]])
-    np.testing.assert_allclose(fuse(scores, 2, even), [[3, 7.5]])
-    uneven = np.array([[0.25, 0.75, 0.9, 0.1, 0.5, 0.5, 0.2, 0.8]])
-    np.testing.assert_allclose(fuse(scores, 4, uneven), [[2.5, 5, NAN, 7.8]])
+    np.testing.assert_allclose(fuse(scores, 8, {}), scores)
+    np.testing.assert_allclose(fuse(scores, 4, {}), [[2, 5, NAN, 7.5]])
+    np.testing.assert_allclose(fuse(scores, 2, {}), [[3, 7.5]])
 
 
-def test_shares_by_probability():
+def test_fusing_by_probability():
     """Splits into 2 and again into 2: e to the log-probability 0 and log 3 are 1 and 3."""
     three = math.log(3)
     log_probs = {1: np.array([[0, three]]), 2: np.array([[0, 0, three, 0]])}
-    np.testing.assert_allclose(picture_shares(log_probs, 4, 4, 1.0), [[1, 1, 1, 1]])
-    np.testing.assert_allclose(picture_shares(log_probs, 2, 4, 1.0), [[0.5, 0.5, 0.75, 0.25]])
-    np.testing.assert_allclose(picture_shares(log_probs, 1, 4, 1.0), [[0.125, 0.125, 0.5625, 0.1875]])
-    hot, cold = picture_shares(log_probs, 1, 4, 1e6), picture_shares(log_probs, 1, 4, 1e-3)
-    np.testing.assert_allclose(hot, [[0.25] * 4], atol=1e-5)
-    np.testing.assert_allclose(cold, [[0, 0, 1, 0]], atol=1e-9)
+    scores = np.array([[1.0, 2, 4, 8]])
+    np.testing.assert_allclose(fuse(scores, 4, log_probs), scores)
+    np.testing.assert_allclose(fuse(scores, 2, log_probs), [[1.5, 5]])
+    np.testing.assert_allclose(fuse(scores, 1, log_probs), [[1.5 / 4 + 5 * 3 / 4]])
+    np.testing.assert_allclose(fuse(scores, 1, log_probs, 1e6), [[3.75]], atol=1e-4)
+    np.testing.assert_allclose(fuse(scores, 1, log_probs, 1e-3), [[4]], atol=1e-9)
+    # A failed picture's sibling scores for both; the branches above weigh what they weighed.
+    np.testing.assert_allclose(fuse(np.array([[1.0, 2, NAN, 8]]), 1, log_probs), [[1.5 / 4 + 8 * 3 / 4]])
+    np.testing.assert_allclose(fuse(np.array([[NAN, NAN, 4.0, 8]]), 1, log_probs), [[5]])
+
+
+def tree_advantages(scores: dict, weights: dict, **given) -> dict[int, np.ndarray]:
+    """Those of a tree with splits at 0 and 1 and four pictures."""
+    settings = config(algorithm="branch_grpo", sampling_steps=4, tree_split_points=[0, 1], **given)
+    weights = {name: np.full(4, weight) for name, weight in weights.items()}
+    scores = {name: np.array([values]) for name, values in scores.items()}
+    return plan_advantages(settings, make_plan(settings, [0]), scores, weights, {})[0]
+
+
+def test_a_picture_that_one_model_could_not_score_counts_for_no_branch_under_reward_aggr():
+    scores = {"a": [NAN, 0.0, 4.0, 6.0], "b": [100.0, 0.0, 2.0, 4.0]}
+    found = tree_advantages(scores, {"a": 0.5, "b": 0.5}, multi_reward_mix="reward_aggr")
+    np.testing.assert_allclose(found[0], [[-1 / math.sqrt(2), 1 / math.sqrt(2)]])  # branches score 0 and 4
+    assert found[1][0, 0] == 0 and found[1][0, 1] < found[1][0, 2] < found[1][0, 3]
+
+
+def test_width_pruning_never_keeps_a_failed_picture_instead_of_one_that_scores():
+    last = tree_advantages({"a": [NAN, -1.0, 2, 3]}, {"a": 1}, tree_width_prune=1)[2]
+    assert np.isnan(last).tolist() == [[True, False, True, False]]
 
 
 def test_width_pruning_by_hand():
@@ -428,19 +450,46 @@ def test_width_pruning_by_hand():
     def kept(siblings: int, mode: int, share: float) -> list[int]:
         return np.flatnonzero(kept_pictures(advantages, siblings, mode, share)).tolist()
 
-    assert kept(2, 0, 0.5) == list(range(8))
     assert kept(2, 1, 0.5) == [1, 3, 5, 6]  # the better of each pair
     assert kept(4, 1, 0.25) == [1, 5]
     assert kept(4, 1, 0.3) == [1, 3, 5, 6]  # ⌈1.2⌉ of each four
     assert kept(2, 2, 0.5) == [1, 2, 4, 5]  # the two best and the two worst
     assert kept(2, 2, 0.375) == [1, 4, 5]  # two best, one worst
     assert kept(2, 2, 0.01) == [5] and kept(2, 2, 1.0) == kept(2, 1, 1.0) == list(range(8))
+    advantages = np.array([[NAN, 0.9, NAN, NAN, -2, 1.5, 0.2, NAN]])
+    assert kept(2, 1, 0.5) == [1, 2, 5, 6]  # where both failed, any
+    assert kept(2, 2, 0.5) == [4, 5]  # half of four
     ties = kept_pictures(np.zeros((3, 8)), 2, 2, 0.5)
     assert ties.sum(1).tolist() == [4, 4, 4]
 
 
+def test_steps_before_the_first_split_are_not_trained():
+    """All samples are one row there: nothing to compare."""
+    for algorithm in ("branch_grpo", "branch_grpo_mix"):
+        settings = config(algorithm=algorithm, sampling_steps=10, tree_split_points=[3, 5], group_size=3)
+        plan = make_plan(settings, [0, 1, 2])
+        assert [s.kind for s in plan[:3]] == ["dance_sde"] * 3
+        trained = [s.index for s in plan if s.train]
+        assert trained == ([3, 4, 5, 6, 7, 8] if algorithm == "branch_grpo" else [3, 5])
+
+
+def test_a_split_with_cps_keeps_the_noise_level():
+    """Mean and noise of the predicted noise have the variance σ'² together, whatever the scale."""
+    given = {"algorithm": "branch_grpo", "sde_type": "cps", "eta": 0.5, "tree_split_points": [2]}
+    assert config(**given).tree_split_noise_scale == 1
+    for scale in (1.0, 1.4):
+        plan = make_plan(config(**given, tree_split_noise_scale=scale), [0])
+        step, numbers = plan[2], coefficients(plan)[2]
+        kept = numbers.x - (1 - step.sigma_next)  # of x = (1 − σ)·x0 + σ·noise: mean = (1 − σ')·x0 + kept·noise
+        assert numbers.std == pytest.approx(step.sigma_next * math.sin(0.25 * math.pi) * scale)
+        assert kept**2 + numbers.std**2 == pytest.approx(step.sigma_next**2)
+    with pytest.raises(ValueError, match="--tree_split_noise_scale 1.5: at most 1.41 with --sde_type cps --eta 0.5"):
+        config(**given, tree_split_noise_scale=1.5)
+
+
 # --- training ---------------------------------------------------------------------------------------------------------
 
+SPLITS = {"branch_grpo": {"tree_split_points": [0, 2]}, "branch_grpo_mix": {"tree_split_points": [0, 2]}}
 SMALL = {  # name -> flags; with T 6 and G 4: trained steps, NFE, pictures, optimizer steps
     "grpo_merge": ({}, [0, 1, 2], 6 + 4 * (5 + 4 + 3), 13, 3),
     "grpo_merge, cps, strides": (
@@ -453,18 +502,40 @@ SMALL = {  # name -> flags; with T 6 and G 4: trained steps, NFE, pictures, opti
     "branch_grpo": ({"tree_split_points": [0, 2]}, [0, 1, 2, 3, 4], 1 + 2 + 2 + 4 * 3, 4, 1),
     "branch_grpo, flow": (
         {"algorithm": "branch_grpo", "sde_type": "flow", "tree_split_points": [1, 2], "tree_fusion": "probability"},
-        [0, 1, 2, 3, 4], 1 + 1 + 2 + 4 * 3, 4, 1),
+        [1, 2, 3, 4], 1 + 1 + 2 + 4 * 3, 4, 1),
     "branch_grpo, pruned": (
         {"algorithm": "branch_grpo", "tree_split_points": [0, 2], "tree_width_prune": 2, "depth_pruning": [4, 5],
          "depth_pruning_slide_interval": 1}, [0, 1, 2], 1 + 2 + 2 + 4 * 3, 4, 1),
     "branch_grpo_mix": ({"tree_split_points": [0, 3]}, [0, 1, 3], 1 + 2 * 3 + 4 * 2, 4, 1),
     "branch_grpo_mix, cps": (
         {"algorithm": "branch_grpo_mix", "sde_type": "cps", "tree_split_points": [0, 3], "eta": 0.5,
-         "tree_split_noise_scale": 1}, [0, 1, 3], 1 + 2 * 3 + 4 * 2, 4, 1),
+         "tree_split_noise_scale": 1.3}, [0, 1, 3], 1 + 2 * 3 + 4 * 2, 4, 1),
     "flow_grpo, cps": ({"algorithm": "flow_grpo", "sde_type": "cps"}, [0, 1, 2, 3, 4], 1 + 5 * 4, 4, 2),
     "dance_grpo, cps": (
         {"algorithm": "dance_grpo", "sde_type": "cps", "timestep_fraction": 1}, [0, 1, 2, 3, 4], 1 + 5 * 4, 4, 2),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("sde_type", ["flow", "dance", "cps"])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_every_kind_of_stochastic_step_goes_with_every_algorithm(train, monkeypatch, algorithm, sde_type):
+    kinds, real = set(), train_grpo_flux.make_plan
+    monkeypatch.setattr(
+        train_grpo_flux, "make_plan", lambda *a: [kinds.add(s.kind) for s in real(*a) if s.train] and real(*a)
+    )
+    given = {"eta_step_list": [1, 2]} if algorithm in MERGES else SPLITS.get(algorithm, {})
+    if algorithm == "grpo_merge":
+        given = {**given, "eta_step_merge_list": [2, 1]}
+    run = train(
+        algorithm=algorithm,
+        sde_type=sde_type,
+        max_train_steps=1,
+        rollout_batch_size=1,
+        train_micro_batch_size=1,
+        **given,
+    )
+    assert kinds == {{"flow": "flow_sde", "dance": "dance_sde", "cps": "cps"}[sde_type]}
+    assert run.metrics[0]["ratio_first_deviation"] == 0 and run.metrics[0]["grad_norm"] > 0
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -560,7 +631,7 @@ def test_all_rows_are_trained_where_only_steps_before_the_last_split_are(train, 
 @pytest.mark.parametrize("algorithm", ["branch_grpo", "branch_grpo_mix", "grpo_merge"])
 def test_micro_batches_and_prompts_a_process_change_nothing_but_speed(train, algorithm):
     given = {
-        "algorithm": algorithm, "learning_rate": 1e-6, "tree_split_points": [0, 2],
+        "algorithm": algorithm, "learning_rate": 1e-6, **SPLITS.get(algorithm, {}),
         "tree_width_prune": 0 if algorithm == "grpo_merge" else 2, "reward_model": "custom_rewards:rough_brightness",
     }  # fmt: skip
     run = train(train_batch_size=2, train_micro_batch_size=2, **given)
@@ -606,7 +677,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(train, algorithm):
 def test_recomputed_old_log_probabilities_make_the_first_ratio_exactly_one(train, velocity_calls, algorithm):
     """Here sampling rounds differently from training, as graphs of other shapes do."""
     velocity_calls(lambda velocity, sampling: velocity * (1 + 1e-3 * sampling))
-    given = {"algorithm": algorithm, "tree_split_points": [0, 2], "train_batch_size": 2, "clip_range": 1e-6}
+    given = {"algorithm": algorithm, **SPLITS.get(algorithm, {}), "train_batch_size": 2, "clip_range": 1e-6}
     given |= {"train_micro_batch_size": 3, "max_train_steps": 1, "mixed_precision": "bf16"}
     with pytest.warns(UserWarning, match="deviates from 1 .* --recompute_old_log_prob"):
         (line,) = train(**given).metrics
@@ -617,7 +688,7 @@ def test_recomputed_old_log_probabilities_make_the_first_ratio_exactly_one(train
 
 @pytest.mark.parametrize("algorithm", ["mix_grpo", "grpo_merge", "branch_grpo"])
 def test_the_first_ratio_stays_well_inside_the_clip_range_in_bf16(train, algorithm):
-    given = {"algorithm": algorithm, "tree_split_points": [0, 2], "mixed_precision": "bf16", "max_train_steps": 1}
+    given = {"algorithm": algorithm, **SPLITS.get(algorithm, {}), "mixed_precision": "bf16", "max_train_steps": 1}
     (line,) = train(rollout_batch_size=2, train_micro_batch_size=2, clip_range=1e-4, **given).metrics
     assert line["ratio_first_deviation"] < 1e-5
 
@@ -649,6 +720,10 @@ def test_flow_grpo_fast_draws_a_few_consecutive_steps_an_iteration(train):
         ("grpo_merge --eta_step_list=-1", ("--eta_step_list [-1]", "0 to 14")),
         ("grpo_merge --eta_step_list 2 1", ("--eta_step_list [2, 1]", "ascend")),
         ("grpo_merge --eta_step_list 1 1", ("--eta_step_list [1, 1]", "once")),
+        ("mix_grpo --granular_list 1,2", ("--granular_list [1, 2]", "grpo_merge or granular_grpo")),
+        ("granular_grpo --entropy_threshold 2", ("--entropy_threshold 2.0", "--algorithm grpo_merge")),
+        ("dance_grpo --tree_fusion probability", ("--tree_fusion probability", "branch_grpo or branch_grpo_mix")),
+        ("flow_grpo --flow_grpo_fast_steps 4 --frozen_init_timesteps 2", ("--frozen_init_timesteps 2", "fast_steps")),
         ("grpo_merge --eta_step_list one", ("--eta_step_list one", "int")),
         ("grpo_merge --eta_step_list 10 --eta_step_merge_list 6", ("--eta_step_merge_list [6]", "step 10", "1 to 5")),
         ("grpo_merge --eta_step_list 10 --eta_step_merge_list 0", ("--eta_step_merge_list [0]", "1 to 5")),
@@ -729,20 +804,23 @@ def test_a_dry_run_shows_merges_entropies_and_inactive_steps(capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["E_GRPO", "Granular_GRPO", "BranchGRPO", "DanceGRPO", "DanceGRPO_lora", "FlowGRPO"])
-def test_a_recipe_trains_the_tiny_model_and_saves(name, run_at, tiny_flux, embedded_prompts, tmp_path):
+@pytest.mark.parametrize("script", RECIPES, ids=lambda path: path.stem.removeprefix("finetune_flux_grpo_"))
+def test_a_recipe_trains_the_tiny_model_and_saves(
+    script, run_at, tiny_flux, embedded_prompts, tmp_path, subprocess_environment
+):
     """With its own number of steps and samples."""
     small = "--h 32 --w 32 --reward_model shapes --mixed_precision no --no_gradient_checkpointing --no_use_wandb"
     where = ["--pretrained_model_name_or_path", tiny_flux, "--data_json_path", str(embedded_prompts)]
     where += ["--output_dir", str(tmp_path / "run"), "--max_train_steps", "2", "--train_micro_batch_size", "8"]
-    script = ROOT / f"scripts/finetune/finetune_flux_grpo_{name}.sh"
-    program, *argv = recipe_command(script, tmp_path, *where, *small.split(), "--dataloader_num_workers", "0")
-    assert program == "fastvideo/train_grpo_flux.py"
-    train_grpo_flux.main(argv)
+    done = subprocess.run(
+        ["bash", script, *where, *small.split(), "--dataloader_num_workers", "0"],
+        env={**subprocess_environment, "PYTHON_BIN": sys.executable}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
     run = run_at("run")
     assert [line["step"] for line in run.metrics] == [1, 2]
     assert all(line["grad_norm"] > 0 for line in run.metrics)
-    if "lora" in name:
+    if "lora" in script.stem:
         assert (run.checkpoints[-1] / "pytorch_lora_weights.safetensors").is_file()
     else:
         assert not same_weights(run.weights(), base_weights(tiny_flux))

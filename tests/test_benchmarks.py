@@ -4,6 +4,9 @@ import json
 import subprocess
 import sys
 
+from fastvideo.config import GRPOConfig, parse_dataclass
+from fastvideo.rollout_plan import describe
+
 import pytest
 from conftest import ROOT
 
@@ -27,3 +30,33 @@ def test_an_iteration_is_timed_by_phase_with_and_without_each_optimisation(tmp_p
         assert operations == pytest.approx([operations[0]] * 3)
     shared, alone = ([line["nfe"] for line in runs[name]] for name in ("all on", "without shared prefix"))
     assert alone == [50, 50, 50] and shared == [1 + start + (24 - start) * 2 for start in (0, 10, 19)]
+
+
+@pytest.mark.slow
+def test_algorithms_are_compared_on_held_out_pictures(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import compare_algorithms
+    import learning_curves
+
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("".join((ROOT / "data/prompts_test.txt").read_text().splitlines(keepends=True)[:8]))
+    monkeypatch.setattr(learning_curves, "TEST_PROMPTS", prompts)
+    given = "--algorithms mix_grpo_flash --seeds 1 --images 300 --points 1 --images_per_prompt 1"
+    monkeypatch.setattr(sys, "argv", ["compare_algorithms.py", "--output_dir", str(tmp_path), *given.split()])
+    compare_algorithms.main()
+    (seeds,) = json.loads((tmp_path / "comparison.json").read_text()).values()
+    assert [[point["images"] for point in points] for points in seeds] == [[288]]
+    assert all(point["change"] != 0 and point["optimizer_steps"] == 4 for (point,) in seeds)
+    seconds = min(point["seconds_total"] for (point,) in seeds)
+    assert f"| 288 | {seeds[0][0]['nfe']} | {seconds:.0f} | 4 |" in capsys.readouterr().out
+    assert (tmp_path / "comparison.png").stat().st_size > 10_000
+
+
+def test_every_compared_algorithm_can_be_planned(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import compare_algorithms
+
+    for name in compare_algorithms.ALGORITHMS:
+        flags = compare_algorithms.training_flags(compare_algorithms.ComparisonConfig(), name)
+        config = parse_dataclass(GRPOConfig, [*flags, "--data_json_path", "unused"])
+        assert config.algorithm.split("_")[0] == name.split("_")[0] and "steps an iteration" in describe(config, 1)

@@ -16,7 +16,7 @@ from fastvideo.models.flux import (
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxPipeline, FluxTransformer2DModel
+from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from diffusers.image_processor import VaeImageProcessor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -77,6 +77,28 @@ def test_decoded_pictures_are_rounded_as_diffusers_rounds_them(tiny_flux):
     pixels = vae.decode(unpacked / vae.config.scaling_factor + vae.config.shift_factor, return_dict=False)[0]
     expected = VaeImageProcessor().postprocess(pixels, output_type="pil")
     for mine, theirs in zip(decode_latents(vae, latents, 32, 48, 3), expected, strict=True):
+        assert np.array_equal(np.asarray(mine), np.asarray(theirs))
+
+
+@torch.no_grad()
+def test_pictures_that_do_not_fit_into_memory_together_are_decoded_one_at_a_time(tiny_flux, monkeypatch):
+    vae, decode, sizes = load_vae(tiny_flux), AutoencoderKL.decode, []
+
+    def with_little_memory(self, latents, **kwargs):
+        sizes.append(len(latents))
+        if len(latents) > 1:
+            raise torch.OutOfMemoryError("no more")
+        return decode(self, latents, **kwargs)
+
+    shape = LatentShape.of(vae, 32, 32)
+    latents = torch.randn(3, shape.tokens, shape.channels, generator=torch.Generator().manual_seed(0))
+    expected = decode_latents(vae, latents, 32, 32, 1)
+    monkeypatch.setattr(AutoencoderKL, "decode", with_little_memory)
+    with pytest.warns(UserWarning, match="3 pictures don't fit"):
+        found = decode_latents(vae, latents, 32, 32, 3)
+    decode_latents(vae, latents, 32, 32, 3)  # which doesn't try again
+    assert sizes == [3, 1, 1, 1, 1, 1, 1] and vae.use_tiling
+    for mine, theirs in zip(found, expected, strict=True):  # too small to be cut into tiles
         assert np.array_equal(np.asarray(mine), np.asarray(theirs))
 
 

@@ -10,7 +10,7 @@ from fastvideo.config import ALGORITHMS, IGNORED_FLAGS, GRPOConfig, parse_datacl
 import pytest
 from conftest import ROOT
 from test_config import recipe_command
-from test_train import same_weights
+from test_train import base_weights, same_weights
 
 # The command of E-GRPO's README, with values in the places it leaves open.
 DOCUMENTED = (
@@ -53,6 +53,7 @@ def test_the_documented_command_gives_these_settings():
         ("wandb.enabled=False", "use_wandb", False),
         ("eta=0.5", "eta", 0.5),
         ("training.rollout_batch_size=null", "rollout_batch_size", None),
+        ("training.train_micro_batch_size=auto", "train_micro_batch_size", None),
         ("grpo.depth_pruning=[]", "depth_pruning", []),
         ("reward.granular_start_weights=[1, 0.5, 2]", "granular_start_weights", [1.0, 0.5, 2.0]),
         ("sampling.sampling_steps=9", "sampling_steps", 9),
@@ -113,7 +114,9 @@ def test_a_bad_argument_is_refused_in_one_line(capsys, override, named):
 def test_the_last_one_given_counts_and_a_value_wins_over_a_group():
     assert settings("data.json_path=p", "eta=0.1", "grpo.eta=0.2", "reward=hps", "reward=clip").eta == 0.2
     assert settings("data.json_path=p", "reward=hps", "reward=clip").reward_model == "clip_score"
-    assert settings("data.json_path=p", "reward.reward_model=pick_score", "reward=clip").reward_model == "pick_score"
+    for key in ("reward.reward_model", "reward.model", "reward_model"):
+        assert settings("data.json_path=p", f"{key}=pick_score", "reward=clip").reward_model == "pick_score"
+    assert settings("data.json_path=p", "grpo.algorithm=flow_grpo", "algorithm=mix_grpo").algorithm == "flow_grpo"
 
 
 def test_a_key_that_is_not_given_is_left_to_the_algorithm():
@@ -185,6 +188,24 @@ def test_a_script_passes_a_dry_run(name, tmp_path, capsys):
     config = settings(*overrides)
     expected = {**SCRIPTS[name], "pretrained_model_name_or_path": "m", "max_train_steps": 300, "use_wandb": False}
     assert {key: getattr(config, key) for key in expected} == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_trains_the_tiny_model_and_saves(
+    name, run_at, tiny_flux, embedded_prompts, tmp_path, subprocess_environment
+):
+    small = "sampling.height=32 sampling.width=32 reward.reward_model=shapes training.mixed_precision=no "
+    small += f"training.gradient_checkpointing=false training.dataloader_num_workers=0 output_dir={tmp_path / 'run'}"
+    given = {"MODEL_PATH": tiny_flux, "DATA_PATH": str(embedded_prompts), "PYTHON_BIN": sys.executable}
+    done = subprocess.run(
+        ["bash", ROOT / f"scripts/finetune/{name}.sh", "training.max_train_steps=2", *small.split()],
+        env={**subprocess_environment, **given}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    run = run_at("run")
+    assert [line["grad_norm"] > 0 for line in run.metrics] == [True, True]
+    assert not same_weights(run.weights(), base_weights(tiny_flux))
 
 
 @pytest.mark.slow

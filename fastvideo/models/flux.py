@@ -6,6 +6,7 @@ is the VAE's down-scaling factor (8 in FLUX.1).
 
 import math
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -149,9 +150,11 @@ def without_lora(transformer: FluxTransformer2DModel) -> Iterator[None]:
     layers = [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
     for layer in layers:
         layer._disable_adapters = True
-    yield
-    for layer in layers:
-        layer._disable_adapters = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def is_lora(path: str | Path) -> bool:
@@ -282,11 +285,25 @@ def forward_flops(transformer: FluxTransformer2DModel, image_tokens: int, text_t
 def decode_latents(
     vae: AutoencoderKL, latents: torch.Tensor, height: int, width: int, batch_size: int
 ) -> list[Image.Image]:
-    """Packed latents [N, L, C] to N PIL pictures of height × width pixels, `batch_size` at a time."""
+    """Packed latents [N, L, C] to N PIL pictures of height × width pixels, `batch_size` at a time.
+
+    From the first time on that these don't fit into memory, one at a time and large ones in tiles, with blended seams.
+    """
     factor = vae_scale_factor(vae)
     unpacked = FluxPipeline._unpack_latents(latents, height, width, factor)
     unpacked = unpacked / vae.config.scaling_factor + vae.config.shift_factor
-    pixels = [vae.decode(part.to(vae.dtype), return_dict=False)[0].float() for part in unpacked.split(batch_size)]
+
+    def decode(size: int) -> list[torch.Tensor]:
+        return [vae.decode(part.to(vae.dtype), return_dict=False)[0].float() for part in unpacked.split(size)]
+
+    pixels: list[torch.Tensor] = []
+    if not vae.use_tiling:
+        try:
+            pixels = decode(batch_size)
+        except torch.OutOfMemoryError:
+            warnings.warn(f"{batch_size} pictures don't fit into memory: decoding single ones, in tiles", stacklevel=2)
+            vae.enable_tiling()
+    pixels = pixels or decode(1)  # outside of the handler, which holds on to what filled the memory
     # VaeImageProcessor's own rounding, before the copy to the CPU, which then is a quarter of the size.
     rounded = (VaeImageProcessor.denormalize(torch.cat(pixels)) * 255).round().to(torch.uint8)
     return [Image.fromarray(picture) for picture in rounded.permute(0, 2, 3, 1).cpu().numpy()]

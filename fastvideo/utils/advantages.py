@@ -35,57 +35,50 @@ def group_advantages(rewards: np.ndarray, trimmed_ratio: float = 0.0) -> tuple[n
     return advantages, flat
 
 
-def fuse(values: np.ndarray, rows: int, shares: np.ndarray) -> np.ndarray:
-    """What `rows` rows of a step score: the weighted mean of their pictures' scores (BranchGRPO, arXiv 2509.06040).
+def _weighted_mean(values: np.ndarray, weights: np.ndarray | float) -> np.ndarray:
+    """Over the last axis, without NaNs; NaN where nothing else is left."""
+    weights = np.where(np.isfinite(values), weights, 0.0)
+    total = weights.sum(-1)
+    return (weights * np.nan_to_num(values)).sum(-1) / np.where(total > 0, total, np.nan)
+
+
+def fuse(values: np.ndarray, rows: int, split_log_probs: dict[int, np.ndarray], temperature: float = 1.0) -> np.ndarray:
+    """What `rows` rows of a step score: the mean of their pictures' scores (BranchGRPO, arXiv 2509.06040).
+
+    With log-probabilities it goes from the pictures up to the rows, split by split: the mean over siblings, weighted by
+    softmax(log p / temperature) over those of them that score.
 
     Args:
-        values: [P, n] of pictures, those of a row together; NaN marks a failed one, which is left out.
-        shares: [P, n] or [1, n], a picture's weight in its row.
+        values: [P, pictures], those of a row together; NaN marks a failed one, which is left out.
+        split_log_probs: for every split, rows a prompt before it -> [P, rows after it], siblings together; or nothing.
 
     Returns:
         [P, rows], NaN where all pictures failed.
     """
-    grouped, weights = (array.reshape(len(array), rows, -1) for array in np.broadcast_arrays(values, shares))
-    valid = np.isfinite(grouped)
-    weights = np.where(valid, weights, 0.0)
-    total = weights.sum(-1)
-    return (weights * np.where(valid, grouped, 0.0)).sum(-1) / np.where(total > 0, total, np.nan)
-
-
-def picture_shares(log_probs: dict[int, np.ndarray], rows: int, pictures: int, temperature: float) -> np.ndarray:
-    """BranchGRPO's probability-weighted fusion: product of softmax(log p / temperature) over the splits below a row.
-
-    Args:
-        log_probs: for every split, rows a prompt before it -> [P, rows after it], siblings together. rows: a prompt's,
-            at the step whose rows are scored. pictures: a prompt's.
-
-    Returns:
-        [P, pictures], for `fuse`; without splits [1, pictures], all the same.
-    """
-    shares = np.ones((1, pictures))
-    for before, found in log_probs.items():
-        if before >= rows:
-            siblings = found.reshape(len(found), before, -1) / temperature
-            weights = np.exp(siblings - siblings.max(-1, keepdims=True))
-            share = (weights / weights.sum(-1, keepdims=True)).reshape(found.shape)
-            shares = shares * share.repeat(pictures // found.shape[1], axis=1)
-    return shares
+    for before in sorted((split for split in split_log_probs if split >= rows), reverse=True):
+        found = split_log_probs[before]
+        siblings = found.reshape(len(found), before, -1) / temperature
+        values = _weighted_mean(
+            values.reshape(len(values), *siblings.shape[1:]), np.exp(siblings - siblings.max(-1, keepdims=True))
+        )
+    return _weighted_mean(values.reshape(len(values), rows, -1), 1.0)
 
 
 def kept_pictures(advantages: np.ndarray, siblings: int, mode: int, share: float) -> np.ndarray:
     """BranchGRPO's width pruning: the pictures [P, n], bool, whose edges after the last split are trained.
 
     mode 1: of each branch of the last split, `siblings` pictures, the best ⌈share·siblings⌉. mode 2: ⌈share·n⌉ of a
-    prompt's, half of them the best and half the worst (one more best if that is odd). mode 0: all.
+    prompt's, half of them the best and half the worst (one more best if that is odd). NaN marks a failed picture: those
+    don't count, and are kept only where all failed.
     """
-    if mode == 0:
-        return np.ones_like(advantages, dtype=bool)
     grouped = advantages.reshape(len(advantages), -1, siblings if mode == 1 else advantages.shape[1])
-    size = grouped.shape[-1]
-    place = (-grouped).argsort(-1, kind="stable").argsort(-1, kind="stable")  # 0: the best
-    count = math.ceil(share * size - 1e-9)
+    valid = np.isfinite(grouped)
+    valid |= ~valid.any(-1, keepdims=True)
+    place = np.where(valid, -grouped, np.inf).argsort(-1, kind="stable").argsort(-1, kind="stable")  # 0: the best
+    size = valid.sum(-1, keepdims=True)
+    count = np.ceil(share * size - 1e-9)
     worst = count // 2 if mode == 2 else 0
-    return ((place < count - worst) | (place >= size - worst)).reshape(advantages.shape)
+    return (valid & ((place < count - worst) | (place >= size - worst))).reshape(advantages.shape)
 
 
 def mix_advantages(
@@ -123,22 +116,26 @@ def plan_advantages(
 
     Args:
         scores: name -> [P, pictures], NaN where failed. weights: name -> [pictures].
-        split_log_probs: as in `picture_shares`; without any, rows score plain means.
+        split_log_probs: as in `fuse`; without any, rows score plain means.
 
     Returns:
         Plan position -> advantages [P, rows after it], NaN where pruned; and the number of flat groups.
     """
     start = start_rows(config)
     rows = rows_after(plan, start)
+    used = [name for name, weight in weights.items() if np.any(weight)]
+    failed = np.isnan([scores[name] for name in used])
+    lost = failed.all(0) if config.multi_reward_mix == "advantage_aggr" else failed.any(0)
+    scores = {name: np.where(lost, np.nan, scores[name]) for name in used}
     found: dict[int, np.ndarray] = {}
     groups: dict[tuple[int, int], tuple[np.ndarray, int]] = {}
     for leaf, columns in leaf_columns(plan, start).items():
         for position in trained_above(plan, leaf):
             count, group = rows[position], (leaf, rows[position])
             if group not in groups:
-                shares = picture_shares(split_log_probs, count, rows[leaf], config.tree_fusion_temperature)
-                fused = {name: fuse(values[:, columns], count, shares) for name, values in scores.items()}
-                shaped = {name: fuse(weight[None, columns], count, shares) for name, weight in weights.items()}
+                below = (count, split_log_probs, config.tree_fusion_temperature)
+                fused = {name: fuse(scores[name][:, columns], *below) for name in used}
+                shaped = {name: fuse(weights[name][None, columns], *below) for name in used}
                 groups[group] = mix_advantages(
                     fused, shaped, config.multi_reward_mix, config.use_group, config.trimmed_ratio
                 )
@@ -147,7 +144,7 @@ def plan_advantages(
         mode, share = config.tree_width_prune, config.tree_width_prune_share
         for position, values in found.items():
             if rows[position] == config.num_generations:  # from the last split on
-                kept = kept_pictures(values, config.tree_split_children, mode, share)
+                kept = kept_pictures(np.where(lost, np.nan, values), config.tree_split_children, mode, share)
                 found[position] = np.where(kept, values, np.nan)
     return found, sum(flat for _, flat in groups.values())
 

@@ -220,7 +220,10 @@ class Engine:
             make_attention_gradients_contiguous(transformer)
         self._split_sequence(transformer)
         if self.compiled:
-            transformer.compile_repeated_blocks(dynamic=False)  # one graph for all blocks of a kind
+            # One graph for all blocks of a kind, for each shape, with gradients and without, with adapters and without:
+            # more than Dynamo's limit, beyond which it would leave blocks uncompiled.
+            torch._dynamo.config.recompile_limit = 64
+            transformer.compile_repeated_blocks(dynamic=False)
         on_gpu = self.accelerator.device.type == "cuda" and not self.config.use_cpu_offload
         self.raw_optimizer = torch.optim.AdamW(self.trained_parameters(), fused=on_gpu, **optimizer_settings)
         self.model, self.optimizer = self._wrap()

@@ -4,12 +4,13 @@ import datetime
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import record
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,11 @@ def barrier() -> None:
         dist.barrier()
 
 
-def leave() -> None:
-    """Leaves the process groups. Call it last: their threads could abort the interpreter's exit."""
+def entry_point(main: Callable[[], None]) -> None:
+    """Runs a program that torchrun starts: torchrun ends with the traceback of the process that failed first."""
+    record(main)()
     if dist.is_initialized():
-        dist.destroy_process_group()
+        dist.destroy_process_group()  # its threads could abort the interpreter's exit
 
 
 @contextmanager
@@ -53,7 +55,7 @@ def processes(device: str | None = None) -> Iterator[Processes]:
         yield Processes(rank, world_size, device)
     finally:
         if started:
-            leave()
+            dist.destroy_process_group()
 
 
 @contextmanager

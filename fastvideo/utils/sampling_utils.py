@@ -7,7 +7,7 @@ training apply the same numbers with the same operations in float32, which is wh
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -60,7 +60,7 @@ def _dance_sde(step: "Step") -> Coefficients:
 
 def _cps(step: "Step") -> Coefficients:
     """Coefficients-preserving sampling (MixGRPO v7): x0 and predicted noise recombined, a share sin(ηπ/2) renewed."""
-    sigma, std = step.sigma, step.sigma_next * math.sin(step.eta * math.pi / 2)
+    sigma, std = step.sigma, step.sigma_next * math.sin(step.eta * math.pi / 2) * step.noise_scale
     kept = math.sqrt(step.sigma_next**2 - std**2)
     return Coefficients(1 - step.sigma_next + kept, -sigma * (1 - step.sigma_next) + kept * (1 - sigma), std)
 
@@ -118,14 +118,17 @@ def ancestors(plan: tuple["Step", ...], position: int) -> list[int]:
 
 
 def coefficients(plan: tuple["Step", ...]) -> list[Coefficients]:
-    """The numbers of every step of a plan; `noise_scale` multiplies the standard deviation."""
+    """The numbers of every step of a plan.
+
+    `noise_scale` multiplies the standard deviation; cps then keeps less of the predicted noise, and its noise level.
+    """
     found = []
     for i, step in enumerate(plan):
         if step.kind == "dpmpp":
             found.append(_dpmpp(step, [plan[earlier].sigma for earlier in ancestors(plan, i)]))
         else:
             c = _KINDS[step.kind](step)
-            found.append(Coefficients(c.x, c.v, c.std * step.noise_scale))
+            found.append(c if step.kind == "cps" else replace(c, std=c.std * step.noise_scale))
     return found
 
 

@@ -1,0 +1,156 @@
+"""What holds for every plan that the flags can ask for, whatever the algorithm: drawn settings, not chosen ones."""
+
+import math
+from itertools import islice
+
+from fastvideo.config import ALGORITHMS, MERGES, TREES, GRPOConfig
+from fastvideo.rollout_plan import (
+    describe,
+    evaluations_without_sharing,
+    function_evaluations,
+    leaf_columns,
+    leaves,
+    make_plan,
+    parents,
+    rows_after,
+    start_rows,
+    trained_above,
+    updates,
+)
+from fastvideo.utils.grpo_states import windows
+from fastvideo.utils.sampling_utils import STOCHASTIC_KINDS, coefficients, sigma_schedule
+from fastvideo.utils.transitions import micro_batches, slice_transitions
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_algorithms import toy
+
+everywhere = settings(derandomize=True, database=None, deadline=None, max_examples=60)
+
+
+@st.composite
+def flags(draw, algorithm: str) -> dict:
+    """Flags that the algorithm accepts."""
+    steps = draw(st.integers(4, 14))
+    sde = draw(st.sampled_from(["flow", "dance", "cps"]))
+    found = {"algorithm": algorithm, "sampling_steps": steps, "sde_type": sde, "shift": draw(st.floats(0.5, 6))}
+    found |= {"eta": draw(st.floats(0.05, 0.95)), "seed": draw(st.integers(0, 99)), "max_train_steps": 9}
+    if algorithm not in TREES:
+        found["num_generations"] = group = draw(st.integers(2, 6))
+        found["share_prefix"] = draw(st.booleans())
+        found["gradient_accumulation_steps"] = draw(st.sampled_from([k for k in range(1, 7) if group % k == 0]))
+    if ALGORITHMS[algorithm]["requires"]["training_strategy"] == "part" or algorithm == "branch_grpo_mix":
+        found["group_size"] = draw(st.integers(1, steps - 2))
+        found["iters_per_group"] = draw(st.integers(1, 3))
+        found["sample_strategy"] = draw(st.sampled_from(["progressive", "random", "decay", "exp_decay"]))
+    if "flash" in algorithm:
+        found["dpm_post_compress_ratio"] = draw(st.floats(0.1, 1))
+        found["dpm_solver_order"] = draw(st.integers(1, 3))
+        found["dpm_solver_type"] = draw(st.sampled_from(["midpoint", "heun"]))
+    if algorithm == "flow_grpo":
+        found["flow_grpo_fast_steps"] = draw(st.integers(0, steps - 2))
+    if algorithm in ("flow_grpo", "dance_grpo", "dance_grpo_lora"):
+        found["init_same_noise"] = draw(st.booleans())
+        found["drop_last_sample"] = draw(st.booleans())
+    if algorithm in MERGES:
+        active = draw(st.lists(st.integers(0, steps - 2), min_size=1, max_size=4, unique=True))
+        found["eta_step_list"] = sorted(active)
+        found["granular_list"] = draw(st.lists(st.integers(1, steps), min_size=1, max_size=3, unique=True))
+    if algorithm == "grpo_merge":
+        found["eta_step_merge_list"] = [draw(st.integers(1, steps - 1 - e)) for e in found["eta_step_list"]]
+    if algorithm in TREES:
+        splits = draw(st.lists(st.integers(0, steps - 2), min_size=1, max_size=3, unique=True))
+        found |= {"tree_split_points": sorted(splits), "tree_split_children": draw(st.integers(2, 3))}
+        most = 1 / math.sin(found["eta"] * math.pi / 2) if sde == "cps" else 5
+        found["tree_split_noise_scale"] = draw(st.floats(0.5, min(most, 5) * 0.999))
+        # Depths that leave the last split's edges to train, wherever they slide to.
+        free = [depth for depth in range(1, steps) if depth <= splits[-1] - 1]
+        found["depth_pruning"] = sorted(draw(st.lists(st.sampled_from(free), unique=True))) if free else []
+        found["depth_pruning_slide_interval"] = draw(st.integers(0, 3))
+    return found
+
+
+def every_algorithm(check):
+    return pytest.mark.parametrize("algorithm", ALGORITHMS)(everywhere(given(data=st.data())(check)))
+
+
+def drawn(data, algorithm: str) -> tuple[GRPOConfig, list]:
+    """Settings and the plans of their first iterations, which planning has checked."""
+    config = GRPOConfig.create(data_json_path="unused", reward_model="shapes", **data.draw(flags(algorithm)))
+    return config, [make_plan(config, w, i) for i, w in enumerate(islice(windows(config), 9), start=1)]
+
+
+@every_algorithm
+def test_every_picture_comes_down_the_whole_schedule_and_every_trained_step_has_rows_to_compare(algorithm, data):
+    config, plans = drawn(data, algorithm)
+    schedule, start = sigma_schedule(config.sampling_steps, config.shift), start_rows(config)
+    for plan in plans:
+        rows = rows_after(plan, start)
+        for step, numbers, count in zip(plan, coefficients(plan), rows, strict=True):
+            assert all(map(math.isfinite, (numbers.x, numbers.v, numbers.std, *numbers.history)))
+            ends = step.kind == "cps" and step.sigma_next == 0  # whose noise is a share of the level where it ends
+            assert (numbers.std > 0) == (step.kind in STOCHASTIC_KINDS and not ends)
+            assert not step.train or (count >= 2 and numbers.std > 0)
+        for leaf in leaves(plan):
+            path, position = [], leaf
+            while position >= 0:
+                path.insert(0, plan[position])
+                position = parents(plan)[position]
+            sigmas = [1.0, *(step.sigma_next for step in path)]
+            assert sigmas == sorted(sigmas, reverse=True) and len(set(sigmas)) == len(sigmas) and sigmas[-1] == 0
+            if not any(step.kind == "dpmpp" for step in path):
+                assert set(sigmas) <= set(schedule)
+        columns = sorted(leaf_columns(plan, start).values(), key=lambda c: c.start)
+        assert [c.start for c in columns] == [0, *(c.stop for c in columns[:-1])]
+        trained = [leaf for leaf in leaves(plan) if trained_above(plan, leaf)]
+        assert {rows[leaf] for leaf in trained} == {config.num_generations}
+        if algorithm in MERGES:
+            assert len(trained) == len(config.eta_step_list) * len(config.granular_list)
+        else:
+            assert trained == leaves(plan) and len(trained) == 1
+
+
+@every_algorithm
+def test_the_sampler_evaluates_what_the_plan_counts(algorithm, data):
+    config, plans = drawn(data, algorithm)
+    for plan in plans[:2]:
+        counted = function_evaluations(plan, start_rows(config))
+        assert counted <= evaluations_without_sharing(plan, start_rows(config))
+        below = {parent for parent in parents(plan) if parent >= 0}
+        rows = rows_after(plan, start_rows(config))
+        assert counted == start_rows(config) + sum(rows[position] for position in below)
+    window = next(windows(config))
+    plan, result, evaluated = toy(config, window)
+    assert evaluated == function_evaluations(plan, start_rows(config))
+    last = max(c.stop for c in leaf_columns(plan, start_rows(config)).values())
+    assert len(result.latents) == 2 * last and result.latents.isfinite().all()
+
+
+@every_algorithm
+def test_the_optimizer_steps_of_an_iteration_train_every_transition_once_with_weights_that_make_means(algorithm, data):
+    config, plans = drawn(data, algorithm)
+    size, prompts = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 3))
+    group, start = config.num_generations, start_rows(config)
+    order = np.stack([np.random.default_rng(p).permutation(group) for p in range(prompts)])
+    number_of_steps = set()
+    for plan in plans:
+        rows, trained = rows_after(plan, start), [i for i, step in enumerate(plan) if step.train]
+        everything = np.broadcast_to(trained, (prompts, group, len(trained)))
+        found = []
+        for samples, positions in updates(plan, group, config.gradient_accumulation_steps):
+            advantages = {position: np.ones((prompts, rows[position])) for position in positions}
+            transitions = slice_transitions(plan, rows, order[:, samples], everything, advantages)
+            assert sum(t.weight for t in transitions) == pytest.approx(1)
+            batches = micro_batches(transitions, size)
+            assert [t for batch in batches for t in batch] == transitions
+            assert all(len({(t.position, t.parent) for t in batch}) <= size for batch in batches)
+            found += [(t.position, t.child) for t in transitions]
+        number_of_steps.add(len(updates(plan, group, config.gradient_accumulation_steps)))
+        shared = [position for position in trained if rows[position] < group]  # several samples are one row there
+        own = [(position, child) for position, child in found if position not in shared]
+        assert len(own) == len(set(own)) == sum(prompts * rows[p] for p in trained if p not in shared)
+        assert set(found) - set(own) == {(p, child) for p in shared for child in range(prompts * rows[p])}
+    assert len(number_of_steps) == 1
+    assert f"{number_of_steps.pop()} optimizer steps an iteration" in describe(config, 1)
