@@ -122,11 +122,9 @@ def test_paired_differences_against_a_baseline(tmp_path):
     ]
     assert main([*command, "--output_json", str(tmp_path / "out" / "s.json")]) == 0
     row = load(tmp_path / "out" / "s_summary.json")["models"]["brightness"]
-    change = [10, 20, -10, 10]
     assert (row["pairs"], row["mean"], row["baseline_mean"], row["difference_mean"]) == (4, 82.5, 75, 7.5)
-    assert row["difference_standard_error"] == pytest.approx(mean_and_error(change, ["a", "a", "b", "b"])[1])
-    assert row["win_rate"] == 0.75
-    assert row["difference_interval"] == list(bootstrap_interval(change, ["a", "a", "b", "b"]))
+    assert row["difference_standard_error"] == 7.5  # the changes of the two prompts are 15 and 0
+    assert (row["win_rate"], row["difference_interval"]) == (0.75, [0, 15])
     with open(tmp_path / "out" / "s.csv", encoding="utf-8", newline="") as file:
         (line, *measures) = csv.DictReader(file)
     assert (line["style"], line["score"], line["kind"], line["n"], line["failed"]) == (
@@ -158,27 +156,30 @@ def test_a_baseline_of_other_prompts_is_refused(tmp_path):
     tuned = make_pictures(tmp_path / "tuned", grey(100, 110))
     base = make_pictures(tmp_path / "base", [("other", image) for _, image in grey(100, 110)])
     config = EvalConfig(
-        manifest=str(tuned), baseline_manifest=str(base), reward_model_type="jpeg_compressibility", device="cpu"
+        manifest=str(tuned), baseline_manifest=str(base), reward_model_type="hpsv2", hps_path="/nowhere/hps.pt"
     )
-    with pytest.raises(ValueError, match="--baseline_manifest: index 0 is 'other' there"):
+    with pytest.raises(ValueError, match="--baseline_manifest: index 0 is 'other' there"):  # before models are sought
         evaluate(config)
 
 
 def test_broken_pictures_are_named_and_left_out_and_the_exit_status_says_so(tmp_path, capsys):
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     manifest = make_pictures(tmp_path, [(f"p{i}", Image.fromarray(noise)) for i in range(5)])
+    unreadable = [{"image": name, "prompt": "p", "index": 5 + i} for i, name in enumerate(["x" * 300, "zero\0byte"])]
+    manifest.write_text(json.dumps(load(manifest) + unreadable))
     (tmp_path / "0.png").unlink()
     (tmp_path / "1.png").write_bytes((tmp_path / "1.png").read_bytes()[:2000])
     (tmp_path / "3.png").write_text("no picture")
     assert main(["--manifest", str(manifest), "--reward_model_type", "jpeg_compressibility", "--device", "cpu"]) == 1
     assert [entry["index"] for entry in load(tmp_path / "manifest_scores.json")] == [2, 4]
     summary = load(tmp_path / "manifest_scores_summary.json")
-    assert (summary["images"], summary["successful"]) == (5, 2)
-    assert [Path(skip["image"]).name for skip in summary["skipped"]] == ["0.png", "1.png", "3.png"]
+    assert (summary["images"], summary["successful"]) == (7, 2)
+    names = ["0.png", "1.png", "3.png", "x" * 300, "zero\0byte"]
+    assert [Path(skip["image"]).name for skip in summary["skipped"]] == names
     assert summary["skipped"][0]["problem"] == "no such file"
     output = capsys.readouterr().out
     assert "0.png: no such file" in output and "1.png: not a readable picture: " in output
-    assert "2 of 5 pictures scored" in output
+    assert "2 of 7 pictures scored" in output
 
 
 def test_failed_scores_are_null_counted_and_not_averaged_in(tmp_path):
@@ -287,6 +288,64 @@ def test_signs_of_reward_hacking_are_named(tmp_path, capsys):
     argv[argv.index(str(tuned))] = str(base)
     main([*argv, "--output_json", str(tmp_path / "s.json")])
     assert load(tmp_path / "s_summary.json")["signs"] == []
+
+
+def test_a_sign_of_reward_hacking_needs_pairs_of_eight_prompts(tmp_path, capsys):
+    """Of two prompts the bootstrap can only say that both changed the same way, as half of all pairs do by chance."""
+    pictures = [(str(i), Image.new("RGB", (8, 8), (level, 0, 0))) for i, level in enumerate(range(9, 17))]
+    greyish = [(prompt, image.convert("L")) for prompt, image in pictures]
+    for count in (7, 8):
+        tuned, base = (
+            make_pictures(tmp_path / f"{name}{count}", some[:count])
+            for name, some in (("tuned", pictures), ("base", greyish))
+        )
+        main(
+            ["--manifest", str(tuned), "--baseline_manifest", str(base), "--reward_model_type", "jpeg_compressibility"]
+        )
+        summary, output = load(tuned.with_name("manifest_scores_summary.json")), capsys.readouterr().out
+        assert summary["measures"]["saturation"]["difference_interval"] == [1, 1]
+        assert any(sign.startswith("saturation changed") for sign in summary["signs"]) == (count == 8)
+        assert ("saturation" in summary["too_few_prompts_for_signs"]) == (count == 7)
+        assert ("no sign is looked for with pairs of fewer than 8 prompts: Jpeg" in output) == (count == 7)
+
+
+def test_an_evaluation_leaves_what_a_rival_keeps_and_refuses_one_of_other_pictures_or_flags(
+    tmp_path, subprocess_environment, monkeypatch
+):
+    manifest, calls, log = make_pictures(tmp_path, grey(*range(1, 9))), tmp_path / "calls", tmp_path / "log"
+    monkeypatch.setenv("CALLS", str(calls))
+    argv = ["--manifest", str(manifest), "--reward_batch_size", "1", "--device", "cpu"]
+    flags, others = (["--reward_model_type", f"eval_rewards:{name}"] for name in ("slow_brightness", "brightness"))
+    with open(log, "w") as file:
+        rival = subprocess.Popen(
+            [sys.executable, "-m", "fastvideo.eval.eval_reward", *argv, *flags],
+            cwd=ROOT,
+            env={**subprocess_environment, "CALLS": str(calls)},
+            stdout=file,
+            stderr=file,
+        )
+    wait_for(lambda: calls.exists() and calls.read_text(), rival, log)
+    os.kill(rival.pid, signal.SIGSTOP)
+    try:
+        (part,) = tmp_path.glob(".*.part")
+        with pytest.raises(ValueError, match="--output_json .*_scores.json: an evaluation of other pictures or"):
+            main([*argv, *others])
+        assert main([*argv, *flags]) == 0
+        assert list(tmp_path.glob(".*")) == [part] and load(tmp_path / "manifest_scores.json")
+    finally:
+        os.kill(rival.pid, signal.SIGKILL)
+        rival.wait()
+    assert main([*argv, *others]) == 0
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_scores_of_an_earlier_baseline_do_not_stay_beside_new_ones(tmp_path):
+    manifests = [str(make_pictures(tmp_path / name, grey(90, 100))) for name in ("tuned", "base")]
+    command = ["--reward_model_type", "eval_rewards:brightness", "--manifest", manifests[0]]
+    main([*command, "--baseline_manifest", manifests[1]])
+    assert (tmp_path / "tuned/manifest_scores_baseline.json").exists()
+    main(command)
+    assert not (tmp_path / "tuned/manifest_scores_baseline.json").exists()
 
 
 def test_the_benchmark_layout_is_scored_by_style(tmp_path):

@@ -4,12 +4,15 @@ import html
 import json
 import re
 import shutil
+import struct
 import subprocess
+import zlib
 from contextlib import closing
 from html.parser import HTMLParser
 from pathlib import Path
 
 from fastvideo.eval import report
+from fastvideo.eval.live import LiveReport
 from fastvideo.eval.plots import column, compare_plots, draw_schedules, plan_plots, smoothed
 
 import numpy as np
@@ -128,7 +131,7 @@ def test_headline_numbers_are_paired_and_clustered_by_prompt(run_dir: Path, caps
     assert f"+{changes.mean():.2f} ± {error:.2f}  (5 pairs)" in capsys.readouterr().out
     page = path.read_text(encoding="utf-8")
     assert "Pairs left out of ShapesRewardModel because a score failed: 1." in page
-    assert "of 40 planned" in page and "60%" in page
+    assert "of 40 planned" in page and "70%" in page  # 3 of 5, and a tie
 
 
 def test_running_training_with_half_a_line_repeated_steps_and_missing_keys(tmp_path: Path):
@@ -154,6 +157,14 @@ def test_a_run_with_evaluations_shows_the_first_beside_the_last(other_run: Path)
     assert EVIL not in page and html.escape(EVIL) in page
     with Image.open(other_run / "report" / "evaluation.png") as image:
         assert image.width > 600
+
+
+def test_a_run_resumed_with_other_evaluation_prompts_has_a_report_that_says_so(other_run: Path):
+    path = other_run / "evaluation/000015/scores.json"
+    path.write_text(path.read_text().replace("circle 0", "square 0"))
+    page, scores = report.write_report(other_run)
+    assert scores == [] and "<dt>Best evaluation</dt>" in page.read_text()
+    assert re.search(r"No pictures are compared: .*index 0 has another prompt", page.read_text())
 
 
 def test_a_comparison_has_a_line_a_setting_and_a_band_over_seeds(run_dir: Path, other_run: Path, tmp_path: Path):
@@ -206,7 +217,14 @@ def test_report_of_a_run_that_has_hardly_begun(tmp_path: Path, lines: int):
 def test_missing_and_broken_pictures_leave_a_note(run_dir: Path):
     (run_dir / "base_0.png").unlink()
     (run_dir / "tuned_2.png").write_bytes(b"no picture")
-    assert write(run_dir).count('class="missing"') == 2
+    bomb = bytearray((run_dir / "tuned_3.png").read_bytes())
+    bomb[16:24] = struct.pack(">II", 50000, 50000)  # the size, in a PNG's first chunk
+    bomb[29:33] = struct.pack(">I", zlib.crc32(bomb[12:29]))
+    (run_dir / "tuned_3.png").write_bytes(bomb)
+    entries = json.loads((run_dir / "tuned.json").read_text())
+    entries[4]["image"] = "zero\0byte"
+    (run_dir / "tuned.json").write_text(json.dumps(entries))
+    assert write(run_dir).count('class="missing"') == 4
 
 
 def test_a_model_that_one_side_never_scored_has_not_failed(run_dir: Path):
@@ -315,6 +333,16 @@ def test_a_phone_without_network_and_with_a_keyboard_sorts_filters_and_zooms(
         browser.press("Escape")
         browser.wait("!dialog.open && document.activeElement.closest('li').dataset.index === '5'")
         assert browser.requests and all(url.startswith(("file:", "data:")) for url in browser.requests)
+
+
+def test_a_live_page_remembers_its_choices_but_no_reward_of_another_run(other_run: Path, tmp_path: Path):
+    with LiveReport(other_run, 0) as live, closing(Browser(tmp_path / "profile", online=True)) as browser:
+        url = f"http://127.0.0.1:{live.server_port}/"
+        browser.open(url)
+        browser.evaluate("sessionStorage.setItem('model', 'OfAnotherRun'), sessionStorage.setItem('order', 'index')")
+        browser.open(url)
+        assert browser.evaluate("[one('#model').value, one('#order').value]") == [MODEL, "index"]
+        assert shown_pairs(browser) == ["0", "1", "2", "3", "4", "5"]
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

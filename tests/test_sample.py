@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,8 @@ from fastvideo.config import parse_dataclass
 from fastvideo.models.flux import LORA_FILE, load_transformer
 from fastvideo.sample import sample_flux
 from fastvideo.sample.sample_flux import SampleConfig, main, sample
-from fastvideo.utils.processes import Processes
+from fastvideo.utils.files import write_bytes
+from fastvideo.utils.processes import Processes, processes
 
 import numpy as np
 import pytest
@@ -68,11 +70,11 @@ def tuned(tmp_path_factory) -> str:
     return str(path)
 
 
-def diffusers_picture(pipe: FluxPipeline, entry: dict) -> np.ndarray:
+def diffusers_picture(pipe: FluxPipeline, entry: dict, **more: object) -> np.ndarray:
     """What FluxPipeline itself makes of an entry's prompt and seed."""
     settings = {"height": 32, "width": 32, "num_inference_steps": 4, "guidance_scale": 3.5, "max_sequence_length": 16}
     generator = torch.Generator("cpu").manual_seed(entry["seed"])
-    return np.asarray(pipe(entry["prompt"], generator=generator, **settings).images[0])
+    return np.asarray(pipe(entry["prompt"], generator=generator, **settings, **more).images[0])
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -133,23 +135,41 @@ def test_checkpoints_of_a_run_and_their_averages_are_sampled_as_diffusers_does(t
     assert len(set(found[:4])) == 4 and found[4] == found[2]
 
 
-def test_hybrid_inference_with_adapters_holds_one_model(tmp_path, train, monkeypatch):
-    adapters = train(use_lora=True, lora_rank=4, learning_rate=3e-2, max_train_steps=1).checkpoints[-1]
-    pipelines = []
-    load = sample_flux.HybridPipeline
+@pytest.fixture
+def pipelines(monkeypatch) -> list[sample_flux.HybridPipeline]:
+    """Those that were loaded."""
+    found, load = [], sample_flux.HybridPipeline
 
     def recorded(*args):
-        pipelines.append(load(*args))
-        return pipelines[-1]
+        found.append(load(*args))
+        return found[-1]
 
     monkeypatch.setattr(sample_flux, "HybridPipeline", recorded)
-    base, half, tuned = (
-        main(command(tmp_path, f"f{f}", "--model_path", adapters, "--mix_fraction", f)) for f in (0, 0.5, 1)
-    )
+    return found
+
+
+def test_hybrid_inference_with_adapters_holds_one_model_and_switches_them_off(tmp_path, train, pipelines):
+    adapters = train(use_lora=True, lora_rank=4, learning_rate=3e-2, max_train_steps=1).checkpoints[-1]
+    given = ("--model_path", adapters, "--mix_fraction")
+    base, quarter, tuned = (main(command(tmp_path, f"f{f}", *given, f)) for f in (0, 0.25, 1))
     merged = [p for p in pipelines if p.tuned is not None]
     assert len(merged) == 2 and all(p.base is p.tuned is p.pipe.transformer for p in merged)
     assert largest_difference(base, main(command(tmp_path, "base"))) == 0
-    assert min(largest_difference(half, base), largest_difference(half, tuned)) > 1
+    assert min(largest_difference(quarter, base), largest_difference(quarter, tuned)) > 1
+
+    pipe = FluxPipeline.from_pretrained(TINY, dtype=torch.float32)
+    pipe.load_lora_weights(adapters)
+
+    def after_step(pipe, step, _timestep, tensors):
+        if step == 0:
+            pipe.disable_lora()
+        return tensors
+
+    (first, *_) = json.loads(quarter.read_text())
+    assert np.abs(pixels(quarter)[0] - diffusers_picture(pipe, first, callback_on_step_end=after_step)).max() <= 1
+    sweep = main(command(tmp_path, "sweep", *given, "0.25,0,1"))  # the adapters are there in each
+    for steps, expected in ((1, quarter), (0, base), (4, tuned)):
+        assert largest_difference(sweep.parent / f"mix_{steps}_4/manifest.json", expected) == 0
 
 
 def test_batch_size_does_not_change_the_pictures(tmp_path):
@@ -214,11 +234,54 @@ def test_a_sweep_over_shares_loads_once_and_gives_the_pictures_of_single_runs(tm
     assert again == sweep.parent / "manifest.json"
 
 
-def test_offloading_changes_no_picture_and_leaves_nothing_behind(tmp_path, tuned):
-    hybrid = ("--model_path", tuned, "--mix_fraction", "0.5")
+def test_offloading_changes_no_picture_and_leaves_nothing_behind(tmp_path, tuned, monkeypatch, pipelines):
+    """What it moves only a GPU shows; here, that diffusers was asked to, and what makes room for the base model."""
+    hybrid = ("--model_path", tuned, "--mix_fraction", "0,0.5")
     expected = main(command(tmp_path, "none", *hybrid))
-    for how in ("model", "sequential"):
-        assert largest_difference(main(command(tmp_path, how, *hybrid, "--cpu_offload", how)), expected) == 0
+    asked = []
+
+    def record(kind: type, name: str) -> None:
+        call = getattr(kind, name)
+
+        def recorded(self, *args, **more):
+            asked.append((name, self))
+            return call(self, *args, **more)
+
+        monkeypatch.setattr(kind, name, recorded)
+
+    record(FluxPipeline, "enable_model_cpu_offload")
+    record(FluxPipeline, "enable_group_offload")
+    record(FluxTransformer2DModel, "enable_group_offload")
+    for how, name in (("model", "enable_model_cpu_offload"), ("sequential", "enable_group_offload")):
+        sweep = main(command(tmp_path, how, *hybrid, "--cpu_offload", how))
+        for steps in (0, 2):
+            manifest = f"mix_{steps}_4/manifest.json"
+            assert largest_difference(sweep.parent / manifest, expected.parent / manifest) == 0
+        assert (name, pipelines[-1].pipe) in asked
+    _, by_model, by_layer = pipelines
+    assert by_model.base_hook.hook.prev_module_hook.model is by_model.pipe.text_encoder_2
+    assert ("enable_group_offload", by_layer.base) in asked
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_offloading_on_a_gpu_leaves_the_base_model_alone_there(tmp_path, tuned, monkeypatch, pipelines):
+    load, found = sample_flux.load_transformer, set()
+
+    def recorded(path, dtype):
+        transformer = load(path, dtype)
+        if path == TINY:
+            transformer.register_forward_hook(lambda *_: found.add(where()))
+        return transformer
+
+    def where() -> tuple[str, ...]:
+        hybrid = pipelines[-1]
+        parts = (hybrid.pipe.text_encoder, hybrid.pipe.text_encoder_2, hybrid.tuned, hybrid.base)
+        return tuple(next(part.parameters()).device.type for part in parts)
+
+    monkeypatch.setattr(sample_flux, "load_transformer", recorded)
+    hybrid = ("--model_path", tuned, "--mix_fraction", "0,0.5", "--cpu_offload", "model", "--device", "cuda")
+    main(command(tmp_path, "out", *hybrid))
+    assert found == {("cpu", "cpu", "cpu", "cuda")}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -280,13 +343,47 @@ def test_a_restart_makes_only_what_is_missing_or_damaged(tmp_path, capsys, monke
     main(argv)
 
 
-def test_an_edited_prompt_file_resamples_the_changed_prompts(tmp_path, capsys):
-    main(command(tmp_path, "out"))
-    (tmp_path / "prompts.txt").write_text("\n".join([PROMPTS[0], "new", *PROMPTS[2:]]), encoding="utf-8")
-    capsys.readouterr()
+def write_prompts(folder: Path, *prompts: str) -> None:
+    (folder / "prompts.txt").write_text("\n".join(prompts), encoding="utf-8")
+
+
+def test_prompts_may_be_added_but_other_ones_in_the_same_folder_are_refused(tmp_path, capsys):
     manifest = main(command(tmp_path, "out"))
+    before = pixels(manifest)
+    write_prompts(tmp_path, PROMPTS[0], "new", *PROMPTS[2:])
+    with pytest.raises(ValueError, match="--output_dir .*of other prompts: 00001_0.png; choose another folder"):
+        main(command(tmp_path, "out"))
+    write_prompts(tmp_path, *PROMPTS, "fifth")
+    capsys.readouterr()
+    main(command(tmp_path, "out"))
+    assert "1 pictures sampled, 4 were there" in capsys.readouterr().out
+    write_prompts(tmp_path, *PROMPTS, "another fifth")
+    with pytest.raises(ValueError, match="other prompts: 00004_0.png"):
+        main(command(tmp_path, "out"))
+    assert all(map(np.array_equal, pixels(manifest), [*before, pixels(manifest)[4]]))
+
+    write_prompts(tmp_path, PROMPTS[0], "new", *PROMPTS[2:])
+    capsys.readouterr()
+    main(command(tmp_path, "out", "--overwrite"))
     assert "1 pictures sampled, 3 were there" in capsys.readouterr().out
     assert json.loads(manifest.read_text())[1]["prompt"] == "new"
+    main(command(tmp_path, "out"))
+
+
+def test_no_manifest_names_pictures_that_an_unfinished_run_overwrote(tmp_path, tuned, monkeypatch):
+    manifest = main(command(tmp_path, "out"))
+    elsewhere = main(command(tmp_path, "out", "--output_json", tmp_path / "m.json"))
+    save, saved = sample_flux.save_picture, []
+
+    def stopped(picture, *rest):
+        if saved:
+            raise KeyboardInterrupt
+        saved.append(save(picture, *rest))
+
+    monkeypatch.setattr(sample_flux, "save_picture", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        main(command(tmp_path, "out", "--model_path", tuned, "--overwrite", "--output_json", elsewhere))
+    assert saved and not manifest.exists() and not elsewhere.exists()
 
 
 def test_other_settings_in_the_same_folder_are_refused_and_overwrite_replaces_them(tmp_path, tuned, capsys):
@@ -306,29 +403,71 @@ def test_other_settings_in_the_same_folder_are_refused_and_overwrite_replaces_th
     assert "0 pictures sampled, 4 were there" in capsys.readouterr().out
 
 
-def claim(folder: Path, steps: int, start: multiprocessing.Event, answers: multiprocessing.Queue) -> None:
+def claim(folder: Path, claimed: tuple[int, str], start: multiprocessing.Event, answers: multiprocessing.Queue) -> None:
+    """claimed: the steps, of the settings, and the last prompt."""
+    (steps, prompt), place = claimed, Processes(0, 1, "cpu")
+    config = SampleConfig(output_dir=str(folder))
+    pictures = sample_flux.plan_pictures(config, [("first", None), (prompt, None)])
     start.wait()
     try:
-        sample_flux._claim_folder(SampleConfig(output_dir=str(folder)), {"steps": steps}, Processes(0, 1, "cpu"))
-        answers.put(steps)
+        sample_flux._claim_folder(config, {"steps": steps}, pictures, place)
+        answers.put(claimed)
     except ValueError as error:
         answers.put(str(error))
 
 
-def test_of_two_runs_that_claim_a_folder_at_once_with_other_settings_one_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("claims", "before", "names", "message"),
+    [
+        ([(1, "a"), (2, "a")], [], ["sampling.json"], "holds pictures of other settings: steps"),
+        ([(1, "a"), (1, "b")], [], ["sampling.json"], "holds pictures of other prompts: 00001_0.png"),
+        ([(1, "a"), (1, "b")], ["first"], ["sampling.1.json", "sampling.json"], "of other prompts: 00001_0.png"),
+    ],
+)
+def test_of_two_runs_that_claim_a_folder_at_once_with_other_pictures_one_is_refused(
+    tmp_path, claims, before, names, message
+):
+    if before:  # then both add to what is there
+        config = SampleConfig(output_dir=str(tmp_path))
+        pictures = sample_flux.plan_pictures(config, [(prompt, None) for prompt in before])
+        sample_flux._claim_folder(config, {"steps": 1}, pictures, Processes(0, 1, "cpu"))
     fork = multiprocessing.get_context("fork")
     start, answers = fork.Event(), fork.Queue()
-    rivals = [fork.Process(target=claim, args=(tmp_path, steps, start, answers)) for steps in (1, 2, 1, 2)]
+    rivals = [fork.Process(target=claim, args=(tmp_path, claimed, start, answers)) for claimed in claims * 2]
     for rival in rivals:
         rival.start()
     start.set()
     found = [answers.get(timeout=30) for _ in rivals]
     for rival in rivals:
         rival.join()
-    winners = [answer for answer in found if isinstance(answer, int)]
+    winners = [answer for answer in found if isinstance(answer, tuple)]
     assert len(winners) == 2 and len(set(winners)) == 1
-    assert all("holds pictures of other settings: steps" in answer for answer in found if isinstance(answer, str))
-    assert [path.name for path in tmp_path.iterdir()] == ["sampling.json"]
+    assert all(message in answer for answer in found if isinstance(answer, str))
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+def test_machines_that_write_one_file_at_once_with_equal_process_numbers_do_not_meet(tmp_path, monkeypatch):
+    """Containers on several machines often number their processes alike."""
+    sync, path = os.fsync, tmp_path / "file"
+
+    def meanwhile(number: int) -> None:
+        monkeypatch.setattr(os, "fsync", sync)
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setattr(socket, "gethostname", lambda: "elsewhere")
+            write_bytes(path, b"other")
+        assert path.read_bytes() == b"other"
+        sync(number)
+
+    monkeypatch.setattr(os, "fsync", meanwhile)
+    write_bytes(path, b"this one")
+    assert path.read_bytes() == b"this one" and [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cuda", "cuda:3"), ("cuda:1", "cuda:1"), ("cpu", "cpu")])
+def test_every_process_has_the_gpu_of_its_number_unless_one_is_named(monkeypatch, device, expected):
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    with processes(device) as here:
+        assert here.device == expected
 
 
 def test_a_retrained_model_at_the_same_path_is_noticed(tmp_path, tuned):

@@ -5,6 +5,7 @@ folder of the pictures.
 """
 
 import json
+import os
 from pathlib import Path
 
 STYLES = ("anime", "concept-art", "paintings", "photo")
@@ -40,6 +41,6 @@ def benchmark_entries(images: Path, prompts: dict[str, list[str]]) -> list[dict]
     for style, texts in prompts.items():
         for i, prompt in enumerate(texts):
             paths = [images / style / f"{i:05d}{suffix}" for suffix in SUFFIXES]
-            path = next((path for path in paths if path.is_file()), paths[0])
+            path = next(filter(os.path.isfile, paths), paths[0])  # unlike is_file() it raises for no path
             entries.append({"index": len(entries), "prompt": prompt, "path": path, "style": style})
     return entries

@@ -17,21 +17,23 @@ For a manifest it writes beside `--output_json` X.json
     X_baseline.json   with a baseline manifest: its scores
 Granular models add their components as {Model}_{component}. `measures` (see hacking.py) show reward hacking: appearance
 of each picture, and where prompts have several, their diversity. Pictures that can't be read are named and left out,
-failed scores are counted and never averaged in; either makes the exit status 1. Bad input makes it 2.
+failed scores are counted and never averaged in; either makes the exit status 1. Bad input makes it 2, or
+through torchrun 1.
 
 A killed evaluation goes on where it stopped: until its end X.json's folder has hidden .part files with what was scored.
+Meanwhile one of other pictures or with other flags for the same X.json is refused.
 docs/evaluation.md has more.
 """
 
 import csv
+import fcntl
 import io
 import json
 import math
 import os
-import socket
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import copy
 from dataclasses import dataclass, fields
 from hashlib import sha256
@@ -40,11 +42,11 @@ from typing import Any
 
 from fastvideo.config import RewardConfig, flag, parse_dataclass
 from fastvideo.eval.benchmark import benchmark_entries, read_benchmark
-from fastvideo.eval.hacking import appearance, diversity, signs
-from fastvideo.eval.statistics import bootstrap_interval, mean_and_error
+from fastvideo.eval.hacking import MIN_PROMPTS, appearance, diversity, signs
+from fastvideo.eval.statistics import bootstrap_interval, mean_and_error, win_rate
 from fastvideo.models.reward_model.clip_base import CLIPReward
 from fastvideo.models.reward_model.utils import RewardModel, build_reward_models, compute_reward, resolve_reward_spec
-from fastvideo.utils.files import write_bytes, write_json
+from fastvideo.utils.files import process_name, write_bytes, write_json
 from fastvideo.utils.processes import Processes, barrier, processes
 
 import numpy as np
@@ -92,7 +94,7 @@ class EvalConfig(RewardConfig):
     )
     trained_rewards: str | None = flag(None, "--reward_model of the training; the other rewards count as held out")
     hacking_measures: bool = flag(True, "measure saturation, sharpness, high frequencies and diversity, too")
-    device: str = flag("auto", "cpu, cuda, cuda:1, ... or auto; --reward_device goes before it")
+    device: str = flag("auto", "cpu, cuda (the process's own), cuda:1, ... or auto; --reward_device goes before it")
     prompt_file: str | None = flag(None, "another name of --manifest")
     single_img: str | None = flag(None, "another name of --image")
     single_img_prompt: str | None = flag(None, "another name of --prompt")
@@ -177,7 +179,7 @@ def read_manifest(path: Path, flag_name: str) -> list[dict[str, Any]]:
         if not isinstance(index, int):
             raise ValueError(f"--{flag_name} {path}: entry {position} has the index {index!r}, not a whole number")
         places = [path.parent / keys["image"], Path(keys["image"])]
-        found_at = next((place for place in places if place.is_file()), places[0])
+        found_at = next(filter(os.path.isfile, places), places[0])  # unlike is_file() it raises for no path
         entries.append({"index": index, "prompt": keys["prompt"], "path": found_at})
         if isinstance(keys.get("style"), str):
             entries[-1]["style"] = keys["style"]
@@ -202,13 +204,31 @@ class Journal:
     """What was scored so far, in a hidden file beside the scores, so that a killed evaluation can go on.
 
     One JSON line a batch, under a hash of the pictures, their prompts and `settings`: other pictures or settings find
-    nothing. Every process has a file of its own, and reads those of all, whatever became of them.
+    nothing. Every process has a file of its own, locked as long as it lives, and reads those of all, whatever became of
+    them.
     """
 
-    def __init__(self, output: Path | None, settings: str) -> None:
-        """output: the file of the scores; None: nothing is kept."""
+    def __init__(self, output: Path | None, settings: str, purpose: str) -> None:
+        """output: the file of the scores; None: nothing is kept. purpose: all that decides what the scores' files hold.
+
+        Raises ValueError, one line, when a process is scoring with another purpose for the same files.
+        """
         self.output, self.settings = output, settings
         self.done: dict[str, dict[str, Any]] = {}
+        if output is None:
+            return
+        output.parent.mkdir(parents=True, exist_ok=True)
+        end = f".{sha256(purpose.encode()).hexdigest()[:8]}"
+        self.own = output.with_name(f".{output.name}.{process_name()}{end}.part")
+        self.file = os.open(self.own, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(self.file, fcntl.LOCK_EX)
+        if any(self._lives(path) for path in self._files() if not path.stem.endswith(end)):
+            self.withdraw()
+            raise ValueError(
+                f"--output_json {output}: an evaluation of other pictures or with other flags is under way for it; "
+                "choose another file, or wait"
+            )
         for path in self._files():
             try:
                 lines = path.read_bytes().splitlines()
@@ -222,10 +242,20 @@ class Journal:
                     continue  # half a line, of the killed process
 
     def _files(self) -> list[Path]:
-        if self.output is None or not self.output.parent.is_dir():
-            return []
         start = f".{self.output.name}."
         return [p for p in self.output.parent.iterdir() if p.name.startswith(start) and p.suffix == ".part"]
+
+    @staticmethod
+    def _lives(path: Path) -> bool:
+        """Whether the process that writes this file is at work."""
+        try:
+            with open(path, "rb") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: others may be asking, too
+        except BlockingIOError:
+            return True
+        except OSError:  # it has just been removed, or the file system has no locks
+            return False
+        return False
 
     def key(self, entries: Sequence[dict[str, Any]]) -> str:
         """The hash of a batch."""
@@ -238,15 +268,20 @@ class Journal:
         """Keeps a batch's result."""
         self.done[key] = found
         if self.output is not None:
-            self.output.parent.mkdir(parents=True, exist_ok=True)
-            name = f".{self.output.name}.{socket.gethostname()}.{os.getpid()}.part"
-            with open(self.output.with_name(name), "ab") as file:  # of an earlier process, it may end with half a line
-                file.write(b"\n" + json.dumps({"key": key, "found": found}).encode())
+            os.write(self.file, b"\n" + json.dumps({"key": key, "found": found}).encode())
+
+    def withdraw(self) -> None:
+        """Removes this process's file."""
+        if self.output is not None:
+            self.own.unlink(missing_ok=True)
+            os.close(self.file)
 
     def remove(self) -> None:
-        """When the scores are written: what this run and those killed before it have kept."""
-        for path in self._files():
-            path.unlink(missing_ok=True)
+        """When the scores are written: removes what this process and those killed before it have kept."""
+        self.withdraw()
+        for path in self._files() if self.output is not None else ():
+            if not self._lives(path):
+                path.unlink(missing_ok=True)
 
 
 def _gather(value: Any, here: Processes) -> list[Any]:
@@ -347,14 +382,32 @@ def _rows(entries: Sequence[dict[str, Any]], pairs: Sequence[tuple[dict, dict]] 
             before = np.array([b[where][name] for _, b in both], dtype=np.float64)
             change = np.array([a[where][name] for a, _ in both], dtype=np.float64) - before
             prompts = [a["prompt"] for a, _ in both]
-            row["pairs"] = len(both)
+            row |= {"pairs": len(both), "pair_prompts": len(set(prompts))}
             for part, values in (("baseline", before), ("difference", change)):
                 mean, error = mean_and_error(values, prompts)
                 row |= {f"{part}_mean": _number(mean), f"{part}_standard_error": _number(error)}
             row["difference_interval"] = _interval(change, prompts)
-            row["win_rate"] = float(((change > 0) + (change == 0) / 2).mean()) if both else None
+            row["win_rate"] = win_rate(change) if both else None
         rows[name] = row
     return rows
+
+
+def pair_up(entries: Sequence[dict], others: Sequence[dict]) -> list[tuple[dict, dict]]:
+    """Entries with those of the baseline of the same index.
+
+    Raises ValueError, one line, when two of a pair have different prompts, or there is no pair at all.
+    """
+    there = {entry["index"]: entry for entry in others}
+    pairs = [(entry, there[entry["index"]]) for entry in entries if entry["index"] in there]
+    for entry, other in pairs:
+        if entry["prompt"] != other["prompt"]:
+            raise ValueError(
+                f"--baseline_manifest: index {entry['index']} is {other['prompt']!r} there, {entry['prompt']!r} here; "
+                "sample both with one prompt file"
+            )
+    if not pairs:
+        raise ValueError("--baseline_manifest: no index in common with --manifest")
+    return pairs
 
 
 def summarize(scores: Scores, baseline: Scores | None = None, trained: Iterable[str] | None = None) -> dict[str, Any]:
@@ -362,18 +415,9 @@ def summarize(scores: Scores, baseline: Scores | None = None, trained: Iterable[
 
     With a baseline the paired differences (this - baseline) and the share of pairs won, a tie counting half; a pair is
     a picture of each side with the same index. trained: names of the models that were trained on; the others are held
-    out. Raises ValueError when two of a pair have different prompts, or there is no pair at all.
+    out. Raises ValueError when there is no pair at all.
     """
-    there = {entry["index"]: entry for entry in baseline.entries} if baseline else {}
-    pairs = [(entry, there[entry["index"]]) for entry in scores.entries if entry["index"] in there]
-    for entry, other in pairs:
-        if entry["prompt"] != other["prompt"]:
-            raise ValueError(
-                f"--baseline_manifest: index {entry['index']} is {other['prompt']!r} there, {entry['prompt']!r} here; "
-                "sample both with one prompt file"
-            )
-    if baseline and not pairs:
-        raise ValueError("--baseline_manifest: no index in common with --manifest")
+    pairs = pair_up(scores.entries, baseline.entries) if baseline else []
 
     def of(style: str | None) -> dict[str, dict[str, dict]]:
         chosen = [entry for entry in scores.entries if style in (None, entry.get("style"))]
@@ -390,13 +434,15 @@ def summarize(scores: Scores, baseline: Scores | None = None, trained: Iterable[
 
     sides = [side for side in (scores, baseline) if side]
     whole = of(None)
+    rows = whole["models"] | whole["measures"]
     return {
         "images": len(scores.entries) + len(scores.skipped),
         "successful": len(scores.successful),
         "prompts": len({entry["prompt"] for entry in scores.entries}),
         "skipped": [skip for side in sides for skip in side.skipped],
         **whole,
-        "signs": signs(whole["models"] | whole["measures"]),
+        "signs": signs(rows),
+        "too_few_prompts_for_signs": [k for k, row in rows.items() if 0 < row.get("pair_prompts", 0) < MIN_PROMPTS],
         "styles": {style: of(style) for style in dict.fromkeys(e["style"] for e in scores.entries if "style" in e)},
     }
 
@@ -506,14 +552,20 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     else:
         entries = [{"index": 0, "prompt": config.prompt, "path": Path(config.image)}]
     before = config.baseline_manifest and _entries(config, config.baseline_manifest, "baseline_manifest")
+    if before:
+        pair_up(entries, before)  # raises before anything loads
     output = _output(config)
     with processes(None if config.device == "auto" else config.device) as here:
         with _own_flag_names():
             models, _ = build_reward_models(config, here.device, evaluation=True)
-        journal = Journal(output, _settings(config))
+        settings = _settings(config)
+        paths = [config.manifest, config.baseline_manifest, config.benchmark_prompts]
+        purpose = [settings, *(path and os.path.abspath(path) for path in paths), config.trained_rewards]
+        journal = Journal(output, settings, json.dumps(purpose))
         rest = (models, config.reward_batch_size, journal, here, config.hacking_measures)
         scores = score(entries, *rest)
         if not scores.entries:
+            journal.withdraw()
             given = f"--manifest {config.manifest}" if config.manifest else f"--image {config.image}"
             raise ValueError(f"{given}: not one picture could be read")
         baseline = score(before, *rest) if before else None
@@ -533,14 +585,19 @@ def _report(output: Path | None, scores: Scores, baseline: Scores | None, summar
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         _write_scores(output, scores)
+        of_baseline = output.with_name(f"{output.stem}_baseline.json")
         if baseline:
-            _write_scores(output.with_name(f"{output.stem}_baseline.json"), baseline)
+            _write_scores(of_baseline, baseline)
+        else:
+            of_baseline.unlink(missing_ok=True)  # of an earlier evaluation, other than the other files
         write_bytes(output.with_name(f"{output.stem}_mean.txt"), mean_lines(scores).encode())
         write_bytes(output.with_name(f"{output.stem}.csv"), csv_lines(summary).encode())
         write_json(output.with_name(f"{output.stem}_summary.json"), summary)
     print(table(summary))
     for sign in summary["signs"]:
         print(f"against the baseline, {sign}")
+    if few := summary["too_few_prompts_for_signs"]:
+        print(f"no sign is looked for with pairs of fewer than {MIN_PROMPTS} prompts: {', '.join(few)}")
     print(
         f"{summary['successful']} of {summary['images']} pictures scored by all models" + f": {output}" * bool(output)
     )

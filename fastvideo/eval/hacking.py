@@ -15,6 +15,9 @@ from PIL import Image
 
 APPEARANCE = ("saturation", "sharpness", "high_frequency")
 THUMBNAIL = 32  # pixels a side
+# With fewer prompts bootstrap intervals are too short: without any change they leave out 0 half of the time with 2
+# prompts, one time in four with 3, in nine with 8 (normal values, simulated).
+MIN_PROMPTS = 8
 
 
 def appearance(image: Image.Image) -> dict[str, float]:
@@ -76,12 +79,13 @@ def diversity(images: list[Image.Image], model: CLIPReward | None) -> dict[str, 
 def signs(rows: dict[str, dict[str, Any]]) -> list[str]:
     """Sentences on what changed against the baseline by more than chance (95 % interval) and hints at reward hacking.
 
-    rows: those of a summary. One in twenty harmless measures leaves 0 out by chance.
+    rows: those of a summary; with pairs of fewer than MIN_PROMPTS prompts they give no sign. With many prompts one in
+    twenty harmless measures leaves 0 out by chance, with few more.
     """
     found = []
     for name, row in rows.items():
         low, high = row.get("difference_interval") or (None, None)
-        if low is None or low <= 0 <= high:
+        if low is None or low <= 0 <= high or row["pair_prompts"] < MIN_PROMPTS:
             continue
         change = f"{row['difference_mean']:+.4g} (95 % interval {low:+.4g} to {high:+.4g})"
         if row["kind"] == "reward" and row["held_out"] and high < 0:

@@ -42,7 +42,7 @@ from fastvideo.eval.plots import (
     number,
     plan_plots,
 )  # fmt: skip
-from fastvideo.eval.statistics import mean_and_error
+from fastvideo.eval.statistics import mean_and_error, win_rate
 from fastvideo.utils.files import evaluation_folder, write_bytes
 
 import matplotlib
@@ -207,7 +207,7 @@ def compare(pairs: list[Pair]) -> list[dict]:
             scores = np.array([p.scores[model] for p in complete], dtype=np.float64)
             row["before"], row["after"] = (mean_and_error(side, prompts) for side in scores.T)
             row["change"] = mean_and_error(scores[:, 1] - scores[:, 0], prompts)
-            row["improved"] = float((scores[:, 1] > scores[:, 0]).mean())
+            row["improved"] = win_rate(scores[:, 1] - scores[:, 0])
         rows.append(row)
     return rows
 
@@ -286,7 +286,8 @@ def image_tag(path: Path, alt: str, size: int = 512) -> str:
     try:
         with Image.open(path) as file:
             image = file.convert("RGB")
-    except (OSError, SyntaxError):  # missing, truncated, no picture; a PNG with a broken chunk
+    # missing, truncated, no picture; a PNG with a broken chunk; one that unpacks to gigabytes
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return f'<span class="missing" role="img" aria-label="{html.escape(alt)}: no such picture">no picture</span>'
     small, buffer = max(image.size) <= 128, io.BytesIO()
     if small:
@@ -411,18 +412,20 @@ def choose_pairs(
     if baseline and tuned:
         return read_pairs(Path(baseline), Path(tuned)), ("Before", "After"), []
     first, last = runs[0].evaluations(), runs[-1].evaluations()
-    if len(runs) == 1 and len(first) > 1:
-        labels = tuple(f"Iteration {int(path.parent.name)}" for path in (first[0], last[-1]))
-        return read_pairs(first[0], last[-1]), labels, []
-    if len(runs) == 1 or not first or not last:
+    if len(runs) == 1:
+        chosen = first[:1] + last[1:][-1:]
+        labels = [f"Iteration {int(path.parent.name)}" for path in chosen]
+    else:
+        chosen = first[-1:] + last[-1:]
+        labels = [run.name for run in (runs[0], runs[-1])]
+        if labels[0] == labels[1]:
+            labels = [run.folder.resolve().name for run in (runs[0], runs[-1])]
+    if len(chosen) < 2:
         return [], ("Before", "After"), []
-    names = [run.name for run in (runs[0], runs[-1])]
-    if names[0] == names[1]:
-        names = [run.folder.resolve().name for run in (runs[0], runs[-1])]
     try:
-        return read_pairs(first[-1], last[-1]), tuple(names), []
-    except ValueError as error:
-        return [], ("before", "after"), [f"No pictures are compared: {error}."]
+        return read_pairs(*chosen), tuple(labels), []
+    except ValueError as error:  # a run resumed with other --eval_prompts; runs with different ones
+        return [], ("Before", "After"), [f"No pictures are compared: {error}."]
 
 
 def sample_grids(run: Run, most: int, title: str = "") -> list[str]:

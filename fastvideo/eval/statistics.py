@@ -45,3 +45,9 @@ def bootstrap_interval(
         means.append(sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1))
     low, high = np.quantile(np.concatenate(means), [(1 - share) / 2, (1 + share) / 2])
     return float(low), float(high)
+
+
+def win_rate(changes: Sequence[float]) -> float:
+    """The share of paired changes (at least one) that are gains; a tie counts half."""
+    changes = np.asarray(changes, dtype=np.float64)
+    return float(((changes > 0) + (changes == 0) / 2).mean())

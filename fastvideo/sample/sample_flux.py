@@ -10,9 +10,11 @@ was learned only to please the reward. Several shares (`--mix_fraction 0.2,0.5,0
 folder mix_{steps}_{total}/ of its own, and sweep.json lists their manifests.
 
 A picture's noise depends on `--seed`, the prompt's place in the file and the picture's number, not on processes or
-batches. A restart keeps the pictures that are there: each carries its prompt, seed and a hash of the settings, and the
-folder's sampling.json says what those were. Several runs may work on one folder at once. The manifest, a JSON list of
-{"image", "prompt", "seed", "index"} with `image` relative to it, is written when all pictures are there.
+batches. A restart keeps the pictures that are there: each carries its prompt, seed and a hash of the settings. The
+folder's sampling.json says what those were; other settings, and other prompts for pictures of the same names, are
+refused. Prompts may be added: then sampling.1.json, ... name the further pictures. Several runs may work on one folder
+at once. The manifest, a JSON list of {"image", "prompt", "seed", "index"} with `image` relative to it, is written when
+all pictures are there.
 docs/evaluation.md has more.
 """
 
@@ -20,8 +22,8 @@ import hashlib
 import io
 import json
 import os
-import socket
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -39,13 +41,14 @@ from fastvideo.models.flux import (
     load_with_lora,
     meta_transformer,
 )
-from fastvideo.utils.files import read_prompts, write_bytes, write_json
+from fastvideo.utils.files import process_name, read_prompts, write_bytes, write_json
 from fastvideo.utils.fingerprint import model_fingerprint, sample_file
 from fastvideo.utils.processes import Processes, barrier, processes
 
 import numpy as np
 import torch
 from accelerate import cpu_offload_with_hook
+from accelerate.hooks import CpuOffload, UserCpuOffloadHook
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from PIL import Image, PngImagePlugin
@@ -92,14 +95,14 @@ class SampleConfig:
     shift: float | None = flag(None, "static shift of the sigma schedule (None: the base pipeline's own scheduler)")
     max_sequence_length: int = flag(512, "T5 tokens; cut to what the model's tokenizer declares")
     dtype: str = flag("auto", "number format; auto: bf16 on a GPU, fp32 on the CPU", choices=["auto", *DTYPES])
-    device: str = flag("auto", "cpu, cuda, cuda:1, ... or auto")
+    device: str = flag("auto", "cpu, cuda (the process's own), cuda:1, ... or auto")
     compile: bool = flag(False, "compile the transformers' blocks: a slow start, then faster steps")
     cpu_offload: str = flag(
         "none",
         "keep in GPU memory only the model at work, or (sequential, slow) only the layer",
         choices=["none", "model", "sequential"],
     )
-    overwrite: bool = flag(False, "sample anew into a folder that holds pictures of other settings")
+    overwrite: bool = flag(False, "replace the pictures of other settings or prompts in the folder")
 
     def __post_init__(self) -> None:
         if self.flux_baseline_model_dir is not None:
@@ -324,7 +327,9 @@ class HybridPipeline:
         elif config.cpu_offload == "model":
             self.pipe.enable_model_cpu_offload(device=device)
             if second:
-                _, self.base_hook = cpu_offload_with_hook(second, device)
+                # At share 0 it runs right after the text encoders, the last of which the pipeline leaves there.
+                encoder = UserCpuOffloadHook(self.pipe.text_encoder_2, CpuOffload(device))
+                _, self.base_hook = cpu_offload_with_hook(second, device, prev_module_hook=encoder)
         else:
             for part in (self.pipe, *([second] if second else [])):
                 part.enable_group_offload(onload_device=torch.device(device), offload_type="leaf_level")
@@ -390,41 +395,75 @@ def _settings(config: SampleConfig, dtype: str) -> dict[str, object] | None:
     }
 
 
-def _claim_folder(config: SampleConfig, settings: dict[str, object], here: Processes) -> str:
-    """Writes sampling.json unless it is there; returns the settings' hash.
+def _claimed(folder: Path) -> tuple[dict[str, object] | None, dict[str, str], Path]:
+    """A folder's claims: settings (None: no claim), a hash of what each picture is made of, and the next claim's file.
 
-    Raises ValueError for a folder with pictures of other settings, so that they can't be taken for these.
+    Raises ValueError, one line, for claims that can't be read.
     """
-    path = Path(config.output_dir) / "sampling.json"
-    if here.rank == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        names = ("pretrained_model_name_or_path", "model_path", "prompts_file")
-        record = {"settings": settings, "sources": {name: getattr(config, name) for name in names}}
-        own = path.with_name(f".sampling.{socket.gethostname()}.{os.getpid()}.json")
-        write_json(own, record)
+    settings, pictures, number, path = None, {}, 0, folder / "sampling.json"
+    while path.exists():
         try:
-            if config.overwrite:
-                os.replace(own, path)
-            else:
-                os.link(own, path)  # unlike a replacement it fails when there is one, also of this very moment
-        except FileExistsError:
-            pass  # compared below
-        except OSError:  # a file system without links
-            if not path.exists():
-                os.replace(own, path)
+            claim = json.loads(path.read_text(encoding="utf-8"))
+            settings, pictures = claim["settings"], pictures | claim["pictures"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"--output_dir {folder}: unreadable {path.name}: {error!r}; choose another folder, or --overwrite it"
+            ) from error
+        number += 1
+        path = folder / f"sampling.{number}.json"
+    return settings, pictures, path
+
+
+def _next_claim(folder: Path, settings: dict[str, object], pictures: dict[str, str]) -> Path | None:
+    """Where these pictures are to be claimed; None if they are. Raises ValueError for a folder that holds others."""
+    there, taken, path = _claimed(folder)
+    if there is None:
+        return path
+    other = "--output_dir {}: holds pictures of other {}; choose another folder, or --overwrite them"
+    if changed := [f"{k} ({there.get(k)} there, {v} now)" for k, v in settings.items() if there.get(k) != v]:
+        raise ValueError(other.format(folder, f"settings: {', '.join(changed)}"))
+    if changed := [name for name, made_of in pictures.items() if taken.get(name, made_of) != made_of]:
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        raise ValueError(other.format(folder, f"prompts: {', '.join(changed[:3])}{more}"))
+    return path if pictures.keys() - taken.keys() else None
+
+
+def _claim_folder(
+    config: SampleConfig, settings: dict[str, object], pictures: Sequence[Picture], here: Processes
+) -> str:
+    """Claims the pictures in sampling.json, or those that it lacks in a file beside it; returns the settings' hash.
+
+    Raises ValueError for a folder with pictures of other settings, or of other prompts at the same places, so that they
+    can't be taken for these.
+    """
+    folder = Path(config.output_dir)
+    made_of = {
+        _relative(picture.path, folder): hashlib.sha256(json.dumps(_record(picture, "")).encode()).hexdigest()[:16]
+        for picture in pictures
+    }
+    if here.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        names = ("pretrained_model_name_or_path", "model_path", "prompts_file")
+        sources = {name: getattr(config, name) for name in names}
+        own = folder / f".sampling.{process_name()}.json"
+        write_json(own, {"settings": settings, "pictures": made_of, "sources": sources})
+        try:
+            if config.overwrite:  # manifests first: they must never name pictures of both runs
+                for path in (config.manifest, folder / "manifest.json", *folder.glob("sampling.[0-9]*.json")):
+                    path.unlink(missing_ok=True)
+                os.replace(own, folder / "sampling.json")
+            with suppress(ValueError):  # every process raises it, below
+                while path := _next_claim(folder, settings, made_of):
+                    try:
+                        os.link(own, path)  # unlike a replacement it fails when there is one, also of this very moment
+                    except FileExistsError:
+                        continue  # of a run that claims other pictures, or the same
+                    except OSError:  # a file system without links
+                        os.replace(own, path)
         finally:
             own.unlink(missing_ok=True)
     barrier()
-    try:
-        there = json.loads(path.read_text(encoding="utf-8"))["settings"]
-        changed = [f"{k} ({there.get(k)} there, {v} now)" for k, v in settings.items() if there.get(k) != v]
-    except (ValueError, KeyError, AttributeError) as error:
-        changed = [f"unreadable sampling.json: {error!r}"]
-    if changed:
-        raise ValueError(
-            f"--output_dir {config.output_dir}: holds pictures of other settings: {', '.join(changed)}; "
-            "choose another folder, or --overwrite them"
-        )
+    _next_claim(folder, settings, made_of)
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -500,9 +539,10 @@ def sample(config: SampleConfig) -> Path:
             raise ValueError(
                 "--pretrained_model_name_or_path, --model_path: not found in the hub's cache after loading"
             )
-        hashes = [_claim_folder(run, found, here) for run, found in zip(runs, settings, strict=True)]
-        for run, settings_hash in zip(runs, hashes, strict=True):
-            _sample_run(run, plan_pictures(run, prompts), settings_hash, load, here)
+        plans = [plan_pictures(run, prompts) for run in runs]
+        hashes = [_claim_folder(*claim, here) for claim in zip(runs, settings, plans, strict=True)]
+        for run, pictures, settings_hash in zip(runs, plans, hashes, strict=True):
+            _sample_run(run, pictures, settings_hash, load, here)
         if config.is_sweep and here.rank == 0:
             path = config.manifest
             shares = zip(config.mix_fraction, runs, strict=True)

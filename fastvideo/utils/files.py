@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,14 @@ from typing import Any
 import torch
 
 
+def process_name() -> str:
+    """Names this process among all that may share a folder, also from other machines."""
+    return f"{socket.gethostname()}.{os.getpid()}"
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Writes all of `data` or nothing: whoever opens `path`, also after a kill -9, finds the old or the new content."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    part = path.with_name(f".{path.name}.{process_name()}.tmp")
     try:
         with open(part, "wb") as file:
             file.write(data)

@@ -43,11 +43,13 @@ def entry_point(main: Callable[[], None]) -> None:
 def processes(device: str | None = None) -> Iterator[Processes]:
     """The process's place from torchrun's variables, with a gloo group to wait on when there are several.
 
-    device: None takes this process's GPU when there is one, else the CPU.
+    device: None takes this process's GPU when there is one, else the CPU; "cuda" means this process's GPU too.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device is None:
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     started = world_size > 1 and not dist.is_initialized()
     if started:
         # The only collective is a barrier, and a slow rank may be hours behind: wait rather than time out. When a
