@@ -382,7 +382,8 @@ def test_a_run_killed_at_twenty_random_moments_ends_alike(start, train, run_at, 
 
 @pytest.mark.slow
 def test_a_process_that_raises_ends_all_within_a_minute_with_its_traceback_last(start, run_at, tmp_path):
-    given = {**SETTINGS, "prompts_per_iteration": 2, "reward_model": "failing_rewards:raises_on_rank_1"}
+    given = {**SETTINGS, "prompts_per_iteration": 2, "dataloader_num_workers": 2}
+    given["reward_model"] = "failing_rewards:raises_on_rank_1"
     process, log = start("out", 2, **given), tmp_path / "out.log"
     wait_for(lambda: "on purpose" in log.read_text(), process, log)
     assert process.wait(60) != 0
