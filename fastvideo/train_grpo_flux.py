@@ -24,7 +24,7 @@ from pathlib import Path
 
 from fastvideo.config import IGNORED_FLAGS, GRPOConfig, parse_dataclass, world_size_of_environment
 from fastvideo.data_preprocess.preprocess_flux_embedding import embed_prompts
-from fastvideo.dataset.latent_flux_rl_datasets import LatentFluxRLDataset, PromptSampler, collate
+from fastvideo.dataset.latent_flux_rl_datasets import LatentFluxRLDataset, PromptSampler, collate, outlive_signals
 from fastvideo.eval.live import live_report
 from fastvideo.models.flux import (
     Conditioning,
@@ -313,7 +313,8 @@ class Trainer:
         self.engine.load_optimizer(checkpoint / "optimizer")
         self.done, self.optimizer_steps = record["iteration"], record["optimizer_steps"]
         self.wandb_id = record["wandb_id"]
-        if (Path(self.config.output_dir) / "best").exists():  # not so in a new folder
+        best = Path(self.config.output_dir) / "best"
+        if self.engine.any_process(self.accelerator.is_main_process and best.exists()):  # not so in a new folder
             self.best = record.get("best")
         if self.optimizer_steps:  # the learning rate of the flags' schedule at this place
             self.lr_scheduler._step_count = self.lr_scheduler.last_epoch = self.optimizer_steps - 1
@@ -619,6 +620,9 @@ def set_up(config: GRPOConfig) -> tuple[Trainer, PromptSampler, DataLoader]:
         raise ValueError(
             f"{world_size_of_environment()} processes were started, but Accelerate connects {accelerator.num_processes}"
         )
+    # The GPUs may differ, but all processes must run the model equally often.
+    rows = accelerator.gather(torch.tensor([config.train_micro_batch_size], device=accelerator.device)).min()
+    config = engine.config = replace(config, train_micro_batch_size=int(rows))
     if accelerator.device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
         torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention backward crashes on Hopper (torch 2.11)
@@ -662,6 +666,7 @@ def set_up(config: GRPOConfig) -> tuple[Trainer, PromptSampler, DataLoader]:
         collate_fn=collate,
         num_workers=config.dataloader_num_workers,
         pin_memory=accelerator.device.type == "cuda",
+        worker_init_fn=outlive_signals,
     )
     return trainer, sampler, loader
 

@@ -1,5 +1,6 @@
 """Checkpoints through the command line: what is refused, what goes on, and what a kill or a full disk leaves behind."""
 
+import errno
 import json
 import os
 import random
@@ -15,10 +16,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fastvideo.train_grpo_flux import Trainer
+from fastvideo.utils import checkpoint
+from fastvideo.utils.processes import ONE_REQUEST
 
 import pytest
 import torch
-from conftest import ROOT, same_weights
+from conftest import ROOT, Run, relative_difference, same_weights, torchrun
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.filesystem import FileSystem
 
@@ -71,6 +74,21 @@ def test_resuming_from_an_earlier_checkpoint_sets_later_ones_aside(train, capsys
     assert [line["step"] for line in run.metrics] == [1, 2, 3, 4, 5, 6]
 
 
+def test_leftovers_that_fill_the_disk_are_removed_before_anything_is_written(train, monkeypatch):
+    run = train("out", **SETTINGS)
+    before, leftover, write_bytes = run.numbers(), run.folder / ".checkpoint-6-0.part", checkpoint.write_bytes
+    leftover.mkdir()
+
+    def write(path, data):
+        if leftover.exists():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write_bytes(path, data)
+
+    monkeypatch.setattr(checkpoint, "write_bytes", write)
+    train("out", **SETTINGS, resume_from_checkpoint=run.checkpoints[0])
+    assert run.numbers() == before and not leftover.exists()
+
+
 DAMAGE = {
     "cut off": (lambda p: p.write_bytes(p.read_bytes()[:-100]), "bytes"),
     "gone": (Path.unlink, "is missing"),
@@ -99,6 +117,18 @@ def test_a_record_that_is_no_json_or_of_another_format_is_refused(train, refuse)
     for text, message in (("{", "can't be read"), (json.dumps({**whole, "format": 99}), "format 99"), ("[]", "read")):
         record.write_text(text)
         assert message in refuse("out", resume_from_checkpoint="latest")
+
+
+def test_a_record_that_lacks_something_is_refused_with_what_it_lacks(train, refuse):
+    run = train("out", **SETTINGS)
+    record = run.checkpoints[-1] / "checkpoint.json"
+    whole = json.loads(record.read_text())
+    record.write_text('{"format": 1, "files": {}}')
+    error = refuse("out", resume_from_checkpoint="latest")
+    assert str(record.parent) in error and "checkpoint.json lacks iteration, " in error and "settings" in error
+    del whole["settings"]["zero_stage"]
+    record.write_text(json.dumps(whole))
+    assert "checkpoint.json lacks settings.zero_stage" in refuse("out", resume_from_checkpoint="latest")
 
 
 def test_a_checkpoint_of_another_base_model_or_kind_is_refused(train, refuse, random_flux):
@@ -150,6 +180,30 @@ def next_red_first() -> int:
 
 
 @pytest.mark.slow
+def test_processes_that_see_a_folder_at_different_times_resume_alike(train, flags, tmp_path, subprocess_environment):
+    """As on a network disk: the second process doesn't see yet what the first has seen to be there."""
+    settings = {**SETTINGS, "prompts_per_iteration": 2, "ema_decay": 0.5, "reward_model": "jpeg_compressibility"}
+    run = train("out", **settings)
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import os\nfrom pathlib import Path\nfrom fastvideo.train_grpo_flux import main\n"
+        "is_dir, exists, late = Path.is_dir, Path.exists, ('ema', 'optimizer', 'best')\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    Path.is_dir = lambda path: path.name not in late and is_dir(path)\n"
+        "    Path.exists = lambda path: path.name not in late and exists(path)\n"
+        "main()\n"
+    )
+    argv = flags(output_dir=tmp_path / "rest", parallel="fsdp", **settings, resume_from_checkpoint=run.checkpoints[0])
+    done = torchrun(argv, subprocess_environment, script=str(script))
+    assert done.returncode == 0, done.stderr[-4000:]
+    rest = Run(tmp_path / "rest")
+    assert [line["grad_norm"] for line in rest.metrics] == pytest.approx(
+        [line["grad_norm"] for line in run.metrics[2:]], rel=1e-3
+    )
+    assert relative_difference(rest.gradient(), run.gradient()) < 1e-4
+
+
+@pytest.mark.slow
 def test_a_resumed_run_keeps_its_wandb_run(train, monkeypatch, tmp_path):
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
@@ -187,9 +241,9 @@ def test_a_checkpoint_holds_its_iteration_although_training_went_on(train, monke
         assert saved[name] == expected[name] != later[name], name
 
 
-def files(checkpoint: Path) -> dict[str, dict]:
+def files(folder: Path) -> dict[str, dict]:
     """Size and hash of its files."""
-    return json.loads((checkpoint / "checkpoint.json").read_text())["files"]
+    return json.loads((folder / "checkpoint.json").read_text())["files"]
 
 
 # --- signals, kills, full disks ---------------------------------------------------------------------------------------
@@ -251,13 +305,38 @@ def test_a_signal_ends_the_run_after_saving(start, train, run_at, tmp_path, numb
 
 
 @pytest.mark.slow
-def test_a_signal_to_torchrun_ends_all_processes_after_saving(start, run_at, tmp_path):
-    process = start("cut", 2, parallel="fsdp", max_train_steps=500, checkpointing_steps=500)
-    wait_for(lambda: lines(tmp_path / "cut") >= 2, process, tmp_path / "cut.log")
+@pytest.mark.parametrize("whom", ["torchrun", "everybody"])  # as Slurm does, when torchrun's own signal comes on top
+def test_a_signal_to_torchrun_ends_all_processes_after_saving(start, run_at, tmp_path, whom):
+    given = {"max_train_steps": 500, "checkpointing_steps": 500, "dataloader_num_workers": 2}
+    process, log = start("cut", 2, parallel="fsdp", **given), tmp_path / "cut.log"
+    wait_for(lambda: lines(tmp_path / "cut") >= 2, process, log)
+    trainers = children(process.pid)
+    workers = [worker for trainer in trainers for worker in children(trainer)]
+    assert len(workers) == 4
+    for victim in [process.pid, *trainers, *workers] if whom == "everybody" else [process.pid]:
+        os.kill(victim, signal.SIGTERM)
+    assert process.wait(60) == 1  # torchrun's own way to end after a signal
+    (saved,) = run_at("cut").checkpoints
+    assert saved.name.split("-")[1] == str(len(run_at("cut").metrics))
+    assert log.read_text().count("stopped: asked to by a signal") == 2
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_a_run_at_once_unless_it_comes_with_the_first(start, run_at, tiny_flux, tmp_path):
+    """The run can't end by itself: its writer waits, as below, for somebody to write to a pipe."""
+    base, cut, log = tmp_path / "base", tmp_path / "cut", tmp_path / "cut.log"
+    shutil.copytree(tiny_flux, base)
+    os.mkfifo(base / "transformer/pipe.json")
+    process = start("cut", **{**SETTINGS, "max_train_steps": 500}, pretrained_model_name_or_path=base)
+    wait_for(lambda: lines(cut) >= 1, process, log)
     process.terminate()
-    process.wait(60)
-    (checkpoint,) = run_at("cut").checkpoints
-    assert checkpoint.name.split("-")[1] == str(len(run_at("cut").metrics))
+    wait_for(lambda: "SIGTERM: this iteration ends" in log.read_text(), process, log)
+    process.terminate()
+    wait_for(lambda: bool(list(cut.glob(".checkpoint-*.part"))), process, log)  # it goes on as after one
+    time.sleep(ONE_REQUEST)
+    process.terminate()
+    assert process.wait(20) == -signal.SIGTERM
+    assert not run_at("cut").checkpoints
 
 
 def kill_at_random_moments(start, train, run_at, tmp_path, kills: int, processes: int) -> None:

@@ -2,9 +2,18 @@
 
 import itertools
 import json
+import multiprocessing
+import subprocess
 from pathlib import Path
 
-from fastvideo.dataset.latent_flux_rl_datasets import FOLDERS, Draw, LatentFluxRLDataset, PromptSampler, collate
+from fastvideo.dataset.latent_flux_rl_datasets import (
+    FOLDERS,
+    Draw,
+    LatentFluxRLDataset,
+    PromptSampler,
+    collate,
+    outlive_signals,
+)
 
 import pytest
 import torch
@@ -135,3 +144,21 @@ def test_a_corrupt_embedding_is_named(tmp_path):
     torch.save(torch.zeros(2, 2), victim)
     with pytest.raises(ValueError, match=r"1\.pt holds no tensor of 1 dimensions"):
         dataset[1]
+
+
+@pytest.mark.parametrize("name", ["TERM", "INT"])
+def test_a_worker_outlives_a_signal_to_all_processes_but_not_its_trainer_s(tmp_path, name):
+    dataset, sampler = LatentFluxRLDataset(make_data(tmp_path)), PromptSampler(5, 2)
+    batches = iter(
+        torch.utils.data.DataLoader(
+            dataset, batch_sampler=sampler, collate_fn=collate, num_workers=1, worker_init_fn=outlive_signals
+        )
+    )
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    for _ in range(2):
+        subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)  # another process than the trainer
+        assert [len(batch["index"]) for batch in itertools.islice(batches, 5)] == [2] * 5
+    worker.terminate()
+    worker.join(20)
+    assert worker.exitcode == 0

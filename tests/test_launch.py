@@ -216,6 +216,22 @@ def test_a_signal_ends_all_nodes_after_saving(start, tmp_path, launcher, number)
 
 
 @pytest.mark.slow
+def test_a_signal_to_every_process_is_saved_as_one_to_the_launcher(start, tmp_path, hostfile):
+    """As a scheduler sends it: the launcher, its shells, torchrun and what that started all get one, and pass it on."""
+    hostfile.write_text("localhost slots=2\n")
+    process, log = start("run", "ssh", **{**ENDLESS, "dataloader_num_workers": 1}), tmp_path / "run.log"
+    wait_for(lambda: lines(tmp_path / "run") >= 2, process, log)
+    everyone = marked(process.mark)
+    assert len(everyone) == 8  # launcher, shell, node, torchrun, two trainers, two workers
+    for pid in everyone:
+        os.kill(pid, signal.SIGTERM)
+    process.wait(60)
+    wait_until_gone(process.mark, 60)
+    (checkpoint,) = Run(tmp_path / "run").checkpoints
+    assert checkpoint.name.split("-")[1] == str(lines(tmp_path / "run"))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["ssh", pytest.param("pdsh", marks=pytest.mark.long)])
 def test_a_killed_launcher_leaves_no_process_and_keys_stay_secret(start, tmp_path, launcher):
     process, log = start("run", launcher, **ENDLESS), tmp_path / "run.log"
@@ -372,7 +388,7 @@ def test_a_node_that_can_not_be_reached_is_named(environment):
 def test_a_dry_run_prints_the_plan_and_each_node_s_command(environment, flags, tmp_path):
     def dry_run(**given: str) -> list[str]:
         command = ["bash", RECIPE, *flags(output_dir=tmp_path / "run", dry_run=True, parallel="fsdp")]
-        env = {**environment, "HF_TOKEN": SECRET, "NCCL_DEBUG": "INFO", **given}
+        env = {**environment, "HF_TOKEN": SECRET, "NCCL_DEBUG": "INFO", "PYTORCH_CUDA_ALLOC_CONF": "x:1", **given}
         done = subprocess.run(command, env=env, timeout=100, capture_output=True, text=True, check=True)
         assert SECRET not in done.stdout + done.stderr and not (tmp_path / "run").exists()
         return done.stdout.splitlines()
@@ -384,7 +400,8 @@ def test_a_dry_run_prints_the_plan_and_each_node_s_command(environment, flags, t
     assert "--nnodes 2 --nproc_per_node 2 --node_rank 0 --master_addr 127.0.0.2 --master_port FREE_PORT" in first
     assert "--nnodes 2 --nproc_per_node 3 --node_rank 1 --master_addr 127.0.0.2" in second
     assert "fastvideo/train_grpo_flux.py" in first and "--num_generations 4" in second
-    assert summary.startswith("launcher: ssh; ") and {"HF_TOKEN", "NCCL_DEBUG"} <= set(summary.split())
+    assert summary.startswith("launcher: ssh; ")
+    assert {"HF_TOKEN", "NCCL_DEBUG", "PYTORCH_CUDA_ALLOC_CONF"} <= set(summary.split())
     *_, node, by_hand = dry_run(INDEX_CUSTOM="1", MASTER_PORT="4711")
     assert node.startswith("127.0.0.3: ") and "--master_port 4711" in node and "by hand" in by_hand
     *_, alone, here = dry_run(HOSTFILE="data/hosts/hostfile")

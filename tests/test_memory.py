@@ -1,5 +1,6 @@
 """The memory that a run is predicted to take, against arithmetic and against what a GPU measured."""
 
+import json
 import re
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ from fastvideo.utils.memory import predict_memory
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, Run, torchrun
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 
 
@@ -111,6 +112,20 @@ def test_micro_batches_without_a_size_take_half_of_the_memory_left(flux_of, monk
     found = predicted(flux_of(4, 8), flags)
     assert found["rows"] == rows
     assert gib < 21 or found["peak"] < gib
+
+
+@pytest.mark.slow
+def test_processes_whose_gpus_differ_take_the_smallest_micro_batches(flags, tmp_path, subprocess_environment):
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import os\nfrom fastvideo.train_grpo_flux import main\nfrom fastvideo.utils import memory\n"
+        "memory.ROWS_ON_A_CPU = (5, 2)[int(os.environ['RANK'])]\nmain()\n"
+    )
+    given = {"parallel": "fsdp", "rollout_keep_gathered": "false", "max_train_steps": 1}
+    done = torchrun(flags(output_dir=tmp_path / "run", **given), subprocess_environment, script=str(script))
+    assert done.returncode == 0, done.stderr[-4000:]
+    record = json.loads((Run(tmp_path / "run").checkpoints[-1] / "checkpoint.json").read_text())
+    assert record["settings"]["train_micro_batch_size"] == 2
 
 
 def test_a_dry_run_prints_the_prediction_or_that_there_is_none(flags, capsys):

@@ -9,7 +9,7 @@ from fastvideo.train_grpo_flux import Trainer, main
 
 import numpy as np
 import pytest
-from conftest import PROMPTS, Run, assert_same_update, torchrun
+from conftest import PROMPTS, Run, assert_same_update, same_weights, torchrun
 from PIL import Image
 from reward_checkpoints import CLIP_SCORE_FOLDER, HPS_FILE, PICK_SCORE_FOLDER
 
@@ -211,6 +211,19 @@ def test_failures_on_one_rank_end_all_and_resuming_repeats_the_iteration(
     train("out", **settings, resume_from_checkpoint="latest")
     assert [(line["step"], line["failed_rewards"]) for line in run.metrics] == [(1, 0), (2, 0), (3, 0)]
     assert_same_update(run, train(**settings))
+
+
+@pytest.mark.slow
+def test_training_goes_on_when_the_scores_of_one_rank_fail(flags, tmp_path, subprocess_environment):
+    settings = {"max_train_steps": 3, "prompts_per_iteration": 2, "parallel": "fsdp", "checkpointing_steps": 1}
+    settings["reward_model"] = "failing_rewards:lost_on_rank_1_in_iteration_2"
+    done = torchrun(flags(output_dir=tmp_path / "out", **settings), subprocess_environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    run = Run(tmp_path / "out")
+    assert [line["failed_rewards"] for line in run.metrics] == [0, 4, 0]
+    assert [(line["optimizer_steps"], line["skipped_steps"]) for line in run.metrics] == [(2, 0)] * 3
+    assert all(line["grad_norm"] > 0 for line in run.metrics)
+    assert not same_weights(run.weights(0), run.weights(1))
 
 
 def test_a_reward_that_the_hub_does_not_give_ends_the_run_before_prompts_are_embedded(flags, tmp_path, capsys):

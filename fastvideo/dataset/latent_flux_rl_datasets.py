@@ -7,6 +7,9 @@ for batch in torch.utils.data.DataLoader(dataset, batch_sampler=sampler, collate
 
 import functools
 import json
+import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -186,3 +189,21 @@ def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "index": torch.tensor([item["index"] for item in items]),
         "caption": [item["caption"] for item in items],
     }
+
+
+def outlive_signals(_worker: int) -> None:
+    """A DataLoader's worker_init_fn: SIGTERM and SIGINT that reach all processes of a run leave the worker alone.
+
+    torchrun and Slurm send them to every process, but the trainer still needs prompts to end its iteration. Only the
+    trainer's own SIGTERM, which ends a worker that doesn't end by itself, counts.
+    """
+    trainer = os.getppid()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+
+    def obey_trainer() -> None:
+        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != trainer:
+            continue
+        os._exit(0)
+
+    threading.Thread(target=obey_trainer, daemon=True).start()

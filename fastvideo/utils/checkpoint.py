@@ -33,7 +33,7 @@ from fastvideo.models.flux import (
 from fastvideo.models.int8 import quantize_blocks
 from fastvideo.utils.engines import Engine, choose_engine
 from fastvideo.utils.files import write_bytes, write_json
-from fastvideo.utils.fingerprint import model_fingerprint, sample_file
+from fastvideo.utils.fingerprint import local_folder, model_fingerprint, sample_file
 
 import torch
 from diffusers import FluxTransformer2DModel
@@ -45,6 +45,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 RECORD = "checkpoint.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 FORMAT = 1
+# What resuming reads of RECORD, and of the settings in it.
+NEEDED = ("iteration", "optimizer_steps", "ema_optimization_step", "wandb_id", "settings", "base_model_hash", "files")
+NEEDED_SETTINGS = ("use_lora", "lora_rank", "lora_alpha", "lora_target_modules", "pretrained_model_name_or_path")
+NEEDED_SETTINGS += ("engine", "processes", "zero_stage")
 
 
 class CheckpointNotWritten(RuntimeError):
@@ -59,6 +63,16 @@ def versions() -> dict[str, str]:
     names = ("torch", "diffusers", "transformers", "accelerate", "peft", "deepspeed")
     found = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions() if d.metadata["Name"]}
     return {"python": platform.python_version()} | {name: found[name] for name in names if name in found}
+
+
+def base_model_hash(config: GRPOConfig) -> str | None:
+    """A hash of the base transformer's files; None: unknown, as a hub id's are not all on this machine (yet)."""
+    path = config.pretrained_model_name_or_path
+    folder = (local_folder(path) or Path(path)) / "transformer"
+    index = folder / f"{WEIGHTS}.index.json"
+    names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values() if index.exists() else [WEIGHTS]
+    here = Path(path).is_dir() or all((folder / name).exists() for name in names)
+    return model_fingerprint(path, ("transformer",)) if here else None
 
 
 def _write_weights(folder: Path, weights: dict[str, torch.Tensor], engine: Engine) -> None:
@@ -142,7 +156,7 @@ class CheckpointWriter:
         record = {
             **place,
             "settings": run_settings(config, self.engine.accelerator.num_processes),
-            "base_model_hash": model_fingerprint(config.pretrained_model_name_or_path, ("transformer",)),
+            "base_model_hash": base_model_hash(config),
             "versions": versions(),
             "format": FORMAT,
             "files": {path.relative_to(part).as_posix(): sample_file(path) for path in files},
@@ -258,6 +272,11 @@ def _damage(path: Path) -> str | None:
         record = read_record(path)
         if record["format"] != FORMAT:
             return f"{RECORD} has format {record['format']}, this version reads {FORMAT}"
+        missing = [name for name in NEEDED if name not in record]
+        settings = record.get("settings", NEEDED_SETTINGS)
+        missing += [f"settings.{name}" for name in NEEDED_SETTINGS if name not in settings]
+        if missing:
+            return f"{RECORD} lacks {', '.join(missing)}"
         for name, expected in record["files"].items():
             if not (path / name).is_file():
                 return f"{name} is missing"
@@ -287,6 +306,8 @@ def load_trained(config: GRPOConfig, engine: Engine, checkpoint: Path | None) ->
     master = torch.bfloat16 if config.master_weight_type == "bf16" else torch.float32
     dtype = engine.frozen_dtype if config.use_lora else master
     transformer = engine.load(source, dtype)
+    if checkpoint is not None:
+        check_base_model(checkpoint, config)  # which may have been downloaded just now
     if config.quantize_base:
         quantize_blocks(transformer, engine.accelerator.device)
     if config.use_lora:
@@ -300,7 +321,7 @@ def load_trained(config: GRPOConfig, engine: Engine, checkpoint: Path | None) ->
 
 def load_ema(checkpoint: Path, engine: Engine, ema: EMAModel) -> None:
     """Puts the average of a checkpoint, if it has one, into `ema`, which is split like the parameters."""
-    if not (checkpoint / "ema").is_dir():
+    if not engine.any_process(engine.accelerator.is_main_process and (checkpoint / "ema").is_dir()):
         return
     weights = read_weights(checkpoint / "ema") if engine.accelerator.is_main_process else {}
     swap_in(ema, engine.trained_parameters())
@@ -355,10 +376,6 @@ def open_output(config: GRPOConfig, processes: int) -> Path | None:
         if used and checkpoint.resolve().parent != output.resolve():
             raise ValueError(f"--output_dir {output}: holds another run than --resume_from_checkpoint {checkpoint}")
         check_resumable(checkpoint, config, processes)
-        for moved in set_aside_later(checkpoint, output):
-            print(f"warning: a checkpoint after {checkpoint.name} was moved to {moved}", file=sys.stderr)
-        truncate_metrics(output / "metrics.jsonl", read_record(checkpoint)["iteration"])
-        point_to(output, read_record(checkpoint).get("best"))
     elif used:
         raise ValueError(
             f"--output_dir {output}: holds a run already; choose another folder, or --resume_from_checkpoint latest"
@@ -367,7 +384,12 @@ def open_output(config: GRPOConfig, processes: int) -> Path | None:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--output_dir {output}: can't be made: {error.strerror}") from error
-    remove_leftovers(output)
+    remove_leftovers(output)  # before anything is written: they may have filled the disk
+    if checkpoint is not None:
+        for moved in set_aside_later(checkpoint, output):
+            print(f"warning: a checkpoint after {checkpoint.name} was moved to {moved}", file=sys.stderr)
+        truncate_metrics(output / "metrics.jsonl", read_record(checkpoint)["iteration"])
+        point_to(output, read_record(checkpoint).get("best"))
     return checkpoint
 
 
@@ -384,11 +406,7 @@ def check_resumable(checkpoint: Path, config: GRPOConfig, processes: int) -> Non
     for name in fixed:
         if then[name] != now[name]:
             raise ValueError(f"--{name} {now[name]}: {where} was trained with {then[name]}")
-    if record["base_model_hash"] != model_fingerprint(config.pretrained_model_name_or_path, ("transformer",)):
-        raise ValueError(
-            f"{where}: was trained from another base model ({then['pretrained_model_name_or_path']}) than "
-            f"--pretrained_model_name_or_path {config.pretrained_model_name_or_path}"
-        )
+    check_base_model(checkpoint, config)
     engine = choose_engine(config, processes)
     if "deepspeed" in (engine, then["engine"]) and (engine, processes, config.zero_stage) != (
         then["engine"],
@@ -401,6 +419,17 @@ def check_resumable(checkpoint: Path, config: GRPOConfig, processes: int) -> Non
         )
     if changed:
         print(f"resuming {checkpoint} with changed settings, which count from now on: {'; '.join(changed)}")
+
+
+def check_base_model(checkpoint: Path, config: GRPOConfig) -> None:
+    """Raises ValueError when the base model is known not to be that of the checkpoint's run."""
+    record, now = read_record(checkpoint), base_model_hash(config)
+    if None not in (now, record["base_model_hash"]) and now != record["base_model_hash"]:
+        raise ValueError(
+            f"--resume_from_checkpoint {checkpoint}: was trained from another base model "
+            f"({record['settings']['pretrained_model_name_or_path']}) than "
+            f"--pretrained_model_name_or_path {config.pretrained_model_name_or_path}"
+        )
 
 
 def truncate_metrics(path: Path, last_step: int) -> None:

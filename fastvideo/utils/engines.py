@@ -397,7 +397,7 @@ class Engine:
 
     def load_optimizer(self, folder: Path) -> None:
         """The reverse, also for another number of processes. Learning rate and the like stay those of the flags."""
-        if not folder.is_dir():
+        if not self.any_process(self.accelerator.is_main_process and folder.is_dir()):
             return
         template = get_optimizer_state_dict(self.model, self.raw_optimizer)
         dcp.load({"optimizer": template["state"]}, checkpoint_id=folder, no_dist=not dist.is_initialized())

@@ -4,6 +4,7 @@ import datetime
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
+
+# Seconds in which signals are one request: Slurm signals every process of a step, and torchrun then those it started.
+ONE_REQUEST = 5
 
 
 @dataclass(frozen=True)
@@ -60,8 +64,9 @@ def processes(device: str | None = None) -> Iterator[Processes]:
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """A list that the first SIGTERM or SIGINT puts its number into; a second one acts as usual."""
+    """A list that the first SIGTERM or SIGINT puts its number into; one more than ONE_REQUEST later acts as usual."""
     asked: list[int] = []
+    first = 0.0
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def restore() -> None:
@@ -69,13 +74,19 @@ def stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
     def note(number: int, _frame: object) -> None:
-        asked.append(number)
-        restore()
-        if os.environ.get("RANK", "0") == "0":
-            name = signal.Signals(number).name
-            print(
-                f"\n{name}: this iteration ends, then a checkpoint is saved; once more stops at once", file=sys.stderr
-            )
+        nonlocal first
+        if not asked:
+            asked.append(number)
+            first = time.monotonic()
+            if os.environ.get("RANK", "0") == "0":
+                print(
+                    f"\n{signal.Signals(number).name}: this iteration ends, then a checkpoint is saved; once more, "
+                    f"{ONE_REQUEST} seconds from now or later, stops at once",
+                    file=sys.stderr,
+                )
+        elif time.monotonic() > first + ONE_REQUEST:
+            restore()
+            signal.raise_signal(number)
 
     for number in before:
         signal.signal(number, note)

@@ -31,7 +31,10 @@ from typing import IO, NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 SELF = [sys.executable, str(Path(__file__).resolve())]
 REMOTE_SHELL = "ssh -o BatchMode=yes -o ConnectTimeout=15 -o ServerAliveInterval=30"
-PASSED = "NCCL_* GLOO_* TORCH_* TORCHELASTIC_* CUDA_* OMP_* PYTHONPATH HF_* TOKENIZERS_* WANDB_* UNIFIED_REWARD_API_KEY"
+PASSED = (
+    "NCCL_* GLOO_* TORCH_* TORCHELASTIC_* PYTORCH_* CUDA_* OMP_* HF_* TOKENIZERS_* WANDB_* PYTHONPATH "
+    "UNIFIED_REWARD_API_KEY"
+)
 JOB = "FASTVIDEO_LAUNCH"  # an environment variable that marks all processes of a node, whoever their parent is
 PATIENCE = 5  # seconds that the other nodes have to end by themselves after one has failed
 PIPE_SIZE = 2**16  # what a pipe holds before anybody reads it
@@ -246,16 +249,23 @@ def run_node() -> int:
     environment = {**os.environ, **order["environment"], JOB: order["job"], "PYTHONUNBUFFERED": "1"}
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     child = subprocess.Popen(order["command"], cwd=ROOT, env=environment, start_new_session=True, **pipes)
+    first = threading.Lock()
+
+    def stop(number: int) -> None:
+        """Once, whoever asks for it: at a third signal torchrun ends without waiting for its processes to save."""
+        if first.acquire(blocking=False):
+            child.send_signal(number)
+
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda *_: child.send_signal(signal.SIGTERM))
+        signal.signal(number, lambda *_: stop(signal.SIGTERM))
 
     def obey() -> None:
         for line in orders:
             if int(line) == signal.SIGKILL:
                 kill(order["job"])
             else:
-                child.send_signal(int(line))
-        child.send_signal(signal.SIGTERM)  # the launcher is gone
+                stop(int(line))
+        stop(signal.SIGTERM)  # the launcher is gone
         torchrun_waits = float(environment.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30))
         time.sleep(torchrun_waits + PATIENCE)
         kill(order["job"])
