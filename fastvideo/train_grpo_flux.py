@@ -303,6 +303,7 @@ class Trainer:
         self.optimizer_steps = 0
         self.skipped_in_a_row = 0
         self.wandb_id = uuid.uuid4().hex[:8]
+        self.prompts: int | None = None  # how many earlier iterations took; None: as many as these take
         self.best: dict | None = None  # of the evaluations: iteration, value, what was measured
         self.evaluation: Evaluation | None = None
         if checkpoint is not None:
@@ -312,7 +313,7 @@ class Trainer:
         record = read_record(checkpoint)
         self.engine.load_optimizer(checkpoint / "optimizer")
         self.done, self.optimizer_steps = record["iteration"], record["optimizer_steps"]
-        self.wandb_id = record["wandb_id"]
+        self.wandb_id, self.prompts = record["wandb_id"], record.get("prompts")
         best = Path(self.config.output_dir) / "best"
         if self.engine.any_process(self.accelerator.is_main_process and best.exists()):  # not so in a new folder
             self.best = record.get("best")
@@ -322,10 +323,12 @@ class Trainer:
         if self.ema is not None:
             load_ema(checkpoint, self.engine, self.ema)
 
-    def save(self, epoch: int) -> None:
+    def save(self, sampler: PromptSampler) -> None:
         """Begins checkpoint-{iterations done}-{epoch}."""
-        place = {"iteration": self.done, "epoch": epoch, "optimizer_steps": self.optimizer_steps}
-        self.writer.save(place | {"wandb_id": self.wandb_id, "best": self.best})
+        place = {"iteration": self.done, "epoch": sampler.epoch_of(self.done), "optimizer_steps": self.optimizer_steps}
+        self.writer.save(
+            place | {"prompts": sampler.position(self.done + 1), "wandb_id": self.wandb_id, "best": self.best}
+        )
 
     def evaluate(self, iteration: int) -> dict[str, float]:
         """The metrics of the evaluation after an iteration, if one is due and the iteration trained."""
@@ -659,6 +662,7 @@ def set_up(config: GRPOConfig) -> tuple[Trainer, PromptSampler, DataLoader]:
         engine.data_ranks,
         config.sampler_seed,
         start_iteration=trainer.done + 1,
+        prompts_before=trainer.prompts,
     )
     loader = DataLoader(
         dataset,
@@ -704,7 +708,7 @@ def train(trainer: Trainer, sampler: PromptSampler, loader: DataLoader) -> None:
             ends = stopped or interrupted or trainer.too_many_failures or trainer.done == config.max_train_steps
             best = trainer.best is not None and trainer.best["iteration"] == trainer.done
             if ends or best or trainer.done % config.checkpointing_steps == 0:
-                trainer.save(sampler.epoch_of(trainer.done))
+                trainer.save(sampler)
             if ends:
                 trainer.writer.finish()
             if trainer.too_many_failures:

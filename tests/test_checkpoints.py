@@ -58,6 +58,17 @@ def test_older_checkpoints_are_deleted_beyond_the_limit(train):
     assert [path.name.split("-")[1] for path in run.checkpoints] == ["6", "7"]
 
 
+def test_a_run_resumed_with_other_numbers_of_prompts_leaves_none_of_the_epoch_out(train, monkeypatch):
+    taken, conditioning = [], Trainer.conditioning
+    monkeypatch.setattr(
+        Trainer, "conditioning", lambda self, batch: taken.extend(batch["index"].tolist()) or conditioning(self, batch)
+    )
+    train("out", train_batch_size=2, max_train_steps=1)
+    for steps, size in ((2, 1), (3, 2)):
+        train("out", train_batch_size=size, max_train_steps=steps, resume_from_checkpoint="latest")
+    assert sorted(taken) == list(range(5))  # the fixture's prompts, 2 + 1 + 2
+
+
 def test_resuming_from_an_earlier_checkpoint_sets_later_ones_aside(train, capsys):
     settings = {"max_train_steps": 6, "checkpointing_steps": 2, "learning_rate": 1e-4}
     run = train("out", **settings)

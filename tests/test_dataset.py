@@ -73,6 +73,14 @@ def test_a_resumed_run_reads_the_same_stream():
     assert stream(4, start_iteration=6, **settings) == stream(9, **settings)[5:]
 
 
+def test_a_run_resumed_with_another_number_of_prompts_goes_on_where_the_stream_was():
+    flat = sum(stream(9, num_prompts=10, prompts_per_iteration=4, seed=7), [])
+    rest = stream(4, num_prompts=10, prompts_per_iteration=6, seed=7, start_iteration=4, prompts_before=12)
+    assert sum(rest, []) == flat[12:36]
+    sampler = PromptSampler(10, 6, start_iteration=4, prompts_before=12)
+    assert [sampler.position(i) for i in (4, 5, 6)] == [12, 18, 24] and sampler.epoch_of(6) == 2
+
+
 def test_more_prompts_an_iteration_than_there_are_run_through_several_epochs():
     assert [sorted(i) for i in stream(2, num_prompts=2, prompts_per_iteration=4, seed=0)] == [[0, 0, 1, 1]] * 2
 

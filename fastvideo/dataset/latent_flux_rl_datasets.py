@@ -122,8 +122,11 @@ class PromptSampler(torch.utils.data.Sampler):
     """Batch sampler: for each iteration, from `start_iteration` on and without end, this rank's list of draws.
 
     The stream of all ranks is one random permutation of the prompts an epoch, from (seed, epoch), one after the other.
-    Iteration i (from 1) takes the i-th `prompts_per_iteration` of it, rank r the r-th contiguous block of those. So a
-    prompt comes once an epoch, nothing is padded, and neither the number of ranks nor a resume changes the stream.
+    Each iteration takes the next `prompts_per_iteration` of it, rank r the r-th contiguous block of those. So a prompt
+    comes once an epoch, nothing is padded, and neither the number of ranks nor a resume changes the stream.
+
+    Args:
+        prompts_before: those of it that iterations before `start_iteration` took; None: as many as these take.
 
     Raises:
         ValueError: when the prompts of an iteration can't be dealt out evenly.
@@ -137,6 +140,7 @@ class PromptSampler(torch.utils.data.Sampler):
         world_size: int = 1,
         seed: int = 0,
         start_iteration: int = 1,
+        prompts_before: int | None = None,
     ) -> None:
         if num_prompts < 1 or start_iteration < 1 or not 0 <= rank < world_size:
             raise ValueError(f"{num_prompts=} {start_iteration=} {rank=} {world_size=}: impossible")
@@ -146,6 +150,9 @@ class PromptSampler(torch.utils.data.Sampler):
             )
         self.num_prompts, self.prompts_per_iteration = num_prompts, prompts_per_iteration
         self.rank, self.world_size, self.seed, self.start_iteration = rank, world_size, seed, start_iteration
+        self.prompts_before = (
+            (start_iteration - 1) * prompts_per_iteration if prompts_before is None else prompts_before
+        )
         self._order = functools.lru_cache(maxsize=2)(self._permutation)  # an iteration may lie across two epochs
 
     def _permutation(self, epoch: int) -> np.ndarray:
@@ -153,12 +160,16 @@ class PromptSampler(torch.utils.data.Sampler):
 
     def epoch_of(self, iteration: int) -> int:
         """The epoch, from 0, in which iteration `iteration` (from 1) begins; that of the first for 0."""
-        return max(iteration - 1, 0) * self.prompts_per_iteration // self.num_prompts
+        return max(self.position(iteration), 0) // self.num_prompts
+
+    def position(self, iteration: int) -> int:
+        """How many prompts of the stream are taken when iteration `iteration` begins."""
+        return self.prompts_before + (iteration - self.start_iteration) * self.prompts_per_iteration
 
     def draws(self, iteration: int) -> list[Draw]:
         """This rank's prompts in iteration `iteration` (from 1)."""
         local = self.prompts_per_iteration // self.world_size
-        first = (iteration - 1) * self.prompts_per_iteration + self.rank * local
+        first = self.position(iteration) + self.rank * local
         places = (divmod(position, self.num_prompts) + (position,) for position in range(first, first + local))
         return [Draw(int(self._order(epoch)[place]), position) for epoch, place, position in places]
 
