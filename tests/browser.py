@@ -94,7 +94,7 @@ class Browser:
 
     def wait(self, condition: str) -> None:
         """Until what happens after an event has happened."""
-        end = time.monotonic() + 60
+        end = time.monotonic() + 180
         while time.monotonic() < end:
             if self.evaluate(condition):
                 return
