@@ -123,13 +123,16 @@ def draw(results: dict[str, list[list[dict]]], path: Path) -> None:
 
     figure, panels = plt.subplots(1, len(COSTS), figsize=(14, 4.2), layout="constrained", sharey=True)
     for panel, (cost, label) in zip(panels, COSTS.items(), strict=True):
-        for name, seeds in results.items():
+        for i, (name, seeds) in enumerate(results.items()):
             y = np.array([[point["change"] for point in points] for points in seeds])
             x, mean, spread = cost_of(seeds, cost), y.mean(0), y.std(0, ddof=1) if len(y) > 1 else 0 * y[0]
-            panel.plot(np.r_[0, x], np.r_[0, mean], lw=1.4, label=name)
-            panel.fill_between(np.r_[0, x], np.r_[0, mean - spread], np.r_[0, mean + spread], alpha=0.12)
+            style = {"color": f"C{i % 10}", "ls": "-" if i < 10 else "--"}  # ten colours in the cycle
+            panel.plot(np.r_[0, x], np.r_[0, mean], lw=1.4, label=name, **style)
+            band = np.r_[0, mean - spread], np.r_[0, mean + spread]
+            panel.fill_between(np.r_[0, x], *band, color=style["color"], lw=0, alpha=0.1)
         panel.axhline(0, color="0.6", lw=0.8)
         panel.set(xlabel=label)
+        panel.locator_params(axis="x", nbins=5)
     panels[0].set(ylabel="held-out change of the reward")
     panels[-1].legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=130)
