@@ -107,7 +107,7 @@ def measure(folder: Path, config: BenchmarkConfig, flags: list[str]) -> list[dic
         f"--output_dir {folder}/out --reward_model jpeg_compressibility --dataloader_num_workers 0 {size}".split()
         + flags,
     )
-    trainer, _, loader = set_up(training)
+    trainer, sampler, loader = set_up(training)
     end = training.sampling_steps - 2
     windows = [list(range(start, min(start + training.group_size, end))) for start in config.windows for _ in range(2)]
     lines = []
@@ -120,7 +120,7 @@ def measure(folder: Path, config: BenchmarkConfig, flags: list[str]) -> list[dic
         print(profiler.key_averages().table(sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=70))
     if config.save:
         start = time.perf_counter()
-        trainer.save(0)
+        trainer.save(sampler)
         waited = time.perf_counter() - start
         trainer.writer.finish()
         whole = time.perf_counter() - start

@@ -87,13 +87,17 @@ def readable(argument: str) -> str:
     try:
         override = OverridesParser.create().parse_override(argument)
     except HydraException as error:
-        raise ValueError(f"{argument}: not a value in Hydra's grammar; a text goes in quotes, {key}='...'") from error
+        raise ValueError(
+            f"{argument}: not a value in Hydra's grammar; a text goes in quotes, '{key}=\"...\"'"
+        ) from error
     value, kind = override.value(), FLAGS.get(KEYS.get(key, ""))
     if key in GROUPS and str(value) not in GROUPS[key]:
-        other = {"reward": "; give any other as reward.reward_model='...'"}.get(key, "")
+        other = {"reward": "; give any other as 'reward.reward_model=\"...\"'"}.get(key, "")
         raise ValueError(f"{argument}: choose from {', '.join(GROUPS[key])}{other}")
     if override.is_sweep_override():
-        raise ValueError(f"{argument}: several values; a text with commas goes in quotes, {key}='...', a list in [ ]")
+        raise ValueError(
+            f"{argument}: several values; a text with commas goes in quotes, '{key}=\"...\"', a list in [ ]"
+        )
     if kind is bool and not isinstance(value, bool):
         raise ValueError(f"{argument}: choose from true, false")
     if isinstance(value, str) and value == AUTOMATIC.get(KEYS.get(key)):

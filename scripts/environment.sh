@@ -14,5 +14,8 @@ run_distributed() {
   if [ -n "${HOSTFILE:-}" ]; then
     exec "$PYTHON_BIN" scripts/finetune/launch.py "$@"
   fi
-  exec "$PYTHON_BIN" -m torch.distributed.run --standalone --nproc_per_node "${NPROC_PER_NODE:-1}" "$@"
+  if [ "${NPROC_PER_NODE:-1}" = 1 ]; then
+    exec "$PYTHON_BIN" "$@" # torchrun would end every error with a traceback of its own, and with status 1
+  fi
+  exec "$PYTHON_BIN" -m torch.distributed.run --standalone --nproc_per_node "$NPROC_PER_NODE" "$@"
 }

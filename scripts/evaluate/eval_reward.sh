@@ -6,8 +6,4 @@
 #   bash scripts/evaluate/eval_reward.sh --image cat.png --prompt "a cat"        (also --single_img, --single_img_prompt)
 source "$(dirname "${BASH_SOURCE[0]}")/../environment.sh"
 [[ " $* " =~ \ --(image|single_img)[=\ ] ]] || set -- --manifest "${MANIFEST:-outputs/samples/manifest.json}" "$@"
-set -- -m fastvideo.eval.eval_reward --reward_model_type "${REWARD_MODEL_TYPE:-all}" "$@"
-if [ "${NPROC_PER_NODE:-1}" = 1 ] && [ -z "${HOSTFILE:-}" ]; then
-  exec "$PYTHON_BIN" "$@" # torchrun would hide the exit status
-fi
-run_distributed "$@"
+run_distributed -m fastvideo.eval.eval_reward --reward_model_type "${REWARD_MODEL_TYPE:-all}" "$@"

@@ -12,9 +12,6 @@ flag() {
 }
 
 launch() {
-  if [ "${NPROC_PER_NODE:-1}" = 1 ] && [ -z "${HOSTFILE:-}" ]; then
-    exec "$PYTHON_BIN" fastvideo/train_grpo_flux.py "${args[@]}" "$@"
-  fi
   run_distributed fastvideo/train_grpo_flux.py "${args[@]}" "$@"
 }
 
