@@ -195,13 +195,14 @@ def test_processes_that_see_a_folder_at_different_times_resume_alike(train, flag
     """As on a network disk: the second process doesn't see yet what the first has seen to be there."""
     settings = {**SETTINGS, "prompts_per_iteration": 2, "ema_decay": 0.5, "reward_model": "jpeg_compressibility"}
     run = train("out", **settings)
+    late = [str(run.checkpoints[0] / name) for name in ("ema", "optimizer")] + [str(tmp_path / "rest/best")]
     script = tmp_path / "train.py"
     script.write_text(
         "import os\nfrom pathlib import Path\nfrom fastvideo.train_grpo_flux import main\n"
-        "is_dir, exists, late = Path.is_dir, Path.exists, ('ema', 'optimizer', 'best')\n"
+        f"is_dir, exists, late = Path.is_dir, Path.exists, {late}\n"
         "if os.environ['RANK'] == '1':\n"
-        "    Path.is_dir = lambda path: path.name not in late and is_dir(path)\n"
-        "    Path.exists = lambda path: path.name not in late and exists(path)\n"
+        "    Path.is_dir = lambda path: str(path) not in late and is_dir(path)\n"
+        "    Path.exists = lambda path: str(path) not in late and exists(path)\n"
         "main()\n"
     )
     argv = flags(output_dir=tmp_path / "rest", parallel="fsdp", **settings, resume_from_checkpoint=run.checkpoints[0])
