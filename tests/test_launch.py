@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -90,12 +91,15 @@ def start(flags, tmp_path, environment, ssh) -> Iterator:
     All its processes, on whatever node, have MARK in their environment, and a key that nobody may see.
     """
     launched = []
+    # Workers make sockets there, whose paths may not be long.
+    (tmp_path / "tmp").mkdir()
+    short = Path(tempfile.mkdtemp(), "t")
+    short.symlink_to(tmp_path / "tmp")
     secrets = {"HF_TOKEN": SECRET, "PASS_ENV": "MARK,OTHER_*", "OTHER_KEY": SECRET, "MARK": uuid.uuid4().hex}
 
     def run(name: str, launcher: str, **given) -> subprocess.Popen:
         program(launcher)
-        remote = {"LAUNCHER": launcher, "REMOTE_SHELL": f"ssh -F {ssh}/ssh_config", "TMPDIR": str(tmp_path / "tmp")}
-        (tmp_path / "tmp").mkdir(exist_ok=True)
+        remote = {"LAUNCHER": launcher, "REMOTE_SHELL": f"ssh -F {ssh}/ssh_config", "TMPDIR": str(short)}
         with open(tmp_path / f"{name}.log", "w") as log:
             process = subprocess.Popen(
                 ["bash", RECIPE, *flags(output_dir=tmp_path / name, **{**FOUR_PROMPTS, **given})],
@@ -112,6 +116,7 @@ def start(flags, tmp_path, environment, ssh) -> Iterator:
         for pid in marked(process.mark):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+    shutil.rmtree(short.parent)
 
 
 def everybody(what: str) -> dict[int, list[str]]:
