@@ -126,7 +126,7 @@ def plan_advantages(
     used = [name for name, weight in weights.items() if np.any(weight)]
     failed = np.isnan([scores[name] for name in used])
     lost = failed.all(0) if config.multi_reward_mix == "advantage_aggr" else failed.any(0)
-    scores = {name: np.where(lost, np.nan, scores[name]) for name in used}
+    scores = scores | {name: np.where(lost, np.nan, scores[name]) for name in used}
     found: dict[int, np.ndarray] = {}
     groups: dict[tuple[int, int], tuple[np.ndarray, int]] = {}
     for leaf, columns in leaf_columns(plan, start).items():
@@ -134,8 +134,8 @@ def plan_advantages(
             count, group = rows[position], (leaf, rows[position])
             if group not in groups:
                 below = (count, split_log_probs, config.tree_fusion_temperature)
-                fused = {name: fuse(scores[name][:, columns], *below) for name in used}
-                shaped = {name: fuse(weights[name][None, columns], *below) for name in used}
+                fused = {name: fuse(values[:, columns], *below) for name, values in scores.items()}
+                shaped = {name: fuse(weight[None, columns], *below) for name, weight in weights.items()}
                 groups[group] = mix_advantages(
                     fused, shaped, config.multi_reward_mix, config.use_group, config.trimmed_ratio
                 )
