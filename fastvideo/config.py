@@ -10,7 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin
@@ -25,6 +25,11 @@ def flag(default: Any, help: str, **metadata: Any) -> Any:
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": help, "nargs": "+", **metadata})
     return field(default=default, metadata={"help": help, **metadata})
+
+
+def default_of(f: Field) -> Any:
+    """A dataclass field's default, a list of its own for each caller."""
+    return f.default if f.default_factory is MISSING else f.default_factory()
 
 
 def is_none(text: str) -> bool:
@@ -70,8 +75,7 @@ class _Parser(argparse_dataclass.ArgumentParser):
         f = self._by_name.get(kwargs.get("dest", names[0][2:].replace("-", "_")) if names[0][:2] == "--" else None)
         if f is None:
             return super().add_argument(*names, **kwargs)
-        default = f.default_factory() if isinstance(f.metadata.get("nargs"), str) else f.default
-        help = f"{f.metadata['help']} (default: {default})".replace("%", "%%")
+        help = f"{f.metadata['help']} (default: {default_of(f)})".replace("%", "%%")
         if f.type is bool:
             return super().add_argument(
                 f"--{f.name}", action=_Switch, dest=f.name, default=kwargs["default"], help=help
@@ -487,7 +491,7 @@ class GRPOConfig(RewardSpecConfig):
         Raises:
             ValueError: a flag contradicts the algorithm, or a value is out of range.
         """
-        base = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(cls)}
+        base = {f.name: default_of(f) for f in fields(cls)}
         given = {**base, **explicit}
         fitting = (
             name
@@ -681,8 +685,7 @@ class GRPOConfig(RewardSpecConfig):
         for f in fields(self):
             owners = OWN_FLAGS.get(f.name) or OWN_FLAGS.get(f.name.split("_")[0], ())
             if owners and name not in owners:
-                default = f.default if f.default_factory is MISSING else f.default_factory()
-                need(getattr(self, f.name) == default, f.name, f"goes with --algorithm {' or '.join(owners)}")
+                need(getattr(self, f.name) == default_of(f), f.name, f"goes with --algorithm {' or '.join(owners)}")
         if self.flow_grpo_fast_steps:
             need(self.frozen_init_timesteps == 0, "frozen_init_timesteps", "not with --flow_grpo_fast_steps")
             share = int(self.flow_grpo_fast_steps * self.timestep_fraction)
