@@ -6,7 +6,7 @@
     python benchmarks/bench_iteration.py --tiny --save                             # and how long saving takes
 
 From the first flag that isn't the benchmark's own on, flags go to the trainer. The defaults are the MixGRPO recipe
-(720×720, G 12, T 25, window 4, k 3, one prompt), a reward that costs next to nothing, and two iterations a window, of
+(720×720, G 12, T 25, window 4, k 3, one prompt), a reward that costs nothing, and two iterations a window, of
 which the second is reported. Useful operations are counted once: what is recomputed, or
 fills up a batch, adds nothing. Prints tables and the versions; keep the output under benchmarks/results/.
 """
@@ -15,6 +15,7 @@ import gc
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 import tempfile
@@ -31,6 +32,8 @@ import diffusers
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from diffusers import AutoencoderKL, FluxTransformer2DModel
+from PIL import Image
+from torch.autograd import DeviceType
 
 
 @dataclass
@@ -42,7 +45,7 @@ class BenchmarkConfig:
     tiny: bool = flag(False, "the tiny FLUX at 32x32 instead, for a CPU")
     windows: list[int] = flag([0, 10, 19], "where the window starts", nargs="+")
     ablation: bool = flag(False, "measure again with each optimisation switched off")
-    profile: bool = flag(False, "print which GPU kernels an iteration spends its time in")
+    profile: bool = flag(False, "milliseconds of GPU kernels by phase and kind, at the first window")
     save: bool = flag(False, "save a checkpoint, and print how long training waits for it and when it is whole")
     folder: str | None = flag(None, "where the inputs go (None: a temporary folder)")
     json_file: str | None = flag(None, "write all numbers there too")
@@ -71,6 +74,17 @@ VAE = {
     "use_post_quant_conv": False,
 }
 PHASES = ("rollout", "decode", "reward", "train", "total")
+# What a GPU kernel does, by the first of these that its name contains.
+KERNELS = {
+    "attention": "fmha|flash|sdpa",
+    "convolutions": "conv|fprop|winograd",
+    "matrix products": "gemm|nvjet|cutlass|cublas|splitk",
+    "optimizer": "adam|multi_tensor|lpnorm|norm_",
+    "compiled, elementwise": "triton",
+    "copies and casts": "copy|memcpy|memset|cat|elementwise|fill",
+    "communication": "nccl",
+    "others": "",
+}
 
 
 def make_inputs(folder: Path, config: BenchmarkConfig) -> None:
@@ -96,15 +110,21 @@ def make_inputs(folder: Path, config: BenchmarkConfig) -> None:
     (folder / "prompt.json").write_text(json.dumps(entries))
 
 
+def free(images: list[Image.Image], prompts: list[str]) -> list[float]:
+    """A reward that costs nothing: one value of a pixel."""
+    return [float(image.getpixel((0, 0))[0]) for image in images]
+
+
 def measure(folder: Path, config: BenchmarkConfig, flags: list[str]) -> list[dict]:
     """metrics of the second iteration at each window position."""
+    torch._dynamo.reset()  # its graphs would keep the last variant's weights
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     size = "--h 32 --w 32 --mixed_precision no" if config.tiny else "--init_random_flux"
     training = parse_dataclass(
         GRPOConfig,
         f"--pretrained_model_name_or_path {folder} --data_json_path {folder}/prompt.json "
-        f"--output_dir {folder}/out --reward_model jpeg_compressibility --dataloader_num_workers 0 {size}".split()
+        f"--output_dir {folder}/out --reward_model bench_iteration:free --dataloader_num_workers 0 {size}".split()
         + flags,
     )
     trainer, sampler, loader = set_up(training)
@@ -117,7 +137,8 @@ def measure(folder: Path, config: BenchmarkConfig, flags: list[str]) -> list[dic
     if config.profile:
         with torch.profiler.profile() as profiler:
             trainer.iteration(next(iter(loader)), windows[0])
-        print(profiler.key_averages().table(sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=70))
+        if trainer.accelerator.is_main_process:
+            show_profile(profiler, lines[1])
     if config.save:
         start = time.perf_counter()
         trainer.save(sampler)
@@ -129,6 +150,34 @@ def measure(folder: Path, config: BenchmarkConfig, flags: list[str]) -> list[dic
             print(f"a checkpoint of {size:.3g} GB: training waits {waited:.3g} s, it is whole after {whole:.3g} s")
             shutil.rmtree(training.output_dir)  # for the next variant
     return lines[1::2]
+
+
+def show_profile(profiler: torch.profiler.profile, seconds: dict[str, float]) -> None:
+    """Milliseconds of GPU kernels by phase and kind, and the longest of them.
+
+    seconds: by phase, of such an iteration without the profiler, which slows the CPU. What the kernels don't take of it
+    the GPU waits.
+    """
+    events = profiler.events()
+    phases = {e.name: e.time_range for e in events if e.device_type == DeviceType.CPU and e.name in PHASES}
+    table = {phase: dict.fromkeys(KERNELS, 0.0) for phase in phases}
+    longest: dict[tuple[str, str], list[float]] = {}
+    for kernel in events:
+        if kernel.device_type == DeviceType.CUDA and not kernel.is_user_annotation:
+            # A phase ends with a wait for its kernels.
+            begin, milliseconds = kernel.time_range.start, kernel.time_range.elapsed_us() / 1e3
+            phase = next((name for name, span in phases.items() if span.start <= begin < span.end), None)
+            kind = next(kind for kind, names in KERNELS.items() if re.search(names, kernel.name.lower()))
+            if phase:
+                table[phase][kind] += milliseconds
+                longest.setdefault((phase, kernel.name), []).append(milliseconds)
+    for phase, row in table.items():
+        row["waiting"] = 1e3 * seconds[f"seconds_{phase}"] - sum(row.values())
+    print("\nms of GPU kernels     " + "".join(f"{phase:>10}" for phase in table))
+    for kind in [*KERNELS, "waiting"]:
+        print(f"{kind:22}" + "".join(f"{row[kind]:10.1f}" for row in table.values()))
+    for (phase, name), times in sorted(longest.items(), key=lambda item: -sum(item[1]))[:40]:
+        print(f"{sum(times):9.1f} ms {len(times):6d} x  {phase:8} {name[:110]}")
 
 
 def show(title: str, lines: list[dict]) -> None:

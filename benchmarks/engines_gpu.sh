@@ -5,26 +5,27 @@
 #   bash benchmarks/engines_gpu.sh split 2    the same from one process, and from 2 that share each picture (--sp_size 2)
 #   bash benchmarks/engines_gpu.sh lora 4     all 12 B parameters at 720x720, G 4, T 8, window 2: seconds by phase and memory
 #   bash benchmarks/engines_gpu.sh full 4     the same, all of them trained under FSDP2
-# The second word is the number of processes, the third a comma-separated choice of what to run (agree alone). Results go to
-# $OUT (default outputs/engines_gpu).
+# The second word is the number of processes, the third a comma-separated choice of what to run (agree alone). BLOCKS="2 4"
+# sets the double and single blocks of agree and split. Results go to $OUT (default outputs/engines_gpu).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
 what=${1:-agree} nproc=${2:-2} choice=${3:-plain,fsdp,resumed,killed,offload,zero2,zero3,lora}
 OUT=${OUT:-outputs/engines_gpu}
-blocks=$OUT/blocks6
+read -r double single <<<"${BLOCKS:-2 4}"
+blocks=$OUT/blocks$double+$single
 mkdir -p "$OUT"
 
 torchrun() { "$PYTHON_BIN" -m torch.distributed.run --standalone --nproc_per_node "$@"; }
 
-model() { # 2+4 blocks, which several of these scripts may share
+model() { # which several of these scripts may share
   mkdir -p "$blocks"
   (
     flock 9
     [ -f "$blocks/prompt.json" ] || PYTHONPATH=benchmarks:${PYTHONPATH:-} "$PYTHON_BIN" -c "
 from pathlib import Path
 from bench_iteration import BenchmarkConfig, make_inputs
-make_inputs(Path('$blocks'), BenchmarkConfig(double_blocks=2, single_blocks=4))"
+make_inputs(Path('$blocks'), BenchmarkConfig(double_blocks=$double, single_blocks=$single))"
   ) 9>"$blocks.lock"
 }
 

@@ -83,7 +83,7 @@ from tqdm import tqdm
 STEP_SUBSET, ORDER = 1, 2
 
 # In bf16 on an H100 batches of at least so many rows round alike; 1 row differs by as much as the clip range.
-FEW_ROWS = 3
+FEW_ROWS = 2
 
 DRIFT = (
     "before the first update the probability ratio deviates from 1 by more than a tenth of --clip_range "
@@ -522,8 +522,8 @@ class Trainer:
                 for transition, value in zip(batch, new, strict=True):
                     sampled.log_probs[transition.position][transition.child] = value
         sums: dict[str, torch.Tensor] = {}
-        deviations, norms, skipped, first = [], [], 0, 0
-        for batches in work:
+        deviations, norms, first = [], [], 0
+        for number_of_step, batches in enumerate(work):
             step_loss = torch.zeros((), device=accelerator.device)
             for i, batch in enumerate(batches):
                 weights = to_device([t.weight for t in batch], accelerator.device)
@@ -537,35 +537,44 @@ class Trainer:
                     sums[name] = sums.get(name, 0) + share / self.steps_per_iteration
                 deviations.append((parts["ratio"] - 1).abs().max())
             first = first or len(deviations)  # micro-batches before the first update
-            norm = self.engine.step(step_loss)
-            if norm is not None:
-                self.lr_scheduler.step()
-                self.optimizer_steps += 1
-                self.skipped_in_a_row = 0
-                norms.append(norm)
-                if self.ema is not None and number > config.ema_start_step:
-                    self.ema.step(self.engine.trained_parameters())
-            else:
-                skipped += 1
-                self.skipped_in_a_row += 1
+            if number_of_step:  # only now, so that the GPU has the next step's work while the CPU waits for the last
+                norms.append(self._after_step(number))
             if self.skipped_in_a_row >= config.max_skipped_steps:
                 break
+            self.engine.step(step_loss)
+        else:
+            norms.append(self._after_step(number))
+        taken = [norm for norm in norms if norm is not None]
         local_values = torch.stack(
-            [*sums.values(), torch.stack(norms).mean() if norms else step_loss * math.nan]
-            + [torch.stack(deviations).max(), torch.stack(deviations[:first]).max()]
+            [*sums.values(), torch.stack(deviations).max(), torch.stack(deviations[:first]).max()]
         )
         everywhere = accelerator.gather(local_values[None]).cpu()
         names = ["clip_frac" if n == "clipped" else "ratio_mean" if n == "ratio" else n for n in sums]
-        metrics = dict(zip([*names, "grad_norm"], everywhere.mean(0).tolist(), strict=False))
+        metrics = dict(zip(names, everywhere.mean(0).tolist(), strict=False))
+        metrics["grad_norm"] = float(np.mean(taken)) if taken else math.nan
         metrics["ratio_max_deviation"], metrics["ratio_first_deviation"] = everywhere.max(0).values[-2:].tolist()
         if accelerator.is_main_process and metrics["ratio_first_deviation"] > config.clip_range / 10:
             warnings.warn(DRIFT, stacklevel=1)  # shown once
         return metrics | {
             "trained_rows": trained_rows,
-            "optimizer_steps": len(norms),
-            "skipped_steps": skipped,
+            "optimizer_steps": len(taken),
+            "skipped_steps": len(norms) - len(taken),
             "lr": self.lr_scheduler.get_last_lr()[0],
         }
+
+    def _after_step(self, number: int) -> float | None:
+        """What follows the optimizer step that was last begun: its gradient's norm, or None if it was skipped."""
+        norm = self.engine.gradient_norm()
+        if norm is None:
+            self.skipped_in_a_row += 1
+            return None
+        self.lr_scheduler.step()
+        self.optimizer_steps += 1
+        self.skipped_in_a_row = 0
+        if self.ema is not None and number > self.config.ema_start_step:
+            self.engine.drop_gathered()
+            self.ema.step(self.engine.trained_parameters())
+        return norm
 
     def iteration(self, batch: dict, window: list[int]) -> tuple[dict, list]:
         """Rollout, rewards, advantages, optimizer steps. Returns the metrics of all ranks and this rank's pictures."""

@@ -10,6 +10,7 @@ from fastvideo.models.flux import (
     make_attention_gradients_contiguous,
     predict_velocity,
     random_transformer,
+    rotary_embedding,
     vae_scale_factor,
 )
 
@@ -18,6 +19,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.embeddings import apply_rotary_emb
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -57,6 +59,21 @@ def test_attention_gets_gradients_without_gaps_and_the_same_ones(tiny_flux):
     seen.clear()
     make_attention_gradients_contiguous(transformer)
     assert torch.equal(gradient(), before) and all(seen) and len(seen) == len(transformer.single_transformer_blocks)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotary_embedding_is_that_of_diffusers_bit_for_bit(dtype):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 7, 3, 8, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(x.shape, generator=generator)
+    angles = torch.randn(7, 4, generator=generator).repeat_interleave(2, 1)
+    found = []
+    for rotate in (apply_rotary_emb, rotary_embedding):
+        rotated = rotate(x, (angles.cos(), angles.sin()), sequence_dim=1)
+        (gradient,) = torch.autograd.grad((rotated * weight).sum(), x)
+        found.append((rotated, gradient))
+    assert found[0][0].dtype == dtype
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
 
 
 @torch.no_grad()

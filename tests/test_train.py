@@ -170,6 +170,16 @@ def test_an_iteration_makes_g_over_k_optimizer_steps_and_each_changes_the_weight
     assert all(torch.equal(a, b) for a, b in zip(after, before[1:], strict=False))  # nothing moves in between
 
 
+def test_the_gpu_has_the_next_steps_work_before_the_cpu_waits_for_a_step(train, monkeypatch):
+    seen = []
+    for name in ("backward", "step", "gradient_norm"):
+        real = getattr(Engine, name)
+        monkeypatch.setattr(Engine, name, lambda *args, real=real, name=name: seen.append(name) or real(*args))
+    train(max_train_steps=1, num_generations=6, gradient_accumulation_steps=2, train_micro_batch_size=100)
+    work, wait = ["backward", "step"], "gradient_norm"
+    assert seen == [*work, "backward", wait, "step", "backward", wait, "step", wait]
+
+
 def test_the_gradient_is_clipped_to_max_grad_norm_and_logged_unclipped(train):
     settings = {"gradient_accumulation_steps": 4, "max_train_steps": 1}
     free, clipped = train(max_grad_norm=1e3, **settings), train(max_grad_norm=1e-3, **settings)

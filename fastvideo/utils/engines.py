@@ -4,6 +4,7 @@ The trainer sees one interface: `prepare`, a model to call, `rollout` around sam
 `step` for an optimizer step, and state that goes to disk and back. docs/distributed.md explains the flags.
 """
 
+import math
 import os
 import time
 import warnings
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from fastvideo.config import GRPOConfig
 from fastvideo.models.flux import (
+    compile_transformer,
     forward_flops,
     load_transformer,
     make_attention_gradients_contiguous,
@@ -220,12 +222,8 @@ class Engine:
             make_attention_gradients_contiguous(transformer)
         self._split_sequence(transformer)
         if self.compiled:
-            # One graph for all blocks of a kind, for each shape, with gradients and without, with adapters and without:
-            # more than Dynamo's limit, beyond which it would leave blocks uncompiled.
-            torch._dynamo.config.recompile_limit = 64
-            transformer.compile_repeated_blocks(dynamic=False)
-        on_gpu = self.accelerator.device.type == "cuda" and not self.config.use_cpu_offload
-        self.raw_optimizer = torch.optim.AdamW(self.trained_parameters(), fused=on_gpu, **optimizer_settings)
+            compile_transformer(transformer)
+        self.raw_optimizer = torch.optim.AdamW(self.trained_parameters(), fused=True, **optimizer_settings)
         self.model, self.optimizer = self._wrap()
         self._choose_memory()
         self.matmul_rate = self._matmul_rate()
@@ -291,10 +289,11 @@ class Engine:
         yield self.model if self.name == "deepspeed" else self.transformer
         if self.name == "fsdp":
             self.transformer.set_reshard_after_forward(self.reshard)
-        self._reshard()
+        self.drop_gathered()
 
-    def _reshard(self) -> None:
-        """Drops whole parameters that FSDP2 still holds; they would be out of date after an optimizer step."""
+    def drop_gathered(self) -> None:
+        """Drops whole parameters that FSDP2 still holds: the optimizer and the average work on the split ones, and the
+        whole ones would be out of date after a step."""
         for module in self.transformer.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
@@ -350,19 +349,32 @@ class Engine:
         """Context of a micro-batch's forward and backward pass: gradients are exchanged in the last one alone."""
         return nullcontext() if last or not self.defer_sync else self.accelerator.no_sync(self.model)
 
-    def step(self, loss: torch.Tensor) -> torch.Tensor | None:
-        """Clips, and steps unless the loss or gradient of any process isn't finite. Returns the norm, or None."""
+    def step(self, loss: torch.Tensor) -> None:
+        """Clips, and steps unless the loss or gradient of any process isn't finite. `gradient_norm` tells."""
         accelerator = self.accelerator
-        self._reshard()  # the gradients belong to the split parameters
+        self.drop_gathered()  # the gradients belong to the split parameters
         norm = accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        norm = norm.to(loss.device)  # from the CPU with --use_cpu_offload
-        # The one wait in a step: all processes learn alike whether its numbers are finite.
-        finite = bool(torch.isfinite(accelerator.reduce(loss + norm, "sum")))
-        if finite:
-            self.optimizer.step()
+        norm = norm.detach().to(loss.device)  # from the CPU with --use_cpu_offload
+        both = torch.stack([norm, accelerator.reduce(loss + norm, "sum")])
+        # The fused AdamW changes nothing if this is 1, and the CPU needn't wait to learn which. `found_inf` is what
+        # torch's own GradScaler sets.
+        place = self.trained_parameters()[0].device
+        self.raw_optimizer.found_inf = (~torch.isfinite(both[1])).float().to(place)
+        self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return norm.detach() if finite else None
+        self._outcome = both.to("cpu", non_blocking=True)
+        self._known = torch.cuda.Event() if loss.device.type == "cuda" else None
+        if self._known:
+            self._known.record()
+
+    def gradient_norm(self) -> float | None:
+        """The last step's, on all processes; None: it was skipped. Waits for that step alone, not for what is queued
+        behind it."""
+        if self._known:
+            self._known.synchronize()
+        norm, both = self._outcome.tolist()
+        return norm if math.isfinite(both) else None
 
     # --- to disk and back -------------------------------------------------------------------------------------------
 
@@ -423,12 +435,11 @@ class DeepSpeedEngine(Engine):
         self.model.set_gradient_accumulation_boundary(last)
         return nullcontext()  # ZeRO splits gradients as they come
 
-    def step(self, loss: torch.Tensor) -> torch.Tensor | None:
+    def step(self, loss: torch.Tensor) -> None:
         self.model.step()
-        if self.model.optimizer.overflow:
-            return None
-        norm = self.model.get_global_grad_norm()
-        return torch.as_tensor(norm, dtype=torch.float32, device=loss.device).detach()
+
+    def gradient_norm(self) -> float | None:
+        return None if self.model.optimizer.overflow else float(self.model.get_global_grad_norm())
 
     def trained_weights(self) -> dict[str, torch.Tensor]:
         from deepspeed.utils import safe_get_full_fp32_param
