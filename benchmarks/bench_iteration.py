@@ -76,11 +76,11 @@ VAE = {
 PHASES = ("rollout", "decode", "reward", "train", "total")
 # What a GPU kernel does, by the first of these that its name contains.
 KERNELS = {
+    "compiled, elementwise": "triton",
     "attention": "fmha|flash|sdpa",
     "convolutions": "conv|fprop|winograd",
     "matrix products": "gemm|nvjet|cutlass|cublas|splitk",
-    "optimizer": "adam|multi_tensor|lpnorm|norm_",
-    "compiled, elementwise": "triton",
+    "optimizer, clipping": "adam|multi_tensor|lpnorm",
     "copies and casts": "copy|memcpy|memset|cat|elementwise|fill",
     "communication": "nccl",
     "others": "",

@@ -56,6 +56,12 @@ def predicted(folder, flags: str, processes: int = 1) -> dict[str, float]:
         ),
         ((19, 38), "--train_micro_batch_size 4 --use_lora", 31.5),
         ((19, 38), "--train_micro_batch_size 2 --use_lora --num_generations 4 --gradient_accumulation_steps 2", 27.0),
+        (
+            (19, 38),
+            "--train_micro_batch_size 2 --use_lora --quantize_base --num_generations 4 --gradient_accumulation_steps 2",
+            16.1,
+        ),
+        ((19, 38), "--train_micro_batch_size 4 --use_lora --lora_alpha 256 --selective_checkpointing 0.5", 47.9),
     ],
 )
 def test_the_prediction_is_within_a_tenth_of_what_was_measured(flux_of, blocks, flags, measured):

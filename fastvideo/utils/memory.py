@@ -16,6 +16,7 @@ import torch
 TEXT_TOKENS, ROWS_ON_A_CPU = 512, 8
 # Bytes a token and unit of width, measured in bf16 on an H100 (benchmarks/results/h100_iteration.txt).
 KEPT_BY_A_BLOCK = 40  # from forward to backward pass
+KEPT_WITH_LORA = 26  # by a block whose own weights need no gradient
 KEPT_AT_A_CHECKPOINT = 2  # a block's input
 IN_FLIGHT = 30  # in a block without gradient
 DECODED_PIXEL = 1000  # bytes, the VAE's last level
@@ -67,8 +68,9 @@ def predict_memory(config: GRPOConfig, world_size: int) -> dict[str, float]:
     width, blocks = sizes.num_attention_heads * sizes.attention_head_dim, sizes.num_layers + sizes.num_single_layers
     row = (shape.tokens + TEXT_TOKENS) / config.sp_size * width * compute / 2
     share = config.selective_checkpointing if config.gradient_checkpointing else 0
-    kept = KEPT_BY_A_BLOCK * (1 - share) + KEPT_AT_A_CHECKPOINT * share
-    training_row = row * (blocks * kept + (KEPT_BY_A_BLOCK if share else 0))
+    whole_block = KEPT_WITH_LORA if config.use_lora else KEPT_BY_A_BLOCK
+    kept = whole_block * (1 - share) + KEPT_AT_A_CHECKPOINT * share
+    training_row = row * (blocks * kept + (whole_block if share else 0))
     left = min(gpu_sizes(), default=math.inf) - weights - gradients - moments
     k, plan = config.gradient_accumulation_steps, make_plan(config, next(windows(config)))
     most = config.local_prompts(world_size) * k * max(len(p) for _, p in updates(plan, config.num_generations, k))
