@@ -10,6 +10,6 @@ if [ "${1:-}" = --long ]; then
   shift
   exec "$PYTHON_BIN" -m pytest -q "$@"
 fi
-# Tests use one thread each, TEST_PROCESSES of them at a time.
+# Tests use one thread each, TEST_PROCESSES of them at a time; who is done takes over half of what another still has.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-exec "$PYTHON_BIN" -m pytest -q -m "not long" -n "${TEST_PROCESSES:-2}" --durations=15 "$@"
+exec "$PYTHON_BIN" -m pytest -q -m "not long" -n "${TEST_PROCESSES:-2}" --dist worksteal --durations=15 "$@"
