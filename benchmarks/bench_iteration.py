@@ -2,6 +2,7 @@
 
     python benchmarks/bench_iteration.py --double_blocks 4 --single_blocks 8 --train_micro_batch_size 4
     python benchmarks/bench_iteration.py --ablation --train_micro_batch_size 4     # each optimisation switched off
+    python benchmarks/bench_iteration.py --sweep --windows 0 --train_micro_batch_size 4   # other G, T, pixels
     python benchmarks/bench_iteration.py --tiny --ablation                         # on a CPU
     python benchmarks/bench_iteration.py --tiny --save                             # and how long saving takes
 
@@ -45,6 +46,7 @@ class BenchmarkConfig:
     tiny: bool = flag(False, "the tiny FLUX at 32x32 instead, for a CPU")
     windows: list[int] = flag([0, 10, 19], "where the window starts", nargs="+")
     ablation: bool = flag(False, "measure again with each optimisation switched off")
+    sweep: bool = flag(False, "measure again with other numbers of pictures, steps, window steps and pixels")
     profile: bool = flag(False, "milliseconds of GPU kernels by phase and kind, at the first window")
     save: bool = flag(False, "save a checkpoint, and print how long training waits for it and when it is whole")
     folder: str | None = flag(None, "where the inputs go (None: a temporary folder)")
@@ -54,11 +56,25 @@ class BenchmarkConfig:
 # Switched off one at a time, from the fastest setting; the last is all of them, one picture at a time.
 OFF = {
     "compile": ["--compile", "false"],
+    "cuDNN's attention in training": ["--cudnn_attention", "rollout"],
     "cuDNN's attention": ["--cudnn_attention", "never"],
+    "FSDP2's parameters kept whole": ["--rollout_keep_gathered", "false"],
     "shared prefix": ["--no_share_prefix"],
     "batches": ["--rollout_batch_size", "1", "--train_micro_batch_size", "1"],
 }
 OFF["all of these"] = [flag for flags in list(OFF.values()) for flag in flags]
+
+# One thing larger or smaller than in the recipe.
+SWEEP = {
+    "G 6": ["--num_generations", "6"],
+    "G 24": ["--num_generations", "24"],
+    "T 15": ["--sampling_steps", "15"],
+    "T 50": ["--sampling_steps", "50"],
+    "window of 2": ["--group_size", "2"],
+    "window of 8": ["--group_size", "8"],
+    "512x512": ["--h", "512", "--w", "512"],
+    "1024x1024": ["--h", "1024", "--w", "1024"],
+}
 
 # FLUX.1-dev's published configuration.
 TRANSFORMER = {"attention_head_dim": 128, "num_attention_heads": 24, "guidance_embeds": True}
@@ -129,7 +145,8 @@ def measure(folder: Path, config: BenchmarkConfig, flags: list[str]) -> list[dic
     )
     trainer, sampler, loader = set_up(training)
     end = training.sampling_steps - 2
-    windows = [list(range(start, min(start + training.group_size, end))) for start in config.windows for _ in range(2)]
+    starts = [start for start in config.windows if start < end]  # a sweep may have fewer steps
+    windows = [list(range(start, min(start + training.group_size, end))) for start in starts for _ in range(2)]
     lines = []
     for window, batch in zip(windows, loader, strict=False):
         gc.collect()  # compilation leaves so much that a collection inside the iteration would take half a second
@@ -186,7 +203,8 @@ def show(title: str, lines: list[dict]) -> None:
         seconds = "".join(f"{line[f'seconds_{phase}']:9.2f}" for phase in PHASES)
         rates = "  ".join(
             f"{phase} {line[f'tflops_{phase}']:.3g} ({line[f'peak_share_{phase}']:.0%})"
-            for phase in ("rollout", "train")
+            for phase in ("prefix", "rollout", "train")
+            if f"tflops_{phase}" in line
         )
         first, last = line["window"][0], line["window"][-1]
         print(f"{first:2d}-{last:<5d}{seconds}{line['nfe']:8d}  {rates}  ratio-1 {line['ratio_first_deviation']:.1e}")
@@ -209,6 +227,7 @@ def main() -> None:
         while not (folder / "prompt.json").exists():  # several processes share --folder
             time.sleep(0.1)
         variants = {"all on": []} | ({f"without {k}": v for k, v in OFF.items()} if config.ablation else {})
+        variants |= SWEEP if config.sweep else {}
         results = {}
         for name, off in variants.items():
             results[name] = measure(folder, config, flags + off)

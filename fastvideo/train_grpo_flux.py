@@ -61,7 +61,7 @@ from fastvideo.utils.checkpoint import (
     open_output,
     read_record,
 )
-from fastvideo.utils.engines import Engine, build_engine, main_process_first
+from fastvideo.utils.engines import Engine, Stopwatch, build_engine, main_process_first
 from fastvideo.utils.evaluation import Evaluation, build_held_out, check_evaluation
 from fastvideo.utils.grpo_states import windows
 from fastvideo.utils.log import Log
@@ -302,6 +302,7 @@ class Trainer:
         self.too_many_failures = False  # of rewards, in the last iteration
         self.optimizer_steps = 0
         self.skipped_in_a_row = 0
+        self.prefix = Stopwatch(device)  # of an iteration's steps with one row a prompt
         self.wandb_id = uuid.uuid4().hex[:8]
         self.prompts: int | None = None  # how many earlier iterations took; None: as many as these take
         self.best: dict | None = None  # of the evaluations: iteration, value, what was measured
@@ -405,7 +406,8 @@ class Trainer:
             def velocity(*rows: torch.Tensor) -> torch.Tensor:
                 predict = self.velocity(model, conditioning, training)
                 count = math.ceil(len(rows[0]) / size)
-                with torch.set_grad_enabled(training):
+                alone = len(rows[0]) == len(slots) and not training
+                with torch.set_grad_enabled(training), self.prefix.lap(len(slots)) if alone else nullcontext():
                     parts = zip(*(x.tensor_split(count) for x in rows), strict=True)
                     return torch.cat([predict(*part).detach() for part in parts])
 
@@ -598,8 +600,9 @@ class Trainer:
                 metrics = {"optimizer_steps": 0, "skipped_steps": self.steps_per_iteration}
         self.done = number - self.too_many_failures  # a resumed run repeats an iteration that had too few scores
         nfe = function_evaluations(plan, start_rows(config))
-        tokens, sampled_rows = (len(self.image_ids), len(conditioning.text_ids)), self.local_prompts * nfe
-        metrics |= self.engine.rates(tokens, sampled_rows, metrics.pop("trained_rows", 0), seconds) | {
+        prefix, seconds["seconds_prefix"] = self.prefix.read()  # a part of the rollout's
+        rows = {"rollout": self.local_prompts * nfe - prefix, "prefix": prefix, "train": metrics.pop("trained_rows", 0)}
+        metrics |= self.engine.rates((len(self.image_ids), len(conditioning.text_ids)), rows, seconds) | {
             "step": number,
             "images": shape[0] * shape[1],
             "nfe": shape[0] * nfe,

@@ -14,22 +14,41 @@ from conftest import ROOT
 @pytest.mark.slow
 def test_an_iteration_is_timed_by_phase_with_and_without_each_optimisation(tmp_path, subprocess_environment):
     command = f"benchmarks/bench_iteration.py --tiny --ablation --save --json_file {tmp_path}/times.json".split()
-    command += "--num_generations 2 --gradient_accumulation_steps 2 --train_micro_batch_size 8".split()
+    command += "--windows 0 10 --num_generations 2 --gradient_accumulation_steps 2 --train_micro_batch_size 8".split()
     done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=subprocess_environment, capture_output=True, text=True, timeout=240
+        [sys.executable, *command], cwd=ROOT, env=subprocess_environment, capture_output=True, text=True, timeout=400
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count(" GB: training waits ") == 6
+    assert done.stdout.count(" GB: training waits ") == 8
     runs = json.loads((tmp_path / "times.json").read_text())["runs"]
-    assert list(runs)[0] == "all on" and "without shared prefix" in runs and len(runs) == 6
+    assert list(runs)[0] == "all on" and "without shared prefix" in runs and len(runs) == 8
+
+    def alone(name: str) -> bool:
+        return name in ("without shared prefix", "without all of these")
+
     for name, lines in runs.items():
         assert f"\n{name}: " in done.stdout
-        assert [line["window"][0] for line in lines] == [0, 10, 19]
+        assert [line["window"][0] for line in lines] == [0, 10]
         assert all(line["peak_share_rollout"] > 0 and line["peak_share_train"] > 0 for line in lines)
-        operations = [line["tflops_rollout"] * line["seconds_rollout"] / line["nfe"] for line in lines]
-        assert operations == pytest.approx([operations[0]] * 3)
-    shared, alone = ([line["nfe"] for line in runs[name]] for name in ("all on", "without shared prefix"))
-    assert alone == [50, 50, 50] and shared == [1 + start + (24 - start) * 2 for start in (0, 10, 19)]
+        assert ["tflops_prefix" in line for line in lines] == ([False] * 2 if alone(name) else [False, True])
+        assert all((line["seconds_prefix"] > 0) == ("tflops_prefix" in line) for line in lines)
+        batched = [line["tflops_rollout"] * (line["seconds_rollout"] - line["seconds_prefix"]) for line in lines]
+        prefix = [line.get("tflops_prefix", 0) * line["seconds_prefix"] for line in lines]
+        operations = [sum(both) / line["nfe"] for *both, line in zip(batched, prefix, lines, strict=True)]
+        assert operations == pytest.approx([operations[0]] * 2)
+        # The prefix is all that comes before the window, a row a step.
+        assert prefix == pytest.approx([0 if alone(name) else s * operations[0] for s in (0, 10)])
+    shared, apart = ([line["nfe"] for line in runs[name]] for name in ("all on", "without shared prefix"))
+    assert apart == [50, 50] and shared == [1 + start + (24 - start) * 2 for start in (0, 10)]
+
+
+def test_every_variant_of_the_iteration_benchmark_can_be_planned(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import bench_iteration
+
+    for flags in (bench_iteration.OFF | bench_iteration.SWEEP).values():
+        config = parse_dataclass(GRPOConfig, ["--data_json_path", "unused", "--reward_model", "shapes", *flags])
+        assert "steps an iteration" in describe(config, 1)
 
 
 @pytest.mark.slow

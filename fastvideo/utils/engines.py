@@ -313,20 +313,24 @@ class Engine:
             wait()
         return repeats * 2 * size**3 / (time.perf_counter() - start)
 
-    def rates(
-        self, tokens: tuple[int, int], sampled_rows: int, trained_rows: int, seconds: dict[str, float]
-    ) -> dict[str, float]:
+    def rates(self, tokens: tuple[int, int], rows: dict[str, int], seconds: dict[str, float]) -> dict[str, float]:
         """TFLOP/s of this process by phase, and their share of what a large matrix product reaches there.
 
         What is recomputed or filled up counts nothing. Training costs three forward passes a row, two with LoRA, whose
-        base gets no gradient. tokens: of the picture and of the text.
+        base gets no gradient.
+
+        Args:
+            tokens: of the picture and of the text. rows: by phase: `rollout`, `prefix` (the part of it that has one row
+                a prompt; its rate stands apart), `train`. seconds: of the same.
         """
-        flops = forward_flops(self.transformer, *tokens)
-        passes = {"rollout": sampled_rows, "train": (2 if self.config.use_lora else 3) * trained_rows}
+        flops = forward_flops(self.transformer, *tokens) / self.config.sp_size
+        passes = {"rollout": 1, "prefix": 1, "train": 2 if self.config.use_lora else 3}
         metrics = {}
-        for phase, count in passes.items():
-            rate = flops * count / self.config.sp_size / seconds[f"seconds_{phase}"]
-            metrics |= {f"tflops_{phase}": rate / 1e12, f"peak_share_{phase}": rate / self.matmul_rate}
+        for phase, count in rows.items():
+            spent = seconds[f"seconds_{phase}"] - (seconds["seconds_prefix"] if phase == "rollout" else 0)
+            if count or phase != "prefix":
+                rate = flops * passes[phase] * count / spent
+                metrics |= {f"tflops_{phase}": rate / 1e12, f"peak_share_{phase}": rate / self.matmul_rate}
         return metrics
 
     def peak_memory(self) -> dict[str, float]:
@@ -466,6 +470,34 @@ class DeepSpeedEngine(Engine):
             raise ValueError(f"--resume_from_checkpoint {folder.parent}: DeepSpeed can't read its state")
         for group, values in zip(self.raw_optimizer.param_groups, wanted, strict=True):
             group.update(values)
+
+
+class Stopwatch:
+    """Adds up what some pieces of work take on the device, without waiting for it in between."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_gpu, self.rows, self.laps = device.type == "cuda", 0, []
+
+    def _now(self) -> float | torch.cuda.Event:
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    @contextmanager
+    def lap(self, rows: int) -> Iterator[None]:
+        """A piece of work on so many rows."""
+        begin = self._now()
+        yield
+        self.laps.append((begin, self._now()))
+        self.rows += rows
+
+    def read(self) -> tuple[int, float]:
+        """Rows and seconds since the last time. The device must be done with them."""
+        rows, laps = self.rows, self.laps
+        self.rows, self.laps = 0, []
+        return rows, sum(begin.elapsed_time(end) / 1e3 if self.on_gpu else end - begin for begin, end in laps)
 
 
 def build_engine(config: GRPOConfig, world_size: int) -> Engine:
