@@ -9,6 +9,7 @@ scripts/finetune holds recipes, docs/algorithms.md the formulas beside their fla
 the references on purpose.
 """
 
+import errno
 import math
 import os
 import signal
@@ -765,6 +766,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (TrainingStopped, CheckpointNotWritten) as error:
         sys.stderr.write(f"train_grpo_flux.py: stopped: {error}\n")
         raise SystemExit(128 + error.number if isinstance(error, Interrupted) else 1) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        sys.stderr.write(
+            f"train_grpo_flux.py: stopped: {error}: nothing more fits into --output_dir {config.output_dir}; the "
+            "checkpoints in it are whole, --resume_from_checkpoint latest goes on from the last\n"
+        )
+        raise SystemExit(1) from error
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from fastvideo.train_grpo_flux import Trainer
 from fastvideo.utils import checkpoint
+from fastvideo.utils.log import Log
 from fastvideo.utils.processes import ONE_REQUEST
 
 import pytest
@@ -401,6 +402,26 @@ def test_a_process_that_raises_ends_all_within_a_minute_with_its_traceback_last(
     assert process.wait(60) != 0
     summary = log.read_text().rpartition("Root Cause")[2]
     assert "rank      : 1" in summary and "Traceback" in summary and "RuntimeError: on purpose" in summary
+
+
+def test_a_disk_that_metrics_fill_stops_the_run_with_one_line(train, run_at, monkeypatch, capsys):
+    real = Log.write
+
+    def write(log, metrics):
+        if metrics["step"] == 4:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "metrics.jsonl")
+        real(log, metrics)
+
+    whole = train("whole", **SETTINGS).numbers()
+    with monkeypatch.context() as patched:
+        patched.setattr(Log, "write", write)
+        with pytest.raises(SystemExit) as stop:
+            train("out", **SETTINGS)
+    assert stop.value.code == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "stopped: " in last and "No space left on device: 'metrics.jsonl'" in last and "resume_from" in last
+    train("out", **SETTINGS, resume_from_checkpoint="latest")
+    assert run_at("out").numbers() == whole
 
 
 @pytest.mark.slow
