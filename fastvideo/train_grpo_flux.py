@@ -593,6 +593,8 @@ class Trainer:
         # With advantage_aggr a model that scored nothing counts 0; the others still teach.
         alone = self.scoring.weights if config.multi_reward_mix == "advantage_aggr" else ()
         scored = any(math.isfinite(reward_metrics[key]) for key in ["reward", *(f"reward_{name}" for name in alone)])
+        if not scored and self.accelerator.is_main_process:
+            warnings.warn(f"iteration {number}: all {int(failures)} scores failed; nothing is trained", stacklevel=1)
         with self.phase("train", seconds):
             if scored and not self.too_many_failures:
                 metrics = self.train_on(plan, number, sampled, advantages, conditioning)
@@ -668,9 +670,15 @@ def set_up(config: GRPOConfig) -> tuple[Trainer, PromptSampler, DataLoader]:
     trainer = Trainer(config, engine, scoring, checkpoint)
     if eval_index is not None:
         trainer.evaluation = Evaluation(trainer, eval_index, held_out)
+    together = trainer.local_prompts * engine.data_ranks
+    if accelerator.is_main_process:
+        if together > len(dataset):
+            print(f"warning: an iteration takes {together} prompts of {len(dataset)}: some come several times in it")
+        if trainer.done >= config.max_train_steps:
+            print(f"nothing to do: {trainer.done} of --max_train_steps {config.max_train_steps} iterations are done")
     sampler = PromptSampler(
         len(dataset),
-        trainer.local_prompts * engine.data_ranks,
+        together,
         engine.data_rank,
         engine.data_ranks,
         config.sampler_seed,

@@ -143,6 +143,19 @@ def test_a_record_that_lacks_something_is_refused_with_what_it_lacks(train, refu
     assert "checkpoint.json lacks settings.zero_stage" in refuse("out", resume_from_checkpoint="latest")
 
 
+@pytest.mark.parametrize(
+    "given,message",
+    [({"iteration": "x"}, "iteration in checkpoint.json is 'x'"), ({"iteration": 2}, "is that of checkpoint-2-0")],
+)
+def test_a_record_of_another_checkpoint_is_refused_before_anything_is_moved(train, refuse, given, message):
+    run = train("out", **SETTINGS)
+    before = run.checkpoints
+    record = before[-1] / "checkpoint.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | given))
+    assert message in refuse("out", resume_from_checkpoint="latest")
+    assert run.checkpoints == before and latest(run.folder) == before[-1]
+
+
 def test_a_checkpoint_of_another_base_model_or_kind_is_refused(train, refuse, random_flux):
     run = train("out", **SETTINGS)
     path = run.checkpoints[0]
@@ -151,6 +164,18 @@ def test_a_checkpoint_of_another_base_model_or_kind_is_refused(train, refuse, ra
 
 
 # --- what goes on -----------------------------------------------------------------------------------------------------
+
+
+def test_changed_versions_are_listed_and_a_finished_run_says_so(train, capsys):
+    run = train("out", **SETTINGS)
+    record = run.checkpoints[-1] / "checkpoint.json"
+    whole = json.loads(record.read_text())
+    record.write_text(json.dumps(whole | {"versions": whole["versions"] | {"torch": "1.0"}}))
+    capsys.readouterr()
+    train("out", **SETTINGS, resume_from_checkpoint="latest")
+    told = capsys.readouterr().out
+    assert f"with other versions, numbers may differ in rounding: torch 1.0 -> {torch.__version__}\n" in told
+    assert "nothing to do: 4 of --max_train_steps 4 iterations are done" in told
 
 
 def test_changed_settings_are_listed_and_count(train, capsys):

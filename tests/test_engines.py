@@ -177,6 +177,20 @@ def test_the_engine_follows_from_flags_and_processes(monkeypatch, given, process
     assert choose_engine(config(**given), processes) == expected
 
 
+@pytest.mark.parametrize("per_node,nodes,processes", [(2, 2, 6), (4, 2, 6), (1, 2, 2)])
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_hybrid_sharding_is_refused_on_nodes_that_differ_or_have_one_process(
+    monkeypatch, per_node, nodes, processes, dry_run
+):
+    given = config(parallel="fsdp", fsdp_sharding_startegy="hybrid_full", dry_run=dry_run)
+    for name, value in {"LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": per_node, "GROUP_WORLD_SIZE": nodes}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(ValueError, match="hybrid_full: needs the same number of processes on every node, at least 2"):
+        choose_engine(given, processes)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert choose_engine(given, 6) == "fsdp"
+
+
 @pytest.mark.parametrize(
     "given,processes,message",
     [

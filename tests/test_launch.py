@@ -407,6 +407,7 @@ def test_a_dry_run_prints_the_plan_and_each_node_s_command(environment, flags, t
     assert "fastvideo/train_grpo_flux.py" in first and "--num_generations 4" in second
     assert summary.startswith("launcher: ssh; ")
     assert {"HF_TOKEN", "NCCL_DEBUG", "PYTORCH_CUDA_ALLOC_CONF"} <= set(summary.split())
+    assert "--dry_run" not in first + second
     *_, node, by_hand = dry_run(INDEX_CUSTOM="1", MASTER_PORT="4711")
     assert node.startswith("127.0.0.3: ") and "--master_port 4711" in node and "by hand" in by_hand
     *_, alone, here = dry_run(HOSTFILE="data/hosts/hostfile")

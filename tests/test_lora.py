@@ -144,6 +144,24 @@ def test_a_merged_model_computes_what_the_adapters_do(adapters, tiny_flux, tmp_p
         merge_lora.main(argv)
 
 
+def test_merging_takes_the_base_model_that_the_checkpoint_names_and_no_other(
+    adapters, tiny_flux, random_flux, tmp_path, capsys
+):
+    argv = ["--model_path", str(adapters), "--dtype", "fp32", "--output_dir"]
+    merge_lora.main([*argv, str(tmp_path / "merged")])
+    expected = load_with_lora(tiny_flux, str(adapters))
+    torch.testing.assert_close(predict(load_transformer(str(tmp_path / "merged"))), predict(expected))
+    with pytest.raises(SystemExit) as stop:
+        merge_lora.main([*argv, str(tmp_path / "other"), "--pretrained_model_name_or_path", str(random_flux)])
+    assert stop.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert f"--model_path {adapters}: was trained from another base model ({tiny_flux})" in last
+    (adapters / "checkpoint.json").unlink()
+    with pytest.raises(SystemExit):
+        merge_lora.main([*argv, str(tmp_path / "third")])
+    assert "--pretrained_model_name_or_path: needed" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_diffusers_loads_the_adapters_with_their_scale(adapters, tiny_flux):
     pipe = FluxPipeline.from_pretrained(tiny_flux, dtype=torch.float32)
     pipe.load_lora_weights(adapters)

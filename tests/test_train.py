@@ -350,10 +350,17 @@ def test_rewards_that_are_never_finite_stop_the_run_with_sound_weights(train, ru
     assert "stopped: 6 optimizer steps in a row" in message and "iteration 3" in message
 
 
+def test_more_prompts_an_iteration_than_there_are_are_trained_with_a_warning(train, capsys):
+    run = train(train_batch_size=7, max_train_steps=1)
+    assert run.metrics[0]["images"] == 7 * 4
+    assert "warning: an iteration takes 7 prompts of 5: some come several times in it" in capsys.readouterr().out
+
+
 def test_one_bad_iteration_is_skipped_and_the_run_goes_on(train, tiny_flux):
-    run = train(
-        reward_model="custom_rewards:red_prompts_fail", max_train_steps=5, max_skipped_steps=3, checkpointing_steps=1
-    )
+    settings = {"max_train_steps": 5, "max_skipped_steps": 3, "checkpointing_steps": 1}
+    with pytest.warns(UserWarning, match="iteration [1-5]: all 4 scores failed; nothing is trained") as warned:
+        run = train(reward_model="custom_rewards:red_prompts_fail", **settings)
+    assert sum("scores failed" in str(warning.message) for warning in warned) == 1
     lines = run.metrics
     (bad,) = (i for i, line in enumerate(lines) if line["reward"] is None)  # one prompt of the five is red
     assert lines[bad]["skipped_steps"] == 2 and lines[bad]["failed_rewards"] == 4

@@ -1,17 +1,18 @@
 """Adapters of a LoRA checkpoint to a whole transformer: W + alpha / rank · B A in place of W.
 
-    python -m fastvideo.models.merge_lora --pretrained_model_name_or_path black-forest-labs/FLUX.1-dev \\
-        --model_path outputs/mixgrpo/checkpoint-300-0 --output_dir outputs/merged
+    python -m fastvideo.models.merge_lora --model_path outputs/mixgrpo/checkpoint-300-0 --output_dir outputs/merged
 
 The result loads with FluxTransformer2DModel.from_pretrained and wherever a full checkpoint does (--model_path).
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from fastvideo.config import flag, parse_dataclass
 from fastvideo.models.flux import LORA_FILE, is_lora, load_with_lora
+from fastvideo.utils.checkpoint import RECORD, check_base_model, read_record
 
 import torch
 
@@ -22,7 +23,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 class MergeConfig:
     """What to merge."""
 
-    pretrained_model_name_or_path: str = flag("data/flux", "base FLUX pipeline: a folder or a hub id")
+    pretrained_model_name_or_path: str | None = flag(
+        None, "base FLUX pipeline: a folder or a hub id (None: the one that the checkpoint was trained from)"
+    )
     model_path: str = flag("outputs/lora", "LoRA checkpoint, or its ema/ folder")
     output_dir: str = flag("outputs/merged", "folder for the whole transformer; must not hold anything yet")
     dtype: str = flag("bf16", "number format of the result; the sum is made in fp32", choices=list(DTYPES))
@@ -32,6 +35,15 @@ class MergeConfig:
             raise ValueError(f"--model_path {self.model_path}: no {LORA_FILE} in it; give a LoRA checkpoint folder")
         if Path(self.output_dir).exists() and any(Path(self.output_dir).iterdir()):
             raise ValueError(f"--output_dir {self.output_dir}: is not empty; choose another folder")
+        checkpoint = next(
+            (p for p in (Path(self.model_path), Path(self.model_path).parent) if (p / RECORD).exists()), None
+        )
+        if self.pretrained_model_name_or_path is None:
+            if checkpoint is None:
+                raise ValueError(f"--pretrained_model_name_or_path: needed, as {self.model_path} has no {RECORD}")
+            self.pretrained_model_name_or_path = read_record(checkpoint)["settings"]["pretrained_model_name_or_path"]
+        if checkpoint is not None:
+            check_base_model(checkpoint, self, "model_path")
 
 
 def merge(config: MergeConfig) -> Path:
@@ -49,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         print(f"merged transformer: {merge(config)}")
     except ValueError as error:
-        raise SystemExit(f"merge_lora.py: error: {error}") from error
+        sys.stderr.write(f"merge_lora.py: error: {error}\n")
+        raise SystemExit(2) from error
 
 
 if __name__ == "__main__":

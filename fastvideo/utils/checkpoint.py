@@ -46,7 +46,8 @@ RECORD = "checkpoint.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 FORMAT = 1
 # What resuming reads of RECORD, and of the settings in it.
-NEEDED = ("iteration", "optimizer_steps", "ema_optimization_step", "wandb_id", "settings", "base_model_hash", "files")
+NEEDED = ("iteration", "epoch", "optimizer_steps", "ema_optimization_step", "wandb_id", "settings", "base_model_hash")
+NEEDED += ("files",)
 NEEDED_SETTINGS = ("use_lora", "lora_rank", "lora_alpha", "lora_target_modules", "pretrained_model_name_or_path")
 NEEDED_SETTINGS += ("engine", "processes", "zero_stage")
 
@@ -213,9 +214,13 @@ def _not_written(final: Path, error: BaseException) -> CheckpointNotWritten:
     return CheckpointNotWritten(f"{final} can't be written, with {free / 2**30:.1f} GiB free there: {reason}")
 
 
+def _is_checkpoint(path: Path) -> bool:
+    return re.fullmatch(r"checkpoint-\d+-\d+", path.name) is not None
+
+
 def checkpoints(output_dir: Path) -> list[Path]:
     """The checkpoints in a folder, by iteration."""
-    found = (path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+-\d+", path.name))
+    found = filter(_is_checkpoint, output_dir.glob("checkpoint-*"))
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
@@ -277,6 +282,12 @@ def _damage(path: Path) -> str | None:
         missing += [f"settings.{name}" for name in NEEDED_SETTINGS if name not in settings]
         if missing:
             return f"{RECORD} lacks {', '.join(missing)}"
+        for name in ("iteration", "epoch", "optimizer_steps"):
+            if not isinstance(record[name], int):
+                return f"{name} in {RECORD} is {record[name]!r}"
+        own = f"checkpoint-{record['iteration']}-{record['epoch']}"
+        if _is_checkpoint(path.resolve()) and path.resolve().name != own:
+            return f"{RECORD} is that of {own}"
         for name, expected in record["files"].items():
             if not (path / name).is_file():
                 return f"{name} is missing"
@@ -417,16 +428,20 @@ def check_resumable(checkpoint: Path, config: GRPOConfig, processes: int) -> Non
             f"{where}: DeepSpeed's optimizer state can't change hands: it is of {then['engine']} (ZeRO-"
             f"{then['zero_stage']}) on {then['processes']} processes, this run is {engine} on {processes}"
         )
+    other = {name: f"{then} -> {versions().get(name)}" for name, then in record.get("versions", {}).items()}
+    other = [f"{name} {both}" for name, both in other.items() if len(set(both.split(" -> "))) > 1]
+    if other:
+        print(f"resuming {checkpoint} with other versions, numbers may differ in rounding: {', '.join(other)}")
     if changed:
         print(f"resuming {checkpoint} with changed settings, which count from now on: {'; '.join(changed)}")
 
 
-def check_base_model(checkpoint: Path, config: GRPOConfig) -> None:
+def check_base_model(checkpoint: Path, config: GRPOConfig, flag: str = "resume_from_checkpoint") -> None:
     """Raises ValueError when the base model is known not to be that of the checkpoint's run."""
     record, now = read_record(checkpoint), base_model_hash(config)
     if None not in (now, record["base_model_hash"]) and now != record["base_model_hash"]:
         raise ValueError(
-            f"--resume_from_checkpoint {checkpoint}: was trained from another base model "
+            f"--{flag} {checkpoint}: was trained from another base model "
             f"({record['settings']['pretrained_model_name_or_path']}) than "
             f"--pretrained_model_name_or_path {config.pretrained_model_name_or_path}"
         )

@@ -73,6 +73,14 @@ def choose_engine(config: GRPOConfig, world_size: int) -> str:
         raise ValueError(f"--master_weight_type {config.master_weight_type}: --parallel {name} knows only fp32")
     if name in ("none", "ddp") and config.use_cpu_offload:
         raise ValueError(f"--use_cpu_offload: goes with --parallel fsdp or deepspeed; this run is {name}")
+    if name == "fsdp" and (config.fsdp_sharding_startegy or "").startswith("hybrid"):
+        per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+        nodes = int(os.environ.get("GROUP_WORLD_SIZE", world_size // per_node))
+        if nodes > 1 and (per_node < 2 or per_node * nodes != world_size):
+            raise ValueError(
+                f"--fsdp_sharding_startegy {config.fsdp_sharding_startegy}: needs the same number of processes on "
+                f"every node, at least 2; here are {world_size} on {nodes} nodes, {per_node} of them on this one"
+            )
     if config.dry_run:  # which says what the engine would take, before anybody starts processes
         return name
     if name == "ddp" and world_size == 1:

@@ -37,6 +37,7 @@ PASSED = (
 )
 JOB = "FASTVIDEO_LAUNCH"  # an environment variable that marks all processes of a node, whoever their parent is
 PATIENCE = 5  # seconds that the other nodes have to end by themselves after one has failed
+DRY_RUN = r"--dry[-_]run|dry_run=[Tt]rue"
 PIPE_SIZE = 2**16  # what a pipe holds before anybody reads it
 
 
@@ -323,12 +324,14 @@ def launch(nodes: list[Node], args: list[str]) -> int:
     if index:
         port = port or "29500"  # nodes started by hand can't ask the first one
         say(f"INDEX_CUSTOM={index}: this is only node {index} of {len(nodes)}; unset it to start all from here")
-    if any(re.fullmatch(r"--dry[-_]run|dry_run=[Tt]rue", arg) for arg in args):
+    if any(re.fullmatch(DRY_RUN, arg) for arg in args):
         world = {"WORLD_SIZE": str(sum(node.slots for node in nodes)), "LOCAL_WORLD_SIZE": str(nodes[0].slots)}
+        world["GROUP_WORLD_SIZE"] = str(len(nodes))
         if status := subprocess.run([sys.executable, *args], cwd=ROOT, env={**os.environ, **world}).returncode:
             return status
         for i in [int(index)] if index else range(len(nodes)):
-            command = shlex.join(torchrun(nodes, i, port or "FREE_PORT", args))
+            real = [arg for arg in args if not re.fullmatch(DRY_RUN, arg)]
+            command = shlex.join(torchrun(nodes, i, port or "FREE_PORT", real))
             print(f"{nodes[i].host}: cd {shlex.quote(str(ROOT))} && {command}")
         print(f"launcher: {launcher}; environment passed: {' '.join(sorted(passed_environment()))}")
         return 0
