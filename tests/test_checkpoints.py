@@ -419,6 +419,33 @@ def test_a_run_killed_at_twenty_random_moments_ends_alike(start, train, run_at, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "place,ranks,engine",
+    [
+        ("rollout", "1", "ddp"),
+        ("training", "0,1", "fsdp"),
+        pytest.param("rollout", "0,1", "fsdp", marks=pytest.mark.long),
+        pytest.param("training", "0", "ddp", marks=pytest.mark.long),
+    ],
+)
+def test_a_run_goes_on_after_a_kill_of_one_or_all_processes_in_rollout_and_training(
+    start, run_at, tmp_path, subprocess_environment, place, ranks, engine
+):
+    settings = {**SETTINGS, "prompts_per_iteration": 2, "train_micro_batch_size": 100, "parallel": engine}
+    settings |= {"reward_model": "deadly_rewards:rough_brightness", "checkpointing_steps": 1}
+    whole = start("whole", 2, **settings)
+    assert whole.wait(120) == 0
+    subprocess_environment |= {"DIE_IN": place, "DIE_RANKS": ranks}
+    assert start("cut", 2, **settings).wait(120) != 0
+    assert [line["step"] for line in run_at("cut").metrics] == [1, 2]
+    assert "SIGKILL" in (tmp_path / "cut.log").read_text()
+    del subprocess_environment["DIE_IN"], subprocess_environment["DIE_RANKS"]
+    assert start("cut", 2, **settings, resume_from_checkpoint="latest").wait(120) == 0
+    assert run_at("cut").numbers() == run_at("whole").numbers()
+    assert same_weights(run_at("cut").weights(), run_at("whole").weights())
+
+
+@pytest.mark.slow
 def test_a_process_that_raises_ends_all_within_a_minute_with_its_traceback_last(start, run_at, tmp_path):
     given = {**SETTINGS, "prompts_per_iteration": 2, "dataloader_num_workers": 2}
     given["reward_model"] = "failing_rewards:raises_on_rank_1"
