@@ -760,6 +760,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         text = describe(config, world_size_of_environment())
         if os.environ.get("RANK", "0") == "0":
             print(text, describe_memory(config, world_size_of_environment()), sep="\n")
+            given = {name: getattr(config, name) for name in ("data_json_path", "prompts_file", "eval_prompts")}
+            for name, path in given.items() if config.dry_run else ():
+                if path and not Path(path).is_file():
+                    print(f"warning: --{name} {path}: no such file yet")
         if config.dry_run:
             return
         live = live_report(config.output_dir, config.serve_report)

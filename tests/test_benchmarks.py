@@ -14,7 +14,8 @@ from conftest import ROOT
 @pytest.mark.slow
 def test_an_iteration_is_timed_by_phase_with_and_without_each_optimisation(tmp_path, subprocess_environment):
     command = f"benchmarks/bench_iteration.py --tiny --ablation --save --json_file {tmp_path}/times.json".split()
-    command += "--windows 0 10 --num_generations 2 --gradient_accumulation_steps 2 --train_micro_batch_size 8".split()
+    command += "--windows 0 5 --sampling_steps 12 --num_generations 2 --gradient_accumulation_steps 2".split()
+    command += ["--train_micro_batch_size", "8"]
     done = subprocess.run(
         [sys.executable, *command], cwd=ROOT, env=subprocess_environment, capture_output=True, text=True, timeout=400
     )
@@ -28,7 +29,7 @@ def test_an_iteration_is_timed_by_phase_with_and_without_each_optimisation(tmp_p
 
     for name, lines in runs.items():
         assert f"\n{name}: " in done.stdout
-        assert [line["window"][0] for line in lines] == [0, 10]
+        assert [line["window"][0] for line in lines] == [0, 5]
         assert all(line["peak_share_rollout"] > 0 and line["peak_share_train"] > 0 for line in lines)
         assert ["tflops_prefix" in line for line in lines] == ([False] * 2 if alone(name) else [False, True])
         assert all((line["seconds_prefix"] > 0) == ("tflops_prefix" in line) for line in lines)
@@ -37,9 +38,9 @@ def test_an_iteration_is_timed_by_phase_with_and_without_each_optimisation(tmp_p
         operations = [sum(both) / line["nfe"] for *both, line in zip(batched, prefix, lines, strict=True)]
         assert operations == pytest.approx([operations[0]] * 2)
         # The prefix is all that comes before the window, a row a step.
-        assert prefix == pytest.approx([0 if alone(name) else s * operations[0] for s in (0, 10)])
+        assert prefix == pytest.approx([0 if alone(name) else s * operations[0] for s in (0, 5)])
     shared, apart = ([line["nfe"] for line in runs[name]] for name in ("all on", "without shared prefix"))
-    assert apart == [50, 50] and shared == [1 + start + (24 - start) * 2 for start in (0, 10)]
+    assert apart == [24, 24] and shared == [1 + start + (11 - start) * 2 for start in (0, 5)]
 
 
 def test_every_variant_of_the_iteration_benchmark_can_be_planned(monkeypatch):

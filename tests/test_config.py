@@ -420,7 +420,9 @@ def test_a_dry_run_prints_arithmetic_and_plan_and_touches_nothing(flags, capsys,
     plan = [line.split() for line in text.splitlines() if " -> " in line]
     assert [line[4] for line in plan] == ["flow_sde"] * 2 + ["ode"] * 4
     assert [line[0] for line in plan] == list("012345") and plan[-1][3] == "0.0000"
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists() and "no such file yet" not in text
+    main(flags(dry_run=True, eval_prompts=tmp_path / "none.txt", eval_steps=1))
+    assert f"warning: --eval_prompts {tmp_path}/none.txt: no such file yet" in capsys.readouterr().out
 
 
 def recipe_command(script: Path, tmp_path: Path, *more: str, **environment: str) -> list[str]:

@@ -528,6 +528,9 @@ def test_wandb_gets_what_metrics_jsonl_gets_offline_without_a_key(train, prompts
     record = json.loads((run.folder / "wandb.json").read_text())
     assert record["folders"] == [str(folder)] and record["sync"] == f"wandb sync --append {folder}"
     assert record["sync"] in capsys.readouterr().out
+    deadline = time.monotonic() + 60  # another process writes the file, on a busy machine a while later
+    while len(wandb_history(file)) < len(run.metrics) and time.monotonic() < deadline:
+        time.sleep(0.5)
     for line, logged in zip(run.metrics, wandb_history(file), strict=True):
         assert line.items() <= logged.items()
         assert logged["evaluation_samples.captions"] == list(PROMPTS)
