@@ -584,6 +584,7 @@ class Trainer:
         config, conditioning = self.config, self.conditioning(batch)
         number, seconds, start = self.done + 1, {}, time.perf_counter()
         plan = make_plan(config, window, number)
+        self.prefix.read()  # from 0 on: an evaluation samples too
         sampled, images, scores = self.collect(plan, number, conditioning, batch["caption"], seconds)
         shape = next(iter(scores.values())).shape
         advantages, flat = self.advantages(plan, sampled, scores)

@@ -45,6 +45,7 @@ def test_evaluation_leaves_training_alone_and_keeps_the_best_checkpoint(train, e
     plain = train(**{k: v for k, v in SETTINGS.items() if not k.startswith("eval")})
     run = train("run", **SETTINGS, eval_prompts=eval_prompts, checkpoints_total_limit=1)
     assert training_numbers(run) == training_numbers(plain)
+    assert run.metrics[1]["window"][0] == run.metrics[1]["seconds_prefix"] == 0  # no step of an evaluation counts
 
     values = {line["step"]: line["evaluation_reward"] for line in run.metrics}
     assert sorted(values) == [0, 1, 2, 3, 4] and len(set(values.values())) == 5
