@@ -425,6 +425,15 @@ def test_a_dry_run_prints_arithmetic_and_plan_and_touches_nothing(flags, capsys,
     assert f"warning: --eval_prompts {tmp_path}/none.txt: no such file yet" in capsys.readouterr().out
 
 
+def test_a_recipe_tells_once_which_values_are_the_environment_s():
+    command = ["bash", str(ROOT / "scripts/finetune/finetune_tiny_flux.sh"), "--dry_run"]
+    given = {"PATH": os.environ["PATH"], "PYTHON_BIN": sys.executable, "SEED": "3", "H": "48"}
+    done = subprocess.run(command, env=given, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    told = [line for line in done.stderr.splitlines() if "environment variable" in line]
+    assert told == ["--seed 3, from the environment variable SEED", "--h 48, from the environment variable H"]
+
+
 def recipe_command(script: Path, tmp_path: Path, *more: str, **environment: str) -> list[str]:
     """The command line that a recipe gives to its interpreter."""
     fake = tmp_path / "python"

@@ -5,9 +5,13 @@
 # NPROC_PER_NODE and HOSTFILE say on how many processes and machines: scripts/environment.sh.
 source "$(dirname "${BASH_SOURCE[0]}")/../environment.sh"
 
-args=()
+args=() told=" "
 flag() {
   local name=${1^^}
+  if [ -n "${!name:-}" ] && [[ $told != *" $name "* ]]; then # H and SEED may be there for something else
+    echo "--$1 ${!name}, from the environment variable $name" >&2
+    told+="$name "
+  fi
   args+=("--$1" "${!name:-$2}")
 }
 
