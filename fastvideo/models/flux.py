@@ -331,7 +331,7 @@ def compile_transformer(transformer: FluxTransformer2DModel) -> None:
     # A graph each shape, with gradients and without, with adapters and without: more than Dynamo's limit, beyond which
     # it would leave blocks uncompiled.
     torch._dynamo.config.recompile_limit = 64
-    transformer_flux.apply_rotary_emb = rotary_embedding
+    transformer_flux.apply_rotary_emb = rotary_embedding  # of every model in this process
     transformer.compile_repeated_blocks(dynamic=False)
     transformer.pos_embed.compile(dynamic=False)
     transformer.norm_out.compile(dynamic=False)

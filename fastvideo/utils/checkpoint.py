@@ -428,8 +428,8 @@ def check_resumable(checkpoint: Path, config: GRPOConfig, processes: int) -> Non
             f"{where}: DeepSpeed's optimizer state can't change hands: it is of {then['engine']} (ZeRO-"
             f"{then['zero_stage']}) on {then['processes']} processes, this run is {engine} on {processes}"
         )
-    other = {name: f"{then} -> {versions().get(name)}" for name, then in record.get("versions", {}).items()}
-    other = [f"{name} {both}" for name, both in other.items() if len(set(both.split(" -> "))) > 1]
+    used, installed = record.get("versions", {}), versions()
+    other = [f"{name} {used[name]} -> {installed.get(name)}" for name in used if used[name] != installed.get(name)]
     if other:
         print(f"resuming {checkpoint} with other versions, numbers may differ in rounding: {', '.join(other)}")
     if changed:
