@@ -279,6 +279,23 @@ def test_prompts_are_embedded_on_all_nodes(environment, tmp_path, ssh, tiny_flux
         assert re.search(f"^{host}: rank {rank}: [1-5] embedded", done.stdout + done.stderr, re.MULTILINE)
 
 
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+@pytest.mark.parametrize("options", [[], ["-u"]], ids=["plain", "unbuffered"])
+def test_processes_that_share_a_pipe_write_whole_lines_at_once(options, stream):
+    program = f"""if True:
+        import sys
+        from fastvideo.utils.processes import entry_point
+        entry_point(lambda: (print("one", 1, file=sys.{stream}), print("two", file=sys.{stream}), sys.stdin.read()))
+    """
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # a packet is what was written at once
+    command = [sys.executable, *options, "-c", program]
+    with ours, theirs, subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, **{stream: theirs}) as process:
+        ours.settimeout(60)
+        assert [ours.recv(100), ours.recv(100)] == [b"one 1\n", b"two\n"]
+        process.communicate()
+    assert process.returncode == 0
+
+
 # --- by hand, and with Slurm ------------------------------------------------------------------------------------------
 
 

@@ -34,6 +34,9 @@ def barrier() -> None:
 
 def entry_point(main: Callable[[], None]) -> None:
     """Runs a program that torchrun starts: torchrun ends with the traceback of the process that failed first."""
+    for stream in (sys.stdout, sys.stderr):
+        # Whole lines at once: processes share a pipe, where unbuffered Python writes a line and its end apart.
+        stream.reconfigure(line_buffering=True, write_through=False)
     record(main)()
     if dist.is_initialized():
         dist.destroy_process_group()  # its threads could abort the interpreter's exit

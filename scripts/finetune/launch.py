@@ -247,7 +247,7 @@ def run_node() -> int:
     """Runs the command that standard input brings, until its end or that of the input. Returns its status."""
     orders = open(0, "rb", buffering=0)  # noqa: SIM115  (unbuffered: a thread waits in it when this process ends)
     order = json.loads(orders.readline())
-    environment = {**os.environ, **order["environment"], JOB: order["job"], "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, **order["environment"], JOB: order["job"]}
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     child = subprocess.Popen(order["command"], cwd=ROOT, env=environment, start_new_session=True, **pipes)
     first = threading.Lock()
