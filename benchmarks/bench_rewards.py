@@ -5,17 +5,23 @@
 
 Makes each model's checkpoint at full architecture in its real format on disk (17 GB; --folder keeps them for a run with
 another --dtype), loads it as training does, and times `compute_reward` on the pictures of one group: decoded pictures
-in, scores out, preprocessing on the CPU included. Prints the median of --repeats. Keep the output under
-benchmarks/results/.
+in, scores out, preprocessing on the CPU included. Prints the median of --repeats. UnifiedReward is asked at
+--unified_reward_url; without it, a server here that answers at once takes its place, and what is timed is our side:
+pictures as JPEG, requests, answers. Keep the output under benchmarks/results/.
 """
 
+import json
 import platform
 import resource
 import statistics
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from fastvideo.config import GRPOConfig, flag, parse_dataclass
@@ -40,6 +46,8 @@ SETS = {
     "clip_score": ("clip_score", "overall", ["clip_score"]),
     "pick_score": ("pick_score", "overall", ["pick_score"]),
     "multi_reward": ("multi_reward", "overall", ["hps", "image_reward", "pick_score"]),
+    "unified_reward": ("unified_reward", "overall", []),
+    "jpeg_compressibility": ("jpeg_compressibility", "overall", []),
 }
 
 
@@ -54,6 +62,8 @@ class BenchmarkConfig:
     repeats: int = flag(5, "timed runs, after one that warms up")
     narrow: bool = flag(False, "quarter-width models, to try the benchmark itself")
     folder: str | None = flag(None, "keeps the checkpoints for another run (None: a temporary folder)")
+    unified_reward_url: str | None = flag(None, "UnifiedReward endpoints (None: a stand-in that answers at once)")
+    unified_reward_num_workers: int = flag(12, "concurrent requests to them when batched; else 1")
 
 
 def seconds(
@@ -62,6 +72,7 @@ def seconds(
     """Median time for all pictures."""
     for model in models.values():
         model.batch_size = batch_size
+        model.num_workers = min(batch_size, config.unified_reward_num_workers)
     prompts = ["a photograph of a lighthouse on a cliff in a storm, waves, dramatic light"] * len(pictures)
     times = []
     for _ in range(config.repeats + 1):
@@ -70,6 +81,28 @@ def seconds(
         times.append(time.perf_counter() - start)
     assert np.isfinite(rewards).all()
     return statistics.median(times[1:])
+
+
+@contextmanager
+def stand_in() -> Iterator[str]:
+    """The URL of a server that gives every picture the same score, at once."""
+    reply = json.dumps({"choices": [{"message": {"content": "Alignment Score (1-5): 3"}}]}).encode()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(reply)))
+            self.end_headers()
+            self.wfile.write(reply)
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
 
 
 def peak_gib(device: str) -> float:
@@ -93,7 +126,7 @@ def main() -> None:
     rng = np.random.default_rng(0)
     size = (config.image_size, config.image_size)
     pictures = [Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).resize(size) for _ in range(config.images)]
-    with tempfile.TemporaryDirectory() as temporary, pytest.MonkeyPatch.context() as patch:
+    with tempfile.TemporaryDirectory() as temporary, pytest.MonkeyPatch.context() as patch, stand_in() as url:
         folder = Path(config.folder or temporary)
         folder.mkdir(parents=True, exist_ok=True)
         if config.narrow:
@@ -116,6 +149,7 @@ def main() -> None:
                     clip_score_path=str(folder / checkpoints.CLIP_SCORE_FOLDER),
                     pick_score_path=str(folder / checkpoints.PICK_SCORE_FOLDER),
                     image_reward_score_dir=str(folder / "image_reward_ckpt"),
+                    unified_reward_url=config.unified_reward_url or url,
                 ),
                 config.device,
             )

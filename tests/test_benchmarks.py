@@ -1,6 +1,7 @@
 """Benchmarks at tiny size: that they run, and that their numbers fit together. None of these tests looks at a time."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -41,6 +42,24 @@ def test_an_iteration_is_timed_by_phase_with_and_without_each_optimisation(tmp_p
         assert prefix == pytest.approx([0 if alone(name) else s * operations[0] for s in (0, 5)])
     shared, apart = ([line["nfe"] for line in runs[name]] for name in ("all on", "without shared prefix"))
     assert apart == [24, 24] and shared == [1 + start + (11 - start) * 2 for start in (0, 5)]
+
+
+@pytest.mark.slow
+def test_every_reward_is_timed(subprocess_environment):
+    command = "benchmarks/bench_rewards.py --device cpu --dtype fp32 --narrow --images 3 --image_size 64 --repeats 1"
+    done = subprocess.run(
+        [sys.executable, *command.split()], cwd=ROOT, env=subprocess_environment, capture_output=True, text=True,
+        timeout=400,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if "image/s" in line]
+    assert [line[:22].strip() for line in lines] == [
+        *("hpsv2", "image_reward overall", "image_reward granular", "clip_score", "pick_score", "multi_reward"),
+        *("unified_reward", "jpeg_compressibility"),
+    ]
+    for line in lines:
+        rates = [float(rate) for rate in re.findall(r"([\d.]+) image/s", line)]
+        assert len(rates) == 2 and min(rates) > 0
 
 
 def test_every_variant_of_the_iteration_benchmark_can_be_planned(monkeypatch):
