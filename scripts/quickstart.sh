@@ -23,14 +23,18 @@ bash scripts/finetune/finetune_tiny_flux.sh --data_json_path "$out/rl_embeddings
   --experiment_name quickstart "$@"
 tuned=$(ls -d "$out"/run/checkpoint-* | sort -V | tail -n 1)
 
-for which in base tuned; do
-  [ $which = base ] && weights=(--baseline) || weights=(--model_path "$tuned")
-  run "3/5 sample the $which model on held-out prompts" fastvideo.sample.sample_flux \
-    --pretrained_model_name_or_path $model "${weights[@]}" --prompts_file data/prompts_test.txt --output_dir "$out/$which" \
+sample_and_score() { # NAME, flags that say which model
+  run "3/5 sample the $1 model on held-out prompts" fastvideo.sample.sample_flux \
+    --pretrained_model_name_or_path $model "${@:2}" --prompts_file data/prompts_test.txt --output_dir "$out/$1" \
     --seed 42 --images_per_prompt 2 --batch_size 64 --h 32 --w 32 --total_sampling_steps 10
-  run "4/5 score them" fastvideo.eval.eval_reward --manifest "$out/$which/manifest.json" \
-    --reward_model_type shapes,jpeg_compressibility --output_json "$out/$which/scores.json"
-done
+  run "4/5 score what the $1 model made" fastvideo.eval.eval_reward --manifest "$out/$1/manifest.json" \
+    --reward_model_type shapes,jpeg_compressibility --output_json "$out/$1/scores.json"
+}
+# Both at once, a thread each: most of these seconds start Python. One progress bar is enough.
+OMP_NUM_THREADS=1 TQDM_DISABLE=1 sample_and_score base --baseline &
+base=$!
+OMP_NUM_THREADS=1 sample_and_score tuned --model_path "$tuned"
+wait $base
 
 run "5/5 report" fastvideo.eval.report --run_dir "$out/run" \
   --baseline_scores "$out/base/scores.json" --tuned_scores "$out/tuned/scores.json" --output_dir "$out/report"
