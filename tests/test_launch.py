@@ -279,21 +279,26 @@ def test_prompts_are_embedded_on_all_nodes(environment, tmp_path, ssh, tiny_flux
         assert re.search(f"^{host}: rank {rank}: [1-5] embedded", done.stdout + done.stderr, re.MULTILINE)
 
 
-@pytest.mark.parametrize("stream", ["stdout", "stderr"])
-@pytest.mark.parametrize("options", [[], ["-u"]], ids=["plain", "unbuffered"])
-def test_processes_that_share_a_pipe_write_whole_lines_at_once(options, stream):
-    program = f"""if True:
-        import sys
-        from fastvideo.utils.processes import entry_point
-        entry_point(lambda: (print("one", 1, file=sys.{stream}), print("two", file=sys.{stream}), sys.stdin.read()))
-    """
+@pytest.mark.parametrize("start", ["entry_point(work)", "with processes('cpu'): work()"])
+def test_processes_that_share_a_pipe_write_whole_lines(start, tmp_path, environment):
+    script = tmp_path / "script.py"
+    script.write_text(f"""if True:
+        import os, sys
+        from fastvideo.utils.processes import entry_point, processes
+        def work():
+            for stream in (sys.stdout, sys.stderr):
+                print("rank", os.environ["RANK"], "to", stream.name, file=stream)
+        {start}
+    """)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # a packet is what was written at once
-    command = [sys.executable, *options, "-c", program]
-    with ours, theirs, subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, **{stream: theirs}) as process:
-        ours.settimeout(60)
-        assert [ours.recv(100), ours.recv(100)] == [b"one 1\n", b"two\n"]
-        process.communicate()
-    assert process.returncode == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    with ours, theirs:
+        both = {"stdout": theirs, "stderr": theirs}
+        subprocess.run(command, env={**environment, "PYTHONUNBUFFERED": "1"}, cwd=ROOT, **both, timeout=100, check=True)
+        theirs.close()
+        packets = iter(lambda: ours.recv(10000), b"")
+        lines = {packet for packet in packets if b"rank" in packet}
+    assert lines == {f"rank {rank} to <{name}>\n".encode() for rank in (0, 1) for name in ("stdout", "stderr")}
 
 
 # --- by hand, and with Slurm ------------------------------------------------------------------------------------------

@@ -32,11 +32,15 @@ def barrier() -> None:
         dist.barrier()
 
 
+def write_whole_lines() -> None:
+    """Lets processes share a pipe: unbuffered Python writes a line and its end apart."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=True, write_through=False)
+
+
 def entry_point(main: Callable[[], None]) -> None:
     """Runs a program that torchrun starts: torchrun ends with the traceback of the process that failed first."""
-    for stream in (sys.stdout, sys.stderr):
-        # Whole lines at once: processes share a pipe, where unbuffered Python writes a line and its end apart.
-        stream.reconfigure(line_buffering=True, write_through=False)
+    write_whole_lines()
     record(main)()
     if dist.is_initialized():
         dist.destroy_process_group()  # its threads could abort the interpreter's exit
@@ -55,6 +59,7 @@ def processes(device: str | None = None) -> Iterator[Processes]:
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     started = world_size > 1 and not dist.is_initialized()
     if started:
+        write_whole_lines()
         # The only collective is a barrier, and a slow rank may be hours behind: wait rather than time out. When a
         # process dies torchrun ends the others.
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
