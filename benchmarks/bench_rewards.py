@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 from fastvideo.config import GRPOConfig, flag, parse_dataclass
@@ -37,6 +37,7 @@ from PIL import Image
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 import reward_checkpoints as checkpoints  # noqa: E402
+from reward_servers import QuietHandler  # noqa: E402
 
 # Name in the table -> (--reward_model, --image_reward_mode, checkpoints that it needs).
 SETS = {
@@ -88,16 +89,10 @@ def stand_in() -> Iterator[str]:
     """The URL of a server that gives every picture the same score, at once."""
     reply = json.dumps({"choices": [{"message": {"content": "Alignment Score (1-5): 3"}}]}).encode()
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(QuietHandler):
         def do_POST(self) -> None:
-            self.rfile.read(int(self.headers["Content-Length"]))
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(reply)))
-            self.end_headers()
-            self.wfile.write(reply)
-
-        def log_message(self, *arguments: object) -> None:
-            pass
+            self.read_json()
+            self.reply(200, reply)
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
