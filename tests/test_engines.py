@@ -26,6 +26,7 @@ LORA = {"use_lora": True, "lora_rank": 4, "lora_alpha": 8, "learning_rate": 1e-4
 ENGINES = {
     "ddp": {"parallel": "ddp"},
     "fsdp": {"parallel": "fsdp"},
+    "fsdp, compiled": {"parallel": "fsdp", "compile": "true"},
     "fsdp, gathered anew at every step": {"fsdp_sharding_startegy": "full", "rollout_keep_gathered": "false"},
     "fsdp, gathered between forward and backward": {"fsdp_sharding_startegy": "hybrid_zero2"},
     "ZeRO-2": {"parallel": "deepspeed", "zero_stage": 2},
@@ -81,6 +82,21 @@ def test_every_engine_gives_the_numbers_of_one_process(train, on_two, name):
     assert_same_numbers(alone, together)
     if ENGINES[name].get("parallel") != "deepspeed":
         assert_same_update(alone, together)
+
+
+@pytest.mark.slow
+# Frozen weights are float32 on a CPU, but FSDP2 casts them too: norms then round differently.
+@pytest.mark.parametrize(("kind", "rounding"), [({}, 2e-3), (LORA, 5e-2)], ids=["full", "LoRA"])
+def test_one_process_in_bf16_trains_what_fsdp_trains(kind, rounding, train, flags, tmp_path, subprocess_environment):
+    """The compute format of weights, their cast and the float32 sum of gradients are alike."""
+    settings = UNEVEN | {"mixed_precision": "bf16", "max_train_steps": 1, "gradient_accumulation_steps": 4} | kind
+    given = flags(output_dir=tmp_path / "fsdp", **settings, parallel="fsdp")
+    done = torchrun(given, subprocess_environment, processes=1)
+    assert done.returncode == 0, done.stderr[-4000:]
+    alone, fsdp = train("alone", **settings), Run(tmp_path / "fsdp")
+    assert relative_difference(alone.gradient(), fsdp.gradient()) < rounding
+    assert alone.metrics[0]["reward"] == fsdp.metrics[0]["reward"]
+    assert {w.dtype for w in weights(alone).values()} == {torch.float32}
 
 
 @pytest.mark.slow

@@ -1,13 +1,18 @@
 """The FLUX model as the trainer calls it: gradients, operations, random weights, pictures."""
 
+from functools import partial
+
+from fastvideo.models import flux
 from fastvideo.models.flux import (
     Conditioning,
     LatentShape,
+    StreamwiseAttnProcessor,
+    compile_transformer,
+    cudnn_attention,
     decode_latents,
     forward_flops,
     load_transformer,
     load_vae,
-    make_attention_gradients_contiguous,
     predict_velocity,
     random_transformer,
     rotary_embedding,
@@ -31,7 +36,7 @@ def velocity(transformer: FluxTransformer2DModel, rows: int, image_tokens: int, 
         torch.ones(1, text_tokens, config.joint_attention_dim),
         torch.ones(1, config.pooled_projection_dim),
         torch.zeros(text_tokens, 3),
-        torch.zeros(image_tokens, 3),
+        torch.arange(3.0 * image_tokens).reshape(-1, 3),  # places that differ
         3.5,
     )
     latents = torch.linspace(-1, 1, rows * image_tokens * config.in_channels).reshape(rows, image_tokens, -1)
@@ -39,26 +44,62 @@ def velocity(transformer: FluxTransformer2DModel, rows: int, image_tokens: int, 
     return predict_velocity(transformer, latents, sigma, index, conditioning, True)
 
 
-def test_attention_gets_gradients_without_gaps_and_the_same_ones(tiny_flux):
-    """What cuDNN's backward pass needs on a GPU."""
+def test_attention_gives_the_numbers_and_gradients_of_diffusers_bit_for_bit(tiny_flux):
     transformer = load_transformer(tiny_flux)
-    seen = []
-    for block in transformer.single_transformer_blocks:  # before ours, so that it sees what ours gives
-        block.attn.register_forward_hook(
-            lambda module, inputs, output: output.register_hook(lambda g: seen.append(g.is_contiguous())) and None
-        )
 
-    def gradient() -> torch.Tensor:
-        velocity(transformer, rows=2, image_tokens=16, text_tokens=8).square().mean().backward()
-        found = torch.cat([p.grad.flatten() for p in transformer.parameters()])
+    def numbers() -> torch.Tensor:
+        output = velocity(transformer, rows=2, image_tokens=18, text_tokens=8)
+        output.square().mean().backward()
+        found = torch.cat([output.flatten(), *(p.grad.flatten() for p in transformer.parameters())])
         transformer.zero_grad()
         return found
 
-    before = gradient()
-    assert not any(seen)
-    seen.clear()
-    make_attention_gradients_contiguous(transformer)
-    assert torch.equal(gradient(), before) and all(seen) and len(seen) == len(transformer.single_transformer_blocks)
+    theirs = numbers()
+    transformer.set_attn_processor(StreamwiseAttnProcessor())
+    assert torch.equal(numbers(), theirs)
+
+
+def test_attention_gets_gradients_without_gaps(tiny_flux, monkeypatch):
+    """What cuDNN's backward pass needs on a GPU."""
+    transformer = load_transformer(tiny_flux)
+    transformer.set_attn_processor(StreamwiseAttnProcessor())
+    seen, dispatch = [], flux.dispatch_attention_fn
+
+    def watched(*args, **kwargs) -> torch.Tensor:
+        output = dispatch(*args, **kwargs)
+        output.register_hook(lambda gradient: seen.append(gradient.is_contiguous()))
+        return output
+
+    monkeypatch.setattr(flux, "dispatch_attention_fn", watched)
+    velocity(transformer, rows=2, image_tokens=18, text_tokens=8).square().mean().backward()
+    assert all(seen) and len(seen) == transformer.config.num_layers + transformer.config.num_single_layers
+
+
+def test_compiled_blocks_are_whole_graphs_that_return_no_views(tiny_flux):
+    """Their views would get gradients outside of the graph; and what a second graph copies costs time."""
+    transformer = load_transformer(tiny_flux)
+    transformer.set_attn_processor(StreamwiseAttnProcessor())
+    compile_transformer(transformer)
+    blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+    returned = []
+    for block in blocks:
+        block.register_forward_hook(lambda module, inputs, output: returned.extend(output))
+    torch._dynamo.utils.counters.clear()
+    velocity(transformer, rows=2, image_tokens=18, text_tokens=8)
+    assert len(returned) == 2 * len(blocks) and not any(tensor._is_view() for tensor in returned)
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_a_compiled_block_follows_the_choice_of_attention(tiny_flux):
+    """Chosen anew from call to call; there is no cuDNN on a CPU, which tells that it was asked for."""
+    transformer = load_transformer(tiny_flux)
+    transformer.set_attn_processor(StreamwiseAttnProcessor())
+    compile_transformer(transformer)
+    with torch.no_grad():
+        plain = velocity(transformer, rows=1, image_tokens=18, text_tokens=8)
+        with pytest.raises(RuntimeError, match="viable backend"), cudnn_attention():
+            velocity(transformer, rows=1, image_tokens=18, text_tokens=8)
+        assert torch.equal(velocity(transformer, rows=1, image_tokens=18, text_tokens=8), plain)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -68,8 +109,8 @@ def test_rotary_embedding_is_that_of_diffusers_bit_for_bit(dtype):
     weight = torch.randn(x.shape, generator=generator)
     angles = torch.randn(7, 4, generator=generator).repeat_interleave(2, 1)
     found = []
-    for rotate in (apply_rotary_emb, rotary_embedding):
-        rotated = rotate(x, (angles.cos(), angles.sin()), sequence_dim=1)
+    for rotate in (partial(apply_rotary_emb, sequence_dim=1), rotary_embedding):
+        rotated = rotate(x, (angles.cos(), angles.sin()))
         (gradient,) = torch.autograd.grad((rotated * weight).sum(), x)
         found.append((rotated, gradient))
     assert found[0][0].dtype == dtype

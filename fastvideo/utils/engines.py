@@ -15,10 +15,11 @@ from pathlib import Path
 
 from fastvideo.config import GRPOConfig
 from fastvideo.models.flux import (
+    StreamwiseAttnProcessor,
     compile_transformer,
+    cudnn_attention,
     forward_flops,
     load_transformer,
-    make_attention_gradients_contiguous,
     meta_transformer,
     random_transformer,
     split_sequence,
@@ -38,7 +39,7 @@ from accelerate.parallelism_config import ParallelismConfig
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType, broadcast_object_list
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
-from diffusers import FluxTransformer2DModel, attention_backend
+from diffusers import FluxTransformer2DModel
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -151,6 +152,41 @@ def build_accelerator(config: GRPOConfig, name: str) -> Accelerator:
     return accelerator
 
 
+class ComputeCopy:
+    """bf16 copies that take the place of one process's float32 parameters in forward and backward passes.
+
+    What FSDP2 does on several: parameters are cast once a rollout and once an optimizer step instead of in every call,
+    and the gradients of micro-batches are summed in float32.
+    """
+
+    def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
+        self.parameters = parameters
+        self.masters: list[torch.Tensor] = []  # while copies are in their place
+        self.gradients: dict[torch.nn.Parameter, torch.Tensor] = {}
+        for parameter in parameters:
+            parameter.register_post_accumulate_grad_hook(self._add_gradient)
+
+    def _add_gradient(self, parameter: torch.nn.Parameter) -> None:
+        # The first stays in bf16 until there is a second, while activations take the most memory.
+        so_far = self.gradients.get(parameter)
+        self.gradients[parameter] = parameter.grad if so_far is None else so_far.float().add_(parameter.grad)
+        parameter.grad = None
+
+    def take(self) -> None:
+        """Puts copies of the parameters as they are now in their place, unless they are there."""
+        if not self.masters:
+            self.masters = [parameter.data for parameter in self.parameters]
+            for parameter in self.parameters:
+                parameter.data = parameter.data.bfloat16()
+
+    def drop(self) -> None:
+        """Puts the parameters back, with the gradients summed since `take`."""
+        for parameter, master in zip(self.parameters, self.masters, strict=False):
+            gradient = self.gradients.pop(parameter, None)
+            parameter.data, parameter.grad = master, None if gradient is None else gradient.float()
+        self.masters = []
+
+
 class Engine:
     """One process, DDP or FSDP2.
 
@@ -200,7 +236,7 @@ class Engine:
             return self.accelerator.device.type == "cuda" and not eager
         return self.config.compile == "true"
 
-    def cudnn_attention(self, training: bool) -> bool:
+    def uses_cudnn(self, training: bool) -> bool:
         """Whether cuDNN's attention is used, in steps that are trained or in the others."""
         fits = self.accelerator.device.type == "cuda" and self.config.mixed_precision == "bf16"
         fits = fits and self.config.sp_size == 1  # its backward pass crashes there (torch 2.11, H200)
@@ -208,7 +244,7 @@ class Engine:
 
     def attention(self, training: bool) -> AbstractContextManager:
         """Context of calls of the model, and of a backward pass, in which gradient checkpointing calls it again."""
-        return attention_backend("_native_cudnn") if self.cudnn_attention(training) else nullcontext()
+        return cudnn_attention() if self.uses_cudnn(training) else nullcontext()
 
     @property
     def loads_weights(self) -> bool:
@@ -226,13 +262,15 @@ class Engine:
         self.transformer = transformer
         if self.name != "fsdp":
             transformer.to(self.accelerator.device)
-        if self.cudnn_attention(training=True):
-            make_attention_gradients_contiguous(transformer)
+        transformer.set_attn_processor(StreamwiseAttnProcessor())
         self._split_sequence(transformer)
         if self.compiled:
             compile_transformer(transformer)
         self.raw_optimizer = torch.optim.AdamW(self.trained_parameters(), fused=True, **optimizer_settings)
         self.model, self.optimizer = self._wrap()
+        formats = (self.config.mixed_precision, self.config.master_weight_type)
+        casts = self.name == "none" and formats == ("bf16", "fp32")
+        self.compute_copy = ComputeCopy(self.trained_parameters() if casts else [])
         self._choose_memory()
         self.matmul_rate = self._matmul_rate()
 
@@ -242,6 +280,7 @@ class Engine:
     def prepare_frozen(self, transformer: FluxTransformer2DModel) -> torch.nn.Module:
         """A second model that is only evaluated, split like the trained one under FSDP2."""
         transformer.requires_grad_(False).eval()
+        transformer.set_attn_processor(StreamwiseAttnProcessor())
         self._split_sequence(transformer)
         if self.name == "fsdp":
             return fsdp2_prepare_model(self.accelerator, transformer)
@@ -293,6 +332,7 @@ class Engine:
         """The model to sample with. FSDP2 then gathers each block once, not once a step, if memory allows."""
         if self.name == "fsdp":
             self.transformer.set_reshard_after_forward(not self.keep_gathered)
+        self.compute_copy.take()
         # DDP would synchronise buffers at every call; DeepSpeed's engine gathers what ZeRO-3 has split.
         yield self.model if self.name == "deepspeed" else self.transformer
         if self.name == "fsdp":
@@ -300,8 +340,9 @@ class Engine:
         self.drop_gathered()
 
     def drop_gathered(self) -> None:
-        """Drops whole parameters that FSDP2 still holds: the optimizer and the average work on the split ones, and the
-        whole ones would be out of date after a step."""
+        """Drops whole parameters that FSDP2 still holds, and copies in bf16: the optimizer and the average work on the
+        split and float32 ones, and the others would be out of date after a step."""
+        self.compute_copy.drop()
         for module in self.transformer.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
@@ -359,19 +400,22 @@ class Engine:
 
     def micro_batch(self, last: bool) -> AbstractContextManager:
         """Context of a micro-batch's forward and backward pass: gradients are exchanged in the last one alone."""
+        self.compute_copy.take()
         return nullcontext() if last or not self.defer_sync else self.accelerator.no_sync(self.model)
 
     def step(self, loss: torch.Tensor) -> None:
         """Clips, and steps unless the loss or gradient of any process isn't finite. `gradient_norm` tells."""
         accelerator = self.accelerator
         self.drop_gathered()  # the gradients belong to the split parameters
-        norm = accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+        gradients = [p.grad for p in self.trained_parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         norm = norm.detach().to(loss.device)  # from the CPU with --use_cpu_offload
         both = torch.stack([norm, accelerator.reduce(loss + norm, "sum")])
-        # The fused AdamW changes nothing if this is 1, and the CPU needn't wait to learn which. `found_inf` is what
-        # torch's own GradScaler sets.
+        # The fused AdamW divides gradients by grad_scale as it reads them, and changes nothing if found_inf is 1: that
+        # saves a pass over all gradients, and the CPU needn't wait. torch's own GradScaler sets both.
         place = self.trained_parameters()[0].device
+        self.raw_optimizer.grad_scale = (norm / self.config.max_grad_norm).clamp(min=1).float().to(place)
         self.raw_optimizer.found_inf = (~torch.isfinite(both[1])).float().to(place)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -395,6 +439,7 @@ class Engine:
 
         All must call it.
         """
+        self.drop_gathered()
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
         weights = get_model_state_dict(self.model, options=options)
         if next(self.transformer.parameters()).device.type != "cpu":
