@@ -49,6 +49,8 @@ def predicted(folder, flags: str, processes: int = 1) -> dict[str, float]:
         ((4, 8), "--parallel fsdp --train_micro_batch_size 4 --no_gradient_checkpointing", 53.5),
         ((4, 8), "--parallel fsdp --train_micro_batch_size 5 --no_gradient_checkpointing", 60.2),
         ((4, 8), "--train_micro_batch_size 2 --no_gradient_checkpointing", 50.0),
+        ((4, 8), "--train_micro_batch_size 4 --no_gradient_checkpointing", 53.3),
+        ((4, 8), "--train_micro_batch_size 5 --no_gradient_checkpointing", 55.3),
         (
             (2, 4),
             "--train_micro_batch_size 1 --h 256 --w 256 --num_generations 4 --gradient_accumulation_steps 2",
