@@ -31,10 +31,14 @@ sample_and_score() { # NAME, flags that say which model
     --reward_model_type shapes,jpeg_compressibility --output_json "$out/$1/scores.json"
 }
 # Both at once, a thread each: most of these seconds start Python. One progress bar is enough.
+set -m # the first in a process group of its own, which ends with this script: Ctrl-C doesn't reach a job in the background
 OMP_NUM_THREADS=1 TQDM_DISABLE=1 sample_and_score base --baseline &
 base=$!
+set +m
+trap 'kill -- -$base 2>/dev/null' EXIT
 OMP_NUM_THREADS=1 sample_and_score tuned --model_path "$tuned"
 wait $base
+trap - EXIT
 
 run "5/5 report" fastvideo.eval.report --run_dir "$out/run" \
   --baseline_scores "$out/base/scores.json" --tuned_scores "$out/tuned/scores.json" --output_dir "$out/report"
