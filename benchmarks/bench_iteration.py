@@ -226,14 +226,16 @@ def main() -> None:
             make_inputs(folder, config)
         while not (folder / "prompt.json").exists():  # several processes share --folder
             time.sleep(0.1)
-        variants = {"all on": []} | ({f"without {k}": v for k, v in OFF.items()} if config.ablation else {})
+        variants = {"all on": []}
+        if config.ablation:  # FSDP2's parameters are whole with FSDP2 alone
+            variants |= {f"without {k}": v for k, v in OFF.items() if "fsdp" in flags or not k.startswith("FSDP2")}
         variants |= SWEEP if config.sweep else {}
         results = {}
-        for name, off in variants.items():
-            results[name] = measure(folder, config, flags + off)
+        for name, changed in variants.items():
+            results[name] = measure(folder, config, flags + changed)
             gc.collect()
             if main_process:
-                show(f"{name}: {' '.join(flags + off)}", results[name])
+                show(f"{name}: {' '.join(flags + changed)}", results[name])
     if main_process:
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
         versions = f"Python {platform.python_version()}, torch {torch.__version__}, diffusers {diffusers.__version__}"
