@@ -26,6 +26,8 @@ def test_it_is_zero_before_the_first_update_and_grows_with_the_distance(train, k
     assert lines[0]["ref_kl_loss"] == 0  # one optimizer step an iteration: the first one starts at the base model
     assert 0 < lines[1]["ref_kl_loss"] < lines[2]["ref_kl_loss"]
     assert "ref_kl_loss" not in train(**settings).metrics[0]
+    (line,) = train(ref_kl_coeff=1e-9, mixed_precision="bf16", **settings | {"max_train_steps": 1}).metrics
+    assert line["ref_kl_loss"] == 0
 
 
 @KINDS

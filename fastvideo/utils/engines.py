@@ -121,7 +121,7 @@ def build_accelerator(config: GRPOConfig, name: str) -> Accelerator:
         nodes = int(os.environ.get("WORLD_SIZE", "1")) // per_node
         if nodes > 1 and (config.fsdp_sharding_startegy or "").startswith("hybrid"):
             settings["parallelism_config"] = ParallelismConfig(dp_replicate_size=nodes, dp_shard_size=per_node)
-        # FLUX's blocks return views, which nothing changes in place.
+        # Uncompiled, FLUX's single blocks return views, which nothing changes in place.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         if cpu:  # Accelerate skips FSDP there without a word
             PartialState(cpu=True)
@@ -155,8 +155,8 @@ def build_accelerator(config: GRPOConfig, name: str) -> Accelerator:
 class ComputeCopy:
     """bf16 copies that take the place of one process's float32 parameters in forward and backward passes.
 
-    What FSDP2 does on several: parameters are cast once a rollout and once an optimizer step instead of in every call,
-    and the gradients of micro-batches are summed in float32.
+    What FSDP2 does on several: parameters are cast once a part of the rollout and once an optimizer step instead of in
+    every call, and the gradients of micro-batches are summed in float32.
     """
 
     def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
@@ -180,11 +180,12 @@ class ComputeCopy:
                 parameter.data = parameter.data.bfloat16()
 
     def drop(self) -> None:
-        """Puts the parameters back, with the gradients summed since `take`."""
-        for parameter, master in zip(self.parameters, self.masters, strict=False):
-            gradient = self.gradients.pop(parameter, None)
-            parameter.data, parameter.grad = master, None if gradient is None else gradient.float()
-        self.masters = []
+        """Puts the parameters back, with the gradients summed since `take`, unless they are back."""
+        if self.masters:
+            for parameter, master in zip(self.parameters, self.masters, strict=True):
+                gradient = self.gradients.pop(parameter, None)
+                parameter.data, parameter.grad = master, None if gradient is None else gradient.float()
+            self.masters = []
 
 
 class Engine:
@@ -284,6 +285,8 @@ class Engine:
         self._split_sequence(transformer)
         if self.name == "fsdp":
             return fsdp2_prepare_model(self.accelerator, transformer)
+        if self.compute_copy.parameters:  # the trained one computes with weights in bf16, on a CPU too
+            transformer = transformer.to(torch.bfloat16)
         return transformer.to(self.accelerator.device)
 
     def _choose_memory(self) -> None:
@@ -407,14 +410,14 @@ class Engine:
         """Clips, and steps unless the loss or gradient of any process isn't finite. `gradient_norm` tells."""
         accelerator = self.accelerator
         self.drop_gathered()  # the gradients belong to the split parameters
-        gradients = [p.grad for p in self.trained_parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        parameters = self.trained_parameters()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         norm = norm.detach().to(loss.device)  # from the CPU with --use_cpu_offload
         both = torch.stack([norm, accelerator.reduce(loss + norm, "sum")])
         # The fused AdamW divides gradients by grad_scale as it reads them, and changes nothing if found_inf is 1: that
         # saves a pass over all gradients, and the CPU needn't wait. torch's own GradScaler sets both.
-        place = self.trained_parameters()[0].device
+        place = parameters[0].device
         self.raw_optimizer.grad_scale = (norm / self.config.max_grad_norm).clamp(min=1).float().to(place)
         self.raw_optimizer.found_inf = (~torch.isfinite(both[1])).float().to(place)
         self.optimizer.step()
