@@ -18,6 +18,7 @@ import torch
 from diffusers import AutoencoderKL, ContextParallelConfig, FluxPipeline, FluxTransformer2DModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor, FluxSingleTransformerBlock
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -314,13 +315,15 @@ def decode_latents(
 
 
 def rotary_embedding(x: torch.Tensor, frequencies: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """diffusers' apply_rotary_emb for FLUX, bit for bit, in a form whose compiled kernel is faster.
+    """diffusers' apply_rotary_emb for FLUX, in graphs in a form whose compiled kernel is faster, bit for bit the same.
 
-    A pair is swapped by its index: stacking its two halves compiles to loads that are masked.
+    A pair is swapped by its index: stacking its two halves compiles to loads that are masked. Uncompiled, it is slower.
 
     Args:
         x: [N, S, heads, D]. frequencies: cosine and sine, each [S, D], alike in both places of a pair.
     """
+    if not torch.compiler.is_compiling():
+        return apply_rotary_emb(x, frequencies, sequence_dim=1)
     cosine, sine = (f.unsqueeze(1) for f in frequencies)
     sign = torch.arange(-1, 2, 2, device=x.device)  # (a, b) -> (−b, a)
     swapped = (x.float().unflatten(-1, (-1, 2)).flip(-1) * sign).flatten(-2)
