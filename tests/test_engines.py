@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from fastvideo.config import GRPOConfig
-from fastvideo.utils.engines import choose_engine
+from fastvideo.utils.engines import ComputeCopy, choose_engine
 
 import pytest
 import torch
@@ -85,8 +85,12 @@ def test_every_engine_gives_the_numbers_of_one_process(train, on_two, name):
 
 
 @pytest.mark.slow
-# Frozen weights are float32 on a CPU, but FSDP2 casts them too: norms then round differently.
-@pytest.mark.parametrize(("kind", "rounding"), [({}, 2e-3), (LORA, 5e-2)], ids=["full", "LoRA"])
+@pytest.mark.parametrize(
+    ("kind", "rounding"),
+    # Frozen weights are float32 on a CPU, but FSDP2 casts them too: norms then round differently.
+    [({}, 2e-3), pytest.param({"compile": "true"}, 2e-3, marks=pytest.mark.long), (LORA, 5e-2)],
+    ids=["full", "compiled", "LoRA"],
+)
 def test_one_process_in_bf16_trains_what_fsdp_trains(kind, rounding, train, flags, tmp_path, subprocess_environment):
     """The compute format of weights, their cast and the float32 sum of gradients are alike."""
     settings = UNEVEN | {"mixed_precision": "bf16", "max_train_steps": 1, "gradient_accumulation_steps": 4} | kind
@@ -97,6 +101,23 @@ def test_one_process_in_bf16_trains_what_fsdp_trains(kind, rounding, train, flag
     assert relative_difference(alone.gradient(), fsdp.gradient()) < rounding
     assert alone.metrics[0]["reward"] == fsdp.metrics[0]["reward"]
     assert {w.dtype for w in weights(alone).values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_one_process_sums_bf16_gradients_in_float32(count, compiled):
+    parameters = [torch.nn.Parameter(torch.randn(size)) for size in ((3, 64), (5,))]
+    before = [p.detach().clone() for p in parameters]
+    factors = [[torch.randn_like(p).bfloat16() for p in parameters] for _ in range(count)]  # each one's gradients
+    copy = ComputeCopy(parameters, compiled)
+    copy.take()
+    for values in factors:
+        sum((p * x).sum() for p, x in zip(parameters, values, strict=True)).backward()
+        assert all(p.dtype == torch.bfloat16 and p.grad is None for p in parameters)
+    copy.drop()
+    for parameter, value, *parts in zip(parameters, before, *factors, strict=True):
+        assert torch.equal(parameter, value)
+        assert torch.equal(parameter.grad, sum(x.float() for x in parts))
 
 
 @pytest.mark.slow

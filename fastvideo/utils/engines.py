@@ -152,6 +152,11 @@ def build_accelerator(config: GRPOConfig, name: str) -> Accelerator:
     return accelerator
 
 
+def add_in_float32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a + b, in the place of `a` if that is float32."""
+    return a.float().add_(b)
+
+
 class ComputeCopy:
     """bf16 copies that take the place of one process's float32 parameters in forward and backward passes.
 
@@ -159,17 +164,20 @@ class ComputeCopy:
     every call, and the gradients of micro-batches are summed in float32.
     """
 
-    def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
+    def __init__(self, parameters: list[torch.nn.Parameter], compiled: bool) -> None:
         self.parameters = parameters
+        # Compiled, the first two gradients are read in bf16 and their sum is written, nothing else; one graph for all.
+        self.add = torch.compile(add_in_float32, dynamic=True) if compiled else add_in_float32
         self.masters: list[torch.Tensor] = []  # while copies are in their place
-        self.gradients: dict[torch.nn.Parameter, torch.Tensor] = {}
+        self.gradients: dict[torch.nn.Parameter, torch.Tensor] = {}  # flat
         for parameter in parameters:
             parameter.register_post_accumulate_grad_hook(self._add_gradient)
 
     def _add_gradient(self, parameter: torch.nn.Parameter) -> None:
         # The first stays in bf16 until there is a second, while activations take the most memory.
         so_far = self.gradients.get(parameter)
-        self.gradients[parameter] = parameter.grad if so_far is None else so_far.float().add_(parameter.grad)
+        new = parameter.grad.flatten()
+        self.gradients[parameter] = new if so_far is None else self.add(so_far, new)
         parameter.grad = None
 
     def take(self) -> None:
@@ -184,7 +192,8 @@ class ComputeCopy:
         if self.masters:
             for parameter, master in zip(self.parameters, self.masters, strict=True):
                 gradient = self.gradients.pop(parameter, None)
-                parameter.data, parameter.grad = master, None if gradient is None else gradient.float()
+                parameter.data = master
+                parameter.grad = None if gradient is None else gradient.float().view_as(master)
             self.masters = []
 
 
@@ -271,7 +280,7 @@ class Engine:
         self.model, self.optimizer = self._wrap()
         formats = (self.config.mixed_precision, self.config.master_weight_type)
         casts = self.name == "none" and formats == ("bf16", "fp32")
-        self.compute_copy = ComputeCopy(self.trained_parameters() if casts else [])
+        self.compute_copy = ComputeCopy(self.trained_parameters() if casts else [], self.compiled)
         self._choose_memory()
         self.matmul_rate = self._matmul_rate()
 
