@@ -1,6 +1,8 @@
 """Engines, each as real processes under torchrun: the same numbers, the same checkpoints, no needless communication."""
 
+import gc
 import json
+import weakref
 from pathlib import Path
 
 from fastvideo.config import GRPOConfig
@@ -118,6 +120,12 @@ def test_one_process_sums_bf16_gradients_in_float32(count, compiled):
     for parameter, value, *parts in zip(parameters, before, *factors, strict=True):
         assert torch.equal(parameter, value)
         assert torch.equal(parameter.grad, sum(x.float() for x in parts))
+    # A process that makes several trainers, as bench_iteration.py does, has no memory for the last one's weights.
+    alive = weakref.ref(parameters[0])
+    del parameters, parameter, copy
+    torch._dynamo.reset()
+    gc.collect()
+    assert alive() is None
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 from fastvideo.config import GRPOConfig
@@ -157,6 +158,13 @@ def add_in_float32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return a.float().add_(b)
 
 
+def _add_gradient(sums: dict[torch.nn.Parameter, torch.Tensor], add: Callable, parameter: torch.nn.Parameter) -> None:
+    # The first stays in bf16 until there is a second, while activations take the most memory.
+    so_far, new = sums.get(parameter), parameter.grad.flatten()
+    sums[parameter] = new if so_far is None else add(so_far, new)
+    parameter.grad = None
+
+
 class ComputeCopy:
     """bf16 copies that take the place of one process's float32 parameters in forward and backward passes.
 
@@ -168,18 +176,12 @@ class ComputeCopy:
         self.parameters = parameters
         # Compiled, the first two gradients are read in bf16 and their sum is written, nothing else. A graph each size:
         # with a variable size the kernel reads number by number, in three times the time.
-        self.add = torch.compile(add_in_float32, dynamic=False) if compiled else add_in_float32
+        add = torch.compile(add_in_float32, dynamic=False) if compiled else add_in_float32
         self.masters: list[torch.Tensor] = []  # while copies are in their place
         self.gradients: dict[torch.nn.Parameter, torch.Tensor] = {}  # flat
         for parameter in parameters:
-            parameter.register_post_accumulate_grad_hook(self._add_gradient)
-
-    def _add_gradient(self, parameter: torch.nn.Parameter) -> None:
-        # The first stays in bf16 until there is a second, while activations take the most memory.
-        so_far = self.gradients.get(parameter)
-        new = parameter.grad.flatten()
-        self.gradients[parameter] = new if so_far is None else self.add(so_far, new)
-        parameter.grad = None
+            # No method of `self`: garbage collection doesn't look into hooks, so the parameters would never be freed.
+            parameter.register_post_accumulate_grad_hook(partial(_add_gradient, self.gradients, add))
 
     def take(self) -> None:
         """Puts copies of the parameters as they are now in their place, unless they are there."""
