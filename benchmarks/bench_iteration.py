@@ -43,6 +43,7 @@ class BenchmarkConfig:
 
     double_blocks: int = flag(4, "double-stream blocks (FLUX.1 has 19)")
     single_blocks: int = flag(8, "single-stream blocks (FLUX.1 has 38)")
+    attention_heads: int = flag(24, "width of the blocks, in heads of 128 channels (FLUX.1 has 24)")
     tiny: bool = flag(False, "the tiny FLUX at 32x32 instead, for a CPU")
     windows: list[int] = flag([0, 10, 19], "where the window starts", nargs="+")
     ablation: bool = flag(False, "measure again with each optimisation switched off")
@@ -77,7 +78,7 @@ SWEEP = {
 }
 
 # FLUX.1-dev's published configuration.
-TRANSFORMER = {"attention_head_dim": 128, "num_attention_heads": 24, "guidance_embeds": True}
+TRANSFORMER = {"attention_head_dim": 128, "guidance_embeds": True}
 VAE = {
     "down_block_types": ["DownEncoderBlock2D"] * 4,
     "up_block_types": ["UpDecoderBlock2D"] * 4,
@@ -112,9 +113,10 @@ def make_inputs(folder: Path, config: BenchmarkConfig) -> None:
         tiny = FluxTransformer2DModel.load_config(folder, subfolder="transformer")
         width, pooled = tiny["joint_attention_dim"], tiny["pooled_projection_dim"]
     else:
-        blocks = {"num_layers": config.double_blocks, "num_single_layers": config.single_blocks}
+        size = {"num_layers": config.double_blocks, "num_single_layers": config.single_blocks}
+        size["num_attention_heads"] = config.attention_heads
         with torch.device("meta"):
-            FluxTransformer2DModel(**blocks, **TRANSFORMER).save_config(folder / "transformer")
+            FluxTransformer2DModel(**size, **TRANSFORMER).save_config(folder / "transformer")
         AutoencoderKL(**VAE).save_pretrained(folder / "vae")
     text = 32 if config.tiny else 512
     shapes = {"prompt_embed": (text, width), "pooled_prompt_embeds": (pooled,), "text_ids": (text, 3)}
@@ -239,9 +241,8 @@ def main() -> None:
     if main_process:
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
         versions = f"Python {platform.python_version()}, torch {torch.__version__}, diffusers {diffusers.__version__}"
-        print(
-            f"\n{gpu}; {versions}; {'tiny' if config.tiny else f'{config.double_blocks}+{config.single_blocks}'} blocks"
-        )
+        size = f"{config.double_blocks}+{config.single_blocks} blocks of {config.attention_heads} heads"
+        print(f"\n{gpu}; {versions}; {'tiny' if config.tiny else size}")
         if config.json_file:
             Path(config.json_file).write_text(json.dumps({"gpu": gpu, "versions": versions, "runs": results}))
 

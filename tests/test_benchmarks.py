@@ -45,6 +45,23 @@ def test_an_iteration_is_timed_by_phase_with_and_without_each_optimisation(tmp_p
 
 
 @pytest.mark.slow
+def test_an_iteration_is_timed_at_any_depth_and_width(tmp_path, subprocess_environment):
+    command = "benchmarks/bench_iteration.py --double_blocks 1 --single_blocks 2 --attention_heads 2 --windows 0"
+    command += f" --json_file {tmp_path}/times.json --h 32 --w 32 --mixed_precision no"
+    command += " --sampling_steps 4 --num_generations 2 --group_size 1 --gradient_accumulation_steps 1"
+    done = subprocess.run(
+        [sys.executable, *command.split()], cwd=ROOT, env=subprocess_environment, capture_output=True, text=True,
+        timeout=400,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    line = json.loads((tmp_path / "times.json").read_text())["runs"]["all on"][0]
+    width, tokens = 2 * 128, 512 + (32 // 16) ** 2
+    row = 3 * (24 * width**2 * tokens + 4 * tokens**2 * width)
+    seconds = line["seconds_rollout"] - line["seconds_prefix"]
+    assert line["tflops_rollout"] * 1e12 * seconds == pytest.approx(row * line["nfe"])
+
+
+@pytest.mark.slow
 def test_every_reward_is_timed(subprocess_environment):
     command = "benchmarks/bench_rewards.py --device cpu --dtype fp32 --narrow --images 3 --image_size 64 --repeats 1"
     done = subprocess.run(
