@@ -1,8 +1,10 @@
-"""Times the real trainer by phase on FLUX blocks of full width with random weights; needs no downloads.
+"""Times the real trainer by phase on FLUX blocks of any number and width with random weights; needs no downloads.
 
-    python benchmarks/bench_iteration.py --double_blocks 4 --single_blocks 8 --train_micro_batch_size 4
-    python benchmarks/bench_iteration.py --ablation --train_micro_batch_size 4     # each optimisation switched off
-    python benchmarks/bench_iteration.py --sweep --windows 0 --train_micro_batch_size 4   # other G, T, pixels
+    python benchmarks/bench_iteration.py --no_gradient_checkpointing
+    python benchmarks/bench_iteration.py --windows 10 --ablation --no_gradient_checkpointing   # each optimisation off
+    python benchmarks/bench_iteration.py --windows 0 --sweep --no_gradient_checkpointing       # other G, T, pixels
+    python benchmarks/bench_iteration.py --double_blocks 19 --single_blocks 38 --use_lora      # LoRA of all of FLUX.1
+    python benchmarks/bench_iteration.py --double_blocks 2 --single_blocks 4 --attention_heads 12     # other blocks
     python benchmarks/bench_iteration.py --tiny --ablation                         # on a CPU
     python benchmarks/bench_iteration.py --tiny --save                             # and how long saving takes
 

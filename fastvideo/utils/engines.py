@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 from pathlib import Path
 
 from fastvideo.config import GRPOConfig
@@ -158,13 +157,6 @@ def add_in_float32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return a.float().add_(b)
 
 
-def _add_gradient(sums: dict[torch.nn.Parameter, torch.Tensor], add: Callable, parameter: torch.nn.Parameter) -> None:
-    # The first stays in bf16 until there is a second, while activations take the most memory.
-    so_far, new = sums.get(parameter), parameter.grad.flatten()
-    sums[parameter] = new if so_far is None else add(so_far, new)
-    parameter.grad = None
-
-
 class ComputeCopy:
     """bf16 copies that take the place of one process's float32 parameters in forward and backward passes.
 
@@ -174,14 +166,11 @@ class ComputeCopy:
 
     def __init__(self, parameters: list[torch.nn.Parameter], compiled: bool) -> None:
         self.parameters = parameters
+        self.masters: list[torch.Tensor] = []  # while copies are in their place
+        self.gradients: list[torch.Tensor | None] = [None] * len(parameters)  # flat
         # Compiled, the first two gradients are read in bf16 and their sum is written, nothing else. A graph each size:
         # with a variable size the kernel reads number by number, in three times the time.
-        add = torch.compile(add_in_float32, dynamic=False) if compiled else add_in_float32
-        self.masters: list[torch.Tensor] = []  # while copies are in their place
-        self.gradients: dict[torch.nn.Parameter, torch.Tensor] = {}  # flat
-        for parameter in parameters:
-            # No method of `self`: garbage collection doesn't look into hooks, so the parameters would never be freed.
-            parameter.register_post_accumulate_grad_hook(partial(_add_gradient, self.gradients, add))
+        self.add = torch.compile(add_in_float32, dynamic=False) if compiled else add_in_float32
 
     def take(self) -> None:
         """Puts copies of the parameters as they are now in their place, unless they are there."""
@@ -190,11 +179,20 @@ class ComputeCopy:
             for parameter in self.parameters:
                 parameter.data = parameter.data.bfloat16()
 
+    def add_gradients(self) -> None:
+        """After a backward pass. (Hooks in it run in a thread of autograd's, with torch's own limit of graphs.)"""
+        for i, parameter in enumerate(self.parameters):
+            if parameter.grad is not None:
+                new, so_far = parameter.grad.flatten(), self.gradients[i]
+                # The first stays in bf16 until there is a second, while activations take the most memory.
+                self.gradients[i] = new if so_far is None else self.add(so_far, new)
+                parameter.grad = None
+
     def drop(self) -> None:
         """Puts the parameters back, with the gradients summed since `take`, unless they are back."""
         if self.masters:
-            for parameter, master in zip(self.parameters, self.masters, strict=True):
-                gradient = self.gradients.pop(parameter, None)
+            for i, (parameter, master) in enumerate(zip(self.parameters, self.masters, strict=True)):
+                gradient, self.gradients[i] = self.gradients[i], None
                 parameter.data = master
                 parameter.grad = None if gradient is None else gradient.float().view_as(master)
             self.masters = []
@@ -412,6 +410,7 @@ class Engine:
         """
         with self.attention(training=True):
             self.accelerator.backward(loss * self.config.sp_size)
+        self.compute_copy.add_gradients()
 
     def micro_batch(self, last: bool) -> AbstractContextManager:
         """Context of a micro-batch's forward and backward pass: gradients are exchanged in the last one alone."""
