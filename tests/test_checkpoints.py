@@ -382,8 +382,6 @@ def kill_at_random_moments(start, train, run_at, tmp_path, kills: int, processes
     settings = {**SETTINGS, "max_train_steps": 6 * kills, "checkpointing_steps": 1, "prompts_per_iteration": 2}
     moments, cut, begun = random.Random(0), run_at("cut"), tmp_path / "cut/args.json"
     for kill in range(kills):
-        if cut.folder.exists() and not cut.checkpoints:
-            shutil.rmtree(cut.folder)  # killed before the first checkpoint
         begun.unlink(missing_ok=True)
         go_on = {"resume_from_checkpoint": "latest"} if cut.checkpoints else {}
         process = start("cut", processes, **settings, **go_on)
@@ -393,6 +391,8 @@ def kill_at_random_moments(start, train, run_at, tmp_path, kills: int, processes
         for victim in victims if kill % 2 else victims[-1:]:  # all, or the last alone
             os.kill(victim, signal.SIGKILL)
         assert process.wait(90) != 0, "the run was too fast to be killed"
+        if cut.folder.exists() and not cut.checkpoints:
+            shutil.rmtree(cut.folder)  # killed before the first checkpoint
     train("cut", **settings, **({"resume_from_checkpoint": "latest"} if cut.checkpoints else {}))
     whole = train("whole", **settings)
     assert [line["step"] for line in cut.metrics] == list(range(1, 6 * kills + 1))
