@@ -78,11 +78,11 @@ def test_micro_batches_and_rollout_batches_change_nothing_but_speed(train, refer
 @pytest.mark.slow
 def test_compiled_blocks_change_nothing_but_speed(train, reference):
     run, settings = reference
-    settings |= {"train_micro_batch_size": 3, "gradient_checkpointing": True}
+    # Sampled and trained two rows at a time: graphs of two and of three rows round differently on some CPUs.
+    settings |= {"train_micro_batch_size": 2, "gradient_checkpointing": True}
     compiled = train(compile="true", train_batch_size=4, **settings)
     assert_same_update(compiled, run)
-    # 0 on most CPUs; on some, kernels round by where rows lie in memory, a unit in the last place of a ratio.
-    assert max(line["ratio_first_deviation"] for line in compiled.metrics) <= torch.finfo(torch.float32).eps
+    assert [line["ratio_first_deviation"] for line in compiled.metrics] == [0, 0]
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory(train, reference):
