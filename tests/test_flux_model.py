@@ -28,20 +28,28 @@ from diffusers.models.embeddings import apply_rotary_emb
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
 
 def velocity(transformer: FluxTransformer2DModel, rows: int, image_tokens: int, text_tokens: int) -> torch.Tensor:
-    """A prediction from latents that differ in every element."""
-    config = transformer.config
+    """A prediction from random inputs; those of a row don't depend on how many there are."""
+    config, generator, device = transformer.config, torch.Generator().manual_seed(0), transformer.device
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(device)
+
     conditioning = Conditioning(
-        torch.ones(1, text_tokens, config.joint_attention_dim),
-        torch.ones(1, config.pooled_projection_dim),
-        torch.zeros(text_tokens, 3),
-        torch.arange(3.0 * image_tokens).reshape(-1, 3),  # places that differ
+        random(1, text_tokens, config.joint_attention_dim),
+        random(1, config.pooled_projection_dim),
+        torch.zeros(text_tokens, 3, device=device),
+        torch.arange(3.0 * image_tokens, device=device).reshape(-1, 3),  # places that differ
         3.5,
     )
-    latents = torch.linspace(-1, 1, rows * image_tokens * config.in_channels).reshape(rows, image_tokens, -1)
-    sigma, index = torch.linspace(0.5, 0.9, rows), torch.zeros(rows, dtype=torch.long)
-    return predict_velocity(transformer, latents, sigma, index, conditioning, True)
+    latents = torch.stack([random(image_tokens, config.in_channels) for _ in range(rows)])
+    index = torch.zeros(rows, dtype=torch.long, device=device)
+    return predict_velocity(
+        transformer, latents, 1 / (1.5 + torch.arange(rows, device=device)), index, conditioning, True
+    )
 
 
 def test_attention_gives_the_numbers_and_gradients_of_diffusers_bit_for_bit(tiny_flux):
@@ -95,6 +103,24 @@ def test_compiled_blocks_are_whole_graphs_that_return_no_views(tiny_flux):
     velocity(transformer, rows=2, image_tokens=18, text_tokens=8)
     assert len(returned) == 2 * len(blocks) and not any(tensor._is_view() for tensor in returned)
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
+def test_a_row_rounds_alike_in_compiled_graphs_of_any_number_of_rows(device):
+    """Or a sample's first ratio would not be 1 where it is sampled and trained in parts of different sizes."""
+    sizes, image_tokens, text_tokens = {}, 2025, 512  # FLUX.1's width, 720x720
+    if device == "cpu":
+        sizes = {"attention_head_dim": 16, "num_attention_heads": 2, "axes_dims_rope": (4, 6, 6)}
+        sizes |= {"joint_attention_dim": 32, "pooled_projection_dim": 16}
+        image_tokens, text_tokens = 16, 8
+    torch.manual_seed(1)
+    with torch.device(device):
+        transformer = FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True, **sizes)
+    transformer.bfloat16().set_attn_processor(StreamwiseAttnProcessor())
+    compile_transformer(transformer)
+    with torch.autocast(device, torch.bfloat16):
+        two, *more = [velocity(transformer, rows, image_tokens, text_tokens)[:2] for rows in (2, 3, 4)]
+    assert all(torch.equal(rows, two) for rows in more)
 
 
 def test_a_compiled_block_follows_the_choice_of_attention(tiny_flux):
