@@ -1,5 +1,6 @@
 """The FLUX model as the trainer calls it: gradients, operations, random weights, pictures."""
 
+from contextlib import nullcontext
 from functools import partial
 
 from fastvideo.models import flux
@@ -106,7 +107,7 @@ def test_compiled_blocks_are_whole_graphs_that_return_no_views(tiny_flux):
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
-def test_a_row_rounds_alike_in_compiled_graphs_of_any_number_of_rows(device):
+def test_a_row_rounds_alike_in_compiled_graphs_of_two_or_more_rows(device):
     """Or a sample's first ratio would not be 1 where it is sampled and trained in parts of different sizes."""
     sizes, image_tokens, text_tokens = {}, 2025, 512  # FLUX.1's width, 720x720
     if device == "cpu":
@@ -118,8 +119,9 @@ def test_a_row_rounds_alike_in_compiled_graphs_of_any_number_of_rows(device):
         transformer = FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True, **sizes)
     transformer.bfloat16().set_attn_processor(StreamwiseAttnProcessor())
     compile_transformer(transformer)
-    with torch.autocast(device, torch.bfloat16):
-        two, *more = [velocity(transformer, rows, image_tokens, text_tokens)[:2] for rows in (2, 3, 4)]
+    attention = cudnn_attention() if device == "cuda" else nullcontext()
+    with torch.autocast(device, torch.bfloat16), attention:
+        two, *more = [velocity(transformer, rows, image_tokens, text_tokens)[:2] for rows in (2, 4, 5)]
     assert all(torch.equal(rows, two) for rows in more)
 
 

@@ -78,7 +78,7 @@ def test_micro_batches_and_rollout_batches_change_nothing_but_speed(train, refer
 @pytest.mark.slow
 def test_compiled_blocks_change_nothing_but_speed(train, reference):
     run, settings = reference
-    # Sampled and trained two rows at a time: graphs of two and of three rows round differently on some CPUs.
+    # Sampled and trained two rows at a time: float32 graphs of two and of three rows round differently on some CPUs.
     settings |= {"train_micro_batch_size": 2, "gradient_checkpointing": True}
     compiled = train(compile="true", train_batch_size=4, **settings)
     assert_same_update(compiled, run)

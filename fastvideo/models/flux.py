@@ -412,9 +412,10 @@ def _forward_without_views(block: FluxSingleTransformerBlock, *args, **kwargs) -
     return tuple(part.clone() for part in _single_block_forward(block, *args, **kwargs))
 
 
-# With these a row's rounding doesn't depend on how many rows its graph has: sampled in a part of 4, trained in one of
-# 3, its first ratio is 1. Otherwise Inductor chooses how norms sum, and whether products are padded, by timing them for
-# each number of rows; and how it lays out loops decides what stays float32 from one operation to the next.
+# With these a row's rounding doesn't depend on how many rows, from 2 on, its graph has: sampled in a part of 4 and
+# trained in one of 3, its first ratio is 1. Otherwise Inductor chooses how norms sum, and whether products are padded,
+# by timing them for each number of rows; and how a kernel's loops are laid out can change how it rounds between
+# operations, by casts that are left out and by products and sums that become one operation.
 ROUNDING_OF_ROWS = {"deterministic": True, "emulate_precision_casts": True}
 
 
