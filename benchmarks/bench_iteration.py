@@ -28,7 +28,6 @@ from pathlib import Path
 
 from fastvideo.config import GRPOConfig, flag, parse_dataclass
 from fastvideo.dataset.latent_flux_rl_datasets import FOLDERS
-from fastvideo.models.tiny_flux import build_tiny_flux
 from fastvideo.train_grpo_flux import set_up
 
 import diffusers
@@ -37,6 +36,9 @@ from accelerate.state import AcceleratorState, GradientState
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from PIL import Image
 from torch.autograd import DeviceType
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+from make_tiny_flux import build_tiny_flux  # noqa: E402
 
 
 @dataclass

@@ -1,139 +1,187 @@
-"""All algorithms on the tiny FLUX with the same number of training pictures: what does each learn, at which cost?
+"""What each algorithm learns on the tiny FLUX from the same number of training pictures, and at which cost.
 
-    python benchmarks/compare_algorithms.py --output_dir outputs/compare --jobs 2
+    python benchmarks/compare_algorithms.py --output_dir outputs/compare --jobs 16    (on one GPU; on 2 cores: --jobs 2)
 
-Trains every algorithm on each seed until `--images` pictures are sampled and scored, samples some checkpoints on
-data/prompts_test.txt with the base model's seeds, and prints the held-out change of the reward with its spread over
-seeds beside pictures, evaluations, optimizer steps and seconds of training. Writes comparison.json and comparison.png,
-the change against pictures, evaluations and seconds. Finished runs in the folder are kept. Seconds are those of the
-fastest seed, since other work on the machine only adds to them. Keep the output under benchmarks/results/.
+`--studies algorithms` trains every algorithm with four learning rates and three seeds until `--images` pictures are
+sampled and scored. The learning rate of each is the one with the greatest share right in everything on *training*
+prompts; what is reported is that share on the withheld scenes, with its spread over seeds, beside pictures,
+evaluations, optimizer steps and seconds of training. `windows` compares MixGRPO's windows, `why` changes single
+settings of the algorithms that fall behind. Finished runs in the folder are kept. Writes algorithms.png; keep the
+printed tables under benchmarks/results/.
 """
 
-import json
-import math
-import platform
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
+
+from tiny_world import COMMON, Run, base, machine, run_all  # isort: skip  (first: it finds the other scripts)
 
 from fastvideo.config import GRPOConfig, flag, parse_dataclass
 from fastvideo.rollout_plan import leaf_columns, make_plan, start_rows
 from fastvideo.utils.grpo_states import windows
 
-import diffusers
 import numpy as np
-import torch
-from learning_curves import MODEL, ROOT, call, sample
 
-# The same schedule for all; prompts an iteration such that each makes some 290 pictures in it, except in the trees: one
-# optimizer step an iteration gets the 64 pictures that a step of the others has.
+# Prompts an iteration such that each makes some 290 pictures in it, except in the trees: one optimizer step an
+# iteration gets the 64 pictures that a step of the others has.
+MIX = "--train_batch_size 24 --iters_per_group 5"
 ALGORITHMS = {
-    "mix_grpo": "--train_batch_size 24 --iters_per_group 10",
-    "mix_grpo+cps": "--algorithm mix_grpo --sde_type cps --train_batch_size 24 --iters_per_group 10",
-    "mix_grpo_flash": "--train_batch_size 24 --iters_per_group 10",
+    "mix_grpo": MIX,
+    "mix_grpo+cps": f"--algorithm mix_grpo --sde_type cps {MIX}",
+    "mix_grpo_flash": MIX,
     "mix_grpo_flash_star": "--train_batch_size 24",
     "flow_grpo": "--train_batch_size 24",
     "flow_grpo_fast": "--algorithm flow_grpo --flow_grpo_fast_steps 2 --train_batch_size 24",
     "dance_grpo": "--train_batch_size 24 --gradient_accumulation_steps 3",
-    "dance_grpo_lora": "--train_batch_size 24 --gradient_accumulation_steps 3 --learning_rate 3e-4",
+    "dance_grpo_lora": "--train_batch_size 24 --gradient_accumulation_steps 3",
     "grpo_merge": "--train_batch_size 5",
     # The merges that entropy gives grpo_merge; by entropy cps merges nothing.
     "grpo_merge+cps": "--algorithm grpo_merge --sde_type cps --train_batch_size 5 "
     "--eta_step_list 0,1,2,3,4 --eta_step_merge_list 1,1,2,2,2",
     "granular_grpo": "--train_batch_size 2",
     "branch_grpo": "--train_batch_size 4 --tree_split_points 0,2,4,6",
-    "branch_grpo_mix": "--train_batch_size 4 --tree_split_points 0,2,4,6 --iters_per_group 40",
+    "branch_grpo_mix": "--train_batch_size 4 --tree_split_points 0,2,4,6 --iters_per_group 22",
 }
-COMMON = (
-    "--h 32 --w 32 --sampling_steps 10 --mixed_precision no --no_gradient_checkpointing --no_use_wandb "
-    "--dataloader_num_workers 0 --train_micro_batch_size 72 --image_log_steps 0"
-).split()
+RATES, LORA_RATES = (5e-5, 1e-4, 2e-4, 4e-4), (3e-4, 6e-4, 1.2e-3, 2.4e-3)
+# One setting changed in those that fall behind MixGRPO.
+DANCE, BRANCH = (
+    f"--algorithm dance_grpo {ALGORITHMS['dance_grpo']}",
+    f"--algorithm branch_grpo {ALGORITHMS['branch_grpo']}",
+)
+WHY = {
+    "dance_grpo, eta 0.7": f"{DANCE} --eta 0.7",
+    "dance_grpo, eta 0.1": f"{DANCE} --eta 0.1",
+    "dance_grpo, noisy last step scored": f"{DANCE} --no_drop_last_sample",
+    "dance_grpo, all steps trained": f"{DANCE} --timestep_fraction 1",
+    "dance_grpo, first 4 steps trained": f"{DANCE} --frozen_init_timesteps 4 --timestep_fraction 1",
+    "dance_grpo, k 12": "--algorithm dance_grpo --train_batch_size 24",
+    "dance_grpo, flow steps": f"{DANCE} --sde_type flow --eta 0.7",
+    "flow_grpo, first 4 steps trained": "--algorithm flow_grpo --train_batch_size 24 --frozen_init_timesteps 4",
+    "branch_grpo, noise scale 1": f"{BRANCH} --tree_split_noise_scale 1",
+    "branch_grpo, noise scale 2": f"{BRANCH} --tree_split_noise_scale 2",
+    "branch_grpo, clip range 1e-4": f"{BRANCH} --clip_range 1e-4",
+    "branch_grpo, 18 prompts a step": f"{BRANCH} --train_batch_size 18",
+    "branch_grpo, flow steps, noise scale 1": f"{BRANCH} --sde_type flow --eta 0.7 --tree_split_noise_scale 1",
+    "granular_grpo, 8 prompts": "--algorithm granular_grpo --train_batch_size 8",
+    "granular_grpo, stride 1": "--algorithm granular_grpo --train_batch_size 5 --granular_list 1",
+}
+# name -> (flags, where the window is frozen)
+WINDOWS = {
+    "size 1": (f"{MIX} --group_size 1", None),
+    "size 2": (f"{MIX} --group_size 2", None),
+    "size 4, progressive": (MIX, None),
+    "size 6": (f"{MIX} --group_size 6", None),
+    "frozen at 0": (MIX, 0),
+    "frozen at 2": (MIX, 2),
+    "frozen at 4": (MIX, 4),
+    "random": (f"{MIX} --sample_strategy random", None),
+    "decay": (f"{MIX} --sample_strategy decay", None),
+}
 COSTS = {"images": "pictures", "nfe": "velocity evaluations", "seconds_total": "seconds of training"}
+STUDIES = ("algorithms", "windows", "why")
 
 
 @dataclass
 class ComparisonConfig:
     """What to run."""
 
-    output_dir: str = flag("outputs/compare", "folder for runs, pictures and the comparison")
-    algorithms: list[str] = flag(list(ALGORITHMS), "which to run")
+    output_dir: str = flag("outputs/compare", "folder for the results")
+    studies: list[str] = flag(list(STUDIES), f"which of {', '.join(STUDIES)}")
+    algorithms: list[str] = flag(list(ALGORITHMS), "which of them to compare")
     seeds: list[int] = flag([714, 1, 2], "training seeds")
-    images: int = flag(8000, "pictures to sample and score in training")
-    learning_rate: float = flag(1e-4, "of all algorithms but dance_grpo_lora, which has its own")
-    reward: str = flag("shapes", "reward to train on")
-    score: str = flag("ShapesRewardModel", "held-out score to report")
+    images: int = flag(11520, "pictures to sample and score in training")
     points: int = flag(4, "measurements along a run")
-    images_per_prompt: int = flag(2, "held-out pictures a prompt")
-    jobs: int = flag(1, "runs at a time, one thread each")
+    jobs: int = flag(1, "runs at a time")
 
     def __post_init__(self) -> None:
-        unknown = set(self.algorithms) - set(ALGORITHMS)
-        if unknown:
-            raise ValueError(f"--algorithms {' '.join(sorted(unknown))}: choose from {', '.join(ALGORITHMS)}")
+        for name, known in (("algorithms", ALGORITHMS), ("studies", STUDIES)):
+            unknown = set(getattr(self, name)) - set(known)
+            if unknown:
+                raise ValueError(f"--{name} {' '.join(sorted(unknown))}: choose from {', '.join(known)}")
 
 
-def training_flags(config: ComparisonConfig, name: str) -> list[str]:
-    algorithm = [] if "--algorithm" in ALGORITHMS[name] else ["--algorithm", name]
-    rate = ["--learning_rate", str(config.learning_rate), "--reward_model", config.reward]
-    return [*COMMON, *rate, *algorithm, *ALGORITHMS[name].split()]
+def training_flags(name: str) -> list[str]:
+    """Those of an algorithm or of a variant in WHY, without the learning rate."""
+    given = (ALGORITHMS | WHY)[name]
+    return given.split() if "--algorithm" in given else ["--algorithm", name, *given.split()]
 
 
-def run(config: ComparisonConfig, name: str, seed: int) -> list[dict[str, float]]:
-    """Held-out change and cumulated costs at the measured checkpoints of one run."""
-    output = Path(config.output_dir)
-    folder, embeddings = output / f"{name}-{seed}", output / "embeddings/prompt.json"
-    result, log = folder / "points.json", output / f"{folder.name}.log"
-    if result.exists():
-        return json.loads(result.read_text())
-    flags = training_flags(config, name)
-    settings = parse_dataclass(GRPOConfig, [*flags, "--data_json_path", str(embeddings)])
+def make_run(
+    config: ComparisonConfig, name: str, flags: list[str], rate: float, seed: int, frozen_at: int | None = None
+) -> Run:
+    """A run that ends after the iteration in which `--images` pictures are reached."""
+    settings = parse_dataclass(GRPOConfig, [*COMMON, *flags, "--data_json_path", "unused"])
     plan = make_plan(settings, next(windows(settings)))
     pictures = settings.train_batch_size * max(c.stop for c in leaf_columns(plan, start_rows(settings)).values())
     every = max(1, round(config.images / pictures / config.points))
-    steps = ["--max_train_steps", every * config.points, "--checkpointing_steps", every, "--seed", seed]
-    where = ["--pretrained_model_name_or_path", MODEL, "--data_json_path", embeddings, "--output_dir", folder / "run"]
-    call(config, log, sys.executable, "-m", "fastvideo.train_grpo_flux", *flags, *where, *steps)
-    lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
-    points = []
-    for done in range(every, every * config.points + 1, every):
-        checkpoint = next((folder / "run").glob(f"checkpoint-{done}-*"))
-        manifest = sample(config, folder / f"pictures-{done}", log, "--model_path", checkpoint)
-        scores = folder / f"scores-{done}.json"
-        compare = ["--manifest", manifest, "--baseline_manifest", output / "base/manifest.json"]
-        rewards = ["--reward_model_type", config.reward, "--output_json", scores, "--device", "cpu"]
-        call(config, log, sys.executable, "-m", "fastvideo.eval.eval_reward", *compare, *rewards)
-        change = json.loads(scores.with_name(f"{scores.stem}_summary.json").read_text())["models"][config.score]
-        spent = {cost: sum(line[cost] for line in lines[:done]) for cost in (*COSTS, "optimizer_steps")}
-        points.append({"change": change["difference_mean"], "error": change["difference_standard_error"], **spent})
-    result.write_text(json.dumps(points))
-    return points
+    flags = (*flags, "--learning_rate", str(rate), "--seed", str(seed))
+    return Run(f"{name}-lr{rate:g}-s{seed}", flags, every * config.points, every, frozen_at)
 
 
-def cost_of(seeds: list[list[dict]], cost: str) -> np.ndarray:
-    """Of each measurement: the mean over seeds, of seconds the least."""
-    values = np.array([[point[cost] for point in points] for points in seeds])
-    return values.min(0) if cost == "seconds_total" else values.mean(0)
+def plan_runs(config: ComparisonConfig) -> dict[str, dict[str, dict[float, list[Run]]]]:
+    """{study: {variant: {learning rate: a run for each seed}}}."""
+    studies = {study: {} for study in config.studies}
+    if "algorithms" in studies:
+        for name in config.algorithms:
+            rates = LORA_RATES if "lora" in name else RATES
+            flags = training_flags(name)
+            studies["algorithms"][name] = {
+                r: [make_run(config, name, flags, r, s) for s in config.seeds] for r in rates
+            }
+    if "windows" in studies:
+        for name, (flags, frozen) in WINDOWS.items():
+            flags = ["--algorithm", "mix_grpo", *flags.split()]
+            runs = {
+                r: [make_run(config, f"window {name}", flags, r, s, frozen) for s in config.seeds] for r in RATES[1:3]
+            }
+            studies["windows"][name] = runs
+    if "why" in studies:
+        for name in WHY:
+            flags = training_flags(name)
+            studies["why"][name] = {r: [make_run(config, name, flags, r, config.seeds[0])] for r in RATES}
+    return studies
 
 
-def draw(results: dict[str, list[list[dict]]], path: Path) -> None:
-    """Change of the score against each cost: mean over seeds and, shaded, their standard deviation."""
+def spread(values: list[float]) -> str:
+    return f"{np.mean(values):.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
+
+
+def choose(rates: dict[float, list[dict]]) -> float:
+    """The learning rate with the greatest mean share right on training prompts."""
+    return max(rates, key=lambda rate: np.mean([found["training"]["right"] for found in rates[rate]]))
+
+
+def report(results: dict[str, dict[float, list[dict]]]) -> None:
+    """A table: each variant at its best learning rate, and its share right with all of them."""
+    columns = "variant | right in everything | learning rate | pictures | evaluations | optimizer steps | seconds"
+    print(f"| {columns} | right with each learning rate |\n{'|---' * 8}|")
+    for name, rates in results.items():
+        best = choose(rates)
+        last = {rate: [found["points"][-1] for found in runs] for rate, runs in rates.items()}
+        costs = [
+            f"{np.mean([p[cost] for p in last[best]]):,.0f}"
+            for cost in ("images", "nfe", "optimizer_steps", "seconds_total")
+        ]
+        others = ", ".join(f"{rate:g}: {spread([p['right'] for p in last[rate]])}" for rate in rates)
+        print(f"| {name} | {spread([p['right'] for p in last[best]])} | {best:g} | {' | '.join(costs)} | {others} |")
+
+
+def draw(results: dict[str, dict[float, list[dict]]], before: float, path: Path) -> None:
+    """Share right against each cost, at the chosen learning rate: mean over seeds and, shaded, standard deviation."""
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, len(COSTS), figsize=(14, 4.2), layout="constrained", sharey=True)
+    figure, panels = plt.subplots(1, len(COSTS), figsize=(14, 4.4), layout="constrained", sharey=True)
     for panel, (cost, label) in zip(panels, COSTS.items(), strict=True):
-        for i, (name, seeds) in enumerate(results.items()):
-            y = np.array([[point["change"] for point in points] for points in seeds])
-            x, mean, spread = cost_of(seeds, cost), y.mean(0), y.std(0, ddof=1) if len(y) > 1 else 0 * y[0]
+        for i, (name, rates) in enumerate(results.items()):
+            runs = [found["points"] for found in rates[choose(rates)]]
+            y = np.array([[point["right"] for point in points] for points in runs])
+            x = np.r_[0, np.mean([[point[cost] for point in points] for points in runs], axis=0)]
+            mean, band = np.r_[before, y.mean(0)], np.r_[0, y.std(0, ddof=1) if len(y) > 1 else 0 * y[0]]
             style = {"color": f"C{i % 10}", "ls": "-" if i < 10 else "--"}  # ten colours in the cycle
-            panel.plot(np.r_[0, x], np.r_[0, mean], lw=1.4, label=name, **style)
-            band = np.r_[0, mean - spread], np.r_[0, mean + spread]
-            panel.fill_between(np.r_[0, x], *band, color=style["color"], lw=0, alpha=0.1)
-        panel.axhline(0, color="0.6", lw=0.8)
+            panel.plot(x, mean, lw=1.6, label=name, **style)
+            panel.fill_between(x, mean - band, mean + band, color=style["color"], lw=0, alpha=0.1)
         panel.set(xlabel=label)
         panel.locator_params(axis="x", nbins=5)
-    panels[0].set(ylabel="held-out change of the reward")
+    panels[0].set(ylabel="withheld scenes right in everything", ylim=(0, 1))
     panels[-1].legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=130)
 
@@ -141,26 +189,22 @@ def draw(results: dict[str, list[list[dict]]], path: Path) -> None:
 def main() -> None:
     config = parse_dataclass(ComparisonConfig, None, __doc__)
     output = Path(config.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
-    embed = ["--model_path", MODEL, "--prompt_dir", ROOT / "data/prompts.txt", "--output_dir", output / "embeddings"]
-    base_log = output / "base.log"
-    call(config, base_log, sys.executable, "-m", "fastvideo.data_preprocess.preprocess_flux_embedding", *embed)
-    sample(config, output / "base", base_log, "--baseline")
-    pairs = [(name, seed) for seed, name in product(config.seeds, config.algorithms)]  # a seed's runs beside each other
-    with ThreadPoolExecutor(config.jobs) as pool:
-        points = dict(zip(pairs, pool.map(lambda pair: run(config, *pair), pairs), strict=True))
-    results = {name: [points[name, seed] for seed in config.seeds] for name in config.algorithms}
-    (output / "comparison.json").write_text(json.dumps(results))
-
-    print(f"# {platform.machine()} CPU, torch {torch.__version__}, diffusers {diffusers.__version__}")
-    print(f"# {config.score}, held-out change after {config.images} pictures: mean ± standard deviation over seeds")
-    print(f"| algorithm | {config.score} | {' | '.join(COSTS.values())} | optimizer steps |\n|---|---|---|---|---|---|")
-    for name, seeds in results.items():
-        last = np.array([points[-1]["change"] for points in seeds])
-        spread = last.std(ddof=1) if len(seeds) > 1 else math.nan
-        costs = " | ".join(f"{cost_of(seeds, cost)[-1]:.0f}" for cost in (*COSTS, "optimizer_steps"))
-        print(f"| {name} | {last.mean():+.4f} ± {spread:.4f} | {costs} |")
-    draw(results, output / "comparison.png")
+    studies = plan_runs(config)
+    every_run = [
+        run for variants in studies.values() for rates in variants.values() for runs in rates.values() for run in runs
+    ]
+    before = base(output)
+    found = run_all(every_run, output, config.jobs)
+    print(f"# {machine()}, {config.jobs} runs at a time")
+    print(f"# base model: right in everything {before['right']:.3f} ± {before['right_error']:.3f}")
+    for study, variants in studies.items():
+        print(f"\n## {study}: withheld scenes, mean ± standard deviation over {len(config.seeds)} seeds")
+        results = {
+            n: {r: [found[run.name] for run in runs] for r, runs in rates.items()} for n, rates in variants.items()
+        }
+        report(results)
+        if study == "algorithms":
+            draw(results, before["right"], output / "algorithms.png")
 
 
 if __name__ == "__main__":

@@ -44,7 +44,6 @@ from fastvideo.rollout_plan import (
     describe,
     entropies,
     function_evaluations,
-    group_places,
     leaves,
     make_plan,
     optimizer_steps,
@@ -422,16 +421,16 @@ class Trainer:
 
     def collect(
         self, plan: Plan, number: int, conditioning: Conditioning, captions: list[str], seconds: dict[str, float]
-    ) -> tuple[Rollout, list, dict[str, np.ndarray]]:
-        """This data rank's rollout and pictures (on its first process), and all scores: name -> [P, pictures], NaN
-        where failed.
+    ) -> tuple[Rollout, list, dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """This data rank's rollout and pictures (on its first process), and of all ranks the scores, name -> [P,
+        pictures], NaN where failed, and the looks, name -> [P] (see `Scoring.submit`).
 
         As many whole groups as --rollout_batch_size holds are sampled at a time, and scored while the next ones are.
         """
-        config, local, places = self.config, self.local_prompts, group_places(plan, self.config)
+        config, local = self.config, self.local_prompts
         together = max(1, (config.rollout_batch_size or local * config.num_generations) // config.num_generations)
         first_slot = self.engine.data_rank * local
-        parts, images, scores = [], [], []
+        parts, images, scored = [], [], []
         for begin in range(0, local, together):
             end = min(begin + together, local)
             with self.phase("rollout", seconds):
@@ -443,12 +442,14 @@ class Trainer:
                 batch = config.rollout_batch_size or config.num_generations
                 pictures = decode_latents(self.vae, parts[-1].latents, config.h, config.w, batch)
             images += pictures
-            texts = [caption for caption in captions[begin:end] for _ in places]
-            scores.append(self.scoring.submit(pictures, texts, np.tile(places, end - begin), number))
+            scored.append(self.scoring.submit(pictures, captions[begin:end], plan, number))
         with self.phase("reward", seconds):  # what is left of it
-            found = gather_object([future.result() for future in scores])
-        gathered = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
-        return Rollout.join(parts), images, {k: v.reshape(-1, len(places)) for k, v in gathered.items()}
+            found = gather_object([future.result() for future in scored])
+        scores, looks = (
+            {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+            for batches in zip(*found, strict=True)
+        )
+        return Rollout.join(parts), images, scores, looks
 
     def advantages(
         self, plan: Plan, sampled: Rollout, scores: dict[str, np.ndarray]
@@ -585,10 +586,10 @@ class Trainer:
         number, seconds, start = self.done + 1, {}, time.perf_counter()
         plan = make_plan(config, window, number)
         self.prefix.read()  # from 0 on: an evaluation samples too
-        sampled, images, scores = self.collect(plan, number, conditioning, batch["caption"], seconds)
+        sampled, images, scores, looks = self.collect(plan, number, conditioning, batch["caption"], seconds)
         shape = next(iter(scores.values())).shape
         advantages, flat = self.advantages(plan, sampled, scores)
-        reward_metrics = self.scoring.metrics(plan, scores, number)
+        reward_metrics = self.scoring.metrics(plan, scores, looks, number)
         failures = reward_metrics["failed_rewards"] + reward_metrics.get("eval_failed_rewards", 0)
         self.too_many_failures = config.max_reward_failures is not None and failures > config.max_reward_failures
         # With advantage_aggr a model that scored nothing counts 0; the others still teach.

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The whole pipeline on the tiny FLUX in data/tiny_flux, on any machine: embed prompts, train MixGRPO with the granular
-# reward, sample base and tuned model with the same seeds, score both, write a report. Arguments go to the trainer.
+# The whole pipeline on the tiny FLUX in data/tiny_flux, on any machine: embed prompts, train MixGRPO-Flash with the
+# granular reward, draw the withheld scenes with base and tuned model from the same noise, score both, write a report.
+# Arguments go to the trainer.
 #   OUTPUT_DIR   where everything goes (default: a new folder under outputs/)
 #   PYTHON_BIN   interpreter of an environment of your own; without it env_setup.sh makes .venv
 cd "$(dirname "$0")/.."
@@ -12,40 +13,45 @@ model=data/tiny_flux
 run() {
   printf '\n== %s\n' "$1"
   shift
-  "$PYTHON_BIN" -m "$@"
+  OMP_NUM_THREADS=1 "$PYTHON_BIN" -m "$@" # starting Python takes most of these seconds; threads would not help
 }
 
 run "1/5 embed the training prompts" fastvideo.data_preprocess.preprocess_flux_embedding \
-  --model_path $model --prompt_dir data/prompts.txt --output_dir "$out/rl_embeddings"
+  --model_path $model --prompt_dir data/tiny_prompts.txt --output_dir "$out/rl_embeddings"
 
-printf '\n== 2/5 train MixGRPO\n'
+printf '\n== 2/5 train MixGRPO-Flash\n'
 bash scripts/finetune/finetune_tiny_flux.sh --data_json_path "$out/rl_embeddings/prompt.json" --output_dir "$out/run" \
   --experiment_name quickstart "$@"
 tuned=$(ls -d "$out"/run/checkpoint-* | sort -V | tail -n 1)
+trained=$("$PYTHON_BIN" -c 'import json, sys; print(json.load(open(sys.argv[1]))["reward_model"])' "$out/run/args.json")
 
-sample_and_score() { # NAME, flags that say which model
-  run "3/5 sample the $1 model on held-out prompts" fastvideo.sample.sample_flux \
-    --pretrained_model_name_or_path $model "${@:2}" --prompts_file data/prompts_test.txt --output_dir "$out/$1" \
+draw() { # NAME, flags that say which model
+  run "3/5 draw the withheld scenes with the $1 model" fastvideo.sample.sample_flux \
+    --pretrained_model_name_or_path $model "${@:2}" --prompts_file data/tiny_prompts_test.txt --output_dir "$out/$1" \
     --seed 42 --images_per_prompt 2 --batch_size 64 --h 32 --w 32 --total_sampling_steps 10
-  run "4/5 score what the $1 model made" fastvideo.eval.eval_reward --manifest "$out/$1/manifest.json" \
-    --reward_model_type shapes,jpeg_compressibility --output_json "$out/$1/scores.json"
 }
-# Both at once, a thread each: most of these seconds start Python. One progress bar is enough.
+# Both at once, a thread each. One progress bar is enough.
 set -m # the first in a process group of its own, which ends with this script: Ctrl-C doesn't reach a job in the background
-OMP_NUM_THREADS=1 TQDM_DISABLE=1 sample_and_score base --baseline &
+TQDM_DISABLE=1 draw base --baseline &
 base=$!
 set +m
 trap 'kill -- -$base 2>/dev/null' EXIT
-OMP_NUM_THREADS=1 sample_and_score tuned --model_path "$tuned"
+draw tuned --model_path "$tuned"
 wait $base
 trap - EXIT
 
+run "4/5 score both, and look for signs of reward hacking" fastvideo.eval.eval_reward --manifest "$out/tuned/manifest.json" \
+  --baseline_manifest "$out/base/manifest.json" --reward_model_type shapes,jpeg_compressibility \
+  --trained_rewards "$trained" --output_json "$out/tuned/scores.json"
+
 run "5/5 report" fastvideo.eval.report --run_dir "$out/run" \
-  --baseline_scores "$out/base/scores.json" --tuned_scores "$out/tuned/scores.json" --output_dir "$out/report"
+  --baseline_scores "$out/tuned/scores_baseline.json" --tuned_scores "$out/tuned/scores.json" --output_dir "$out/report"
 cat <<TXT
 
 Look at
   $out/report/report.html      curves, granular weights, pictures before and after (open it in a browser)
+  $out/report/before_after.png the first withheld scenes, base above, tuned below, wrong pictures marked
+  $out/report/summary.json     share right before and after, seconds, iterations
   $out/run/metrics.jsonl       one line an iteration
   $out/run/images/             sample grids during training
   $tuned   the tuned transformer, for FluxTransformer2DModel.from_pretrained

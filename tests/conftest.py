@@ -16,7 +16,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the hub's client is impor
 import fastvideo  # noqa: F401  (first: it mends torchvision beside a CPU-only torch)
 from fastvideo import train_grpo_flux
 from fastvideo.data_preprocess.preprocess_flux_embedding import embed_prompts
-from fastvideo.models.tiny_flux import build_tiny_flux
 
 import pytest
 import torch
@@ -27,13 +26,16 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
+from make_tiny_flux import build_tiny_flux  # noqa: E402  (a script, in no package)
+
 TINY = ROOT / "data/tiny_flux"
-PROMPTS = (
-    "a small red circle at the left on a blue background",
-    "a large green square in the center on a white background",
-    "a small cyan triangle at the top on a black background",
-    "a large yellow circle at the right on a purple background",
-    "a small purple square at the bottom on a green background",
+PROMPTS = (  # training scenes with all words; red is in the first alone, circles in the first and the fourth
+    "a red circle left of a blue square on a black background",
+    "a green square above a yellow triangle on a black background",
+    "a cyan triangle right of a purple square on a white background",
+    "a yellow circle below a blue circle on a white background",
+    "a purple square left of a green triangle on a black background",
 )
 
 # Relative difference of float32 gradients, summed over a few optimizer steps: 6e-7 was measured. A wrong weight of one

@@ -1,5 +1,6 @@
 """Benchmarks at tiny size: that they run, and that their numbers fit together. None of these tests looks at a time."""
 
+import importlib
 import json
 import re
 import subprocess
@@ -89,30 +90,49 @@ def test_every_variant_of_the_iteration_benchmark_can_be_planned(monkeypatch):
 
 
 @pytest.mark.slow
-def test_algorithms_are_compared_on_held_out_pictures(tmp_path, monkeypatch, capsys):
+def test_algorithms_are_compared_on_withheld_scenes_at_the_rate_that_training_prompts_choose(
+    tmp_path, subprocess_environment
+):
+    command = f"benchmarks/compare_algorithms.py --output_dir {tmp_path} --studies algorithms --jobs 2"
+    command += " --algorithms mix_grpo_flash --seeds 1 --images 300 --points 1"
+    done = subprocess.run(
+        [sys.executable, *command.split()], cwd=ROOT, env=subprocess_environment, capture_output=True, text=True,
+        timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    runs = [json.loads(path.read_text()) for path in tmp_path.glob("mix_grpo_flash-*.json")]
+    assert [[point["images"] for point in run["points"]] for run in runs] == [[288]] * 4  # four learning rates
+    best = max(runs, key=lambda run: run["training"]["right"])
+    rate, point = float(re.search(r"-lr(\S+)-s", best["name"])[1]), best["points"][-1]
+    (row,) = (line for line in done.stdout.splitlines() if line.startswith("| mix_grpo_flash |"))
+    assert row.startswith(f"| mix_grpo_flash | {point['right']:.3f} | {rate:g} | 288 | {point['nfe']:,} | 4 |")
+    assert len({run["points"][-1]["binding"] for run in runs}) == 4  # the rates trained different models
+    assert (tmp_path / "algorithms.png").stat().st_size > 10_000
+
+
+def flat(runs: object) -> list:
+    """The runs in nested containers."""
+    if isinstance(runs, dict):
+        runs = list(runs.values())
+    return [run for part in runs for run in flat(part)] if isinstance(runs, list | tuple) else [runs]
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "settings"),
+    [
+        ("compare_algorithms", "ComparisonConfig"),
+        ("moving_weights", "WeightsConfig"),
+        ("reward_hacking", "HackingConfig"),
+        ("learning_curves", "CurvesConfig"),
+    ],
+)
+def test_every_compared_run_can_be_planned_and_has_a_name_of_its_own(benchmark, settings, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    import compare_algorithms
-    import learning_curves
-
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("".join((ROOT / "data/prompts_test.txt").read_text().splitlines(keepends=True)[:8]))
-    monkeypatch.setattr(learning_curves, "TEST_PROMPTS", prompts)
-    given = "--algorithms mix_grpo_flash --seeds 1 --images 300 --points 1 --images_per_prompt 1"
-    monkeypatch.setattr(sys, "argv", ["compare_algorithms.py", "--output_dir", str(tmp_path), *given.split()])
-    compare_algorithms.main()
-    (seeds,) = json.loads((tmp_path / "comparison.json").read_text()).values()
-    assert [[point["images"] for point in points] for points in seeds] == [[288]]
-    assert all(point["change"] != 0 and point["optimizer_steps"] == 4 for (point,) in seeds)
-    seconds = min(point["seconds_total"] for (point,) in seeds)
-    assert f"| 288 | {seeds[0][0]['nfe']} | {seconds:.0f} | 4 |" in capsys.readouterr().out
-    assert (tmp_path / "comparison.png").stat().st_size > 10_000
-
-
-def test_every_compared_algorithm_can_be_planned(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    import compare_algorithms
-
-    for name in compare_algorithms.ALGORITHMS:
-        flags = compare_algorithms.training_flags(compare_algorithms.ComparisonConfig(), name)
-        config = parse_dataclass(GRPOConfig, [*flags, "--data_json_path", "unused"])
-        assert config.algorithm.split("_")[0] == name.split("_")[0] and "steps an iteration" in describe(config, 1)
+    module, world = importlib.import_module(benchmark), importlib.import_module("tiny_world")
+    runs = {run for run in flat(module.plan_runs(getattr(module, settings)())) if isinstance(run, world.Run)}
+    assert len({run.name for run in runs}) == len(runs) > 3  # the name is a file's
+    for run in {run.flags[:-1]: run for run in runs}.values():  # the last flag is the seed
+        given = ["--data_json_path", "unused", "--max_train_steps", str(run.iterations)]
+        config = parse_dataclass(GRPOConfig, [*world.COMMON, *run.flags, *given])
+        assert "steps an iteration" in describe(config, 1) and config.h == 32
+        assert run.iterations % run.measure_every == 0

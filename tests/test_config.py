@@ -385,7 +385,7 @@ def test_a_corrupt_embedding_is_found_before_training_wherever_it_is(
         ({"reward_model": "custom_rewards:no_such_function"}, ("--reward_model", "no_such_function")),
         ({"granular_start_weights": (0.5, -0.3, 0.2)}, ("--granular_start_weights", "-0.3")),
         ({"granular_end_weights": (0, 0, 0)}, ("--granular_end_weights", "above 0")),
-        ({"granular_start_weights": (1, 2)}, ("--granular_start_weights", "color, form, clean")),
+        ({"granular_start_weights": (1, 2)}, ("--granular_start_weights", "binding, form, clean")),
         ({"granular_gamma": 0}, ("--granular_gamma 0",)),
     ],
 )

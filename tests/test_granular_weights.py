@@ -154,6 +154,37 @@ def test_a_model_must_score_the_components_it_names():
         Partial(START, END)(IMAGES, PROMPTS)
 
 
+class Checked(ThreePart):
+    """With a yes/no question that has no weight."""
+
+    check_names = ("right",)
+    scores = {**ThreePart.scores, "right": [1.0, 0.0, math.nan]}
+
+
+@pytest.mark.parametrize("step", [None, 0, 4, 10, np.array([0, 5, 10])])
+def test_a_check_is_reported_and_moves_no_reward(step):
+    total = None if step is None else 10
+    plain, checked = (
+        compute_reward(IMAGES, PROMPTS, {"ThreePart": kind(START, END)}, {"ThreePart": 1.0}, step, total)
+        for kind in (ThreePart, Checked)
+    )
+    np.testing.assert_array_equal(checked[0], plain[0])
+    assert checked[1].all()  # a check without an answer fails no sample
+    assert list(checked[2]) == [*plain[2], "ThreePart_right"]
+    np.testing.assert_array_equal(checked[2]["ThreePart_right"], [1, 0, math.nan])
+    assert checked[3]["ThreePart_right"].tolist() == [True, True, False]
+    assert "ThreePart_right" not in Checked(START, END).component_weights(step, total, 3)
+    assert np.shape(Checked(START, END).get_dynamic_weights(5, 10)) == (3,)
+
+
+def test_a_model_must_answer_its_checks():
+    class Silent(Checked):
+        scores = ThreePart.scores
+
+    with pytest.raises(ValueError, match=r"expected \['aesthetic', 'blip', 'clip', 'right'\]"):
+        Silent(START, END)(IMAGES, PROMPTS)
+
+
 def test_compute_reward_logs_components_beside_their_sum():
     granular, plain = ThreePart(START, END), lambda images, prompts: [10, 20, 30]
     rewards, successes, scores, oks = compute_reward(

@@ -1,65 +1,65 @@
-"""It learns: scripts/quickstart.sh, as a user starts it, raises held-out scores, and shuffled rewards don't."""
+"""It learns: scripts/quickstart.sh draws more scenes right, as a user starts it, and from shuffled rewards it does not."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
-from fastvideo.eval.report import compare, read_pairs
-
 import pytest
 
 ROOT = Path(__file__).parents[1]
-JPEG_FLAGS = "--max_train_steps 60 --lr_scheduler constant --learning_rate 5e-5 --train_batch_size 6".split()
 SEEDS = [714, *(pytest.param(seed, marks=pytest.mark.long) for seed in (1, 2))]
+FIRST_LINE = r"right in everything  before 0\.\d\d  after [01]\.\d\d  \(540 pictures, ± 0\.\d\d and ± 0\.\d\d\)"
 
 
-def quickstart(folder: Path, *flags: str) -> dict[str, dict]:
-    """{score: paired change on held-out prompts} of a quickstart with more flags for the trainer."""
+def quickstart(folder: Path, *flags: str) -> tuple[dict, list[str]]:
+    """report/summary.json of a quickstart with more flags for the trainer, and the signs of reward hacking it found."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     environment = {**os.environ, "PYTHON_BIN": sys.executable, "PYTHONPATH": path, "OUTPUT_DIR": str(folder)}
     command = ["bash", str(ROOT / "scripts/quickstart.sh"), *flags]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    table = [line for line in done.stdout.splitlines() if line.startswith("ShapesRewardModel ") and "change" in line]
-    assert len(table) == 1 and "± " in table[0] and "(768 pairs)" in table[0]
-    for shown in ("report/report.html", "run/metrics.jsonl", "run/images"):
-        assert str(folder / shown) in done.stdout and (folder / shown).exists()
-    return {row["model"]: row for row in compare(read_pairs(folder / "base/scores.json", folder / "tuned/scores.json"))}
+    report = done.stdout.split("== 5/5 report")[1].strip().splitlines()
+    assert re.fullmatch(FIRST_LINE, report[0]), report[0]
+    for shown in ("report/report.html", "report/before_after.png", "report/summary.json", "run/metrics.jsonl"):
+        assert str(folder / shown) in done.stdout and (folder / shown).stat().st_size > 0
+    summary = json.loads((folder / "report/summary.json").read_text())
+    assert f"before {summary['right_before']:.2f}  after {summary['right_after']:.2f}" in report[0]
+    return summary, json.loads((folder / "tuned/scores_summary.json").read_text())["signs"]
 
 
-def standard_errors(row: dict) -> float:
-    change, error = row["change"]
-    return change / error
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", SEEDS)
-def test_the_quickstart_raises_the_granular_reward_on_held_out_prompts_and_spoils_no_part(seed, tmp_path):
-    rows = quickstart(tmp_path / "out", "--seed", str(seed))
-    iterations = [json.loads(line) for line in (tmp_path / "out/run/metrics.jsonl").read_text().splitlines()]
-    assert len(iterations) == 75
-    assert standard_errors(rows["ShapesRewardModel"]) > 5
-    for part in ("color", "form", "clean"):  # 2.4: a two-sided 5 % over three parts
-        assert standard_errors(rows[f"ShapesRewardModel_{part}"]) > -2.4, part
+def change(summary: dict, model: str) -> tuple[float, float]:
+    """Paired change of a score on the withheld scenes and its standard error."""
+    return next(row["change"] for row in summary["scores"] if row["model"] == model)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
-def test_training_on_jpeg_compressibility_raises_it_on_held_out_prompts(seed, tmp_path):
-    rows = quickstart(tmp_path / "out", "--seed", str(seed), "--reward_model", "jpeg_compressibility", *JPEG_FLAGS)
-    assert standard_errors(rows["JpegCompressibilityRewardModel"]) > 5
+def test_the_quickstart_draws_three_quarters_of_the_withheld_scenes_right(seed, tmp_path):
+    summary, signs = quickstart(tmp_path / "out", "--seed", str(seed))
+    assert summary["pictures"] == 540 and summary["iterations"] <= 75
+    assert 0.3 <= summary["right_before"] <= 0.48  # 0.30 to 0.45, and what 540 pictures leave open
+    assert summary["right_after"] >= 0.75
+    for part in ("binding", "form", "clean"):
+        gain, error = change(summary, f"ShapesRewardModel_{part}")
+        assert gain > -2.4 * error, part  # 2.4: a two-sided 5 % over three parts
+    assert signs == []
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("reward", "raised", "flags"),
-    [
-        ("shuffled_jpeg", "JpegCompressibilityRewardModel", JPEG_FLAGS),
-        pytest.param("shuffled_shapes", "ShapesRewardModel", [], marks=pytest.mark.long),
-    ],
-)
-def test_rewards_shuffled_within_groups_do_not_raise_the_held_out_score(reward, raised, flags, tmp_path):
-    rows = quickstart(tmp_path / "out", "--reward_model", f"custom_rewards:{reward}", *flags)
-    assert standard_errors(rows[raised]) < 2
+def test_rewards_shuffled_within_groups_draw_no_more_scenes_right(tmp_path):
+    summary, _ = quickstart(tmp_path / "out", "--reward_model", "custom_rewards:shuffled_shapes")
+    gain, error = change(summary, "ShapesRewardModel_right")
+    assert gain < 2 * error
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", [714, 1, 2])
+def test_training_on_file_size_alone_spoils_the_pictures_and_is_named(seed, tmp_path):
+    summary, signs = quickstart(tmp_path / "out", "--seed", str(seed), "--reward_model", "jpeg_compressibility")
+    gain, error = change(summary, "JpegCompressibilityRewardModel")
+    assert gain > 5 * error
+    assert summary["right_after"] < summary["right_before"] - 0.1
+    assert any(sign.startswith("right in everything fell") for sign in signs)

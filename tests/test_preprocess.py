@@ -21,7 +21,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 TINY = str(ROOT / "data/tiny_flux")
 PROMPTS = [
-    "a small red circle on a blue background",
+    "a red circle left of a blue square on a black background",
     'a "quoted" one / with a slash',
     "🙂 emoji, ünïcödé",
     "x " * 1000,

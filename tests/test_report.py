@@ -13,22 +13,23 @@ from pathlib import Path
 
 from fastvideo.eval import report
 from fastvideo.eval.live import LiveReport
-from fastvideo.eval.plots import column, compare_plots, draw_schedules, plan_plots, smoothed
+from fastvideo.eval.plots import WRONG, column, compare_plots, draw_schedules, plan_plots, smoothed
 
 import numpy as np
 import pytest
 from browser import Browser, browser_command
+from matplotlib.colors import to_rgb
 from PIL import Image
 
 EVIL = "<script>document.title = 'attacked'</script> & \"quotes\" 'too' <img src=https://example.invalid/x.png> 🐟"
 EVIL += "/" + "m" * 1900
-MODEL = "ShapesRewardModel"
+MODEL, PARTS = "ShapesRewardModel", ("binding", "form", "clean")
 GAINS = [0.1, -0.3, 0.5, 0.0, None, 0.2]  # by index; None: a failed score
 
 
 def metrics_row(step: int) -> dict:
-    weights = {f"granular_weight_{c}": w for c, w in zip(("color", "form", "clean"), (0.5, 0.3, 0.2), strict=True)}
-    parts = {f"reward_{MODEL}_{c}": 0.5 + step / 100 for c in ("color", "form", "clean")}
+    weights = {f"granular_weight_{c}": w for c, w in zip(PARTS, (0.5, 0.3, 0.2), strict=True)}
+    parts = {f"reward_{MODEL}_{c}": 0.5 + step / 100 for c in (*PARTS, "right")}
     phases = {f"seconds_{p}": 1.0 for p in ("rollout", "decode", "reward", "train")}
     row = {"step": step, "images": 24, "lr": 1e-4, "loss": 0.001, "ratio_max_deviation": 2e-4, "clip_frac": 0.3}
     row |= {"grad_norm": 0.4, "reward": 0.5 + step / 100, "reward_std": 0.1, f"reward_{MODEL}": 0.5 + step / 100}
@@ -134,6 +135,127 @@ def test_headline_numbers_are_paired_and_clustered_by_prompt(run_dir: Path, caps
     assert "of 40 planned" in page and "70%" in page  # 3 of 5, and a tie
 
 
+def with_check(run_dir: Path) -> list[str]:
+    """Scores with the check as eval_reward writes them, right in 2 of 5 pictures before and in 4 after; the flags."""
+    for side, right in (("base", "101000"), ("tuned", "111010")):
+        entries = json.loads((run_dir / f"{side}.json").read_text())
+        for entry, yes in zip(entries, right, strict=True):
+            failed = entry["index"] == 4
+            entry["reward"][f"{MODEL}_right"] = None if failed else int(yes)
+        (run_dir / f"{side}.json").write_text(json.dumps(entries))
+    scores = [f"--{flag}_scores={run_dir}/{side}.json" for flag, side in (("baseline", "base"), ("tuned", "tuned"))]
+    return ["--run_dir", str(run_dir), *scores]
+
+
+def test_right_in_everything_leads(run_dir: Path, capsys: pytest.CaptureFixture):
+    argv = with_check(run_dir)
+    path = report.main(argv)
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(
+        r"right in everything  before 0\.40  after 0\.60  \(5 pictures, ± 0\.\d\d and ± 0\.\d\d\)", first
+    )
+    assert second.startswith(f"{MODEL}  before ") and second.endswith("(5 pairs)")
+    page = path.read_text(encoding="utf-8")
+    tiles = re.findall(r"<dt>(.*?)</dt><dd><b>(.*?)</b>", page)
+    assert tiles[:2] == [("right in everything", "0.40 → 0.60"), ("Fixed prompts", "0.400 → 0.500")]
+    rows = re.findall(r'<th scope="row">(.*?)</th><td data-label="Before">(.*?)</td>', page)
+    assert [name for name, _ in rows] == ["right in everything", MODEL] and rows[0][1].startswith("0.40 ± 0.")
+    assert re.findall(r'<li data-index="(\d)"', page)[:3] == ["2", "5", "0"]  # ranked by the reward model's score
+    assert re.findall(r'<option value="(\w*)">(.*?)</option>', page)[:2] == [
+        (MODEL, MODEL), (f"{MODEL}_right", "right in everything"),
+    ]  # fmt: skip
+    assert re.findall("<h3>(.*?)</h3>", page)[:2] == ["Right in everything", "Reward"]
+
+
+def test_right_in_everything_is_a_curve_of_training_and_of_evaluation(other_run: Path):
+    rows = report.Run.read(other_run).rows
+    rows[0] |= {f"evaluation_reward_{MODEL}_right": 0.25}  # before training
+    rows[-1] |= {f"evaluation_reward_{MODEL}_right": 0.75}
+    first, *others = plan_plots(rows, {})
+    assert (first.name, [panel.title for panel in first.panels]) == ("right", ["training pictures", "evaluation"])
+    training, evaluation = (next(iter(panel.series.values())) for panel in first.panels)
+    assert list(first.steps) == list(range(16))
+    assert np.array_equal(training, [np.nan, *(0.5 + i / 100 for i in range(1, 16))], equal_nan=True)
+    assert (evaluation[0], evaluation[-1], np.isfinite(evaluation).sum()) == (0.25, 0.75, 2)
+    assert not any("right" in panel.title for plot in others for panel in plot.panels)
+    without = [{k: v for k, v in row.items() if not k.endswith("_right")} for row in rows]
+    assert plan_plots(without, {})[0].name == "evaluation"
+
+
+def test_a_summary_for_other_programs_says_null_where_nothing_is_known(run_dir: Path, tmp_path: Path):
+    argv = with_check(run_dir)
+    summary = json.loads(report.main(argv).with_name("summary.json").read_text())
+    assert (summary["right_before"], summary["right_after"], summary["pictures"]) == (0.4, 0.6, 5)
+    assert 0 < summary["right_after_error"] < 0.4 and 0 < summary["right_before_error"] < 0.4
+    assert (summary["iterations"], summary["seconds_of_training"]) == (30, 120.0)
+    assert [(row["model"], row["n"], row["failed"]) for row in summary["scores"]] == [
+        (f"{MODEL}_right", 5, 1), (MODEL, 5, 1),
+    ]  # fmt: skip
+    assert summary["scores"][1]["before"][0] == pytest.approx(0.4)
+
+    for side in ("base", "tuned"):  # a single prompt: errors aren't known
+        path = run_dir / f"{side}.json"
+        path.write_text(json.dumps(json.loads(path.read_text())[2:3]))
+    single = json.loads(report.main(argv).with_name("summary.json").read_text())
+    assert (single["right_before"], single["right_before_error"]) == (1, None)
+
+    path, _ = report.write_report(run_dir, output_dir=tmp_path / "no scores")
+    nothing = json.loads(path.with_name("summary.json").read_text())
+    assert nothing.keys() == summary.keys() and nothing["scores"] == [] and nothing["iterations"] == 30
+    known = ("scores", "iterations", "seconds_of_training")
+    assert {value for name, value in nothing.items() if name not in known} == {None}
+
+
+def test_signs_of_the_evaluation_are_on_the_page_and_printed_after_the_scores(
+    run_dir: Path, capsys: pytest.CaptureFixture
+):
+    argv = with_check(run_dir)
+    report.main(argv)
+    assert "against the baseline" not in capsys.readouterr().out  # without a summary
+    (run_dir / "tuned_summary.json").write_text(json.dumps({"signs": ["saturation changed: <+0.3>"]}))
+    page = report.main(argv).read_text(encoding="utf-8")
+    *_, table, sign, path = capsys.readouterr().out.splitlines()
+    assert table.startswith(MODEL) and sign == "against the baseline, saturation changed: <+0.3>"
+    assert "<li>Against the baseline, saturation changed: &lt;+0.3&gt;.</li>" in page
+    for unknown in ("[]", "{", '{"signs": null}'):
+        (run_dir / "tuned_summary.json").write_text(unknown)
+        assert "Against the baseline" not in report.main(argv).read_text(encoding="utf-8")
+
+
+def test_what_training_pictures_look_like_is_a_group_of_panels(run_dir: Path):
+    looks = ("saturation", "sharpness", "high_frequency", "diversity")
+    rows = [metrics_row(i) | {f"hacking_{name}": i / 10 for name in looks} for i in range(1, 31)]
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "<h3>Signs of reward hacking</h3>" in write(run_dir) and (run_dir / "report/hacking.png").exists()
+    plot = next(plot for plot in plan_plots(rows, {}) if plot.name == "hacking")
+    assert [panel.title for panel in plot.panels] == ["saturation", "sharpness", "high frequency", "diversity"]
+    assert all(panel.series[key][29] == 3 for panel in plot.panels for key in panel.series)
+
+
+def hacked_rows(count: int) -> list[dict]:
+    """All looks move evenly from the first tenth of the run to the last."""
+    way = np.linspace(0, 1, count // 10 * 8 + count % 10)
+    way = np.concatenate([np.zeros(count // 10), way, np.ones(count // 10)])
+    moved = {"sharpness": -0.71, "high_frequency": 0.4, "saturation": -0.2, "diversity": -0.9}
+    return [
+        metrics_row(i) | {f"hacking_{name}": 0.5 * (1 + change * share) for name, change in moved.items()}
+        for i, share in enumerate(way, 1)
+    ]
+
+
+@pytest.mark.parametrize("count", [40, 19])
+def test_training_pictures_that_look_different_at_the_end_are_a_remark(run_dir: Path, count: int):
+    """Only with 2 iterations or more in a tenth of the run: pictures of other prompts look different, too."""
+    rows = [{"step": 0, "evaluation_reward": 1.0}, *hacked_rows(count)]
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    expected = [
+        "Sharpness of the training pictures fell by 71 %: look at the samples, this can be reward hacking.",
+        "High frequency of the training pictures rose by 40 %: look at the samples, this can be reward hacking.",
+    ]
+    assert report.remarks(report.Run.read(run_dir)) == expected * (count == 40)
+    assert (f"<li>{expected[0]}</li>" in write(run_dir)) == (count == 40)
+
+
 def test_running_training_with_half_a_line_repeated_steps_and_missing_keys(tmp_path: Path):
     lines = [
         {"step": 1, "reward": 0.1},
@@ -146,7 +268,7 @@ def test_running_training_with_half_a_line_repeated_steps_and_missing_keys(tmp_p
     assert [row["step"] for row in rows] == [1, 2] and rows[0]["reward"] == 0.5 and broken == 1
     page, scores = report.write_report(tmp_path, output_dir=tmp_path / "elsewhere")
     assert scores == [] and "Unfinished lines of metrics.jsonl left out: 1." in page.read_text()
-    assert sorted(p.name for p in page.parent.iterdir()) == ["report.html", "reward.png"]
+    assert sorted(p.name for p in page.parent.iterdir()) == ["report.html", "reward.png", "summary.json"]
 
 
 def test_a_run_with_evaluations_shows_the_first_beside_the_last(other_run: Path):
@@ -193,7 +315,7 @@ def test_a_comparison_has_a_line_a_setting_and_a_band_over_seeds(run_dir: Path, 
     assert np.allclose(reward.panels[0].series[name], np.arange(1, 31) / 100 + 0.6)
     assert np.allclose(reward.panels[0].spread[name], 0.2 / np.sqrt(2))
     assert np.isfinite(reward.panels[0].series[other]).sum() == 15 and other not in reward.panels[0].spread
-    names = ["reward", "components", "granular_weights", "ratio", "optimisation", "window", "seconds", "evaluation"]
+    names = "right reward components granular_weights ratio optimisation window seconds evaluation".split()
     assert sorted(p.stem for p in path.parent.glob("*.png")) == sorted(names)
 
 
@@ -241,6 +363,100 @@ def test_gallery_of_many_pairs_spans_best_to_worst(run_dir: Path):
     assert re.findall(r'<li data-index="(\d)"', page.read_text()) == ["2", "0", "4"]  # 4 has no score: last
 
 
+def colour(index: int, side: int) -> tuple[int, int, int]:
+    return 8 * index, 40 + 90 * side, 200
+
+
+@pytest.fixture
+def many_pairs(run_dir: Path) -> tuple[Path, Path]:
+    """Scores of 14 prompts, 2 pictures each, of different sizes and one colour each; prompts aren't in alphabetical
+    order, nor entries in that of their index. Pictures of every third prompt are wrong, before training also those of
+    prompts 1 and 2.
+    """
+    paths = []
+    for side in (0, 1):
+        entries = []
+        for index in range(28):
+            number = index // 2
+            size = ((32, 32), (700, 700), (300, 150))[number % 3]
+            Image.new("RGB", size, colour(index, side)).save(run_dir / f"{side}_{index}.png")
+            right = number % 3 > 0 and (side == 1 or number not in (1, 2, 3))
+            scores = {MODEL: 0.1 * index * side, f"{MODEL}_right": float(right)}
+            prompt = f"{'zyxwvutsrqponm'[number]} circle {number}"
+            entries.append({"index": index, "image": f"{side}_{index}.png", "prompt": prompt, "reward": scores})
+        paths.append(run_dir / f"scores_{side}.json")
+        paths[side].write_text(json.dumps(entries[::-1]))
+    return paths[0], paths[1]
+
+
+def drawn(run_dir: Path, scores: tuple[Path, Path]) -> np.ndarray:
+    """The pixels of before_after.png."""
+    page, _ = report.write_report(run_dir, *scores)
+    with Image.open(page.with_name("before_after.png")) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def box(pixels: np.ndarray, of: tuple[int, int, int]) -> tuple[int, int, int, int] | None:
+    """Top, bottom, left and right end of a colour."""
+    down, across = np.nonzero((pixels == of).all(2))
+    return (down.min(), down.max() + 1, across.min(), across.max() + 1) if len(down) else None
+
+
+def test_the_first_picture_of_each_of_the_first_prompts_is_drawn_in_their_order(run_dir: Path, many_pairs):
+    pixels = drawn(run_dir, many_pairs)
+    assert 1100 < pixels.shape[1] < 1400 and 900 < pixels.shape[0] < 1200
+    boxes = {(i, side): box(pixels, colour(i, side)) for i in range(28) for side in (0, 1)}
+    assert {key for key, found in boxes.items() if found} == {(i, side) for i in range(0, 24, 2) for side in (0, 1)}
+    corners = [[boxes[i, side][::2] for i in range(0, 24, 2)] for side in (0, 1)]
+    for (top, left), (below, under) in zip(*corners, strict=True):
+        assert 150 < below - top < 300 and under == left
+    for row in (corners[0][:6], corners[0][6:]):
+        assert np.ptp([top for top, _ in row]) < 60 and (np.diff([left for _, left in row]) > 150).all()
+    assert corners[0][6][0] > corners[1][0][0] + 150
+    top, bottom, left, right = boxes[4, 1]  # of 300 × 150
+    assert (right - left) / (bottom - top) == pytest.approx(2, abs=0.05) and right - left > 180
+
+
+def test_only_wrong_pictures_are_marked_by_a_frame_and_by_a_cross(run_dir: Path, many_pairs):
+    pixels = drawn(run_dir, many_pairs)
+    red = (pixels == [round(255 * part) for part in to_rgb(WRONG)]).all(2)
+    white = (pixels == 255).all(2)
+    wrong = {(number, side) for number in range(12) for side in (0, 1) if number % 3 == 0 or (number < 4 and not side)}
+    for number in range(12):
+        for side in (0, 1):
+            top, bottom, left, right = box(pixels, colour(2 * number, side))
+            marked = (number, side) in wrong
+            frame = [red[top - 3, left:right], red[bottom + 2, left:right], red[top:bottom, left - 3]]
+            assert [round(line.mean(), 1) for line in frame] in ([[0.9, 1, 1]] if marked else [[0, 0, 0]]), (
+                number,
+                side,
+            )
+            assert (white[top:bottom, left:right].sum() > 50) == marked  # the cross
+    first = min(box(pixels, colour(0, 0))[0], box(pixels, colour(2, 0))[0])
+    assert red[: first - 10].any()  # the legend
+    for path in many_pairs:
+        path.write_text(path.read_text().replace(f"{MODEL}_right", f"{MODEL}_form"))
+    assert not (drawn(run_dir, many_pairs) == [round(255 * part) for part in to_rgb(WRONG)]).all(2).any()
+
+
+def test_a_picture_that_cannot_be_read_or_has_no_answer_leaves_its_place_unmarked(run_dir: Path, many_pairs):
+    (run_dir / "1_0.png").unlink()
+    (run_dir / "1_2.png").write_bytes(b"no picture")
+    entries = json.loads(many_pairs[0].read_text())
+    for entry in entries:
+        entry["prompt"] = EVIL + "\ud800\0 $x$" if entry["index"] < 2 else entry["prompt"]
+        entry["reward"][f"{MODEL}_right"] = None
+    many_pairs[0].write_text(json.dumps(entries))
+    tuned = json.loads(many_pairs[1].read_text())
+    for entry, other in zip(tuned, entries, strict=True):
+        entry["prompt"], entry["reward"][f"{MODEL}_right"] = other["prompt"], float(entry["index"] > 0)
+    many_pairs[1].write_text(json.dumps(tuned))
+    pixels = drawn(run_dir, many_pairs)
+    assert [box(pixels, colour(index, 1)) is None for index in (0, 2, 4)] == [True, True, False]
+    top = box(pixels, colour(0, 0))[0]
+    assert not (pixels[top - 5 :] == [round(255 * part) for part in to_rgb(WRONG)]).all(2).any()
+
+
 def test_bad_input_is_one_clear_line(run_dir: Path):
     with pytest.raises(ValueError, match="--run_dir .* no metrics.jsonl"):
         report.write_report(run_dir / "images")
@@ -262,7 +478,7 @@ def test_every_reward_and_component_gets_a_panel():
     row = metrics_row(1) | {"reward_HPSClipRewardModel": 0.3}
     components = next(p for p in plan_plots([row], {}) if p.name == "components")
     assert [panel.title for panel in components.panels] == [
-        MODEL, f"color ({MODEL})", f"form ({MODEL})", f"clean ({MODEL})", "HPSClipRewardModel"
+        MODEL, f"binding ({MODEL})", f"form ({MODEL})", f"clean ({MODEL})", "HPSClipRewardModel"
     ]  # fmt: skip
     assert np.isnan(column([{"a": "text"}, {"a": None}, {}], "a")).all()
 

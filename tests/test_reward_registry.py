@@ -126,7 +126,7 @@ def test_wrong_names_and_weights_are_refused_in_one_line(changes, message):
         ({"reward_model": "unified_reward"}, "--unified_reward_url is empty"),
         ({"reward_device": "gpu"}, "--reward_device gpu: choose from cpu"),
         ({"reward_device": "cuda:64"}, "--reward_device cuda:64: choose from cpu"),
-        ({"granular_start_weights": [1, 2]}, "--granular_start_weights .* one for each of color, form, clean"),
+        ({"granular_start_weights": [1, 2]}, "--granular_start_weights .* one for each of binding, form, clean"),
         ({"reward_model": "no_such_module:reward"}, "no module 'no_such_module'"),
         ({"reward_model": "math:no_such_function"}, "math has no 'no_such_function'"),
         ({"reward_model": "math:pi"}, "pi is not callable"),
@@ -152,7 +152,8 @@ def test_tiny_rewards_are_built_with_their_schedule():
     assert models.keys() == weights.keys() and all(models[name].name == name for name in models)
     shapes = models["ShapesRewardModel"]
     assert isinstance(shapes, ShapesRewardModel) and (shapes.schedule, shapes.gamma) == ("exponential", 3.0)
-    assert REWARDS["shapes"].components == shapes.component_names
+    assert REWARDS["shapes"].components == shapes.component_names == ("binding", "form", "clean")
+    assert REWARDS["shapes"].checks == shapes.check_names == ("right",)
 
 
 def test_rewards_run_where_reward_device_says(narrow_rewards):
@@ -167,6 +168,7 @@ def test_registry_and_real_models_name_the_same_components():
     from fastvideo.models.reward_model.image_reward import COMPONENTS
 
     assert REWARDS["image_reward"].components == COMPONENTS
+    assert [name for name, reward in REWARDS.items() if reward.checks] == ["shapes"]  # the others answer no question
 
 
 def test_a_custom_reward_is_a_dotted_path(tmp_path, monkeypatch):

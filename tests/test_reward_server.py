@@ -138,6 +138,7 @@ def test_training_with_a_server_writes_the_same_metrics(train, process, progress
     for line in there.metrics:
         assert line["failed_rewards"] == line["failed_brightness"] == line["failed_ShapesRewardModel"] == 0
         assert {"reward_ShapesRewardModel_form", "granular_weight_form", "reward_brightness"} <= line.keys()
+        assert 0 <= line["reward_ShapesRewardModel_right"] <= 1 and "granular_weight_right" not in line
     assert same_weights(there.weights(), here.weights())
 
 
@@ -155,17 +156,49 @@ def test_evaluation_with_a_server_writes_the_same_scores(serve, tmp_path):
 
 
 @pytest.mark.parametrize("step", [None, 3, np.array([0, 1, 2, 3, 4, 2.5])])
-def test_progress_and_failed_components_travel(serve, step):
+def test_progress_checks_and_failed_components_travel(serve, step):
     url = serve("shapes")
-    prompts = [*CAPTIONS[:5], "not a scene"]  # the shapes reward fails on it
+    wrong = [scene.mistakes()["colors exchanged"].caption() for scene in SCENES[:2]]
+    prompts = [*wrong, *CAPTIONS[2:5], "not a scene"]  # the shapes reward fails on it
     total = None if step is None else 5
     local = build_reward_models(RewardSpecConfig(reward_model="shapes"), "cpu")
     far = connect(url, reward_model="shapes", reward_batch_size=4)
     here, there = (compute_reward(PICTURES, prompts, *models, step, total) for models in (local, far))
-    assert there[2].keys() == here[2].keys() and len(here[2]) == 4
+    assert list(there[2]) == list(here[2]) and len(here[2]) == 5
     for key, values in here[2].items():
         np.testing.assert_array_equal(there[2][key], values)
+    np.testing.assert_array_equal(there[2]["ShapesRewardModel_right"], [0, 0, 1, 1, 1, np.nan])
     assert there[1].tolist() == [True] * 5 + [False]
+    mine, theirs = (models["ShapesRewardModel"] for models, _ in (local, far))
+    assert (theirs.component_names, theirs.check_names) == (mine.component_names, mine.check_names)
+
+
+def test_a_server_that_answers_without_the_check_gives_no_scores(http_server):
+    """As one would that has the same settings and another version of the reward."""
+    settings = reward_settings(RewardSpecConfig(reward_model="shapes"), False)
+    health = {"settings": settings, "models": {"shapes": "ShapesRewardModel"}}
+    health["limits"] = {"body_bytes": 2**27, "images": 64, "pixels": 2**26}
+    names = ["ShapesRewardModel", *(f"ShapesRewardModel_{part}" for part in ("binding", "form", "clean"))]
+    answers = {names[0]: [0.5], **{name: [0.5] for name in names[1:]}}
+    reply = (200, json.dumps({"scores": answers}).encode())
+    server = http_server(Handler, answer=lambda body, n: reply, health=health, requests=[], health_status=200)
+    models, _ = connect(server.url, reward_model="shapes", reward_server_retries=0)
+    assert np.isnan(models["ShapesRewardModel"](PICTURES[:1], CAPTIONS[:1])).all()
+    answers["ShapesRewardModel_right"] = [1.0]
+    reply = (200, json.dumps({"scores": answers}).encode())
+    total, found = models["ShapesRewardModel"].score(PICTURES[:1], CAPTIONS[:1])
+    assert total == [0.5] and found["right"] == [1.0]
+
+
+def test_a_server_of_other_checks_is_refused(http_server):
+    health = {
+        "settings": reward_settings(RewardSpecConfig(reward_model="shapes"), False) | {"shapes.checks": []},
+        "models": {"shapes": "ShapesRewardModel"},
+        "limits": {"body_bytes": 2**27, "images": 64, "pixels": 2**26},
+    }
+    server = http_server(Handler, answer=good, health=health, requests=[], health_status=200)
+    with pytest.raises(ValueError, match=r"it has shapes.checks \[\], this run \['right'\]"):
+        connect(server.url, reward_model="shapes")
 
 
 def test_pictures_of_every_mode_arrive_as_they_are(serve):
@@ -235,7 +268,8 @@ def test_health_tells_what_is_served_while_one_request_at_a_time_is_scored(serve
     assert health["models"] == {"shapes": "ShapesRewardModel", "custom_rewards:constant": "slow"}
     settings = health["settings"]
     assert settings["shapes.weight"] == pytest.approx(2 / 3) and settings["shapes.schedule"] == "linear"
-    assert settings["shapes.components"] == ["color", "form", "clean"] and settings["evaluation"] is False
+    assert settings["shapes.components"] == ["binding", "form", "clean"] and settings["shapes.checks"] == ["right"]
+    assert settings["custom_rewards:constant.checks"] == [] and settings["evaluation"] is False
     assert settings["shapes.start_weights"] == [0.5, 0.3, 0.2]
     assert [found.json() for found in answers] == [{"scores": {"slow": [0.5]}}] * 2 and len(set(busy)) == 1
 

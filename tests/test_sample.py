@@ -29,10 +29,10 @@ from test_checkpoints import wait_for
 ROOT = Path(__file__).parents[1]
 TINY = str(ROOT / "data/tiny_flux")
 PROMPTS = [
-    "a small red circle at the left on a blue background",
+    "a red circle left of a blue square on a black background",
     'a "quoted" / slashed\\ <b>prompt</b> & more',
     "🙂 emoji, ünïcödé",
-    "a large green square in the center on a white background, " * 33 + "2,000 characters".ljust(86, "x"),
+    "a green square above a yellow triangle on a white background, " * 32 + "2,000 characters",
 ]
 
 
@@ -73,7 +73,8 @@ def tuned(tmp_path_factory) -> str:
 
 def diffusers_picture(pipe: FluxPipeline, entry: dict, **more: object) -> np.ndarray:
     """What FluxPipeline itself makes of an entry's prompt and seed."""
-    settings = {"height": 32, "width": 32, "num_inference_steps": 4, "guidance_scale": 3.5, "max_sequence_length": 16}
+    settings = {"height": 32, "width": 32, "num_inference_steps": 4, "guidance_scale": 3.5}
+    settings["max_sequence_length"] = pipe.tokenizer_2.model_max_length
     generator = torch.Generator("cpu").manual_seed(entry["seed"])
     return np.asarray(pipe(entry["prompt"], generator=generator, **settings, **more).images[0])
 

@@ -23,7 +23,7 @@ from diffusers import FluxTransformer2DModel
 from diffusers.models.transformers.transformer_flux import FluxTransformerBlock
 from PIL import Image
 
-COMPONENTS = ("color", "form", "clean")
+COMPONENTS = ("binding", "form", "clean")
 
 
 # --- same seed, same numbers ------------------------------------------------------------------------------------------
@@ -242,6 +242,7 @@ def test_logged_weights_are_the_formula_and_the_logged_reward_their_weighted_sum
         total = sum(w * line[f"reward_ShapesRewardModel_{c}"] for w, c in zip(weights, COMPONENTS, strict=True))
         assert line["reward"] == pytest.approx(total, abs=1e-9)
         assert line["reward_ShapesRewardModel"] == pytest.approx(total, abs=1e-9)
+        assert 0 <= line["reward_ShapesRewardModel_right"] <= 1  # reported, and in no sum
 
 
 def test_a_mix_logs_every_model_and_the_weighted_total(train):
@@ -295,7 +296,7 @@ def test_batch_index_logs_the_mean_weights_of_a_group(train):
 def test_a_prompt_that_comes_twice_in_an_iteration_is_two_groups_with_noise_of_their_own(
     train, advantage_calls, tmp_path
 ):
-    (tmp_path / "one.txt").write_text("a large red circle at the left on a blue background\n")
+    (tmp_path / "one.txt").write_text(f"{PROMPTS[0]}\n")
     given = {"prompts_file": tmp_path / "one.txt", "reward_model": "custom_rewards:brightness"}
     train(**given, train_batch_size=2, max_train_steps=1)
     ((scores, advantages),) = advantage_calls

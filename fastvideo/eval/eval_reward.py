@@ -15,9 +15,10 @@ For a manifest it writes beside `--output_json` X.json
                       manifest paired differences and win rate too; with benchmark styles rows for each
     X_summary.json    the same, and what was left out
     X_baseline.json   with a baseline manifest: its scores
-Granular models add their components as {Model}_{component}. `measures` (see hacking.py) show reward hacking: appearance
-of each picture, and where prompts have several, their diversity. Pictures that can't be read are named and left out,
-failed scores are counted and never averaged in; either makes the exit status 1. Bad input makes it 2, or
+Granular models add their components as {Model}_{component}, and what they check as {Model}_right, 1 or 0 a picture:
+right in everything, which comes first wherever scores are listed. `measures` (see hacking.py) show reward hacking:
+appearance of each picture, and where prompts have several, their diversity. Pictures that can't be read are named and
+left out, failed scores are counted and never averaged in; either makes the exit status 1. Bad input makes it 2, or
 through torchrun 1.
 
 A killed evaluation goes on where it stopped: until its end X.json's folder has hidden .part files with what was scored.
@@ -43,7 +44,7 @@ from typing import Any
 from fastvideo.config import RewardConfig, flag, parse_dataclass
 from fastvideo.eval.benchmark import benchmark_entries, read_benchmark
 from fastvideo.eval.hacking import MIN_PROMPTS, appearance, diversity, signs
-from fastvideo.eval.statistics import bootstrap_interval, mean_and_error, win_rate
+from fastvideo.eval.statistics import RIGHT, bootstrap_interval, is_check, mean_and_error, win_rate
 from fastvideo.models.reward_model.clip_base import CLIPReward
 from fastvideo.models.reward_model.utils import RewardModel, build_reward_models, compute_reward, resolve_reward_spec
 from fastvideo.utils.files import process_name, write_bytes, write_json
@@ -386,6 +387,7 @@ def _rows(entries: Sequence[dict[str, Any]], pairs: Sequence[tuple[dict, dict]] 
             for part, values in (("baseline", before), ("difference", change)):
                 mean, error = mean_and_error(values, prompts)
                 row |= {f"{part}_mean": _number(mean), f"{part}_standard_error": _number(error)}
+            row["baseline_deviation"] = float(before.std()) if both else None  # of the pictures, for `signs`
             row["difference_interval"] = _interval(change, prompts)
             row["win_rate"] = win_rate(change) if both else None
         rows[name] = row
@@ -415,7 +417,7 @@ def summarize(scores: Scores, baseline: Scores | None = None, trained: Iterable[
 
     With a baseline the paired differences (this - baseline) and the share of pairs won, a tie counting half; a pair is
     a picture of each side with the same index. trained: names of the models that were trained on; the others are held
-    out. Raises ValueError when there is no pair at all.
+    out. Checks come first. Raises ValueError when there is no pair at all.
     """
     pairs = pair_up(scores.entries, baseline.entries) if baseline else []
 
@@ -425,8 +427,9 @@ def summarize(scores: Scores, baseline: Scores | None = None, trained: Iterable[
         models = _rows(chosen, both, "reward")
         for name, row in models.items():
             model = max((m for m in scores.models if name.startswith(m)), key=len)
-            row["kind"] = "reward" if name == model else "component"
+            row["kind"] = "reward" if name == model else "check" if is_check(name) else "component"
             row["held_out"] = None if trained is None else model not in trained
+        models = dict(sorted(models.items(), key=lambda item: item[1]["kind"] != "check"))
         measures = _rows(chosen, both, "measures")
         for row in measures.values():
             row |= {"kind": "measure", "held_out": None}
@@ -481,19 +484,20 @@ def table(summary: dict[str, Any]) -> str:
 
     def cell(row: dict[str, Any], name: str) -> str:
         mean, error = row[f"{name}mean"], row[f"{name}standard_error"]
-        digits = ".3g" if row["kind"] == "measure" else ".4f"
+        digits = {"measure": ".3g", "check": ".2f"}.get(row["kind"], ".4f")
         return "-" if mean is None else f"{mean:{digits}}" + ("" if error is None else f" ± {error:{digits}}")
 
     rows = [["score", "n", "failed", "mean ± s.e.", "baseline", "difference", "wins"]]
     for style, part in {"": summary, **summary["styles"]}.items():
         for key, row in (part["models"] | part["measures"]).items():
-            if style and row["kind"] != "reward":
+            if style and row["kind"] not in ("reward", "check"):
                 continue  # the CSV has them
             paired = ["", "", ""]
             if "pairs" in row:
                 wins = "-" if row["win_rate"] is None else f"{row['win_rate']:.0%}"
                 paired = [cell(row, "baseline_"), cell(row, "difference_"), wins]
-            label = f"{style} {key}".strip() + " (held out)" * bool(row["held_out"])
+            name = RIGHT if row["kind"] == "check" else key
+            label = f"{style} {name}".strip() + " (held out)" * bool(row["held_out"])
             rows.append([label, str(row["n"]), str(row["failed"]), cell(row, ""), *paired])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)

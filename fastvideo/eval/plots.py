@@ -4,19 +4,25 @@ import html
 import io
 import math
 import re
+import textwrap
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from fastvideo.eval.statistics import RIGHT, is_check
 from fastvideo.models.reward_model.granular import GranularRewardModel
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from PIL import Image
 
 # Colours of the light theme. In the page's SVGs each becomes var(--name), so that curves follow the reader's theme; the
 # dark values stand in report_template.html. The series colours stay apart for colour-blind readers.
@@ -49,6 +55,7 @@ STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "report",
 }
+WRONG = "#c4161c"
 PHASES = ("rollout", "decode", "reward", "train")
 
 
@@ -131,25 +138,30 @@ def evaluation_measure(settings: dict) -> str:
 
 def plan_plots(rows: list[dict], settings: dict) -> list[Plot]:
     """The plots for which the run has numbers."""
+    every = rows
     evaluated = [row for row in rows if "evaluation_reward" in row]
     rows = [row for row in rows if row.get("step") != 0]  # 0: the evaluation before training
     steps = step_numbers(rows)
 
-    def some(*keys: str) -> dict[str, np.ndarray]:
+    def some(*keys: str, rows: list[dict] = rows) -> dict[str, np.ndarray]:
         return {k: v for k in keys if np.isfinite(v := column(rows, k)).any()}
 
     prefix = "evaluation_reward"
+    checks = [k for k in dict.fromkeys(k for row in every for k in row) if is_check(k)]
+    of_training = some(*(k for k in checks if k.startswith("reward_")), rows=every)
+    of_evaluation = some(*(k for k in checks if k.startswith(f"{prefix}_")), rows=every)
     measured = [k for k in dict.fromkeys(k for row in evaluated for k in row) if k.startswith(prefix)]
     deciding = f"what decides the best checkpoint: {evaluation_measure(settings)}"
     measured = [
         Panel(k.removeprefix(f"{prefix}_") if k != prefix else deciding,
               {k: values}, smooth=False, points=True, colour=i)
-        for i, k in enumerate(k for k in measured if k != "evaluation_reward_std")
+        for i, k in enumerate(k for k in measured if k != "evaluation_reward_std" and k not in checks)
         if np.isfinite(values := column(evaluated, k)).any()
     ]  # fmt: skip
     error = column(rows, "reward_std") / np.sqrt(column(rows, "images"))
 
-    keys = [k for k in dict.fromkeys(k for row in rows for k in row) if k.startswith("reward_") and k != "reward_std"]
+    keys = [k for k in dict.fromkeys(k for row in rows for k in row) if k.startswith("reward_")]
+    keys = [k for k in keys if k != "reward_std" and k not in checks]
     models = [k for k in keys if not any(k.startswith(f"{other}_") for other in keys)]
     rewards = []
     for model in models:
@@ -161,6 +173,7 @@ def plan_plots(rows: list[dict], settings: dict) -> list[Plot]:
             rewards.append(Panel(title, some(part), colour=i))
     weights = [k for k in dict.fromkeys(k for row in rows for k in row) if k.startswith("granular_weight_")]
     weights = {k.removeprefix("granular_weight_"): v for k, v in some(*weights).items()}
+    looks = some(*dict.fromkeys(k for row in rows for k in row if k.startswith("hacking_"))).items()
     phases = {k.removeprefix("seconds_"): v for k, v in some(*(f"seconds_{p}" for p in PHASES)).items()}
     windows = [w if isinstance(w := row.get("window"), list) else [] for row in rows]
     clip = settings.get("clip_range")
@@ -172,6 +185,9 @@ def plan_plots(rows: list[dict], settings: dict) -> list[Plot]:
     mean = f" Thin: each iteration; thick: mean over {width} iterations." if width > 1 else ""
     planned = settings.get("sampling_steps")
     plots = [
+        Plot("right", RIGHT.capitalize(), "Share of the pictures that are right in everything, never trained on.",
+             [Panel("training pictures", of_training),
+              Panel("evaluation", of_evaluation, smooth=False, points=True, colour=1)]),
         Plot("evaluation", "Evaluation", "Fixed prompts with fixed seeds, sampled without noise.",
              measured),
         Plot("reward", "Reward", "Weighted total on the training prompts." + mean
@@ -179,6 +195,9 @@ def plan_plots(rows: list[dict], settings: dict) -> list[Plot]:
              [Panel("weighted total", some("reward"), spread={"reward": error}),
               Panel("standard deviation", some("reward_std"), colour=3)]),
         Plot("components", "What the reward is made of", "Each on its own scale, unweighted.", rewards),
+        Plot("hacking", "Signs of reward hacking", "What the training pictures look like. Glaring colours, hard edges, "
+             "fine texture and one picture over and over please a reward, not people." + mean,
+             [Panel(k.removeprefix("hacking_").replace("_", " "), {k: v}, colour=i) for i, (k, v) in enumerate(looks)]),
         Plot("granular_weights", "Granular weights", "Weight of each component in the reward; they sum to 1.",
              [Panel("weight", weights, smooth=False)]),
         Plot("ratio", "Policy ratio and clipping", "How far new and old policy part, and the share of clipped terms.",
@@ -196,7 +215,7 @@ def plan_plots(rows: list[dict], settings: dict) -> list[Plot]:
               Panel("evaluation", some("seconds_evaluation"), smooth=False, points=True, colour=4)]),
     ]  # fmt: skip
     for plot in plots:
-        plot.steps = step_numbers(evaluated) if plot.name == "evaluation" else steps
+        plot.steps = {"evaluation": step_numbers(evaluated), "right": step_numbers(every)}.get(plot.name, steps)
         plot.panels = [panel for panel in plot.panels if panel.series]
     return [plot for plot in plots if plot.panels]
 
@@ -350,6 +369,104 @@ def inline_svg(figure: Figure, alt: str, name: str) -> str:
     for css, colour in CSS_COLOURS.items():
         svg = svg.replace(colour, f"var(--{css})")
     return svg
+
+
+def read_picture(path: Path) -> Image.Image | None:
+    """The picture in RGB, None where there is none to be read."""
+    try:
+        with Image.open(path) as file:
+            return file.convert("RGB")
+    # missing, truncated, no picture; a PNG with a broken chunk; one that unpacks to gigabytes
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return None
+
+
+@dataclass
+class Column:
+    """A prompt's pictures before and after. wrong: which ones aren't right in everything; None: there is no check."""
+
+    prompt: str
+    images: tuple[Path, Path]
+    wrong: tuple[bool, bool] | None = None
+
+
+def draw_pairs(path: Path, columns: Sequence[Column], labels: tuple[str, str], across: int = 6) -> None:
+    """A PNG of the pictures in the columns' order, `across` in a row: before above, after below, then the prompt.
+
+    Wrong pictures have a frame and a cross. A picture that can't be read leaves a blank cell.
+    """
+    side, gap, left, top, line = 192, 16, 44, 52, 19  # pixels; 192 is a whole number of times 32 and 64
+    pitch = side + gap
+    captions = [_caption(column.prompt) for column in columns]
+    rows = range(0, len(columns), across)
+    heights = [2 * pitch + line * max(len(text) for text in captions[start : start + across]) + 22 for start in rows]
+    width, height = left + across * pitch, top + sum(heights)
+    figure = Figure(figsize=(width / 100, height / 100), dpi=100)
+    ax = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0), autoscale_on=False)
+    ax.axis("off")
+
+    ax.text(
+        left,
+        24,
+        f"The first picture of each of the first {len(columns)} prompts, not selected",
+        va="center",
+        fontsize=12,
+    )
+    if any(column.wrong is not None for column in columns):
+        legend = ax.text(width - gap, 24, f"marked: not {RIGHT}", va="center", ha="right", fontsize=12)
+        start = legend.get_window_extent(FigureCanvasAgg(figure).get_renderer()).x0
+        _mark(ax, start - 34, 12, 24, 24)
+    for start, above in zip(rows, top + np.cumsum([0, *heights[:-1]]), strict=True):
+        for i, label in enumerate(labels):
+            middle = above + i * pitch + side / 2
+            ax.text(left / 2 - 2, middle, _text(label)[:22], va="center", ha="center", rotation=90, fontsize=12)
+        for place, column in enumerate(columns[start : start + across]):
+            x = left + place * pitch
+            for i, image in enumerate(map(read_picture, column.images)):
+                _draw_cell(ax, image, x, above + i * pitch, side, bool(column.wrong and column.wrong[i]))
+            text = "\n".join(captions[start + place])
+            ax.text(x, above + 2 * pitch - 4, text, va="top", fontsize=11.5, linespacing=1.2)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box stands for it
+        figure.savefig(path, dpi=100)
+
+
+def _text(text: str) -> str:
+    """Without what no font can draw."""
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+
+
+def _caption(prompt: str) -> list[str]:
+    """The lines under a picture, at most four."""
+    return textwrap.wrap(_text(prompt), 22, max_lines=4, placeholder=" …")
+
+
+def _draw_cell(ax: Axes, image: Image.Image | None, x: float, y: float, side: int, wrong: bool) -> None:
+    if image is None:
+        ax.add_patch(Rectangle((x, y), side, side, facecolor="none", edgecolor=GRID, lw=0.8, ls=(0, (4, 3))))
+        ax.text(x + side / 2, y + side / 2, "no picture", va="center", ha="center", color=MUTED, fontsize=10.5)
+        return
+    pixels = max(image.size) <= side / 2  # of a small picture the pixels stay visible
+    scale = side / max(image.size)
+    wide, high = (max(1, round(length * scale)) for length in image.size)
+    image = image.resize((wide, high), Image.Resampling.NEAREST if pixels else Image.Resampling.LANCZOS)
+    x, y = x + (side - wide) // 2, y + (side - high) // 2
+    ax.imshow(image, extent=(x, x + wide, y + high, y), aspect="auto", interpolation="nearest")
+    if wrong:
+        _mark(ax, x, y, wide, high)
+    else:
+        ax.add_patch(Rectangle((x, y), wide, high, facecolor="none", edgecolor=GRID, lw=0.8))
+
+
+def _mark(ax: Axes, x: float, y: float, wide: float, high: float) -> None:
+    """A frame around a picture, and a cross in its corner for those who don't see red."""
+    badge = 24
+    frame = {"facecolor": "none", "edgecolor": WRONG, "lw": 4.4}  # 6 pixels, of which the picture loses one
+    ax.add_patch(Rectangle((x - 2, y - 2), wide + 4, high + 4, **frame))
+    corner = x + wide - badge
+    ax.add_patch(Rectangle((corner, y), badge, badge, facecolor=WRONG, edgecolor="white", lw=1.2))
+    for ends in ((6, badge - 6), (badge - 6, 6)):
+        ax.plot([corner + 6, corner + badge - 6], [y + end for end in ends], color="white", lw=2.4)
 
 
 def draw_schedules(path: str | Path) -> None:

@@ -7,7 +7,9 @@ r"""Report of training runs: PNG curves and one self-contained HTML page, for fi
 reads args.json, metrics.jsonl, images/ and evaluation/ of the run (whatever is there) and the scores that
 fastvideo.eval.eval_reward wrote for pictures of the base and the tuned model with the same seeds. Without such scores
 the first and the last evaluation of --eval_steps are shown, of several runs the last ones of the first and last run.
-Runs that differ in nothing but seeds are one line with a band. The page needs no network and no other file.
+before_after.png has the first pictures of both sides, unselected.
+Runs that differ in nothing but seeds are one line with a band. The page needs no network and no other file; beside it
+summary.json has its first numbers. Where scores have a check (see statistics.py), everything leads with it.
 """
 
 import base64
@@ -27,27 +29,30 @@ from pathlib import Path
 from typing import Any
 
 from fastvideo.config import PLACES, flag, parse_dataclass
+from fastvideo.eval.hacking import APPEARANCE, LIMITS
 from fastvideo.eval.live import LiveReport
 from fastvideo.eval.plots import (
     CSS_COLOURS,
     STYLE,
+    Column,
     column,
     compare_plots,
     describe,
     draw,
+    draw_pairs,
     draw_schedules,
     evaluation_measure,
     first_last,
     inline_svg,
     number,
     plan_plots,
+    read_picture,
 )  # fmt: skip
-from fastvideo.eval.statistics import mean_and_error, win_rate
-from fastvideo.utils.files import evaluation_folder, write_bytes
+from fastvideo.eval.statistics import RIGHT, is_check, mean_and_error, score_label, win_rate
+from fastvideo.utils.files import evaluation_folder, write_bytes, write_json
 
 import matplotlib
 import numpy as np
-from PIL import Image
 
 SECRET = re.compile(r"(api_?key|wandb_key|token|secret|password)$", re.IGNORECASE)
 
@@ -197,9 +202,12 @@ def read_pairs(baseline: Path, tuned: Path) -> list[Pair]:
 
 
 def compare(pairs: list[Pair]) -> list[dict]:
-    """For each model: n complete pairs, mean and standard error before, after and of the change, win rate, failed."""
+    """For each model: n complete pairs, mean and standard error before, after and of the change, win rate, failed.
+
+    The check leads.
+    """
     rows = []
-    for model in dict.fromkeys(m for pair in pairs for m in pair.scores):
+    for model in sorted(dict.fromkeys(m for pair in pairs for m in pair.scores), key=lambda m: not is_check(m)):
         complete = [p for p in pairs if math.isfinite(p.change(model))]
         row = {"model": model, "n": len(complete), "failed": len(pairs) - len(complete)}
         if complete:
@@ -212,10 +220,39 @@ def compare(pairs: list[Pair]) -> list[dict]:
     return rows
 
 
-def with_error(value: tuple[float, float], signed: bool = False) -> str:
-    """Mean ± standard error, with two digits of the error."""
+def read_signs(tuned: str | Path | None) -> list[str]:
+    """The signs of reward hacking in the summary that eval_reward wrote beside the tuned model's scores, if it did."""
+    try:
+        summary = json.loads(Path(tuned).with_name(f"{Path(tuned).stem}_summary.json").read_text(encoding="utf-8"))
+        return list(map(str, summary["signs"]))
+    except (OSError, ValueError, KeyError, TypeError):  # none, or the file of something else
+        return []
+
+
+def summary_of(runs: list[Run], scores: list[dict]) -> dict[str, Any]:
+    """The content of summary.json, None for what isn't known: of several runs seconds and iterations aren't."""
+    check = next((row for row in scores if is_check(row["model"])), {})
+    (before, before_error), (after, after_error) = (check.get(side, (None, None)) for side in ("before", "after"))
+    run = runs[0] if len(runs) == 1 else None
+    seconds = column(run.rows, "seconds_total") if run else np.empty(0)
+    found = {
+        "right_before": before,
+        "right_after": after,
+        "right_before_error": before_error,
+        "right_after_error": after_error,
+        "pictures": scores[0]["n"] if scores else None,
+        "seconds_of_training": float(np.nansum(seconds)) if np.isfinite(seconds).any() else None,
+        "iterations": run.iterations if run else None,
+        "scores": scores,
+    }
+    return json.loads(json.dumps(found), parse_constant=lambda _: None)  # errors of a single prompt are NaN
+
+
+def with_error(value: tuple[float, float], signed: bool = False, digits: int | None = None) -> str:
+    """Mean ± standard error. digits: decimals; None: two digits of the error."""
     error = value[1]
-    digits = min(1 - math.floor(math.log10(error)), 8) if error > 0 else None
+    if digits is None and error > 0:
+        digits = min(1 - math.floor(math.log10(error)), 8)
     return f"{number(value[0], signed, digits)} ± {number(error, digits=digits)}"
 
 
@@ -237,10 +274,25 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def score_row(row: dict) -> list[str]:
     """A row of the table of scores on the same prompts."""
+    name, digits = score_label(row["model"]), 2 if is_check(row["model"]) else None
     if not row["n"]:
-        return [row["model"], "–", "–", "–", "–", "0"]
-    sides = [with_error(row["before"]), with_error(row["after"]), with_error(row["change"], signed=True)]
-    return [row["model"], *sides, f"{row['improved']:.0%}", f"{row['n']:,}"]
+        return [name, "–", "–", "–", "–", "0"]
+    sides = [with_error(row[side], side == "change", digits) for side in ("before", "after", "change")]
+    return [name, *sides, f"{row['improved']:.0%}", f"{row['n']:,}"]
+
+
+def shares(row: dict) -> list[list[str]]:
+    """Of a check: mean and standard error before and after."""
+    return [[number(value, digits=2) for value in row[side]] for side in ("before", "after")]
+
+
+def score_line(row: dict, width: int) -> str:
+    """The same for a terminal, with names filled up to `width`; of a check the two shares."""
+    if is_check(row["model"]):
+        (before, before_error), (after, after_error) = shares(row)
+        return f"{RIGHT}  before {before}  after {after}  ({row['n']} pictures, ± {before_error} and ± {after_error})"
+    before, after, change = (with_error(row[side], side == "change") for side in ("before", "after", "change"))
+    return f"{row['model']:<{width}}  before {before}  after {after}  change {change}  ({row['n']} pairs)"
 
 
 def over_runs(values: Sequence[float]) -> str:
@@ -283,11 +335,8 @@ def differences(groups: dict[str, list[Run]]) -> list[list[str]]:
 
 def image_tag(path: Path, alt: str, size: int = 512) -> str:
     """The picture inside the page: small ones as they are, large ones as JPEG of at most `size` pixels a side."""
-    try:
-        with Image.open(path) as file:
-            image = file.convert("RGB")
-    # missing, truncated, no picture; a PNG with a broken chunk; one that unpacks to gigabytes
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+    image = read_picture(path)
+    if image is None:
         return f'<span class="missing" role="img" aria-label="{html.escape(alt)}: no such picture">no picture</span>'
     small, buffer = max(image.size) <= 128, io.BytesIO()
     if small:
@@ -325,6 +374,19 @@ def gallery(pairs: list[Pair], models: list[str], most: int, labels: tuple[str, 
     return "\n".join(items)
 
 
+def first_pictures(pairs: list[Pair], most: int = 12) -> list[Column]:
+    """A sample that nobody chose: the first picture, by index, of each of the first prompts."""
+    firsts: dict[str, Pair] = {}
+    for pair in sorted(pairs, key=lambda pair: pair.index):
+        firsts.setdefault(pair.prompt, pair)
+    columns = []
+    for pair in list(firsts.values())[:most]:
+        checks = [scores for model, scores in pair.scores.items() if is_check(model)]
+        wrong = tuple(any(scores[side] == 0 for scores in checks) for side in (0, 1)) if checks else None
+        columns.append(Column(pair.prompt, pair.images, wrong))
+    return columns
+
+
 def sign(value: float) -> str:
     return "up" if value > 0 else "down" if value < 0 else "flat"
 
@@ -335,10 +397,14 @@ def sign(value: float) -> str:
 def headline(run: Run, scores: list[dict]) -> list[tuple[str, str, str]]:
     """Tiles: (label, number, what it means)."""
     tiles, settings, rows = [], run.settings, [row for row in run.rows if row.get("step") != 0]
-    if scores and scores[0]["n"]:
-        row = scores[0]
-        text = f"{with_error(row['change'], signed=True)}, {row['n']} pairs, {row['model']}"
-        tiles.append(("Fixed prompts", f"{number(row['before'][0])} → {number(row['after'][0])}", text))
+    for row in (row for row in scores if row["n"]):
+        if is_check(row["model"]):
+            (before, before_error), (after, after_error) = shares(row)
+            tiles.append((RIGHT, f"{before} → {after}", f"± {before_error} and ± {after_error}, {row['n']} pictures"))
+        else:
+            text = f"{with_error(row['change'], signed=True)}, {row['n']} pairs, {row['model']}"
+            tiles.append(("Fixed prompts", f"{number(row['before'][0])} → {number(row['after'][0])}", text))
+            break
     first, last, k = first_last(column(rows, "reward"))
     if k:
         text = f"mean of the first and the last {k} iterations" if k > 1 else "first and last iteration"
@@ -383,6 +449,12 @@ def remarks(run: Run) -> list[str]:
         count = int(np.nansum(column(run.rows, key)))
         if count:
             found.append(f"{text}: {count:,}.")
+    for name in APPEARANCE:  # not of diversity, which depends on where the window is
+        first, last, k = first_last(column(run.rows, f"hacking_{name}"))
+        if k > 1 and first > 0 and abs(change := last / first - 1) > LIMITS[name]:  # k 1: other prompts look different
+            moved = f"{'rose' if change > 0 else 'fell'} by {abs(change):,.0%}".replace("%", " %")
+            look = name.replace("_", " ").capitalize()
+            found.append(f"{look} of the training pictures {moved}: look at the samples, this can be reward hacking.")
     return found
 
 
@@ -459,10 +531,11 @@ def write_report(
     title: str | None = None,
     max_gallery: int = 60,
 ) -> tuple[Path, list[dict]]:
-    """Writes report.html and a PNG of each plot; returns the page's path and the rows of `compare` (empty: no scores).
+    """Writes report.html, summary.json and a PNG of each plot; returns the page's path and the rows of `compare`.
 
-    run_dir: a run's folder, or several to compare. Raises ValueError, one line, for a run without metrics.jsonl and for
-    scores that can't be paired.
+    Where there are pairs of pictures before_after.png has some of them, see `first_pictures`. run_dir: a run's folder,
+    or several to compare. Without scores there are no rows. Raises ValueError, one line, for a
+    run without metrics.jsonl and for scores that can't be paired.
     """
     runs = [Run.read(Path(path)) for path in ([run_dir] if isinstance(run_dir, str | Path) else run_dir)]
     groups, several = group_runs(runs), len(runs) > 1
@@ -481,6 +554,8 @@ def write_report(
                 f"<figure><h3>{plot.title}</h3>{inline_svg(figure, describe(plot), plot.name)}"
                 f"<figcaption>{html.escape(plot.caption)}</figcaption></figure>"
             )
+        if pairs:
+            draw_pairs(output_dir / "before_after.png", first_pictures(pairs), labels)
 
     if several:
         samples = [grid for name, group in groups.items() for grid in sample_grids(group[0], 1, f"{name}, ")]
@@ -488,7 +563,8 @@ def write_report(
         samples = sample_grids(runs[0], 6)
     notes += [f"{run.name}: {text}" if several else text for run in runs for text in remarks(run)]
     notes += [f"Pairs left out of {r['model']} because a score failed: {r['failed']}." for r in scores if r["failed"]]
-    models = [row["model"] for row in scores]
+    notes += [f"Against the baseline, {text}." for text in read_signs(tuned_scores)]
+    models = sorted((row["model"] for row in scores), key=is_check)  # pictures are ranked by a score, not by yes or no
     template = Path(__file__).with_name("report_template.html").read_text(encoding="utf-8")
     script = template.split("<script>")[1].split("</script>")[0]
     newest = max(int(run.version) for run in runs)
@@ -509,7 +585,7 @@ def write_report(
         runs=table(columns.split(","), [run_row(name, group) for name, group in groups.items()] if several else []),
         scores=table(["Reward", *labels, "Change", "Improved", "Pairs"], list(map(score_row, scores))),
         curves="".join(curves),
-        models="".join(f"<option>{html.escape(m)}</option>" for m in models),
+        models="".join(f'<option value="{html.escape(m)}">{html.escape(score_label(m))}</option>' for m in models),
         pairs=gallery(pairs, models, max_gallery, labels) if models else "",
         pair_count=f"{len(pairs):,}",
         samples="".join(samples),
@@ -520,6 +596,7 @@ def write_report(
         ),
     )
     write_bytes(output_dir / "report.html", page.encode(errors="replace"))
+    write_json(output_dir / "summary.json", summary_of(runs, scores))
     return output_dir / "report.html", scores
 
 
@@ -536,13 +613,12 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
     path, scores = write_report(
         config.run_dir, config.baseline_scores, config.tuned_scores, config.output_dir, config.title, config.max_gallery
     )
-    width = max((len(row["model"]) for row in scores), default=0)
+    width = max((len(row["model"]) for row in scores if not is_check(row["model"])), default=0)
     for row in scores:
         if row["n"]:
-            sides = [with_error(row["before"]), with_error(row["after"]), with_error(row["change"], signed=True)]
-            print(
-                f"{row['model']:<{width}}  before {sides[0]}  after {sides[1]}  change {sides[2]}  ({row['n']} pairs)"
-            )
+            print(score_line(row, width))
+    for text in read_signs(config.tuned_scores):
+        print(f"against the baseline, {text}")
     print(f"report: {path}")
     return path
 

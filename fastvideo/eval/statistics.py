@@ -1,9 +1,24 @@
-"""Means with the standard errors that repeated prompts allow."""
+"""Means with the standard errors that repeated prompts allow, and which scores are answers with yes or no."""
 
 import math
 from collections.abc import Sequence
 
 import numpy as np
+
+RIGHT = "right in everything"
+
+
+def is_check(name: str) -> bool:
+    """Whether a score is a model's check `right`, 1 (yes) or 0 (no) a picture: its mean is the share of right ones.
+
+    Files of scores tell it by the name alone, as do metrics.jsonl's reward_… and evaluation_reward_….
+    """
+    return name.endswith("_right")
+
+
+def score_label(name: str) -> str:
+    """A score's name for readers."""
+    return RIGHT if is_check(name) else name
 
 
 def mean_and_error(values: Sequence[float], prompts: Sequence[str]) -> tuple[float, float]:

@@ -1,7 +1,7 @@
 """Prompts to pictures with the base model, a tuned one, or both in turn, through diffusers' own FluxPipeline.
 
     python -m fastvideo.sample.sample_flux --pretrained_model_name_or_path black-forest-labs/FLUX.1-dev \\
-        --model_path outputs/mixgrpo/checkpoint-300-0 --prompts_file data/prompts_test.txt --output_dir outputs/tuned
+        --model_path outputs/mixgrpo/checkpoint-300-0 --prompts_file data/prompts.txt --output_dir outputs/tuned
     torchrun --nproc_per_node 8 -m fastvideo.sample.sample_flux ...      (same flags)
 
 Hybrid inference (MixGRPO, arXiv 2507.21802): the tuned transformer takes the first `--mix_sampling_steps` of
@@ -73,7 +73,7 @@ class SampleConfig:
     )
     baseline: bool = flag(False, "sample the base model even if model_path is given")
     prompts_file: str = flag(
-        "data/prompts_test.txt",
+        "data/prompts.txt",
         "text file with one prompt a line, or a folder of HPSv2 benchmark prompts (anime.json, ...)",
     )
     output_dir: str = flag("outputs/samples", "folder for the pictures")

@@ -9,6 +9,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/../environment.sh"
 run_distributed -m fastvideo.sample.sample_flux \
   --pretrained_model_name_or_path "${BASE_MODEL_PATH:-data/flux}" \
   --model_path "${MODEL_PATH:-None}" \
-  --prompts_file "${PROMPT_FILE:-data/prompts_test.txt}" \
+  --prompts_file "${PROMPT_FILE:-data/prompts.txt}" \
   --output_dir "${OUTPUT_DIR:-outputs/samples}" \
   "$@"

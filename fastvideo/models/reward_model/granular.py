@@ -60,12 +60,15 @@ def check_schedule(
 class GranularRewardModel(ABC):
     """Base of rewards made of components. A subclass sets `name`, `component_names` and `score_components`.
 
+    check_names: questions that it answers with 1 (yes) or 0 (no); they are reported beside the components and have no
+    weight in the reward. `right` is the one that evaluation and report lead with: right in everything.
     start_weights, end_weights: one weight a component, at the first and at the last step of training.
     schedule: one of SCHEDULES. gamma: exponent of the exponential and logarithmic schedules (None: their default).
     """
 
     name: str = "GranularRewardModel"
     component_names: tuple[str, ...] = ()
+    check_names: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -147,7 +150,7 @@ class GranularRewardModel(ABC):
 
     @abstractmethod
     def score_components(self, images: list[Image.Image], prompts: list[str]) -> dict[str, np.ndarray]:
-        """One float64 [N] array for each of component_names; NaN where a component failed."""
+        """One float64 [N] array for each of component_names and check_names; NaN where one failed."""
 
     def score(
         self,
@@ -156,14 +159,15 @@ class GranularRewardModel(ABC):
         curr_step: float | np.ndarray | None = None,
         total_steps: float | None = None,
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Scores every component once: (weighted sum [N], {component: [N]}), NaN where failed.
+        """Scores every component once: (weighted sum [N], {component or check: [N]}), NaN where failed.
 
         A component of weight 0 may fail without failing the image.
         """
         found = self.score_components(images, prompts)
-        if set(found) != set(self.component_names):
-            raise ValueError(f"{self.name} scored {sorted(found)}, expected {sorted(self.component_names)}")
-        components = {c: as_scores(found[c], len(images), f"{self.name}_{c}") for c in self.component_names}
+        names = (*self.component_names, *self.check_names)
+        if set(found) != set(names):
+            raise ValueError(f"{self.name} scored {sorted(found)}, expected {sorted(names)}")
+        components = {c: as_scores(found[c], len(images), f"{self.name}_{c}") for c in names}
         weights = self._weights_per_image(curr_step, total_steps, len(images))
         values = np.stack([components[c] for c in self.component_names], axis=1)
         return np.where(weights > 0, weights * values, 0.0).sum(axis=1), components

@@ -99,16 +99,16 @@ class Servers:
     def score(
         self,
         name: str,
-        components: Sequence[str],
+        parts: Sequence[str],
         images: list[Image.Image],
         prompts: list[str],
         curr_step: float | np.ndarray | None = None,
         total_steps: float | None = None,
     ) -> dict[str, np.ndarray]:
-        """{name: float64 [N], f"{name}_{component}": [N] ...}, NaN where failed."""
+        """{name: float64 [N], f"{name}_{part}": [N] ...}, NaN where failed. parts: components and checks."""
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
-        keys, step = [name, *(f"{name}_{c}" for c in components)], None if curr_step is None else np.asarray(curr_step)
+        keys, step = [name, *(f"{name}_{part}" for part in parts)], None if curr_step is None else np.asarray(curr_step)
 
         def one(start: int) -> tuple[dict[str, list[float | None]] | None, str]:
             batch = slice(start, start + self.batch_size)
@@ -159,8 +159,11 @@ class RemoteReward:
 class RemoteGranularReward(GranularRewardModel):
     """A granular model on the servers, which weight its components by the progress that goes along."""
 
-    def __init__(self, name: str, servers: Servers, components: Sequence[str], config: Any) -> None:
-        self.name, self.servers, self.component_names = name, servers, tuple(components)
+    def __init__(
+        self, name: str, servers: Servers, components: Sequence[str], checks: Sequence[str], config: Any
+    ) -> None:
+        self.name, self.servers = name, servers
+        self.component_names, self.check_names = tuple(components), tuple(checks)
         super().__init__(
             config.granular_start_weights, config.granular_end_weights, config.granular_schedule, config.granular_gamma
         )
@@ -172,12 +175,13 @@ class RemoteGranularReward(GranularRewardModel):
         curr_step: float | np.ndarray | None = None,
         total_steps: float | None = None,
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """(weighted sum [N], {component: [N]}), NaN where failed."""
-        scores = self.servers.score(self.name, self.component_names, images, prompts, curr_step, total_steps)
-        return scores[self.name], {c: scores[f"{self.name}_{c}"] for c in self.component_names}
+        """(weighted sum [N], {component or check: [N]}), NaN where failed."""
+        parts = (*self.component_names, *self.check_names)
+        scores = self.servers.score(self.name, parts, images, prompts, curr_step, total_steps)
+        return scores[self.name], {part: scores[f"{self.name}_{part}"] for part in parts}
 
     def score_components(self, images: list[Image.Image], prompts: list[str]) -> dict[str, np.ndarray]:
-        """{component: float64 [N]}."""
+        """{component or check: float64 [N]}."""
         return self.score(images, prompts)[1]
 
 
@@ -218,7 +222,7 @@ def connect(config: Any, evaluation: bool = False) -> tuple[dict[str, RewardMode
             raise ValueError(f"{where}: {error}") from None
     models: dict[str, RewardModel] = {}
     for key in spec:
-        components = settings[f"{key}.components"]
-        build = RemoteGranularReward(names[key], servers, components, config) if components else None
-        models[names[key]] = build or RemoteReward(names[key], servers)
+        name, components, checks = names[key], settings[f"{key}.components"], settings[f"{key}.checks"]
+        granular = RemoteGranularReward(name, servers, components, checks, config) if components else None
+        models[name] = granular or RemoteReward(name, servers)
     return models, {names[key]: weight for key, weight in spec.items()}

@@ -6,9 +6,9 @@
 Start it with the reward flags of the run (with --evaluation for eval_reward.py); clients compare them. It listens on
 the loopback; it asks for no password, so reach it from other machines through an SSH tunnel or a private network.
 
-    GET  /health   {"status", "settings", "models", "limits"}: names, weights, components, schedule; always answers
+    GET  /health   {"status", "settings", "models", "limits"}: names, weights, parts, schedule; always answers
     POST /score    {"settings", "model", "images": [base64 PNG or JPEG], "prompts", "curr_step", "total_steps"}
-                   -> {"scores": {name: [number, or null for failed], f"{name}_{component}": [...]}}
+                   -> {"scores": {name: [number, or null for failed], f"{name}_{component or check}": [...]}}
 
 400: not such a request; 409: other settings; 413: over a limit; 415: not JSON; 500: the model raised an error.
 """

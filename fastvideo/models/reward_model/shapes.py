@@ -1,13 +1,16 @@
-"""A picture world small enough to verify: one coloured shape on a plain background, its captions, and its scorer.
+"""A picture world small enough to verify: two coloured shapes on a plain background, their captions and their scorer.
 
 `Scene` is a caption's meaning; `draw` makes its picture; `parse_caption` reads it back from text. `ShapesRewardModel`
-needs no weights: it measures the shape in a picture (colours, area, centre, outline) and compares it with the caption.
-It serves as the granular reward of the tiny FLUX, with the components `color`, `form` and `clean`.
+needs no weights: it looks for the caption's two colours in a picture, measures amount, place and outline of each, and
+what else is there. It serves as the granular reward of the tiny FLUX, with the components `binding`, `form` and
+`clean`, and answers one question with yes or no: is the picture right in everything?
 """
 
 import itertools
+import math
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from fastvideo.models.reward_model.granular import GranularRewardModel
 
@@ -27,95 +30,133 @@ PALETTE = {  # RGB 0-255, close to the corners of the colour cube so that no two
 }
 SHAPES = ("circle", "square", "triangle")
 COLORS = ("red", "green", "blue", "yellow", "purple", "cyan")
-BACKGROUNDS = tuple(PALETTE)
-SIZES = {"small": 4.0, "large": 6.5}  # pixels: radius of the circle of equal area, so size does not depend on shape
-PLACES = {  # centre of the shape's bounding box, x and y in pixels, and the caption's words
-    "center": ((16.0, 16.0), "in the center"),
-    "left": ((10.0, 16.0), "at the left"),
-    "right": ((22.0, 16.0), "at the right"),
-    "top": ((16.0, 10.0), "at the top"),
-    "bottom": ((16.0, 22.0), "at the bottom"),
+BACKGROUNDS = ("black", "white")
+NEAR, MIDDLE, FAR = 9.5, 16.0, 22.5  # pixels from the left or upper edge
+RELATIONS = {  # centroids (x, y) of the first and the second object
+    "left of": ((NEAR, MIDDLE), (FAR, MIDDLE)),
+    "right of": ((FAR, MIDDLE), (NEAR, MIDDLE)),
+    "above": ((MIDDLE, NEAR), (MIDDLE, FAR)),
+    "below": ((MIDDLE, FAR), (MIDDLE, NEAR)),
 }
+_FORWARD = ("left of", "above")
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+RADIUS = 4.6  # pixels: of the circle of equal area, so that all shapes have the same amount of colour
 JITTER = 0.75  # pixels by which a drawn shape may lie off its place, in x and y
-_RGB = np.array(list(PALETTE.values()), dtype=np.float64) / 255
-_COLOR_INDEX = {name: i for i, name in enumerate(PALETTE)}
-# Half extents over the equal-area radius: square half side, triangle half base and half height (equilateral).
-_SQUARE = np.sqrt(np.pi) / 2
-_BASE = np.sqrt(np.pi / np.sqrt(3))
-_HEIGHT = _BASE * np.sqrt(3) / 2
-_PIXELS_Y, _PIXELS_X = np.mgrid[0:IMAGE_SIZE, 0:IMAGE_SIZE] + 0.5
+_AREA = np.pi * RADIUS**2
+_RGB = {name: np.array(color, dtype=np.float32) / 255 for name, color in PALETTE.items()}
+# Half extents over the equal-area radius: square half side, triangle half base and height (equilateral).
+_SQUARE = math.sqrt(math.pi) / 2
+_BASE = math.sqrt(math.pi / math.sqrt(3))
+_HEIGHT = _BASE * math.sqrt(3)
+_PIXELS_Y, _PIXELS_X = np.mgrid[0:IMAGE_SIZE, 0:IMAGE_SIZE].astype(np.float32) + np.float32(0.5)
 
 
 @dataclass(frozen=True)
 class Scene:
     """What a caption says: every field is a key of the tables above."""
 
-    size: str
     color: str
     shape: str
-    place: str
+    relation: str
+    other_color: str
+    other_shape: str
     background: str
 
     def caption(self) -> str:
-        """The scene in words, for instance "a small red circle at the left on a blue background"."""
-        return f"a {self.size} {self.color} {self.shape} {PLACES[self.place][1]} on a {self.background} background"
+        """The scene in words, for instance "a red circle left of a blue square on a white background"."""
+        other = f"a {self.other_color} {self.other_shape} on a {self.background} background"
+        return f"a {self.color} {self.shape} {self.relation} {other}"
+
+    @property
+    def objects(self) -> tuple[tuple[str, str, tuple[float, float]], ...]:
+        """(colour, shape, centroid in pixels) of both."""
+        first, second = RELATIONS[self.relation]
+        return (self.color, self.shape, first), (self.other_color, self.other_shape, second)
+
+    @property
+    def mirrored(self) -> "Scene":
+        """The other caption of the same picture: what is left of a square has the square on its right."""
+        return Scene(
+            self.other_color, self.other_shape, OPPOSITE[self.relation], self.color, self.shape, self.background
+        )
 
     @property
     def withheld(self) -> bool:
-        """Whether the combination of shape, colour and background is kept out of training (1 in 8, all words seen)."""
-        shape, color = SHAPES.index(self.shape), COLORS.index(self.color)
-        return (5 * shape + 3 * color + BACKGROUNDS.index(self.background)) % 8 == 0
+        """Whether the picture is kept out of training, under either caption: 1 in 8, all words seen."""
+        scene = self if self.relation in _FORWARD else self.mirrored
+        others = [color for color in COLORS if color != scene.color]
+        number = 0
+        for values, value in (
+            (COLORS, scene.color),
+            (others, scene.other_color),
+            (SHAPES, scene.shape),
+            (SHAPES, scene.other_shape),
+            (_FORWARD, scene.relation),
+            (BACKGROUNDS, scene.background),
+        ):
+            number = number * len(values) + values.index(value)
+        return number * 923 % 1080 < 135  # a factor prime to 1080 that spreads them evenly over all words
+
+    def mistakes(self) -> dict[str, "Scene"]:
+        """Scenes that differ from this one in one thing: what a model that has read lying captions draws instead."""
+
+        def next_shape(shape: str) -> str:
+            return SHAPES[(SHAPES.index(shape) + 1) % len(SHAPES)]
+
+        return {
+            "colors exchanged": replace(self, color=self.other_color, other_color=self.color),
+            "objects exchanged": replace(self, relation=OPPOSITE[self.relation]),
+            "shape changed": replace(self, shape=next_shape(self.shape)),
+            "other shape changed": replace(self, other_shape=next_shape(self.other_shape)),
+        }
 
 
 def all_scenes(withheld: bool) -> list[Scene]:
-    """All scenes of the training distribution (`withheld=False`) or all withheld ones, in a fixed order."""
-    fields = itertools.product(SIZES, COLORS, SHAPES, PLACES, BACKGROUNDS)
+    """The 1,890 scenes of the training distribution (`withheld=False`) or the 270 withheld ones, in a fixed order."""
+    fields = itertools.product(COLORS, SHAPES, RELATIONS, COLORS, SHAPES, BACKGROUNDS)
     scenes = (Scene(*field) for field in fields)
-    return [scene for scene in scenes if scene.color != scene.background and scene.withheld == withheld]
+    return [scene for scene in scenes if scene.color != scene.other_color and scene.withheld == withheld]
 
 
+_OBJECT = rf"an? ({'|'.join(COLORS)}) ({'|'.join(SHAPES)})"
 _CAPTION = re.compile(
-    rf"an? ({'|'.join(SIZES)}) ({'|'.join(COLORS)}) ({'|'.join(SHAPES)})"
-    rf"(?:,? ({'|'.join(words for _, words in PLACES.values())}))?,? on an? ({'|'.join(BACKGROUNDS)}) background\.?"
+    rf"{_OBJECT},? ({'|'.join(RELATIONS)}) {_OBJECT},? on an? ({'|'.join(BACKGROUNDS)}) background\.?"
 )
-_PLACE_OF_WORDS = {words: place for place, (_, words) in PLACES.items()}
 
 
 def parse_caption(caption: str) -> Scene | None:
     """The scene a caption describes, or None for a caption of another world.
 
-    Upper case, extra spaces, commas around the place and a final full stop are fine; without a place it is the center.
+    Upper case, extra spaces, commas between the parts and a final full stop are fine.
     """
     match = _CAPTION.fullmatch(" ".join(caption.lower().split()))
-    if match is None:
-        return None
-    size, color, shape, words, background = match.groups()
-    place = _PLACE_OF_WORDS[words] if words else "center"
-    return Scene(size, color, shape, place, background) if color != background else None
+    scene = Scene(*match.groups()) if match else None
+    return scene if scene and scene.color != scene.other_color else None
 
 
 def _outline_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> np.ndarray:
-    """Signed distance in pixels [N, 32, 32] to the outline, negative inside; x, y (centre) and radius are [N]."""
-    dx = _PIXELS_X - x[:, None, None]
-    dy = _PIXELS_Y - y[:, None, None]
-    radius = radius[:, None, None]
+    """Signed distance in pixels [..., 32, 32] to the outline, negative inside; x, y (centroid) and radius are [...]."""
+    dx = _PIXELS_X - x[..., None, None]
+    dy = _PIXELS_Y - y[..., None, None]
+    radius = radius[..., None, None]
     if shape == "circle":
-        return np.hypot(dx, dy) - radius
+        return np.sqrt(dx * dx + dy * dy) - radius
     if shape == "square":
         return np.maximum(abs(dx), abs(dy)) - _SQUARE * radius
-    # Upright equilateral triangle: the base below, and two sides whose normals are (±cos 30°, -sin 30°).
-    side = abs(dx) * np.cos(np.pi / 6) - (dy + _HEIGHT * radius) * 0.5
-    return np.maximum(side, dy - _HEIGHT * radius)
+    # Upright equilateral triangle, a third of its height below the centroid: the base, and two sides whose normals are
+    # (±cos 30°, -sin 30°).
+    side = abs(dx) * math.cos(math.pi / 6) - (dy + _HEIGHT * radius * 2 / 3) * 0.5
+    return np.maximum(side, dy - _HEIGHT * radius / 3)
 
 
-def draw(scene: Scene, jitter: tuple[float, float] = (0.0, 0.0)) -> Image.Image:
-    """The antialiased 32×32 picture of a scene, its shape moved by `jitter` pixels (x, y)."""
-    (x, y), _ = PLACES[scene.place]
-    center = np.array([[x + jitter[0]], [y + jitter[1]]])
-    distance = _outline_distance(scene.shape, *center, np.array([SIZES[scene.size]]))[0]
-    coverage = np.clip(0.5 - distance, 0, 1)[..., None]
-    color, background = (np.array(PALETTE[name], dtype=np.float64) for name in (scene.color, scene.background))
-    return Image.fromarray(np.round(background + coverage * (color - background)).astype(np.uint8))
+def draw(scene: Scene, jitter: Sequence[Sequence[float]] = ((0.0, 0.0), (0.0, 0.0))) -> Image.Image:
+    """The antialiased 32×32 picture of a scene, its two objects moved by `jitter` pixels, (x, y) each."""
+    picture = np.broadcast_to(np.array(PALETTE[scene.background], dtype=np.float64), (IMAGE_SIZE, IMAGE_SIZE, 3))
+    for (color, shape, (x, y)), (move_x, move_y) in zip(scene.objects, jitter, strict=True):
+        distance = _outline_distance(shape, np.array(x + move_x), np.array(y + move_y), np.array(RADIUS))
+        coverage = np.clip(0.5 - distance, 0, 1)[..., None]
+        picture = picture + coverage * (np.array(PALETTE[color]) - picture)
+    return Image.fromarray(np.round(picture).astype(np.uint8))
 
 
 def _closeness(error: np.ndarray, scale: float) -> np.ndarray:
@@ -125,131 +166,93 @@ def _closeness(error: np.ndarray, scale: float) -> np.ndarray:
 
 @dataclass
 class Measurement:
-    """What is in N pictures, whatever their captions say. Colours are RGB in 0-1, lengths in pixels."""
+    """What N pictures hold of the two colours of their captions. Lengths in pixels."""
 
-    background: np.ndarray  # [N, 3]
-    color: np.ndarray  # [N, 3] of the shape's core
-    presence: np.ndarray  # [N] 0 (a blank picture) to 1 (a shape that stands out)
-    radius: np.ndarray  # [N] of the circle of equal area
-    centers: np.ndarray  # [N, 3, 2] bounding-box centre (x, y) if it is a circle, square, triangle
-    overlap: np.ndarray  # [N, 3] intersection over union with a circle, square, triangle of that area and centroid
-    residue: np.ndarray  # [N] RMS colour error against the flat best-fitting shape on a flat background, off the edge
+    amount: np.ndarray  # [N, 2] area of each colour over that of a drawn object
+    offset: np.ndarray  # [N, 2] distance of its centroid from where the caption puts it, less what jitter explains
+    overlap: np.ndarray  # [N, 2, 3] intersection over union with a circle, square, triangle of that area and centroid
+    residue: np.ndarray  # [N] RMS colour error against flat best-fitting shapes on a flat background, off the edges
 
 
-def measure(images: list[Image.Image]) -> Measurement:
-    """Find background, shape colour, area, centroid and outline in each picture.
+def measure(images: list[Image.Image], scenes: list[Scene]) -> Measurement:
+    """Find the caption's two colours in each picture, and what neither they nor the background explain.
 
-    The background is the median of the border; the shape is what differs from it by over half the greatest difference.
+    A pixel is a mixture of the background and the nearer one of the two colours (edges are antialiased); what is far
+    from all such mixtures counts little, and so does a colour that is there by less than a quarter.
     """
     pictures = (image.convert("RGB") for image in images)
     size = (IMAGE_SIZE, IMAGE_SIZE)
-    pixels = np.stack([np.asarray(p if p.size == size else p.resize(size, Image.BICUBIC)) for p in pictures]) / 255
-    count = len(pixels)
-    border = np.concatenate([pixels[:, 0], pixels[:, -1], pixels[:, :, 0], pixels[:, :, -1]], axis=1)
-    background = np.median(border, axis=1)
-    difference = np.linalg.norm(pixels - background[:, None, None], axis=-1)
-    # The greatest difference of 2×2 means: a single odd pixel is no shape.
-    means = (difference[:, 1:, 1:] + difference[:, :-1, 1:] + difference[:, 1:, :-1] + difference[:, :-1, :-1]) / 4
-    contrast = means.reshape(count, -1).max(1)
-    relative = difference / np.maximum(contrast, 1e-6)[:, None, None]
-    core = np.clip((relative - 0.7) / 0.2, 1e-6, 1)
-    color = np.einsum("nhw,nhwc->nc", core, pixels) / core.sum((1, 2))[:, None]
-    mask = np.clip((relative - 0.25) / 0.5, 1e-9, 1)  # antialiased edge: half a difference is half a pixel
-    area = mask.sum((1, 2))
-    radius = np.sqrt(area / np.pi)
-    x, y = ((mask * axis).sum((1, 2)) / area for axis in (_PIXELS_X, _PIXELS_Y))
-    centers, overlap, residue = [], [], []
-    for shape in SHAPES:
-        center_y = y - _HEIGHT * radius / 3 if shape == "triangle" else y  # its centroid lies at a third of its height
-        distance = _outline_distance(shape, x, center_y, radius)
-        template = np.clip(0.5 - distance, 0, 1)
-        centers.append(np.stack([x, center_y], axis=-1))
-        overlap.append(np.minimum(mask, template).sum((1, 2)) / np.maximum(mask, template).sum((1, 2)))
-        flat = np.where(distance[..., None] < 0, color[:, None, None], background[:, None, None])
-        off_edge = abs(distance) > 1.25
-        squares = ((pixels - flat) ** 2).sum(-1) * off_edge
-        residue.append(np.sqrt(squares.sum((1, 2)) / np.maximum(off_edge.sum((1, 2)), 1)))
-    return Measurement(
-        background=background,
-        color=color,
-        presence=np.clip((contrast - 0.1) / 0.2, 0, 1),
-        radius=radius,
-        centers=np.stack(centers, axis=1),
-        overlap=np.stack(overlap, axis=1),
-        residue=np.min(residue, axis=0),
-    )
+    pixels = np.stack([np.asarray(p if p.size == size else p.resize(size, Image.BICUBIC)) for p in pictures])
+    pixels = pixels.transpose(0, 3, 1, 2).astype(np.float32) / 255  # [N, 3, 32, 32]
+    background = np.stack([_RGB[scene.background] for scene in scenes])[..., None, None]
+    colors = np.stack([[_RGB[color] for color, _, _ in scene.objects] for scene in scenes])[..., None, None]
+    wanted = np.array([[place for _, _, place in scene.objects] for scene in scenes])  # [N, 2, (x, y)]
 
+    towards = colors - background[:, None]  # [N, 2, 3, 1, 1]
+    away = (pixels - background)[:, None]  # [N, 1, 3, 32, 32]
+    share = np.clip((away * towards).sum(2) / np.square(towards).sum(2), 0, 1)  # [N, 2, 32, 32]
+    error = np.square(away - share[:, :, None] * towards).sum(2)
+    nearer = error == error.min(axis=1, keepdims=True)
+    mask = np.clip(2 * share - 0.5, 0, 1) * nearer / (1 + error / 0.2**2)
 
-def hard_checks(images: list[Image.Image], prompts: list[str]) -> dict[str, np.ndarray]:
-    """Yes-or-no answers for measuring: bool [N] each for color, background, shape, size, place.
+    area = np.maximum(mask.sum((2, 3)), 1e-6)
+    x, y = ((mask * axis).sum((2, 3)) / area for axis in (_PIXELS_X, _PIXELS_Y))
+    radius = np.sqrt(area / math.pi)
+    distances = np.stack([_outline_distance(shape, x, y, radius) for shape in SHAPES], axis=2)  # [N, 2, 3, 32, 32]
+    template = np.clip(0.5 - distances, 0, 1)
+    both = np.minimum(mask[:, :, None], template).sum((3, 4))
+    overlap = both / np.maximum(area[..., None] + template.sum((3, 4)) - both, 1e-6)
 
-    Colours and shape: the nearest one is the caption's (the overlap with the shape at least 0.6); size: nearer than the
-    other; place: nearest of the five. A blank picture or an unknown caption fails all.
-    """
-    scenes = [parse_caption(prompt) for prompt in prompts]
-    found = measure(images)
-    names = list(PALETTE)
-    result = {key: np.zeros(len(images), dtype=bool) for key in ("color", "background", "shape", "size", "place")}
-    for n, scene in enumerate(scenes):
-        if scene is None or found.presence[n] < 0.5:
-            continue
-        best = int(found.overlap[n].argmax())
-        offsets = [np.linalg.norm(found.centers[n, best] - np.array(center)) for center, _ in PLACES.values()]
-        log_ratios = [abs(np.log(found.radius[n] / radius)) for radius in SIZES.values()]
-        result["color"][n] = names[np.linalg.norm(_RGB - found.color[n], axis=1).argmin()] == scene.color
-        nearest_background = names[np.linalg.norm(_RGB - found.background[n], axis=1).argmin()]
-        result["background"][n] = nearest_background == scene.background
-        result["shape"][n] = SHAPES[best] == scene.shape and found.overlap[n, best] >= 0.6
-        result["size"][n] = list(SIZES)[int(np.argmin(log_ratios))] == scene.size
-        result["place"][n] = list(PLACES)[int(np.argmin(offsets))] == scene.place
-    return result
-
-
-def color_and_shape_correct(images: list[Image.Image], prompts: list[str]) -> np.ndarray:
-    """bool [N]: the shape's colour, the background's colour and the shape are all the caption's."""
-    checks = hard_checks(images, prompts)
-    return checks["color"] & checks["background"] & checks["shape"]
+    best = overlap.argmax(2)[..., None, None, None]
+    distance = np.take_along_axis(distances, best, axis=2)[:, :, 0]  # [N, 2, 32, 32]
+    flat = np.where(distance[:, :1] < 0, colors[:, 0], background)
+    flat = np.where(distance[:, 1:] < 0, colors[:, 1], flat)
+    off_edge = (abs(distance) > 1.25).all(axis=1)
+    squares = (np.square(pixels - flat).sum(1) * off_edge).sum((1, 2)) / np.maximum(off_edge.sum((1, 2)), 1)
+    offset = np.maximum(np.hypot(x - wanted[..., 0], y - wanted[..., 1]) - math.sqrt(2) * JITTER, 0)
+    return Measurement(area / _AREA, offset, overlap, np.sqrt(squares))
 
 
 class ShapesRewardModel(GranularRewardModel):
-    """Verifiable granular reward of the shapes world; every component is soft, in 0-1, and NaN for unknown captions.
+    """Verifiable granular reward of the world; every component is soft, in 0-1, and NaN for unknown captions.
 
-    - `color`: mean closeness of the shape's and the background's colour to the caption's.
-    - `form`: mean of shape (outline), size (area) and place (centre).
-    - `clean`: flat fill, flat background, nothing else in the picture. A blank picture is not clean: it is empty.
+    - `binding`: each colour is there in the amount of one object, and at the place the caption gives its object.
+    - `form`: each colour has the outline of its object, wherever it is.
+    - `clean`: nothing but flat shapes in the caption's two colours on a flat background in the caption's. It does not
+      ask whether the shapes are there: an empty picture is clean, so this part alone rewards leaving things out. A
+      background in one of the two colours passes as one huge shape, too; the other parts stay low then.
+
+    `right` is 1 where the picture is right in everything, else 0: both objects there with the right colour, shape and
+    place, and nothing else. It is reported and never trained on.
     """
 
     name = "ShapesRewardModel"
-    component_names = ("color", "form", "clean")
+    component_names = ("binding", "form", "clean")
+    check_names = ("right",)
 
     def score_components(self, images: list[Image.Image], prompts: list[str]) -> dict[str, np.ndarray]:
-        """Scores `{component: float64 [N]}` of N images against their N captions."""
-        scores = {name: np.full(len(images), np.nan) for name in self.component_names}
+        """Scores `{component or check: float64 [N]}` of N images against their N captions."""
+        scores = {name: np.full(len(images), np.nan) for name in (*self.component_names, *self.check_names)}
         scenes = [parse_caption(prompt) for prompt in prompts]
         known = np.array([n for n, scene in enumerate(scenes) if scene is not None], dtype=int)
         if len(known) == 0:
             return scores
         scenes = [scenes[n] for n in known]
-        found = measure([images[n] for n in known])
-        rows = np.arange(len(known))
+        found = measure([images[n] for n in known], scenes)
 
-        color = _RGB[[_COLOR_INDEX[scene.color] for scene in scenes]]
-        background = _RGB[[_COLOR_INDEX[scene.background] for scene in scenes]]
-        color_match = found.presence * _closeness(np.linalg.norm(found.color - color, axis=1), 0.3)
-        background_match = _closeness(np.linalg.norm(found.background - background, axis=1), 0.3)
+        wanted = np.array([[SHAPES.index(shape) for _, shape, _ in scene.objects] for scene in scenes])[..., None]
+        likelihood = np.exp((found.overlap - found.overlap.max(2, keepdims=True)) / 0.04)
+        likelihood /= likelihood.sum(2, keepdims=True)
+        overlap, likelihood = (np.take_along_axis(x, wanted, axis=2)[..., 0] for x in (found.overlap, likelihood))
+        presence = np.clip((found.amount - 0.1) / 0.3, 0, 1)
+        amount = abs(np.log(found.amount))
 
-        wanted = np.array([SHAPES.index(scene.shape) for scene in scenes])
-        likelihood = np.exp((found.overlap - found.overlap.max(1, keepdims=True)) / 0.04)
-        likelihood /= likelihood.sum(1, keepdims=True)
-        shape_match = likelihood[rows, wanted] * np.clip((found.overlap[rows, wanted] - 0.5) / 0.45, 0, 1)
-        radius = np.array([SIZES[scene.size] for scene in scenes])
-        size_match = _closeness(np.log(found.radius / radius), 0.2)
-        place = np.array([PLACES[scene.place][0] for scene in scenes])
-        center = np.einsum("ns,nsc->nc", likelihood, found.centers)
-        # What training pictures do by themselves (jitter in x and y) costs nothing.
-        place_match = _closeness(np.maximum(np.linalg.norm(center - place, axis=1) - np.sqrt(2) * JITTER, 0), 2.0)
-
-        scores["color"][known] = (color_match + background_match) / 2
-        scores["form"][known] = found.presence * (shape_match + size_match + place_match) / 3
-        scores["clean"][known] = found.presence * _closeness(found.residue, 0.1)
+        scores["binding"][known] = (_closeness(amount, 0.4) * _closeness(found.offset, 3.0)).mean(1)
+        scores["form"][known] = (presence * likelihood * np.clip((overlap - 0.5) / 0.4, 0, 1)).mean(1)
+        scores["clean"][known] = _closeness(found.residue, 0.1)
+        # Nearer to its own outline than to any other by half of what separates drawn shapes (0.095 at least).
+        others = np.where(np.arange(len(SHAPES)) == wanted, 0, found.overlap).max(2)
+        outline = (overlap > 0.9) & (overlap - others > 0.05)
+        objects = outline & (amount < np.log(1.5)) & (found.offset < 2.5)
+        scores["right"][known] = objects.all(1) & (found.residue < 0.05)
         return scores

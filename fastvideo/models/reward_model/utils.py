@@ -139,12 +139,14 @@ def _jpeg_incompressibility(config: Any, device: str, evaluation: bool) -> Rewar
 class Reward:
     """An entry of the registry. weight_flag: the config field with the weight used where --reward_model gives none.
 
-    components: of a granular model, in the order of --granular_start_weights.
+    components: of a granular model, in the order of --granular_start_weights. checks: its yes/no questions, which have
+    no weight.
     """
 
     build: Callable[[Any, str, bool], RewardModel]
     weight_flag: str | None = None
     components: tuple[str, ...] = ()
+    checks: tuple[str, ...] = ()
 
 
 REWARDS: dict[str, Reward] = {
@@ -153,7 +155,7 @@ REWARDS: dict[str, Reward] = {
     "image_reward": Reward(_image_reward, "image_reward_weight", ("blip", "clip", "aesthetic")),
     "pick_score": Reward(_pick_score, "pick_score_weight"),
     "unified_reward": Reward(_unified_reward, "unified_reward_weight"),
-    "shapes": Reward(_shapes, components=("color", "form", "clean")),
+    "shapes": Reward(_shapes, components=("binding", "form", "clean"), checks=("right",)),
     "jpeg_compressibility": Reward(_jpeg_compressibility),
     "jpeg_incompressibility": Reward(_jpeg_incompressibility),
 }
@@ -248,6 +250,7 @@ def reward_settings(config: Any, evaluation: bool) -> dict[str, Any]:
         if key == "image_reward" and (evaluation or config.image_reward_mode == "overall"):
             components = ()
         settings[f"{key}.components"] = list(components)
+        settings[f"{key}.checks"] = list(REWARDS[key].checks) if key in REWARDS else []
         if components:
             settings[f"{key}.start_weights"] = list(config.granular_start_weights)
         if components and not evaluation:  # an evaluation scores with the start weights
@@ -356,7 +359,7 @@ def compute_reward(
     rewards: float64 [N], sum over reward_weights (normalised to sum 1) of the models' scores; 0 where one failed.
     successes: bool [N], whether every model of weight above 0 gave a finite score.
     rewards_dict: {name: float64 [N]}, NaN where failed, with `{name}_{component}` entries of granular models beside
-    their own; components never enter `rewards`. successes_dict: the same keys, bool [N].
+    their own, checks included; they never enter `rewards`. successes_dict: the same keys, bool [N].
     curr_step, total_steps: training progress for granular models; curr_step may be an array with one entry an image.
     An exception raised by a model passes through: a broken scorer is no failed sample.
     """
