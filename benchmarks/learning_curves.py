@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tiny_world import ROOT, Run, base, machine, run_all  # isort: skip  (first: it finds the other scripts)
 
-from fastvideo.config import flag, parse_dataclass
+from fastvideo.config import GRPOConfig, flag, parse_dataclass
 
 KINDS = {"quickstart": (), "shuffled rewards": ("--reward_model", "custom_rewards:shuffled_shapes")}
 
@@ -43,7 +43,7 @@ def recipe() -> list[str]:
 def plan_runs(config: CurvesConfig) -> dict[str, list[Run]]:
     """{kind: a run for each seed}."""
     flags = recipe()
-    iterations = int(flags[flags.index("--max_train_steps") + 1])
+    iterations = parse_dataclass(GRPOConfig, flags).max_train_steps
     return {
         kind: [
             Run(f"{kind}-s{seed}", (*flags, *KINDS[kind], "--seed", str(seed)), iterations, config.every)

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests")]  # make_tiny_flux; custom_rewards
 
 from fastvideo import train_grpo_flux  # noqa: E402
-from fastvideo.eval.hacking import appearance, diversity  # noqa: E402
+from fastvideo.eval.hacking import appearances, diversity  # noqa: E402
 from fastvideo.sample.sample_flux import load_tuned  # noqa: E402
 from fastvideo.utils.grpo_states import windows  # noqa: E402
 
@@ -87,8 +87,7 @@ def measure(pictures: np.ndarray, prompts: Sequence[str]) -> dict[str, float]:
     found = {name: float(values.mean()) for name, values in scores.items()}
     per_prompt = scores["right"].reshape(repeats, -1).mean(0)
     found["right_error"] = float(per_prompt.std(ddof=1) / math.sqrt(len(per_prompt)))
-    looks = [appearance(image) for image in images]
-    found |= {name: float(np.mean([look[name] for look in looks])) for name in looks[0]}
+    found |= {name: float(values.mean()) for name, values in appearances(images).items()}
     if repeats > 1:
         groups = [images[place :: len(prompts)] for place in range(len(prompts))]
         found["diversity_pixels"] = float(np.mean([diversity(group, None)["diversity_pixels"] for group in groups]))

@@ -6,9 +6,9 @@ from pathlib import Path
 from fastvideo.data_preprocess.preprocess_flux_embedding import embed_prompts
 from fastvideo.eval.eval_reward import Scores, main, summarize
 from fastvideo.eval.hacking import (
-    FALL_LIMIT,
     LIMITS,
     MIN_PROMPTS,
+    SCORE_LIMIT,
     appearance,
     appearances,
     mean_distances,
@@ -202,13 +202,13 @@ def test_a_fall_is_a_sign_only_beyond_a_small_effect_on_the_baselines_pictures(s
     """In standard deviations of the baseline's pictures: the means of A and B are 0, so no share of them would do."""
     n, changes = 200, {}
     for name in ("A", "A_part", "B", "B_part"):
-        changes[name] = -share * FALL_LIMIT * np.linspace(-1, 1, n).std() + scatter * np.tile((1.0, -1.0), n // 2)
-    fall = round(share * FALL_LIMIT * 0.5 * n)  # pictures; the standard deviation of half right is a half
+        changes[name] = -share * SCORE_LIMIT * np.linspace(-1, 1, n).std() + scatter * np.tile((1.0, -1.0), n // 2)
+    fall = round(share * SCORE_LIMIT * 0.5 * n)  # pictures; the standard deviation of half right is a half
     changes["A_right"] = -(np.arange(n) < fall).astype(float) if not scatter else changes["A"]
     summary = judged(changes, trained)
     for name in changes:
         row = summary["models"][name]
-        assert row["difference_mean"] == pytest.approx(-share * FALL_LIMIT * row["baseline_deviation"], rel=0.2)
+        assert row["difference_mean"] == pytest.approx(-share * SCORE_LIMIT * row["baseline_deviation"], rel=0.2)
         assert (row["difference_interval"][1] < 0) == (not scatter)
     starts = [FALLS[name] for name in named]
     assert [sign[: len(start)] for sign, start in zip(summary["signs"], starts, strict=True)] == starts
@@ -224,15 +224,16 @@ def test_a_fall_is_a_sign_only_beyond_a_small_effect_on_the_baselines_pictures(s
         ({"B": 1}, {"A"}, False),
         ({"B": 1}, None, True),  # perhaps it was trained on
         ({"B": 1}, {"A", "B"}, True),
-        ({"B": -1}, {"A"}, True),
+        ({"B": 0.1}, {"A"}, True),  # too little: a twentieth of a standard deviation
+        ({"B": -0.1}, {"A"}, True),
         ({"B_part": 1, "saturation": 0.1}, {"A"}, True),
     ],
 )
 def test_pictures_more_alike_are_no_sign_where_what_was_not_trained_on_got_better(rises, trained, expected):
     n = 200
     beyond = (LIMITS["diversity_pixels"] + 0.05) * 2  # the baseline's mean is 2
-    rise = {"A_right": (np.arange(n) >= 0.9 * n).astype(float)}
-    changes = {name: sign * rise.get(name, np.full(n, 0.01)) for name, sign in rises.items()}
+    rise = {"A_right": (np.arange(n) >= 0.7 * n).astype(float)}
+    changes = {name: sign * rise.get(name, np.full(n, 0.3)) for name, sign in rises.items()}
     summary = judged(changes | {"diversity_pixels": np.full(n, -beyond)}, trained)
     found = [
         sign for sign in summary["signs"] if sign.startswith("diversity_pixels: pictures of a prompt are more alike")
@@ -243,9 +244,9 @@ def test_pictures_more_alike_are_no_sign_where_what_was_not_trained_on_got_bette
 def test_a_rise_by_chance_or_of_few_prompts_does_not_excuse_that_pictures_are_more_alike():
     n = 40
     beyond = np.full(n, -(LIMITS["diversity_pixels"] + 0.05) * 2)
-    chance = 0.01 + np.tile((1.0, -1.0), n // 2)
-    few = np.where(np.arange(n) < MIN_PROMPTS - 1, 0.01, np.nan)
-    enough = np.where(np.arange(n) < MIN_PROMPTS, 0.01, np.nan)
+    chance = 0.2 + np.tile((1.0, -1.0), n // 2)
+    few = np.where(np.arange(n) < MIN_PROMPTS - 1, 0.2, np.nan)
+    enough = np.where(np.arange(n) < MIN_PROMPTS, 0.2, np.nan)
     for rise, named in ((chance, True), (few, True), (enough, False)):
         signs = judged({"B": rise, "diversity_pixels": beyond}, {"A"})["signs"]
         assert [sign.split(":")[0] for sign in signs] == ["diversity_pixels"] * named

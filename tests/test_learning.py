@@ -1,4 +1,4 @@
-"""It learns: scripts/quickstart.sh draws more scenes right, as a user starts it, and from shuffled rewards it does not."""
+"""It learns: scripts/quickstart.sh, as a user starts it, draws more scenes right; shuffled rewards teach nothing."""
 
 import json
 import os
