@@ -498,6 +498,19 @@ def test_every_recipe_passes_a_dry_run_with_the_values_of_its_paper(script, tmp_
     assert many[:2] == ["-m", "torch.distributed.run"] and "2" in many
 
 
+@pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="a GPU takes all of it in one process")
+@pytest.mark.parametrize(("cores", "processes"), [(1, 1), (2, 2), (5, 4), (7, 6), (64, 8)])
+def test_the_tiny_recipe_gives_each_core_a_process_as_far_as_24_prompts_divide(cores, processes, tmp_path):
+    fake = tmp_path / "bin/nproc"
+    fake.parent.mkdir()
+    fake.write_text(f"#!/bin/sh\necho {cores}\n")
+    fake.chmod(0o755)
+    path = f"{fake.parent}:{os.environ['PATH']}"
+    command = recipe_command(ROOT / "scripts/finetune/finetune_tiny_flux.sh", tmp_path, PATH=path)
+    at = command.index("--nproc_per_node") + 1 if "torch.distributed.run" in command else None
+    assert (1 if at is None else int(command[at])) == processes
+
+
 @pytest.mark.parametrize("recipe", ["finetune_flux_grpo_MixGRPO", "finetune_tiny_flux"])
 def test_a_recipe_runs_from_anywhere(recipe, tmp_path):
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""It learns: scripts/quickstart.sh, as a user starts it, draws more scenes right; shuffled rewards teach nothing."""
+"""It learns: scripts/quickstart.sh, as a user starts it, draws more scenes right; shuffled rewards spoil them."""
 
 import json
 import os
