@@ -23,7 +23,7 @@ def test_the_formula_is_the_kl_divergence_of_two_gaussians():
 def test_it_is_zero_before_the_first_update_and_grows_with_the_distance(train, kind):
     settings = {"learning_rate": 1e-3, "max_train_steps": 2, "gradient_accumulation_steps": 4, **kind}
     far, near = (train(ref_kl_coeff=1e-9, **settings | {"learning_rate": rate}).metrics for rate in (1e-3, 1e-4))
-    # One optimizer step per iteration: the first one starts at the base model. AdamW's first step is as long as its rate.
+    # One optimizer step per iteration: the first starts at the base model. AdamW's first step is as long as its rate.
     assert far[0]["ref_kl_loss"] == near[0]["ref_kl_loss"] == 0
     assert 0 < near[1]["ref_kl_loss"] < 0.1 * far[1]["ref_kl_loss"]
     assert "ref_kl_loss" not in train(**settings).metrics[0]
