@@ -65,7 +65,7 @@ def variants() -> dict[str, dict[str, str]]:
         back = {f"{name}, reversed": f"{moving(end, start)} {schedule}" for name, schedule in SCHEDULES.items()}
         groups[f"{design}, raw"] = constant | forth | back
     groups["paper, advantage"] = {
-        f"{name}": f"{flags} --granular_mix advantage" for name, flags in groups["paper, raw"].items()
+        name: f"{flags} --granular_mix advantage" for name, flags in groups["paper, raw"].items()
     }
     start, end = DESIGNS["paper"]
     for mix in ("raw", "advantage"):
