@@ -26,7 +26,8 @@ import time
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from fastvideo.config import GRPOConfig, flag, parse_dataclass
+from fastvideo.cli import flag, parse_dataclass
+from fastvideo.config import GRPOConfig
 from fastvideo.dataset.latent_flux_rl_datasets import FOLDERS
 from fastvideo.train_grpo_flux import set_up
 

@@ -24,7 +24,8 @@ from dataclasses import dataclass
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 
-from fastvideo.config import GRPOConfig, flag, parse_dataclass
+from fastvideo.cli import flag, parse_dataclass
+from fastvideo.config import GRPOConfig
 from fastvideo.models.reward_model.utils import build_reward_models, compute_reward
 
 import numpy as np

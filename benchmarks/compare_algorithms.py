@@ -15,7 +15,8 @@ from pathlib import Path
 
 from tiny_world import COMMON, Run, base, machine, run_all  # isort: skip  (first: it finds the other scripts)
 
-from fastvideo.config import GRPOConfig, flag, parse_dataclass
+from fastvideo.cli import flag, parse_dataclass
+from fastvideo.config import GRPOConfig
 from fastvideo.rollout_plan import leaf_columns, make_plan, start_rows
 from fastvideo.utils.grpo_states import windows
 

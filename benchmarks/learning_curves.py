@@ -15,7 +15,8 @@ from pathlib import Path
 
 from tiny_world import ROOT, Run, base, machine, run_all  # isort: skip  (first: it finds the other scripts)
 
-from fastvideo.config import GRPOConfig, flag, parse_dataclass
+from fastvideo.cli import flag, parse_dataclass
+from fastvideo.config import GRPOConfig
 
 KINDS = {"quickstart": (), "shuffled rewards": ("--reward_model", "custom_rewards:shuffled_shapes")}
 

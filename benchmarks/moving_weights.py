@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tiny_world import Run, base, machine, run_all  # isort: skip  (first: it finds the other scripts)
 
-from fastvideo.config import flag, parse_dataclass
+from fastvideo.cli import flag, parse_dataclass
 
 import numpy as np
 

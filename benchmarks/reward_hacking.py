@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tiny_world import TEST_PROMPTS, Run, base, lines, machine, run_all  # isort: skip  (first: it finds other scripts)
 
-from fastvideo.config import flag, parse_dataclass
+from fastvideo.cli import flag, parse_dataclass
 from fastvideo.eval import eval_reward
 
 import numpy as np

@@ -23,9 +23,9 @@ from dataclasses import field, fields, make_dataclass
 from typing import Any
 
 from fastvideo.config import ALGORITHMS, IGNORED_FLAGS, GRPOConfig
+from fastvideo.io.processes import entry_point
 from fastvideo.models.reward_model.utils import MIXES, REWARDS
 from fastvideo.train_grpo_flux import main as train
-from fastvideo.utils.processes import entry_point
 
 from hydra import compose, initialize
 from hydra.core.config_store import ConfigStore

@@ -23,10 +23,12 @@ from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
 
-from fastvideo.config import IGNORED_FLAGS, GRPOConfig, parse_dataclass, world_size_of_environment
+from fastvideo.cli import parse_dataclass
+from fastvideo.config import IGNORED_FLAGS, GRPOConfig, world_size_of_environment
 from fastvideo.data_preprocess.preprocess_flux_embedding import embed_prompts
 from fastvideo.dataset.latent_flux_rl_datasets import LatentFluxRLDataset, PromptSampler, collate, outlive_signals
 from fastvideo.eval.live import live_report
+from fastvideo.io.processes import entry_point, stop_signals
 from fastvideo.models.flux import (
     Conditioning,
     LatentShape,
@@ -52,8 +54,7 @@ from fastvideo.rollout_plan import (
     start_rows,
     updates,
 )
-from fastvideo.utils.advantages import plan_advantages, sample_order
-from fastvideo.utils.checkpoint import (
+from fastvideo.runtime.checkpoint import (
     CheckpointNotWritten,
     CheckpointWriter,
     load_ema,
@@ -61,14 +62,14 @@ from fastvideo.utils.checkpoint import (
     open_output,
     read_record,
 )
-from fastvideo.utils.engines import Engine, Stopwatch, build_engine, main_process_first
-from fastvideo.utils.evaluation import Evaluation, build_held_out, check_evaluation
+from fastvideo.runtime.engines import Engine, Stopwatch, build_engine, main_process_first
+from fastvideo.runtime.evaluation import Evaluation, build_held_out, check_evaluation
+from fastvideo.runtime.log import Log
+from fastvideo.runtime.memory import describe_memory, predict_memory
+from fastvideo.runtime.scoring import Scoring
+from fastvideo.utils.advantages import plan_advantages, sample_order
 from fastvideo.utils.grpo_states import windows
-from fastvideo.utils.log import Log
-from fastvideo.utils.memory import describe_memory, predict_memory
-from fastvideo.utils.processes import entry_point, stop_signals
 from fastvideo.utils.sampling_utils import coefficients, draw_noise, log_prob, transition_mean, transition_table
-from fastvideo.utils.scoring import Scoring
 from fastvideo.utils.transitions import Transition, micro_batches, slice_transitions
 
 import numpy as np

@@ -6,7 +6,8 @@ import re
 import subprocess
 import sys
 
-from fastvideo.config import GRPOConfig, parse_dataclass
+from fastvideo.cli import parse_dataclass
+from fastvideo.config import GRPOConfig
 from fastvideo.rollout_plan import describe
 
 import pytest

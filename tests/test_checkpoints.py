@@ -15,10 +15,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from fastvideo.io.processes import ONE_REQUEST
+from fastvideo.runtime.log import Log
 from fastvideo.train_grpo_flux import Trainer
 from fastvideo.utils import checkpoint
-from fastvideo.utils.log import Log
-from fastvideo.utils.processes import ONE_REQUEST
 
 import pytest
 import torch

@@ -9,7 +9,8 @@ import sys
 from dataclasses import MISSING, fields
 from pathlib import Path
 
-from fastvideo.config import IGNORED_FLAGS, GRPOConfig, parse_dataclass
+from fastvideo.cli import parse_dataclass
+from fastvideo.config import IGNORED_FLAGS, GRPOConfig
 from fastvideo.train_grpo_flux import main
 
 import pytest

@@ -6,7 +6,7 @@ import weakref
 from pathlib import Path
 
 from fastvideo.config import GRPOConfig
-from fastvideo.utils.engines import ComputeCopy, choose_engine
+from fastvideo.runtime.engines import ComputeCopy, choose_engine
 
 import pytest
 import torch

@@ -5,7 +5,8 @@ import subprocess
 import sys
 
 from fastvideo import train as front_door
-from fastvideo.config import ALGORITHMS, IGNORED_FLAGS, GRPOConfig, parse_dataclass
+from fastvideo.cli import parse_dataclass
+from fastvideo.config import ALGORITHMS, IGNORED_FLAGS, GRPOConfig
 
 import pytest
 from conftest import ROOT

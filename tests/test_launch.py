@@ -284,7 +284,7 @@ def test_processes_that_share_a_pipe_write_whole_lines(start, tmp_path, environm
     script = tmp_path / "script.py"
     script.write_text(f"""if True:
         import os, sys
-        from fastvideo.utils.processes import entry_point, processes
+        from fastvideo.io.processes import entry_point, processes
         def work():
             for stream in (sys.stdout, sys.stderr):
                 print("rank", os.environ["RANK"], "to", stream.name, file=stream)

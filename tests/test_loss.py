@@ -2,7 +2,8 @@
 
 import math
 
-from fastvideo.config import IGNORED_FLAGS, GRPOConfig, parse_dataclass
+from fastvideo.cli import parse_dataclass
+from fastvideo.config import IGNORED_FLAGS, GRPOConfig
 from fastvideo.models.flux import Conditioning
 from fastvideo.rollout_plan import Step, make_plan
 from fastvideo.train_grpo_flux import Rollout, Transition, policy_loss, set_up, transition_table, transitions_loss

@@ -4,9 +4,10 @@ import json
 import re
 from types import SimpleNamespace
 
-from fastvideo.config import GRPOConfig, parse_dataclass
+from fastvideo.cli import parse_dataclass
+from fastvideo.config import GRPOConfig
+from fastvideo.runtime.memory import predict_memory
 from fastvideo.train_grpo_flux import main
-from fastvideo.utils.memory import predict_memory
 
 import pytest
 import torch

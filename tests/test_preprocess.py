@@ -11,9 +11,9 @@ from pathlib import Path
 
 from fastvideo.data_preprocess import preprocess_flux_embedding
 from fastvideo.data_preprocess.preprocess_flux_embedding import ENCODERS, embed_prompts, main
+from fastvideo.io.files import read_prompts, write_bytes
+from fastvideo.io.fingerprint import model_fingerprint
 from fastvideo.models.flux import encode_prompts, load_text_encoders
-from fastvideo.utils.files import read_prompts, write_bytes
-from fastvideo.utils.fingerprint import model_fingerprint
 
 import pytest
 import torch

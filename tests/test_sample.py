@@ -11,12 +11,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from fastvideo.config import parse_dataclass
+from fastvideo.cli import parse_dataclass
+from fastvideo.io.files import write_bytes
+from fastvideo.io.processes import Processes, processes
 from fastvideo.models.flux import LORA_FILE, load_transformer
 from fastvideo.sample import sample_flux
 from fastvideo.sample.sample_flux import SampleConfig, main, sample
-from fastvideo.utils.files import write_bytes
-from fastvideo.utils.processes import Processes, processes
 
 import numpy as np
 import pytest

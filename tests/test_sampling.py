@@ -5,7 +5,8 @@ import math
 from dataclasses import replace
 from itertools import islice
 
-from fastvideo.config import IGNORED_FLAGS, GRPOConfig, parse_dataclass
+from fastvideo.cli import parse_dataclass
+from fastvideo.config import IGNORED_FLAGS, GRPOConfig
 from fastvideo.models.flux import Conditioning, LatentShape, decode_latents
 from fastvideo.rollout_plan import Step, check_plan, function_evaluations, make_plan, start_rows
 from fastvideo.train_grpo_flux import (

@@ -11,8 +11,8 @@ import time
 from contextlib import contextmanager
 
 from fastvideo import train_grpo_flux
+from fastvideo.runtime.engines import Engine
 from fastvideo.utils import advantages as advantage_maths
-from fastvideo.utils.engines import Engine
 
 import custom_rewards
 import numpy as np

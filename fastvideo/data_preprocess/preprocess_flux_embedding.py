@@ -18,12 +18,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastvideo.config import flag, parse_dataclass
+from fastvideo.cli import flag, parse_dataclass
 from fastvideo.dataset.latent_flux_rl_datasets import FOLDERS
+from fastvideo.io.files import is_tensor_file, read_prompts, write_json, write_tensor
+from fastvideo.io.fingerprint import model_fingerprint
+from fastvideo.io.processes import barrier, processes
 from fastvideo.models.flux import encode_prompts, load_text_encoders
-from fastvideo.utils.files import is_tensor_file, read_prompts, write_json, write_tensor
-from fastvideo.utils.fingerprint import model_fingerprint
-from fastvideo.utils.processes import barrier, processes
 
 import torch
 from tqdm import tqdm

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastvideo.utils.files import is_tensor_file
+from fastvideo.io.files import is_tensor_file
 
 import numpy as np
 import torch

@@ -41,14 +41,15 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from fastvideo.config import RewardConfig, flag, parse_dataclass
+from fastvideo.cli import flag, parse_dataclass
+from fastvideo.config import RewardConfig
 from fastvideo.eval.benchmark import benchmark_entries, read_benchmark
 from fastvideo.eval.hacking import MIN_PROMPTS, appearance, diversity, signs
 from fastvideo.eval.statistics import RIGHT, bootstrap_interval, is_check, mean_and_error, win_rate
+from fastvideo.io.files import process_name, write_bytes, write_json
+from fastvideo.io.processes import Processes, barrier, processes
 from fastvideo.models.reward_model.clip_base import CLIPReward
 from fastvideo.models.reward_model.utils import RewardModel, build_reward_models, compute_reward, resolve_reward_spec
-from fastvideo.utils.files import process_name, write_bytes, write_json
-from fastvideo.utils.processes import Processes, barrier, processes
 
 import numpy as np
 import torch.distributed as dist

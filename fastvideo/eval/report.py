@@ -28,7 +28,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from fastvideo.config import PLACES, flag, parse_dataclass
+from fastvideo.cli import flag, parse_dataclass
+from fastvideo.config import PLACES
 from fastvideo.eval.hacking import APPEARANCE, LIMITS
 from fastvideo.eval.live import LiveReport
 from fastvideo.eval.plots import (
@@ -49,7 +50,7 @@ from fastvideo.eval.plots import (
     read_picture,
 )  # fmt: skip
 from fastvideo.eval.statistics import RIGHT, is_check, mean_and_error, score_label, win_rate
-from fastvideo.utils.files import evaluation_folder, write_bytes, write_json
+from fastvideo.io.files import evaluation_folder, write_bytes, write_json
 
 import matplotlib
 import numpy as np

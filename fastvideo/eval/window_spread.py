@@ -15,8 +15,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from fastvideo.config import GRPOConfig, flag, parse_dataclass
+from fastvideo.cli import flag, parse_dataclass
+from fastvideo.config import GRPOConfig
 from fastvideo.eval.plots import INK, SERIES, STYLE
+from fastvideo.io.files import read_prompts, write_json
 from fastvideo.models.flux import (
     Conditioning,
     LatentShape,
@@ -29,7 +31,6 @@ from fastvideo.models.flux import (
 from fastvideo.rollout_plan import make_plan, plan_mix
 from fastvideo.sample.sample_flux import load_tuned
 from fastvideo.train_grpo_flux import rollout
-from fastvideo.utils.files import read_prompts, write_json
 from fastvideo.utils.sampling_utils import draw_noise
 
 import matplotlib

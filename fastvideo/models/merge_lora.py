@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastvideo.config import flag, parse_dataclass
+from fastvideo.cli import flag, parse_dataclass
 from fastvideo.models.flux import LORA_FILE, is_lora, load_with_lora
-from fastvideo.utils.checkpoint import RECORD, check_base_model, read_record
+from fastvideo.runtime.checkpoint import RECORD, check_base_model, read_record
 
 import torch
 

@@ -28,8 +28,11 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from fastvideo.config import flag, parse_dataclass
+from fastvideo.cli import flag, parse_dataclass
 from fastvideo.eval.benchmark import read_benchmark
+from fastvideo.io.files import process_name, read_prompts, write_bytes, write_json
+from fastvideo.io.fingerprint import model_fingerprint, sample_file
+from fastvideo.io.processes import Processes, barrier, processes
 from fastvideo.models.flux import (
     LORA_FILE,
     LatentShape,
@@ -41,9 +44,6 @@ from fastvideo.models.flux import (
     load_with_lora,
     meta_transformer,
 )
-from fastvideo.utils.files import process_name, read_prompts, write_bytes, write_json
-from fastvideo.utils.fingerprint import model_fingerprint, sample_file
-from fastvideo.utils.processes import Processes, barrier, processes
 
 import numpy as np
 import torch

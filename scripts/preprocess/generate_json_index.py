@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastvideo.dataset.latent_flux_rl_datasets import FOLDERS
-from fastvideo.utils.files import is_tensor_file, read_prompts, write_json
+from fastvideo.io.files import is_tensor_file, read_prompts, write_json
 
 
 def make_index(folder: Path, output: Path, prompt_file: str | None = None) -> int:

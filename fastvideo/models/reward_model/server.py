@@ -25,7 +25,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from fastvideo.config import RewardSpecConfig, flag, parse_dataclass
+from fastvideo.cli import flag, parse_dataclass
+from fastvideo.config import RewardSpecConfig
 from fastvideo.models.reward_model.utils import (
     RewardModel,
     build_reward_models,

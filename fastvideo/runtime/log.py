@@ -12,7 +12,7 @@ import shlex
 from pathlib import Path
 
 from fastvideo.config import GRPOConfig
-from fastvideo.utils.files import evaluation_folder, write_bytes, write_json
+from fastvideo.io.files import evaluation_folder, write_bytes, write_json
 
 from diffusers.utils import make_image_grid
 

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING
 
 from fastvideo.config import GRPOConfig
 from fastvideo.dataset.latent_flux_rl_datasets import LatentFluxRLDataset, collate
+from fastvideo.io.files import evaluation_folder, read_prompts, write_bytes, write_json
 from fastvideo.models.flux import decode_latents
 from fastvideo.models.reward_model.utils import RewardModel, build_reward_models, check_reward_files, compute_reward
 from fastvideo.rollout_plan import plan_mix
 from fastvideo.utils.advantages import reward_means
-from fastvideo.utils.files import evaluation_folder, read_prompts, write_bytes, write_json
 
 import numpy as np
 import torch

@@ -4,11 +4,11 @@ import math
 import os
 
 from fastvideo.config import GRPOConfig
+from fastvideo.io.fingerprint import local_folder
 from fastvideo.models.flux import LatentShape, add_lora, meta_transformer, meta_vae
 from fastvideo.models.int8 import quantize_blocks
 from fastvideo.rollout_plan import make_plan, updates
-from fastvideo.utils.engines import choose_engine
-from fastvideo.utils.fingerprint import local_folder
+from fastvideo.runtime.engines import choose_engine
 from fastvideo.utils.grpo_states import windows
 
 import torch

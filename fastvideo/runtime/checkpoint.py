@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from fastvideo.config import PLACES, GRPOConfig
+from fastvideo.io.files import write_bytes, write_json
+from fastvideo.io.fingerprint import local_folder, model_fingerprint, sample_file
 from fastvideo.models.flux import (
     add_lora,
     enable_gradient_checkpointing,
@@ -31,9 +33,7 @@ from fastvideo.models.flux import (
     save_lora,
 )
 from fastvideo.models.int8 import quantize_blocks
-from fastvideo.utils.engines import Engine, choose_engine
-from fastvideo.utils.files import write_bytes, write_json
-from fastvideo.utils.fingerprint import local_folder, model_fingerprint, sample_file
+from fastvideo.runtime.engines import Engine, choose_engine
 
 import torch
 from diffusers import FluxTransformer2DModel

@@ -1,0 +1,62 @@
+"""Imports point downwards: a module imports only from lower layers, or from its own without a circle. Imports inside
+functions and under TYPE_CHECKING count."""
+
+import ast
+import graphlib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LAYERS = [  # lowest first; a name covers a module, or all modules of a package that no other name covers
+    "cli config io models.reward_model.spec models.reward_model.granular",
+    "utils.sampling_utils utils.picture_measures models.flux models.flux_speed models.int8 dataset",
+    "utils rollout_plan",
+    "models.reward_model",
+    "runtime",
+    "train train_grpo_flux sample eval data_preprocess models.reward_model.server models.merge_lora",
+]
+
+
+def modules() -> dict[str, Path]:
+    """Name without `fastvideo.` -> file."""
+    package = ROOT / "fastvideo"
+    files = {path.relative_to(package).with_suffix(""): path for path in package.rglob("*.py")}
+    return {".".join(name.parts): path for name, path in files.items() if name.name != "__init__"}
+
+
+def imports(path: Path, known: dict[str, Path]) -> set[str]:
+    """Modules of this package that a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        found |= {name.removeprefix("fastvideo.") for name in names if name.startswith("fastvideo.")}
+    return found & known.keys()
+
+
+def layer(module: str) -> int:
+    """Of the longest name in LAYERS that covers the module."""
+    names = {name: i for i, names in enumerate(LAYERS) for name in names.split()}
+    covering = [name for name in names if f"{module}.".startswith(f"{name}.")]
+    assert covering, f"{module} belongs to no layer"
+    return names[max(covering, key=len)]
+
+
+@pytest.mark.xfail(reason="being mended")
+def test_every_import_points_to_a_lower_layer_or_its_own() -> None:
+    known = modules()
+    upwards = [f"{a} -> {b}" for a, path in known.items() for b in imports(path, known) if layer(b) > layer(a)]
+    assert upwards == []
+
+
+@pytest.mark.xfail(reason="being mended")
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    known = modules()
+    graph = {name: imports(path, known) for name, path in known.items()}
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
