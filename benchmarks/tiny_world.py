@@ -22,9 +22,10 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests")]  # make_tiny_flux; custom_rewards
 
 from fastvideo import train_grpo_flux  # noqa: E402
-from fastvideo.eval.hacking import appearances, diversity  # noqa: E402
+from fastvideo.eval.hacking import diversity  # noqa: E402
 from fastvideo.sample.sample_flux import load_tuned  # noqa: E402
 from fastvideo.utils.grpo_states import windows  # noqa: E402
+from fastvideo.utils.picture_measures import appearances  # noqa: E402
 
 import diffusers  # noqa: E402
 import make_tiny_flux  # noqa: E402

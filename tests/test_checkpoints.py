@@ -16,9 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fastvideo.io.processes import ONE_REQUEST
+from fastvideo.runtime import checkpoint
 from fastvideo.runtime.log import Log
 from fastvideo.train_grpo_flux import Trainer
-from fastvideo.utils import checkpoint
 
 import pytest
 import torch

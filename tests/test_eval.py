@@ -11,12 +11,13 @@ import sys
 from pathlib import Path
 
 from fastvideo.eval.eval_reward import EvalConfig, evaluate, main
-from fastvideo.eval.hacking import appearance, clip_distances, mean_distances, pixel_distances
+from fastvideo.eval.hacking import clip_distances
 from fastvideo.eval.statistics import bootstrap_interval, mean_and_error
 from fastvideo.models.reward_model.clip_score import CLIPScoreRewardModel
 from fastvideo.models.reward_model.jpeg import jpeg_kilobytes
 from fastvideo.models.reward_model.pick_score import PickScoreRewardModel
 from fastvideo.models.reward_model.shapes import ShapesRewardModel, all_scenes, draw
+from fastvideo.utils.picture_measures import appearance, mean_distances, pixel_distances
 
 import numpy as np
 import pytest

@@ -5,16 +5,9 @@ from pathlib import Path
 
 from fastvideo.data_preprocess.preprocess_flux_embedding import embed_prompts
 from fastvideo.eval.eval_reward import Scores, main, summarize
-from fastvideo.eval.hacking import (
-    LIMITS,
-    MIN_PROMPTS,
-    SCORE_LIMIT,
-    appearance,
-    appearances,
-    mean_distances,
-    pixel_distances,
-)
+from fastvideo.eval.hacking import LIMITS, MIN_PROMPTS, SCORE_LIMIT
 from fastvideo.models.reward_model.shapes import all_scenes, draw
+from fastvideo.utils.picture_measures import appearance, appearances, mean_distances, pixel_distances
 
 import custom_rewards
 import numpy as np

@@ -127,7 +127,7 @@ def test_micro_batches_without_a_size_take_half_of_the_memory_left(flux_of, monk
 def test_processes_whose_gpus_differ_take_the_smallest_micro_batches(flags, tmp_path, subprocess_environment):
     script = tmp_path / "train.py"
     script.write_text(
-        "import os\nfrom fastvideo.train_grpo_flux import main\nfrom fastvideo.utils import memory\n"
+        "import os\nfrom fastvideo.train_grpo_flux import main\nfrom fastvideo.runtime import memory\n"
         "memory.ROWS_ON_A_CPU = (5, 2)[int(os.environ['RANK'])]\nmain()\n"
     )
     given = {"parallel": "fsdp", "rollout_keep_gathered": "false", "max_train_steps": 1}

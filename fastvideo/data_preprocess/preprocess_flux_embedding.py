@@ -20,6 +20,7 @@ from pathlib import Path
 
 from fastvideo.cli import flag, parse_dataclass
 from fastvideo.dataset.latent_flux_rl_datasets import FOLDERS
+from fastvideo.io.devices import DTYPES, resolve_dtype
 from fastvideo.io.files import is_tensor_file, read_prompts, write_json, write_tensor
 from fastvideo.io.fingerprint import model_fingerprint
 from fastvideo.io.processes import barrier, processes
@@ -29,7 +30,6 @@ import torch
 from tqdm import tqdm
 
 ENCODERS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def embed_prompts(
@@ -39,7 +39,7 @@ def embed_prompts(
     *,
     batch_size: int = 8,
     max_sequence_length: int = 512,
-    dtype: str | None = None,
+    dtype: str = "auto",
     device: str = "cpu",
     rank: int = 0,
     world_size: int = 1,
@@ -52,7 +52,7 @@ def embed_prompts(
     must be initialised: rank 0 writes prompt.json when all are done, and nobody returns before it is there.
 
     Args:
-        dtype: "fp32", "bf16" or "fp16"; None takes bf16 on a GPU and fp32 on the CPU.
+        dtype: format of the encoders and of the stored embeddings, as in `resolve_dtype`.
         prompts_flag: the name of the flag that `prompts_file` came from, for messages.
 
     Raises:
@@ -62,10 +62,7 @@ def embed_prompts(
         raise ValueError(f"--batch_size {batch_size}: must be at least 1")
     if max_sequence_length < 1:
         raise ValueError(f"--max_sequence_length {max_sequence_length}: must be at least 1")
-    device = str(device)
-    dtype = dtype or ("fp32" if torch.device(device).type == "cpu" else "bf16")
-    if dtype not in DTYPES:
-        raise ValueError(f"--dtype {dtype}: choose from {', '.join(DTYPES)}")
+    dtype = resolve_dtype(dtype, device)
     if world_size > 1 and not torch.distributed.is_initialized():
         raise ValueError(f"{world_size} processes need a process group to wait on; start them with torchrun")
     prompt_file = read_prompts(prompts_file, prompts_flag)
@@ -131,14 +128,14 @@ class PreprocessConfig:
 def main(argv: Sequence[str] | None = None) -> Path:
     """The command line; returns the path of prompt.json."""
     config = parse_dataclass(PreprocessConfig, argv, __doc__)
-    with processes(None if config.device == "auto" else config.device) as here:
+    with processes(config.device) as here:
         return embed_prompts(
             config.model_path,
             config.prompt_dir,
             config.output_dir,
             batch_size=config.batch_size,
             max_sequence_length=config.max_sequence_length,
-            dtype=None if config.dtype == "auto" else config.dtype,
+            dtype=config.dtype,
             device=here.device,
             rank=here.rank,
             world_size=here.world_size,

@@ -44,12 +44,13 @@ from typing import Any
 from fastvideo.cli import flag, parse_dataclass
 from fastvideo.config import RewardConfig
 from fastvideo.eval.benchmark import benchmark_entries, read_benchmark
-from fastvideo.eval.hacking import MIN_PROMPTS, appearance, diversity, signs
+from fastvideo.eval.hacking import MIN_PROMPTS, diversity, signs
 from fastvideo.eval.statistics import RIGHT, bootstrap_interval, is_check, mean_and_error, win_rate
 from fastvideo.io.files import process_name, write_bytes, write_json
 from fastvideo.io.processes import Processes, barrier, processes
 from fastvideo.models.reward_model.clip_base import CLIPReward
 from fastvideo.models.reward_model.utils import RewardModel, build_reward_models, compute_reward, resolve_reward_spec
+from fastvideo.utils.picture_measures import appearance
 
 import numpy as np
 import torch.distributed as dist
@@ -560,7 +561,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     if before:
         pair_up(entries, before)  # raises before anything loads
     output = _output(config)
-    with processes(None if config.device == "auto" else config.device) as here:
+    with processes(config.device) as here:
         with _own_flag_names():
             models, _ = build_reward_models(config, here.device, evaluation=True)
         settings = _settings(config)

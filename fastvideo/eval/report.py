@@ -30,7 +30,7 @@ from typing import Any
 
 from fastvideo.cli import flag, parse_dataclass
 from fastvideo.config import PLACES
-from fastvideo.eval.hacking import APPEARANCE, LIMITS
+from fastvideo.eval.hacking import LIMITS
 from fastvideo.eval.live import LiveReport
 from fastvideo.eval.plots import (
     CSS_COLOURS,
@@ -51,6 +51,7 @@ from fastvideo.eval.plots import (
 )  # fmt: skip
 from fastvideo.eval.statistics import RIGHT, is_check, mean_and_error, score_label, win_rate
 from fastvideo.io.files import evaluation_folder, write_bytes, write_json
+from fastvideo.utils.picture_measures import APPEARANCE
 
 import matplotlib
 import numpy as np

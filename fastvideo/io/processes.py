@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
+from fastvideo.io.devices import resolve_device
+
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
@@ -47,16 +48,12 @@ def entry_point(main: Callable[[], None]) -> None:
 
 
 @contextmanager
-def processes(device: str | None = None) -> Iterator[Processes]:
+def processes(device: str = "auto") -> Iterator[Processes]:
     """The process's place from torchrun's variables, with a gloo group to wait on when there are several.
 
-    device: None takes this process's GPU when there is one, else the CPU; "cuda" means this process's GPU too.
+    device: as in `resolve_device`.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     started = world_size > 1 and not dist.is_initialized()
     if started:
         write_whole_lines()
@@ -64,7 +61,7 @@ def processes(device: str | None = None) -> Iterator[Processes]:
         # process dies torchrun ends the others.
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
     try:
-        yield Processes(rank, world_size, device)
+        yield Processes(rank, world_size, resolve_device(device))
     finally:
         if started:
             dist.destroy_process_group()

@@ -3,11 +3,11 @@
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from fastvideo.config import GRPOConfig
-from fastvideo.eval.hacking import group_measures
 from fastvideo.models.reward_model.granular import GranularRewardModel
 from fastvideo.models.reward_model.utils import build_reward_models, compute_reward
 from fastvideo.rollout_plan import Plan, group_places, leaf_columns, start_rows, trained_above
 from fastvideo.utils.advantages import reward_means
+from fastvideo.utils.picture_measures import group_measures
 
 import numpy as np
 import torch

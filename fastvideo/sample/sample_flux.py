@@ -30,6 +30,7 @@ from pathlib import Path
 
 from fastvideo.cli import flag, parse_dataclass
 from fastvideo.eval.benchmark import read_benchmark
+from fastvideo.io.devices import DTYPES, resolve_dtype
 from fastvideo.io.files import process_name, read_prompts, write_bytes, write_json
 from fastvideo.io.fingerprint import model_fingerprint, sample_file
 from fastvideo.io.processes import Processes, barrier, processes
@@ -56,7 +57,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PIPELINE_FOLDERS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae")
 
 
@@ -524,8 +524,8 @@ def sample(config: SampleConfig) -> Path:
     runs = config.runs()
     vae = load_vae(config.pretrained_model_name_or_path)
     LatentShape.of(vae, config.h, config.w)  # raises for a size that doesn't fit
-    with processes(None if config.device == "auto" else config.device) as here:
-        dtype = ("fp32" if here.device == "cpu" else "bf16") if config.dtype == "auto" else config.dtype
+    with processes(config.device) as here:
+        dtype = resolve_dtype(config.dtype, here.device)
 
         @cache
         def load() -> HybridPipeline:
