@@ -1,14 +1,16 @@
 """The picture of how samples spread for early and late windows."""
 
 import json
-
-from fastvideo.eval import window_spread
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import PROMPTS
+from conftest import PROMPTS, ROOT
 from PIL import Image
+
+sys.path.append(str(ROOT / "benchmarks"))
+import window_spread  # noqa: E402
 
 
 def test_early_windows_spread_samples_more_than_late_ones(tiny_flux, prompts_file, tmp_path):

@@ -1,11 +1,12 @@
-r"""How far samples spread when the window of stochastic steps lies early or late: the picture of MixGRPO's Figure 2.
+r"""How far samples spread when the window of stochastic steps lies early or late.
 
-    python -m fastvideo.eval.window_spread --pretrained_model_name_or_path data/flux --windows 0 4 8 12 16 20
+    python benchmarks/window_spread.py --pretrained_model_name_or_path data/flux --windows 0 4 8 12 16 20
 
-For each prompt and each window start, samples go from one and the same noise through the plan of a MixGRPO iteration.
-Their final latents are shown on the first two principal components of all of a prompt's samples, and their mean
-distance within a window (root mean square over the elements) by window start. The numbers go into a JSON file beside
-the picture.
+Draws the picture of Figure 2 in MixGRPO (arXiv 2507.21802). All samples of a prompt start from the same noise and take
+the steps of a MixGRPO iteration, with the window at one of several places. One panel per prompt shows the final latents
+on the first two principal components of all samples of the prompt. The last panel shows, by the window's first step,
+the mean distance of samples with the same window (root mean square over the elements). The numbers go into a JSON file
+beside the picture.
 """
 
 import json
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from fastvideo.cli import flag, parse_dataclass
+from fastvideo.cli import FlagError, flag, parse_dataclass
 from fastvideo.config import GRPOConfig
 from fastvideo.eval.plots import INK, SERIES, STYLE
 from fastvideo.io.files import read_prompts, write_json
@@ -40,7 +41,7 @@ from matplotlib.figure import Figure
 
 
 def as_in_training(name: str) -> Any:
-    """The trainer's flag with its default."""
+    """The field of this name in GRPOConfig, with its default."""
     (found,) = (f for f in fields(GRPOConfig) if f.name == name)
     return field(default=found.default, metadata=found.metadata)
 
@@ -49,10 +50,10 @@ def as_in_training(name: str) -> Any:
 class SpreadConfig:
     pretrained_model_name_or_path: str = flag("data/flux", "diffusers FLUX pipeline: a folder or a hub id")
     model_path: str | None = flag(None, "tuned transformer or LoRA adapters; None: the pipeline's own")
-    prompts_file: str = flag("data/prompts.txt", "text file of prompts, one a line; the first ones are used")
+    prompts_file: str = flag("data/prompts.txt", "text file with one prompt per line; the first ones are used")
     prompts: int = flag(3, "how many prompts")
     windows: list[int] = flag([0, 4, 8, 12, 16, 20], "first steps of the windows", metavar="STEP")
-    samples: int = flag(24, "samples a prompt and window")
+    samples: int = flag(24, "samples per prompt and window")
     group_size: int = as_in_training("group_size")
     sampling_steps: int = as_in_training("sampling_steps")
     eta: float = as_in_training("eta")
@@ -61,7 +62,7 @@ class SpreadConfig:
     h: int = as_in_training("h")
     w: int = as_in_training("w")
     seed: int = flag(714, "seed of all noise")
-    batch_size: int = flag(12, "rows a forward pass; speed and memory only")
+    batch_size: int = flag(12, "rows per forward pass; changes speed and memory only")
     output: str = flag(
         "outputs/window_spread.png", "picture to write, by its suffix PNG, SVG or PDF; a JSON file beside it"
     )
@@ -69,28 +70,35 @@ class SpreadConfig:
     def __post_init__(self) -> None:
         for name in ("prompts", "batch_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
+                raise FlagError(name, getattr(self, name), "must be at least 1")
         if self.samples < 2:
-            raise ValueError(f"--samples {self.samples}: a distance needs 2")
+            raise FlagError("samples", self.samples, "a distance needs 2")
         last = self.sampling_steps - 1 - self.group_size  # the step to σ = 0 can't be stochastic
         if not self.windows or not all(0 <= start <= last for start in self.windows):
-            raise ValueError(f"--windows {self.windows}: choose from 0 to {last}")
+            raise FlagError("windows", self.windows, f"choose from 0 to {last}")
 
     def training(self) -> GRPOConfig:
-        """The settings of a MixGRPO iteration with so many samples."""
+        """The settings of a MixGRPO iteration with `samples` pictures per prompt."""
         shared = "sampling_steps group_size eta shift seed h w guidance_scale prompts_file".split()
         own = {"num_generations": self.samples, "gradient_accumulation_steps": 1}
         return GRPOConfig.create(**{name: getattr(self, name) for name in shared}, **own)
 
 
 def principal_components(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Coordinates of [N, D] on their first two principal components, [N, 2], and all components' shares of variance."""
+    """Principal components of N vectors [N, D].
+
+    Returns the coordinates on the first two components, [N, 2], and the share of the variance of every component.
+    """
     u, s, _ = torch.linalg.svd(values - values.mean(0), full_matrices=False)
     return u[:, :2] * s[:2], s**2 / (s**2).sum()
 
 
 def sample_windows(config: SpreadConfig) -> tuple[list[str], dict[int, torch.Tensor], torch.Tensor]:
-    """The prompts; window start -> final latents, [P, samples, elements]; those without noise, [P, elements]."""
+    """Samples P prompts.
+
+    Returns the prompts, the final latents [P, samples, elements] by window start, and the final latents [P, elements]
+    of a rollout without stochastic steps.
+    """
     training = config.training()
     prompts = read_prompts(config.prompts_file, "prompts_file").prompts[: config.prompts]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -108,7 +116,7 @@ def sample_windows(config: SpreadConfig) -> tuple[list[str], dict[int, torch.Ten
             return torch.cat([predict_velocity(model, *x, conditioning, model.config.guidance_embeds) for x in parts])
 
     def noise(position: int, rows: int) -> torch.Tensor:
-        # Stream 0 is the start, the same for all windows, as is that of each step.
+        # Position -1 is the start. All windows share its noise, and the noise of each step.
         return draw_noise(config.seed, 0, range(len(prompts)), rows, position + 1, shape).to(device)
 
     def sample(plan: tuple) -> torch.Tensor:
