@@ -162,5 +162,7 @@ def parse_dataclass(
     explicit = {name: value for name, value in vars(namespace).items() if value is not argparse_dataclass.MISSING}
     try:
         return getattr(cls, "create", cls)(**explicit)
+    except FlagError as error:
+        parser.error(f"--{error}")
     except ValueError as error:
         parser.error(str(error))
