@@ -29,6 +29,7 @@ from fastvideo.data_preprocess.preprocess_flux_embedding import embed_prompts
 from fastvideo.dataset.latent_flux_rl_datasets import LatentFluxRLDataset, PromptSampler, collate, outlive_signals
 from fastvideo.eval.live import live_report
 from fastvideo.io.processes import entry_point, stop_signals
+from fastvideo.io.scores import reward_schema
 from fastvideo.models.flux import (
     Conditioning,
     LatentShape,
@@ -709,7 +710,9 @@ def train(trainer: Trainer, sampler: PromptSampler, loader: DataLoader) -> None:
         CheckpointNotWritten: the disk is full, for instance.
     """
     config, main_process = trainer.config, trainer.accelerator.is_main_process
-    log = Log(config, trainer.wandb_id) if main_process else None
+    held_out = trainer.evaluation.models if trainer.evaluation else {}
+    names = reward_schema(held_out | trainer.scoring.models, trainer.scoring.weights)
+    log = Log(config, trainer.wandb_id, names) if main_process else None
     schedule = islice(windows(config), trainer.done, config.max_train_steps)
     bar = tqdm(total=config.max_train_steps, initial=trainer.done, desc="training", disable=not main_process)
     with closing(log) if log else nullcontext(), bar, stop_signals() as asked, trainer.writer.thread:

@@ -170,7 +170,9 @@ def judged(
         measures = [{name: v for name, v in picture.items() if name[0] not in "AB"} for picture in pictures]
         both = enumerate(zip(rewards, measures, strict=True))
         entries = [{"index": i, "prompt": f"p{i}", "path": Path("x"), "reward": r, "measures": m} for i, (r, m) in both]
-        sides.append(Scores(entries, [], ["A", "B"]))
+        parts = {"A": ["right"], "B": []}
+        models = {name: {"components": ["part"], "checks": checks} for name, checks in parts.items()}
+        sides.append(Scores(entries, [], models))
     return summarize(sides[1], sides[0], trained)
 
 

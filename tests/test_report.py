@@ -14,7 +14,11 @@ from pathlib import Path
 from fastvideo.eval import report
 from fastvideo.eval.live import LiveReport
 from fastvideo.eval.plots import WRONG, column, compare_plots, draw_schedules, plan_plots, smoothed
+from fastvideo.eval.report_page import remarks
+from fastvideo.eval.runs import Run, group_runs, read_metrics
+from fastvideo.io.scores import ScoreName, reward_schema, score_names
 
+import custom_rewards
 import numpy as np
 import pytest
 from browser import Browser, browser_command
@@ -168,7 +172,7 @@ def test_right_in_everything_leads(run_dir: Path, capsys: pytest.CaptureFixture)
 
 
 def test_right_in_everything_is_a_curve_of_training_and_of_evaluation(other_run: Path):
-    rows = report.Run.read(other_run).rows
+    rows = Run.read(other_run).rows
     rows[0] |= {f"evaluation_reward_{MODEL}_right": 0.25}  # before training
     rows[-1] |= {f"evaluation_reward_{MODEL}_right": 0.75}
     first, *others = plan_plots(rows, {})
@@ -252,7 +256,7 @@ def test_training_pictures_that_look_different_at_the_end_are_a_remark(run_dir: 
         "Sharpness of the training pictures fell by 71 %: look at the samples, this can be reward hacking.",
         "High frequency of the training pictures rose by 40 %: look at the samples, this can be reward hacking.",
     ]
-    assert report.remarks(report.Run.read(run_dir)) == expected * (count == 40)
+    assert remarks(Run.read(run_dir)) == expected * (count == 40)
     assert (f"<li>{expected[0]}</li>" in write(run_dir)) == (count == 40)
 
 
@@ -264,17 +268,21 @@ def test_running_training_with_half_a_line_repeated_steps_and_missing_keys(tmp_p
     ]
     text = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3, "rew'
     (tmp_path / "metrics.jsonl").write_text(text)
-    rows, broken = report.read_metrics(tmp_path / "metrics.jsonl")
+    rows, broken = read_metrics(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2] and rows[0]["reward"] == 0.5 and broken == 1
-    page, scores = report.write_report(tmp_path, output_dir=tmp_path / "elsewhere")
-    assert scores == [] and "Unfinished lines of metrics.jsonl left out: 1." in page.read_text()
+    page, compared = report.write_report(tmp_path, output_dir=tmp_path / "elsewhere")
+    assert compared.rows == [] and "Unfinished lines of metrics.jsonl left out: 1." in page.read_text()
     assert sorted(p.name for p in page.parent.iterdir()) == ["report.html", "reward.png", "summary.json"]
 
 
 def test_a_run_with_evaluations_shows_the_first_beside_the_last(other_run: Path):
-    path, scores = report.write_report(other_run)
+    path, compared = report.write_report(other_run)
     page = path.read_text(encoding="utf-8")
-    assert scores[0]["n"] == 5 and "Iteration 0: a large circle 0" in page and "Iteration 15: a large circle 0" in page
+    assert (
+        compared.rows[0]["n"] == 5
+        and "Iteration 0: a large circle 0" in page
+        and "Iteration 15: a large circle 0" in page
+    )
     assert "<dt>Best evaluation</dt><dd><b>0.450</b><span>iteration 15</span>" in page
     assert EVIL not in page and html.escape(EVIL) in page
     with Image.open(other_run / "report" / "evaluation.png") as image:
@@ -284,8 +292,8 @@ def test_a_run_with_evaluations_shows_the_first_beside_the_last(other_run: Path)
 def test_a_run_resumed_with_other_evaluation_prompts_has_a_report_that_says_so(other_run: Path):
     path = other_run / "evaluation/000015/scores.json"
     path.write_text(path.read_text().replace("circle 0", "square 0"))
-    page, scores = report.write_report(other_run)
-    assert scores == [] and "<dt>Best evaluation</dt>" in page.read_text()
+    page, compared = report.write_report(other_run)
+    assert compared.rows == [] and "<dt>Best evaluation</dt>" in page.read_text()
     assert re.search(r"No pictures are compared: .*index 0 has another prompt", page.read_text())
 
 
@@ -308,7 +316,7 @@ def test_a_comparison_has_a_line_a_setting_and_a_band_over_seeds(run_dir: Path, 
     assert re.search(r'<th scope="row">learning_rate</th><td[^>]*>–</td><td[^>]*>0.001</td>', page)
     assert "<b>run</b>" not in page and "<i>other</i>" not in page and "sesame" not in page
 
-    groups = report.group_runs([report.Run.read(path) for path in (run_dir, seed, other_run)])
+    groups = group_runs([Run.read(path) for path in (run_dir, seed, other_run)])
     plots = {name: [plan_plots(run.rows, run.settings) for run in runs] for name, runs in groups.items()}
     reward = next(plot for plot in compare_plots(plots) if plot.name == "reward")
     name, other = groups
@@ -321,7 +329,7 @@ def test_a_comparison_has_a_line_a_setting_and_a_band_over_seeds(run_dir: Path, 
 
 def test_runs_evaluated_by_different_rewards_share_no_axis(other_run: Path):
     settings = json.loads((other_run / "args.json").read_text())
-    rows = report.Run.read(other_run).rows
+    rows = Run.read(other_run).rows
     plots = {measure: [plan_plots(rows, settings | {"eval_reward": measure})] for measure in ("hpsv2", "pick_score")}
     (evaluation,) = (plot for plot in compare_plots(plots) if plot.name == "evaluation")
     deciding = {panel.title: list(panel.series) for panel in evaluation.panels if "decides" in panel.title}
@@ -354,8 +362,8 @@ def test_a_model_that_one_side_never_scored_has_not_failed(run_dir: Path):
     for entry in entries:
         entry["reward"]["OnlyHere"] = 1.0
     (run_dir / "tuned.json").write_text(json.dumps(entries))
-    page, rows = report.write_report(run_dir, run_dir / "base.json", run_dir / "tuned.json")
-    assert "OnlyHere" not in page.read_text() and "OnlyHere" not in [row["model"] for row in rows]
+    page, compared = report.write_report(run_dir, run_dir / "base.json", run_dir / "tuned.json")
+    assert "OnlyHere" not in page.read_text() and "OnlyHere" not in [row["model"] for row in compared.rows]
 
 
 def test_gallery_of_many_pairs_spans_best_to_worst(run_dir: Path):
@@ -458,10 +466,10 @@ def test_a_picture_that_cannot_be_read_or_has_no_answer_leaves_its_place_unmarke
 
 
 def test_bad_input_is_one_clear_line(run_dir: Path):
-    with pytest.raises(ValueError, match="--run_dir .* no metrics.jsonl"):
+    with pytest.raises(ValueError, match="^run_dir .* no metrics.jsonl"):
         report.write_report(run_dir / "images")
     (run_dir / "metrics.json").write_text('{"a": 1}')
-    with pytest.raises(ValueError, match="--baseline_scores .* not a scores file"):
+    with pytest.raises(ValueError, match="^baseline_scores .* not a scores file"):
         report.write_report(run_dir, run_dir / "metrics.json", run_dir / "tuned.json")
     (run_dir / "tuned.json").write_text((run_dir / "base.json").read_text().replace("circle 0", "square 0"))
     with pytest.raises(ValueError, match="index 0 has another prompt"):
@@ -481,6 +489,41 @@ def test_every_reward_and_component_gets_a_panel():
         MODEL, f"binding ({MODEL})", f"form ({MODEL})", f"clean ({MODEL})", "HPSClipRewardModel"
     ]  # fmt: skip
     assert np.isnan(column([{"a": "text"}, {"a": None}, {}], "a")).all()
+
+
+def test_a_reward_whose_name_begins_with_another_ones_keeps_its_own_panel(train, monkeypatch):
+    """args.json says which scores are rewards, components and checks; the names alone would not."""
+    for name in ("bright", "bright_smooth", "all_right"):
+        monkeypatch.setattr(custom_rewards, name, custom_rewards.rough_brightness, raising=False)
+    names = ["bright", "bright_smooth", "all_right"]
+    run = train(reward_model=",".join([*(f"custom_rewards:{name}" for name in names), "shapes:3"]))
+    found = Run.read(run.folder)
+    assert found.reward_names == {name: {"components": [], "checks": [], "weight": 1 / 6} for name in names} | {
+        MODEL: {"components": list(PARTS), "checks": ["right"], "weight": 0.5}
+    }
+    assert "reward_names" not in found.settings
+    plots = {plot.name: plot.panels for plot in plan_plots(found.rows, found.settings, found.reward_names)}
+    titles = [*names, MODEL, *(f"{part} ({MODEL})" for part in PARTS)]
+    assert [panel.title for panel in plots["components"]] == titles
+    assert list(plots["right"][0].series) == [f"reward_{MODEL}_right"]
+    assert "bright_smooth" in report.write_report(run.folder)[0].read_text()
+
+
+def test_scores_that_no_schema_names_are_guessed_from_each_other():
+    class Model:
+        component_names, check_names = ("part",), ("fine",)
+
+    schema = reward_schema({"A": Model(), "A_b": object()}, {"A": 1.0})
+    assert schema == {
+        "A": {"components": ["part"], "checks": ["fine"], "weight": 1.0},
+        "A_b": {"components": [], "checks": [], "weight": 0.0},
+    }
+    known = {"A_b": ScoreName("A_b", "", "reward"), "A_part": ScoreName("A", "part", "component")}
+    known["A_fine"] = ScoreName("A", "fine", "check")
+    guessed = {"B": ScoreName("B", "", "reward"), "B_part": ScoreName("B", "part", "component")}
+    guessed["B_right"] = ScoreName("B", "right", "check")
+    assert score_names([*known, *guessed], schema) == known | guessed
+    assert score_names(["A_b", "A"], {}) == {"A_b": ScoreName("A", "b", "component"), "A": ScoreName("A", "", "reward")}
 
 
 def test_schedule_picture(tmp_path: Path):

@@ -45,9 +45,10 @@ from fastvideo.cli import flag, parse_dataclass
 from fastvideo.config import RewardConfig
 from fastvideo.eval.benchmark import benchmark_entries, read_benchmark
 from fastvideo.eval.hacking import MIN_PROMPTS, diversity, signs
-from fastvideo.eval.statistics import RIGHT, bootstrap_interval, is_check, mean_and_error, win_rate
+from fastvideo.eval.statistics import RIGHT, bootstrap_interval, mean_and_error, win_rate
 from fastvideo.io.files import process_name, write_bytes, write_json
 from fastvideo.io.processes import Processes, barrier, processes
+from fastvideo.io.scores import companion, reward_schema, score_names, write_scores
 from fastvideo.models.reward_model.clip_base import CLIPReward
 from fastvideo.models.reward_model.utils import RewardModel, build_reward_models, compute_reward, resolve_reward_spec
 from fastvideo.utils.picture_measures import appearance
@@ -151,7 +152,7 @@ class Scores:
     # index, prompt, path (of the picture), style (of a benchmark), reward {model or component: float or None}, measures
     entries: list[dict[str, Any]]
     skipped: list[dict[str, str]]  # image, problem
-    models: list[str]  # the reward models' names, without components
+    models: dict[str, dict[str, Any]]  # reward model -> its components and checks, see `reward_schema`
 
     @property
     def successful(self) -> list[dict[str, Any]]:
@@ -341,7 +342,7 @@ def score(
     ordered = [scored[place] for place in sorted(scored)]
     if measure:
         _measure_diversity(ordered, models, here)
-    return Scores(ordered, [skipped[place] for place in sorted(skipped)], list(models))
+    return Scores(ordered, [skipped[place] for place in sorted(skipped)], reward_schema(models, weights))
 
 
 def _measure_diversity(entries: list[dict[str, Any]], models: dict[str, RewardModel], here: Processes) -> None:
@@ -427,10 +428,8 @@ def summarize(scores: Scores, baseline: Scores | None = None, trained: Iterable[
         chosen = [entry for entry in scores.entries if style in (None, entry.get("style"))]
         both = [pair for pair in pairs if style in (None, pair[0].get("style"))] if baseline else None
         models = _rows(chosen, both, "reward")
-        for name, row in models.items():
-            model = max((m for m in scores.models if name.startswith(m)), key=len)
-            row["kind"] = "reward" if name == model else "check" if is_check(name) else "component"
-            row["held_out"] = None if trained is None else model not in trained
+        for name, known in score_names(list(models), scores.models).items():
+            models[name] |= {"kind": known.kind, "held_out": None if trained is None else known.model not in trained}
         models = dict(sorted(models.items(), key=lambda item: item[1]["kind"] != "check"))
         measures = _rows(chosen, both, "measures")
         for row in measures.values():
@@ -505,21 +504,6 @@ def table(summary: dict[str, Any]) -> str:
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
-def _write_scores(path: Path, scores: Scores) -> None:
-    folder = path.absolute().parent
-    entries = [
-        {
-            "index": entry["index"],
-            "image": Path(os.path.relpath(entry["path"].absolute(), folder)).as_posix(),
-            "prompt": entry["prompt"],
-            "reward": entry["reward"],
-            **{name: entry[name] for name in ("measures", "style") if entry.get(name)},
-        }
-        for entry in scores.entries
-    ]
-    write_json(path, entries)
-
-
 def _entries(config: EvalConfig, path: str, flag_name: str) -> list[dict[str, Any]]:
     if config.benchmark_prompts is None:
         return read_manifest(Path(path), flag_name)
@@ -590,15 +574,14 @@ def _report(output: Path | None, scores: Scores, baseline: Scores | None, summar
     """Writes the files and prints the table."""
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
-        _write_scores(output, scores)
-        of_baseline = output.with_name(f"{output.stem}_baseline.json")
+        write_scores(output, scores.entries)
         if baseline:
-            _write_scores(of_baseline, baseline)
-        else:
-            of_baseline.unlink(missing_ok=True)  # of an earlier evaluation, other than the other files
-        write_bytes(output.with_name(f"{output.stem}_mean.txt"), mean_lines(scores).encode())
-        write_bytes(output.with_name(f"{output.stem}.csv"), csv_lines(summary).encode())
-        write_json(output.with_name(f"{output.stem}_summary.json"), summary)
+            write_scores(companion(output, "_baseline.json"), baseline.entries)
+        else:  # an earlier evaluation may have left one, which would not belong to the other files
+            companion(output, "_baseline.json").unlink(missing_ok=True)
+        write_bytes(companion(output, "_mean.txt"), mean_lines(scores).encode())
+        write_bytes(companion(output, ".csv"), csv_lines(summary).encode())
+        write_json(companion(output, "_summary.json"), summary)
     print(table(summary))
     for sign in summary["signs"]:
         print(f"against the baseline, {sign}")

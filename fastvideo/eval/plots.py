@@ -6,12 +6,13 @@ import math
 import re
 import textwrap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fastvideo.eval.statistics import RIGHT, is_check
+from fastvideo.eval.statistics import RIGHT, number
+from fastvideo.io.scores import ScoreName, score_names
 from fastvideo.models.reward_model.granular import GranularRewardModel
 
 import matplotlib
@@ -121,23 +122,22 @@ def first_last(values: np.ndarray) -> tuple[float, float, int]:
     return (known[:k].mean(), known[-k:].mean(), k) if len(known) else (math.nan, math.nan, 0)
 
 
-def number(value: Any, signed: bool = False, digits: int | None = None) -> str:
-    """A number as people write it, '–' for what is not known. digits: decimals; None: by magnitude."""
-    if not isinstance(value, int | float) or not math.isfinite(value):
-        return "–"
-    if digits is None:
-        power = math.floor(math.log10(abs(value))) if value else 0
-        digits = 3 - max(power, 0) if power >= -2 else min(2 - power, 8)
-    return f"{value:{'+' if signed else ''},.{max(digits, 0)}f}".replace("-", "−")
-
-
 def evaluation_measure(settings: dict) -> str:
     """The reward that decides a run's best checkpoint."""
     return str(settings.get("eval_reward") or settings.get("reward_model") or "–")
 
 
-def plan_plots(rows: list[dict], settings: dict) -> list[Plot]:
-    """The plots for which the run has numbers."""
+def scores_in(rows: list[dict], prefix: str, schema: Mapping[str, Any]) -> dict[str, ScoreName]:
+    """The scores whose means are in the metrics as {prefix}{name}: name -> meaning, see `score_names`."""
+    names = dict.fromkeys(key.removeprefix(prefix) for row in rows for key in row if key.startswith(prefix))
+    return score_names([name for name in names if name != "std"], schema)  # reward_std is no score's
+
+
+def plan_plots(rows: list[dict], settings: dict, schema: Mapping[str, Any] | None = None) -> list[Plot]:
+    """The plots for which the run has numbers.
+
+    rows: metrics.jsonl. settings: args.json. schema: see `reward_schema`; None: guessed from the names of the scores.
+    """
     every = rows
     evaluated = [row for row in rows if "evaluation_reward" in row]
     rows = [row for row in rows if row.get("step") != 0]  # 0: the evaluation before training
@@ -146,31 +146,28 @@ def plan_plots(rows: list[dict], settings: dict) -> list[Plot]:
     def some(*keys: str, rows: list[dict] = rows) -> dict[str, np.ndarray]:
         return {k: v for k in keys if np.isfinite(v := column(rows, k)).any()}
 
+    trained = scores_in(rows, "reward_", schema or {})
+    of_training = some(*(f"reward_{name}" for name, known in trained.items() if known.kind == "check"), rows=every)
     prefix = "evaluation_reward"
-    checks = [k for k in dict.fromkeys(k for row in every for k in row) if is_check(k)]
-    of_training = some(*(k for k in checks if k.startswith("reward_")), rows=every)
-    of_evaluation = some(*(k for k in checks if k.startswith(f"{prefix}_")), rows=every)
-    measured = [k for k in dict.fromkeys(k for row in evaluated for k in row) if k.startswith(prefix)]
-    deciding = f"what decides the best checkpoint: {evaluation_measure(settings)}"
+    judged = scores_in(every, f"{prefix}_", schema or {})
+    of_evaluation = some(*(f"{prefix}_{name}" for name, known in judged.items() if known.kind == "check"), rows=every)
+    titles = {prefix: f"what decides the best checkpoint: {evaluation_measure(settings)}"}
+    titles |= {f"{prefix}_{name}": name for name, known in judged.items() if known.kind != "check"}
     measured = [
-        Panel(k.removeprefix(f"{prefix}_") if k != prefix else deciding,
-              {k: values}, smooth=False, points=True, colour=i)
-        for i, k in enumerate(k for k in measured if k != "evaluation_reward_std" and k not in checks)
-        if np.isfinite(values := column(evaluated, k)).any()
-    ]  # fmt: skip
+        Panel(title, {key: values}, smooth=False, points=True, colour=i)
+        for i, (key, title) in enumerate(titles.items())
+        if np.isfinite(values := column(evaluated, key)).any()
+    ]
     error = column(rows, "reward_std") / np.sqrt(column(rows, "images"))
 
-    keys = [k for k in dict.fromkeys(k for row in rows for k in row) if k.startswith("reward_")]
-    keys = [k for k in keys if k != "reward_std" and k not in checks]
-    models = [k for k in keys if not any(k.startswith(f"{other}_") for other in keys)]
+    models = dict.fromkeys(known.model for known in trained.values() if known.kind != "check")
     rewards = []
     for model in models:
-        parts = [k for k in keys if k.startswith(f"{model}_")]
-        name = model.removeprefix("reward_")
-        rewards += [Panel(name, some(model))] * (len(models) > 1)
-        for i, part in enumerate(parts):
-            title = part.removeprefix(f"{model}_") + (f" ({name})" if len(models) > 1 else "")
-            rewards.append(Panel(title, some(part), colour=i))
+        rewards += [Panel(model, some(f"reward_{model}"))] * (len(models) > 1)
+        parts = [name for name, known in trained.items() if known.model == model and known.kind == "component"]
+        for i, name in enumerate(parts):
+            title = trained[name].part + (f" ({model})" if len(models) > 1 else "")
+            rewards.append(Panel(title, some(f"reward_{name}"), colour=i))
     weights = [k for k in dict.fromkeys(k for row in rows for k in row) if k.startswith("granular_weight_")]
     weights = {k.removeprefix("granular_weight_"): v for k, v in some(*weights).items()}
     looks = some(*dict.fromkeys(k for row in rows for k in row if k.startswith("hacking_"))).items()

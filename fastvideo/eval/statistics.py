@@ -1,30 +1,36 @@
-"""Means with the standard errors that repeated prompts allow, and which scores are answers with yes or no."""
+"""Means, and the standard errors that pictures of repeated prompts allow; numbers as people write them."""
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-RIGHT = "right in everything"
+RIGHT = "right in everything"  # a check's name for readers
 
 
-def is_check(name: str) -> bool:
-    """Whether a score is a model's check `right`, 1 (yes) or 0 (no) a picture: its mean is the share of right ones.
+def number(value: Any, signed: bool = False, digits: int | None = None) -> str:
+    """A number as people write it, '–' for anything else. digits: decimals; None: chosen by magnitude."""
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        return "–"
+    if digits is None:
+        power = math.floor(math.log10(abs(value))) if value else 0
+        digits = 3 - max(power, 0) if power >= -2 else min(2 - power, 8)
+    return f"{value:{'+' if signed else ''},.{max(digits, 0)}f}".replace("-", "−")
 
-    Files of scores tell it by the name alone, as do metrics.jsonl's reward_… and evaluation_reward_….
-    """
-    return name.endswith("_right")
 
-
-def score_label(name: str) -> str:
-    """A score's name for readers."""
-    return RIGHT if is_check(name) else name
+def with_error(value: tuple[float, float], signed: bool = False, digits: int | None = None) -> str:
+    """Mean ± standard error. digits: decimals; None: two digits of the error."""
+    error = value[1]
+    if digits is None and error > 0:
+        digits = min(1 - math.floor(math.log10(error)), 8)
+    return f"{number(value[0], signed, digits)} ± {number(error, digits=digits)}"
 
 
 def mean_and_error(values: Sequence[float], prompts: Sequence[str]) -> tuple[float, float]:
     """Mean of N values and its standard error, clustered by prompt: pictures of one prompt are not independent.
 
-    With one value a prompt it is the usual standard error. NaN where it can't be known: no values, or a single prompt.
+    With one value per prompt it is the usual standard error. NaN where it can't be known: no values, or one prompt.
     """
     if len(values) == 0:
         return math.nan, math.nan
@@ -43,7 +49,7 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """The interval that holds the mean of N values with probability `share`: percentiles over resampled prompts.
 
-    Prompts are drawn with replacement, each with all its values. The draws are the same for the same number of prompts.
+    Prompts are drawn with replacement, each with all its values; the draws depend on nothing but the number of prompts.
     NaN where it can't be known: fewer than two prompts.
     """
     values = np.asarray(values, dtype=np.float64)
@@ -63,6 +69,6 @@ def bootstrap_interval(
 
 
 def win_rate(changes: Sequence[float]) -> float:
-    """The share of paired changes (at least one) that are gains; a tie counts half."""
+    """The share of gains among paired changes, of which there is at least one; a tie counts half."""
     changes = np.asarray(changes, dtype=np.float64)
     return float(((changes > 0) + (changes == 0) / 2).mean())

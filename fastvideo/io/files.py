@@ -34,11 +34,6 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, (json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) + "\n").encode())
 
 
-def evaluation_folder(output_dir: str | Path, iteration: int) -> Path:
-    """Where the pictures and scores.json of an evaluation during training lie."""
-    return Path(output_dir) / "evaluation" / f"{iteration:06d}"
-
-
 def write_tensor(path: Path, tensor: torch.Tensor) -> None:
     """torch.save of one plain CPU tensor, atomically."""
     buffer = io.BytesIO()

@@ -10,14 +10,14 @@ picture, and training goes on as if there had been no evaluation.
 import hashlib
 import io
 import json
-import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastvideo.config import GRPOConfig
 from fastvideo.dataset.latent_flux_rl_datasets import LatentFluxRLDataset, collate
-from fastvideo.io.files import evaluation_folder, read_prompts, write_bytes, write_json
+from fastvideo.io.files import read_prompts, write_bytes
+from fastvideo.io.scores import evaluation_scores, write_scores
 from fastvideo.models.flux import decode_latents
 from fastvideo.models.reward_model.utils import RewardModel, build_reward_models, check_reward_files, compute_reward
 from fastvideo.rollout_plan import plan_mix
@@ -70,8 +70,8 @@ class Evaluation:
     def run(self, trainer: "Trainer", iteration: int) -> dict[str, float]:
         """Samples and scores; all processes call it and get the metrics `evaluation_…`. Updates `trainer.best`."""
         start, config, engine = time.perf_counter(), self.config, trainer.engine
-        folder = evaluation_folder(config.output_dir, iteration)
-        folder.mkdir(parents=True, exist_ok=True)
+        path = evaluation_scores(config.output_dir, iteration)
+        path.parent.mkdir(parents=True, exist_ok=True)
         indices, images = [], []
         for turn in range(0, len(self.prompts), engine.data_ranks):
             # All ranks run the model equally often; at the end some repeat the last prompt for nothing.
@@ -83,22 +83,17 @@ class Evaluation:
                 images += decode_latents(trainer.vae, sampled.latents, config.h, config.w, 1)
                 data = io.BytesIO()
                 images[-1].save(data, "PNG")
-                write_bytes(folder / f"{index:05d}.png", data.getvalue())
+                write_bytes(path.with_name(f"{index:05d}.png"), data.getvalue())
         prompts = [self.prompts[index] for index in indices]
         scores = compute_reward(images, prompts, self.models, self.weights)[2] if images else {}
         found = [(index, {k: float(v[i]) for k, v in scores.items()}) for i, index in enumerate(indices)]
         found = [values for _, values in sorted(gather_object(found), key=lambda entry: entry[0])]
         if engine.accelerator.is_main_process:
             entries = [
-                {
-                    "index": index,
-                    "image": f"{index:05d}.png",
-                    "prompt": self.prompts[index],
-                    "reward": {k: v if math.isfinite(v) else None for k, v in values.items()},
-                }
-                for index, values in enumerate(found)
+                {"index": index, "path": path.with_name(f"{index:05d}.png"), "prompt": prompt, "reward": scores}
+                for index, (prompt, scores) in enumerate(zip(self.prompts, found, strict=True))
             ]
-            write_json(folder / "scores.json", entries)
+            write_scores(path, entries)
         metrics = reward_means({name: np.array([v[name] for v in found]) for name in found[0]}, self.weights)
         self._compare(trainer, iteration, metrics)
         metrics["best_iteration"] = trainer.best["iteration"] if trainer.best else None

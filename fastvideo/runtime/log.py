@@ -1,7 +1,8 @@
-"""What a run writes while it trains: metrics.jsonl, image grids, and wandb on request.
+"""The files that a run writes while it trains: args.json, metrics.jsonl, image grids, and wandb's files on request.
 
-wandb gets the numbers under their names in metrics.jsonl, the grids as `samples` and the pictures of an evaluation, in
-the order of their prompts, as `evaluation_samples`. wandb.json says where its files lie and how to upload them later.
+args.json has the settings, and under `reward_names` the names of the scores (see io/scores.py). wandb gets the numbers
+under their names in metrics.jsonl, the grids as `samples`, and the pictures of an evaluation, in the order of the
+prompts, as `evaluation_samples`. wandb.json says where wandb's files lie and how to upload them later.
 """
 
 import io
@@ -10,20 +11,22 @@ import math
 import os
 import shlex
 from pathlib import Path
+from typing import Any
 
 from fastvideo.config import GRPOConfig
-from fastvideo.io.files import evaluation_folder, write_bytes, write_json
+from fastvideo.io.files import write_bytes, write_json
+from fastvideo.io.scores import evaluation_scores, read_scores
 
 from diffusers.utils import make_image_grid
 
 
 class Log:
-    """metrics.jsonl, image grids and wandb, on the main process."""
+    """Writes the files of a run, on the main process."""
 
-    def __init__(self, config: GRPOConfig, wandb_id: str) -> None:
-        """wandb_id: of the run in wandb; a resumed run goes on under that of its checkpoint."""
+    def __init__(self, config: GRPOConfig, wandb_id: str, reward_names: dict[str, Any]) -> None:
+        """wandb_id: the run's id in wandb; a resumed run keeps the id. reward_names: see `reward_schema`."""
         self.folder, self.run = Path(config.output_dir), None
-        write_json(self.folder / "args.json", config.to_public_dict())
+        write_json(self.folder / "args.json", config.to_public_dict() | {"reward_names": reward_names})
         if config.use_wandb:
             import wandb
 
@@ -46,6 +49,7 @@ class Log:
                 print(f"wandb is offline; to upload this run later: {sync}")
 
     def write(self, metrics: dict) -> None:
+        """Appends a line to metrics.jsonl. Numbers that aren't finite become null."""
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(finite, allow_nan=False) + "\n")
@@ -59,12 +63,12 @@ class Log:
     def _log_evaluation(self, step: int) -> None:
         import wandb
 
-        folder = evaluation_folder(self.folder, step)
-        entries = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
-        pictures = [wandb.Image(str(folder / entry["image"]), caption=entry["prompt"]) for entry in entries]
+        entries = read_scores(evaluation_scores(self.folder, step), "output_dir")
+        pictures = [wandb.Image(str(entry["path"]), caption=entry["prompt"]) for entry in entries]
         self.run.log({"evaluation_samples": pictures}, step=step)
 
     def write_images(self, step: int, images: list) -> None:
+        """Writes the pictures as one grid, images/iteration_{step}.png."""
         rows = max(n for n in range(1, math.isqrt(len(images)) + 1) if len(images) % n == 0)
         path = self.folder / "images" / f"iteration_{step:06d}.png"
         path.parent.mkdir(exist_ok=True)
@@ -78,5 +82,6 @@ class Log:
             self.run.log({"samples": wandb.Image(grid)}, step=step)
 
     def close(self) -> None:
+        """Ends the run in wandb."""
         if self.run is not None:
             self.run.finish()
