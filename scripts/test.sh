@@ -1,15 +1,18 @@
 #!/usr/bin/env bash
-# Sets up the environment and runs all checks: lint, format, tests. `--long` adds those that take minutes to hours.
+# Sets up the environment, checks lint and format, and runs the tests that .ci/run runs. `--long` runs the rest instead:
+# the tests marked `long`, which take minutes to hours. Both together are all tests; a release needs both.
 # Other arguments go to pytest, e.g. scripts/test.sh -k window
+#   TEST_PROCESSES  how many tests run side by side, one thread each (default: 2)
 cd "$(dirname "$0")/.." && bash env_setup.sh
 source scripts/environment.sh
 export HF_HUB_OFFLINE=1 WANDB_MODE=${WANDB_MODE:-offline} TOKENIZERS_PARALLELISM=false
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+unset PYTHONDONTWRITEBYTECODE # else each of some hundred processes translates the package's modules anew
+which="not long"
+if [ "${1:-}" = --long ]; then
+  which=long
+  shift
+fi
 "$PYTHON_BIN" -m ruff check .
 "$PYTHON_BIN" -m ruff format --check .
-if [ "${1:-}" = --long ]; then
-  shift
-  exec "$PYTHON_BIN" -m pytest -q "$@"
-fi
-# Tests use one thread each, TEST_PROCESSES of them at a time; who is done takes over half of what another still has.
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-exec "$PYTHON_BIN" -m pytest -q -m "not long" -n "${TEST_PROCESSES:-2}" --dist worksteal --durations=15 "$@"
+exec "$PYTHON_BIN" -m pytest -q -m "$which" -n "${TEST_PROCESSES:-2}" --dist loadgroup --durations=15 "$@"

@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the hub's client is imported; nothing here asks a hub
+# What is compiled is compiled once, for all tests of this run and of later runs.
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).parents[1] / ".cache/torchinductor"))
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(__file__).parents[1] / ".cache/torch_extensions"))
 
 import fastvideo  # noqa: F401  (first: it mends torchvision beside a CPU-only torch)
 from fastvideo import train_grpo_flux
@@ -42,9 +45,22 @@ PROMPTS = (  # training scenes with all words; red is in the first alone, circle
 # micro-batch shows as 1e-1. A pixel rounded to another of its 256 values would show too, as 1e-3 through its reward.
 ROUNDING = 1e-5
 
+# Seconds after which a test gives up waiting for another process: no test takes a tenth of it on a quiet machine.
+TIME_LIMIT = 1200
+
 PASSED = pytest.StashKey[bool]()
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sorts the tests, those that take longest first: no process is left alone with one of them at the end."""
+
+    def minutes(item: pytest.Item) -> float:
+        marker = item.get_closest_marker("slow")
+        return 0 if marker is None else marker.args[0] if marker.args else 0.5
+
+    items.sort(key=minutes, reverse=True)
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -167,7 +183,7 @@ def torchrun(
 ) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     return subprocess.run(
-        [*command, script, *argv], cwd=ROOT, env=environment, timeout=240, capture_output=True, text=True
+        [*command, script, *argv], cwd=ROOT, env=environment, timeout=TIME_LIMIT, capture_output=True, text=True
     )
 
 

@@ -5,13 +5,15 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
+from fastvideo import train_grpo_flux
 from fastvideo.cli import parse_dataclass
 from fastvideo.config import GRPOConfig
 from fastvideo.rollout_plan import describe
 
 import pytest
-from conftest import ROOT
+from conftest import PROMPTS, ROOT, TIME_LIMIT
 
 
 @pytest.mark.slow
@@ -20,7 +22,12 @@ def test_an_iteration_is_timed_by_phase_with_and_without_each_optimisation(tmp_p
     command += "--windows 0 5 --sampling_steps 12 --num_generations 2 --gradient_accumulation_steps 2".split()
     command += ["--train_micro_batch_size", "8"]
     done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=subprocess_environment, capture_output=True, text=True, timeout=400
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=subprocess_environment,
+        capture_output=True,
+        text=True,
+        timeout=TIME_LIMIT,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(" GB: training waits ") == 7
@@ -53,7 +60,7 @@ def test_an_iteration_is_timed_at_any_depth_and_width(tmp_path, subprocess_envir
     command += " --sampling_steps 4 --num_generations 2 --group_size 1 --gradient_accumulation_steps 1"
     done = subprocess.run(
         [sys.executable, *command.split()], cwd=ROOT, env=subprocess_environment, capture_output=True, text=True,
-        timeout=400,
+        timeout=TIME_LIMIT,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     line = json.loads((tmp_path / "times.json").read_text())["runs"]["all on"][0]
@@ -68,7 +75,7 @@ def test_every_reward_is_timed(subprocess_environment):
     command = "benchmarks/bench_rewards.py --device cpu --dtype fp32 --narrow --images 3 --image_size 64 --repeats 1"
     done = subprocess.run(
         [sys.executable, *command.split()], cwd=ROOT, env=subprocess_environment, capture_output=True, text=True,
-        timeout=400,
+        timeout=TIME_LIMIT,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if "image/s" in line]
@@ -90,25 +97,62 @@ def test_every_variant_of_the_iteration_benchmark_can_be_planned(monkeypatch):
         assert "steps an iteration" in describe(config, 1)
 
 
-@pytest.mark.slow
-def test_algorithms_are_compared_on_withheld_scenes_at_the_rate_that_training_prompts_choose(
-    tmp_path, subprocess_environment
-):
-    command = f"benchmarks/compare_algorithms.py --output_dir {tmp_path} --studies algorithms --jobs 2"
-    command += " --algorithms mix_grpo_flash --seeds 1 --images 300 --points 1"
-    done = subprocess.run(
-        [sys.executable, *command.split()], cwd=ROOT, env=subprocess_environment, capture_output=True, text=True,
-        timeout=600,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    runs = [json.loads(path.read_text()) for path in tmp_path.glob("mix_grpo_flash-*.json")]
-    assert [[point["images"] for point in run["points"]] for run in runs] == [[288]] * 4  # four learning rates
+def check_comparison(folder: Path, table: str, images: int) -> None:
+    """The table's row is the run of the learning rate that is best on training prompts."""
+    runs = [json.loads(path.read_text()) for path in folder.glob("mix_grpo_flash-*.json")]
+    assert [[point["images"] for point in run["points"]] for run in runs] == [[images]] * 4  # four learning rates
     best = max(runs, key=lambda run: run["training"]["right"])
     rate, point = float(re.search(r"-lr(\S+)-s", best["name"])[1]), best["points"][-1]
-    (row,) = (line for line in done.stdout.splitlines() if line.startswith("| mix_grpo_flash |"))
-    assert row.startswith(f"| mix_grpo_flash | {point['right']:.3f} | {rate:g} | 288 | {point['nfe']:,} | 4 |")
+    (row,) = (line for line in table.splitlines() if line.startswith("| mix_grpo_flash |"))
+    steps = point["optimizer_steps"]
+    assert row.startswith(
+        f"| mix_grpo_flash | {point['right']:.3f} | {rate:g} | {images} | {point['nfe']:,} | {steps} |"
+    )
     assert len({run["points"][-1]["binding"] for run in runs}) == 4  # the rates trained different models
-    assert (tmp_path / "algorithms.png").stat().st_size > 10_000
+    assert (folder / "algorithms.png").stat().st_size > 10_000
+
+
+COMPARISON = "--studies algorithms --algorithms mix_grpo_flash --seeds 1 --points 1".split()
+
+
+@pytest.mark.slow
+def test_algorithms_are_compared_on_withheld_scenes_at_the_rate_that_training_prompts_choose(
+    tmp_path, embedded_prompts, monkeypatch, capsys
+):
+    """One short iteration per learning rate, in this process, measured on few scenes."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import compare_algorithms
+    import tiny_world
+
+    scenes = tiny_world.lines(tiny_world.TEST_PROMPTS)[:8]
+    for name, prompts in (("PROMPTS", PROMPTS), ("TEST_PROMPTS", scenes)):
+        (tmp_path / name).write_text("\n".join(prompts), encoding="utf-8")
+        monkeypatch.setattr(tiny_world, name, tmp_path / name)
+    for name in ("PROMPTS", "TEST_PROMPTS"):
+        monkeypatch.setattr(compare_algorithms, name, tmp_path / name, raising=False)
+    (tmp_path / "embeddings").symlink_to(embedded_prompts.parent)
+    monkeypatch.setitem(compare_algorithms.ALGORITHMS, "mix_grpo_flash", "--train_batch_size 2 --num_generations 6")
+    monkeypatch.setattr(train_grpo_flux, "windows", train_grpo_flux.windows)  # a run puts its own there
+    monkeypatch.setattr(
+        compare_algorithms,
+        "run_all",
+        lambda runs, output, jobs: {run.name: tiny_world.train_and_measure(run, output) for run in runs},
+    )
+    argv = ["compare_algorithms.py", "--output_dir", str(tmp_path), *COMPARISON, "--images", "12"]
+    monkeypatch.setattr(sys, "argv", argv)
+    compare_algorithms.main()
+    check_comparison(tmp_path, capsys.readouterr().out, images=12)
+
+
+@pytest.mark.long
+def test_the_command_that_compares_algorithms_trains_in_processes_side_by_side(tmp_path, subprocess_environment):
+    command = [sys.executable, "benchmarks/compare_algorithms.py", "--output_dir", str(tmp_path), *COMPARISON]
+    command += ["--jobs", "2", "--images", "300"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=subprocess_environment, capture_output=True, text=True, timeout=TIME_LIMIT
+    )
+    assert done.returncode == 0, done.stderr
+    check_comparison(tmp_path, done.stdout, images=288)
 
 
 def flat(runs: object) -> list:

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
-ROOT = Path(__file__).parents[1]
 SEEDS = [714, *(pytest.param(seed, marks=pytest.mark.long) for seed in (1, 2))]
 FIRST_LINE = r"right in everything  before 0\.\d\d  after [01]\.\d\d  \(540 pictures, ± 0\.\d\d and ± 0\.\d\d\)"
 
@@ -35,7 +35,7 @@ def change(summary: dict, model: str) -> tuple[float, float]:
     return next(row["change"] for row in summary["scores"] if row["model"] == model)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(5)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_quickstart_draws_three_quarters_of_the_withheld_scenes_right(seed, tmp_path):
     summary, signs = quickstart(tmp_path / "out", "--seed", str(seed))
@@ -48,7 +48,7 @@ def test_the_quickstart_draws_three_quarters_of_the_withheld_scenes_right(seed, 
     assert signs == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_rewards_shuffled_within_groups_draw_no_more_scenes_right(tmp_path):
     summary, _ = quickstart(tmp_path / "out", "--reward_model", "custom_rewards:shuffled_shapes")
     gain, error = change(summary, "ShapesRewardModel_right")

@@ -10,6 +10,7 @@ latest                                                 a link to the newest chec
 best                                                   a link to the checkpoint of the best evaluation (--eval_steps)
 """
 
+import functools
 import importlib.metadata
 import json
 import os
@@ -18,6 +19,7 @@ import re
 import shutil
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +61,14 @@ class CheckpointNotWritten(RuntimeError):
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def versions() -> dict[str, str]:
-    """Of the packages that decide what a run computes."""
-    names = ("torch", "diffusers", "transformers", "accelerate", "peft", "deepspeed")
-    found = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions() if d.metadata["Name"]}
-    return {"python": platform.python_version()} | {name: found[name] for name in names if name in found}
+    """Versions of the packages that decide what a run computes; packages that are not installed are left out."""
+    found = {"python": platform.python_version()}
+    for name in ("torch", "diffusers", "transformers", "accelerate", "peft", "deepspeed"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def base_model_hash(config: GRPOConfig) -> str | None:
