@@ -115,7 +115,6 @@ def check_comparison(folder: Path, table: str, images: int) -> None:
 COMPARISON = "--studies algorithms --algorithms mix_grpo_flash --seeds 1 --points 1".split()
 
 
-@pytest.mark.slow
 def test_algorithms_are_compared_on_withheld_scenes_at_the_rate_that_training_prompts_choose(
     tmp_path, embedded_prompts, monkeypatch, capsys
 ):
@@ -128,8 +127,6 @@ def test_algorithms_are_compared_on_withheld_scenes_at_the_rate_that_training_pr
     for name, prompts in (("PROMPTS", PROMPTS), ("TEST_PROMPTS", scenes)):
         (tmp_path / name).write_text("\n".join(prompts), encoding="utf-8")
         monkeypatch.setattr(tiny_world, name, tmp_path / name)
-    for name in ("PROMPTS", "TEST_PROMPTS"):
-        monkeypatch.setattr(compare_algorithms, name, tmp_path / name, raising=False)
     (tmp_path / "embeddings").symlink_to(embedded_prompts.parent)
     monkeypatch.setitem(compare_algorithms.ALGORITHMS, "mix_grpo_flash", "--train_batch_size 2 --num_generations 6")
     monkeypatch.setattr(train_grpo_flux, "windows", train_grpo_flux.windows)  # a run puts its own there
