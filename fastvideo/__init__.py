@@ -1,13 +1,1 @@
-"""MixGRPO training of FLUX.1. Importing the package mends torchvision beside a CPU-only torch (see below)."""
-
-import torch
-
-try:
-    import torchvision  # noqa: F401
-except RuntimeError:
-    # The registry's torchvision is a CUDA build. Beside a CPU-only torch its import fails because the compiled
-    # operators it registers shapes for are missing. Declaring them is enough, as nothing here calls them; the library
-    # object must live on.
-    _torchvision_ops = torch.library.Library("torchvision", "DEF")
-    for _name in ("nms", "qnms"):
-        _torchvision_ops.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+"""Alignment of FLUX.1 image models by GRPO. Importing the package itself imports nothing: see cli.py."""

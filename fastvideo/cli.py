@@ -1,10 +1,35 @@
-"""Command lines from dataclasses: a documented field per flag, and one line for a setting that can't be used.
+"""Command lines from dataclasses: one documented field per flag, and one line for a setting that can't be used.
 
-`--flag_name` and `--flag-name` are the same; every switch has a `--no_` form; the string None means "not set".
+`--flag_name` and `--flag-name` are the same; every switch has a `--no_` form; the text None means "not set".
+
+A program reads its command line before it imports torch, so that --help and a refused flag answer at once:
+
+    from fastvideo.cli import flag, flag_errors, parse_dataclass, parse_first
+
+    @dataclass
+    class Settings:
+        batch_size: int = flag(8, "images per forward pass", at_least=1)
+
+        def __post_init__(self) -> None:
+            check_fields(self)
+
+    if __name__ == "__main__":
+        parse_first(Settings, doc=__doc__)
+
+    import torch
+
+    @flag_errors("program.py")
+    def main(argv: Sequence[str] | None = None) -> None:
+        settings = parse_dataclass(Settings, argv, __doc__)  # what parse_first has read
+
+    if __name__ == "__main__":
+        main()
 """
 
 import argparse
 import difflib
+import math
+import operator
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,8 +48,9 @@ class FlagError(ValueError):
     """A setting that can't be used. Code that knows no command line raises it; `flag_errors` writes the flag's name.
 
     Attributes:
-        field: name of the setting, as in the dataclass. value: what it was set to; None: the value is not the point.
-        problem: what is wrong with it, and what to choose instead; other settings are named there as flags, --name.
+        field: name of the setting, as in the dataclass.
+        value: what it was set to. None: the value is not the point.
+        problem: what is wrong, and what to choose instead. Other settings are named there as flags, --name.
     """
 
     def __init__(self, field: str, value: object, problem: str) -> None:
@@ -35,30 +61,69 @@ class FlagError(ValueError):
         return f"{self.field}: {self.problem}" if self.value is None else f"{self.field} {self.value}: {self.problem}"
 
 
+def _message(error: ValueError, names: Mapping[str, str]) -> str:
+    """The error as the user of a command line reads it: a FlagError starts with the flag's name."""
+    if not isinstance(error, FlagError):
+        return str(error)
+    return f"--{FlagError(names.get(error.field, error.field), error.value, error.problem)}"
+
+
 @contextmanager
 def flag_errors(program: str, names: Mapping[str, str] | None = None) -> Iterator[None]:
-    """The edge of a command line: a FlagError ends the program with status 2 and one line that names the flag.
+    """The edge of a command line, a decorator of `main` too: a ValueError ends the program with one line and status 2.
 
     names: flags that this program calls differently, {field: flag}.
     """
     try:
         yield
-    except FlagError as error:
-        name = (names or {}).get(error.field, error.field)
-        # In one piece: other processes may write the same line at this moment.
-        sys.stderr.write(f"{program}: error: --{FlagError(name, error.value, error.problem)}\n")
+    except ValueError as error:
+        # One write: other processes may write to the same stream at this moment.
+        sys.stderr.write(f"{program}: error: {_message(error, names or {})}\n")
         raise SystemExit(2) from error
 
 
+BOUNDS = {
+    "at_least": (operator.ge, "at least"),
+    "above": (operator.gt, "above"),
+    "at_most": (operator.le, "at most"),
+    "below": (operator.lt, "below"),
+}
+
+
 def flag(default: Any, help: str, **metadata: Any) -> Any:
-    """A dataclass field with a help sentence and argparse-dataclass metadata (`choices`, ...)."""
+    """A dataclass field with a help sentence.
+
+    metadata: argparse-dataclass's (`choices`, `metavar`, ...), the range as keys of BOUNDS (`at_least=1`), and `none`,
+    another word for None.
+    """
+    assert all(key in (*BOUNDS, "choices", "metavar", "nargs", "none") for key in metadata), metadata
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": help, "nargs": "+", **metadata})
     return field(default=default, metadata={"help": help, **metadata})
 
 
+def check_fields(config: Any) -> None:
+    """Raises FlagError for the first field of a dataclass that is not finite, out of its range or none of its choices.
+
+    argparse checks the choices of a command line; this also serves callers that make the object themselves.
+    """
+    for f in fields(config):
+        value, optional = getattr(config, f.name), get_origin(f.type) is UnionType
+        if optional and value is None:
+            continue
+        if isinstance(value, float) and not math.isfinite(value):
+            raise FlagError(f.name, value, "must be a finite number")
+        bounds = [(*BOUNDS[key], bound) for key, bound in f.metadata.items() if key in BOUNDS]
+        if not all(holds(value, bound) for holds, _, bound in bounds):
+            wanted = " and ".join(f"{words} {bound}" for _, words, bound in bounds)
+            raise FlagError(f.name, value, f"must be {wanted}" + ", or None" * optional)
+        choices = f.metadata.get("choices")
+        if choices and value not in choices:
+            raise FlagError(f.name, value, f"choose from {', '.join(map(str, choices))}" + ", or None" * optional)
+
+
 def default_of(f: Field) -> Any:
-    """A dataclass field's default, a list of its own for each caller."""
+    """A dataclass field's default. Each caller gets a list of its own."""
     return f.default if f.default_factory is MISSING else f.default_factory()
 
 
@@ -131,14 +196,27 @@ class _Parser(argparse_dataclass.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
 
 
+_READ: dict[type, Any] = {}  # what parse_first has read, by class, until the program's main asks for it
+
+
+def parse_first(cls: type, argv: Sequence[str] | None = None, doc: str = "", ignored: Sequence[str] = ()) -> None:
+    """parse_dataclass before the slow imports: the program's `main`, which asks for argv None, gets the result."""
+    _READ[cls] = parse_dataclass(cls, argv, doc, ignored)
+
+
 def parse_dataclass(
     cls: type[Config], argv: Sequence[str] | None = None, doc: str = "", ignored: Sequence[str] = ()
 ) -> Config:
-    """Parse a command line into the dataclass `cls`. A ValueError of its validation ends the program with one line.
+    """Parses a command line into the dataclass `cls`. A ValueError of its validation ends the program with one line.
 
-    Flags named in `ignored` are accepted, with their value, and warned about in one line. If the class has a
-    `create(**explicit)` constructor, it is called with just the flags that were given.
+    If the class has a `create(**explicit)` constructor, it is called with just the flags that were given.
+
+    Args:
+        argv: None is the process's own command line, which `parse_first` may have read already.
+        ignored: flags that are accepted, with their value, and warned about in one line.
     """
+    if argv is None and cls in _READ:
+        return _READ.pop(cls)
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _Parser(cls, description=doc)
     kept: list[str] = []
@@ -162,7 +240,5 @@ def parse_dataclass(
     explicit = {name: value for name, value in vars(namespace).items() if value is not argparse_dataclass.MISSING}
     try:
         return getattr(cls, "create", cls)(**explicit)
-    except FlagError as error:
-        parser.error(f"--{error}")
     except ValueError as error:
-        parser.error(str(error))
+        parser.error(_message(error, {}))

@@ -22,10 +22,9 @@ from collections.abc import Sequence
 from dataclasses import field, fields, make_dataclass
 from typing import Any
 
+from fastvideo.cli import parse_first
 from fastvideo.config import ALGORITHMS, IGNORED_FLAGS, GRPOConfig
-from fastvideo.io.processes import entry_point
 from fastvideo.models.reward_model.utils import MIXES, REWARDS
-from fastvideo.train_grpo_flux import main as train
 
 from hydra import compose, initialize
 from hydra.core.config_store import ConfigStore
@@ -140,8 +139,13 @@ def main(overrides: Sequence[str] | None = None) -> None:
         without_login = re.sub(r"[^\s/=,\"'\[]+@", "", str(error))
         print(f"train.py: error: {without_login}", file=sys.stderr)
         raise SystemExit(2) from error
-    train(argv)
+    parse_first(GRPOConfig, argv, __doc__, IGNORED_FLAGS)
+    # Here, not above: these imports take seconds.
+    from fastvideo.io.processes import entry_point
+    from fastvideo.train_grpo_flux import main as train
+
+    entry_point(train)
 
 
 if __name__ == "__main__":
-    entry_point(main)
+    main()

@@ -23,8 +23,12 @@ from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
 
-from fastvideo.cli import parse_dataclass
+from fastvideo.cli import flag_errors, parse_dataclass, parse_first
 from fastvideo.config import IGNORED_FLAGS, GRPOConfig, world_size_of_environment
+
+if __name__ == "__main__":  # before torch and diffusers, which take seconds: --help and a refused flag answer at once
+    parse_first(GRPOConfig, None, __doc__, IGNORED_FLAGS)
+
 from fastvideo.data_preprocess.preprocess_flux_embedding import embed_prompts
 from fastvideo.dataset.latent_flux_rl_datasets import LatentFluxRLDataset, PromptSampler, collate, outlive_signals
 from fastvideo.eval.live import live_report
@@ -762,7 +766,7 @@ def train(trainer: Trainer, sampler: PromptSampler, loader: DataLoader) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line. Bad input ends it with one line and status 2, a stopped run with one line and status 1."""
     config = parse_dataclass(GRPOConfig, argv, __doc__, IGNORED_FLAGS)
-    try:
+    with flag_errors("train_grpo_flux.py"):
         text = describe(config, world_size_of_environment())
         if os.environ.get("RANK", "0") == "0":
             print(text, describe_memory(config, world_size_of_environment()), sep="\n")
@@ -774,10 +778,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
         live = live_report(config.output_dir, config.serve_report)
         run = set_up(config)
-    except ValueError as error:
-        # In one piece: other processes may write the same line at this moment.
-        sys.stderr.write(f"train_grpo_flux.py: error: {error}\n")
-        raise SystemExit(2) from error
     try:
         with live:
             train(*run)

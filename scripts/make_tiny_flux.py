@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 
+import fastvideo.torchvision_repair  # noqa: F401  (before diffusers)
 from fastvideo.models.reward_model.shapes import IMAGE_SIZE, JITTER, Scene, ShapesRewardModel, all_scenes, draw
 
 import diffusers

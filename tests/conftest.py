@@ -16,7 +16,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the hub's client is impor
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).parents[1] / ".cache/torchinductor"))
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(__file__).parents[1] / ".cache/torch_extensions"))
 
-import fastvideo  # noqa: F401  (first: it mends torchvision beside a CPU-only torch)
+import fastvideo.torchvision_repair  # noqa: F401  (before transformers)
 from fastvideo import train_grpo_flux
 from fastvideo.data_preprocess.preprocess_flux_embedding import embed_prompts
 

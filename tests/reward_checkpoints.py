@@ -14,7 +14,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a look-up on the hub is a mistake here: fail, don't retry
 
-import fastvideo  # noqa: F401  mends torchvision, before transformers looks for it
+import fastvideo.torchvision_repair  # noqa: F401  (before transformers)
 
 import numpy as np
 import pytest

@@ -14,6 +14,8 @@ from pathlib import Path
 from types import MethodType
 from unittest.mock import patch
 
+import fastvideo.torchvision_repair  # noqa: F401  (before diffusers)
+
 import torch
 from diffusers import AutoencoderKL, ContextParallelConfig, FluxPipeline, FluxTransformer2DModel
 from diffusers.image_processor import VaeImageProcessor

@@ -3,6 +3,8 @@
 docs/deviations.md says why this isn't torchao's or bitsandbytes'.
 """
 
+import fastvideo.torchvision_repair  # noqa: F401  (before diffusers)
+
 import torch
 from diffusers import FluxTransformer2DModel
 

@@ -13,6 +13,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import fastvideo.torchvision_repair  # noqa: F401  (before diffusers)
 from fastvideo.config import GRPOConfig
 from fastvideo.io.files import write_bytes, write_json
 from fastvideo.io.scores import evaluation_scores, read_scores

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import fastvideo.torchvision_repair  # noqa: F401  (before transformers and open_clip)
+
 import numpy as np
 import torch
 from PIL import Image
