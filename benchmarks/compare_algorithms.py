@@ -17,7 +17,7 @@ from tiny_world import COMMON, Run, base, machine, run_all  # isort: skip  (firs
 
 from fastvideo.cli import flag, parse_dataclass
 from fastvideo.config import GRPOConfig
-from fastvideo.rollout_plan import leaf_columns, make_plan, start_rows
+from fastvideo.rollout_plan import make_plan
 from fastvideo.utils.grpo_states import windows
 
 import numpy as np
@@ -112,7 +112,7 @@ def make_run(
     """A run that ends after the iteration in which `--images` pictures are reached."""
     settings = parse_dataclass(GRPOConfig, [*COMMON, *flags, "--data_json_path", "unused"])
     plan = make_plan(settings, next(windows(settings)))
-    pictures = settings.train_batch_size * max(c.stop for c in leaf_columns(plan, start_rows(settings)).values())
+    pictures = settings.train_batch_size * plan.pictures
     every = max(1, round(config.images / pictures / config.points))
     flags = (*flags, "--learning_rate", str(rate), "--seed", str(seed))
     return Run(f"{name}-lr{rate:g}-s{seed}", flags, every * config.points, every, frozen_at)

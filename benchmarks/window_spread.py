@@ -29,10 +29,12 @@ from fastvideo.models.flux import (
     meta_vae,
     predict_velocity,
 )
-from fastvideo.rollout_plan import make_plan, plan_mix
+from fastvideo.rollout_plan import make_plan
+from fastvideo.runtime.evaluation import noise_free_plan
 from fastvideo.sample.sample_flux import load_tuned
 from fastvideo.train_grpo_flux import rollout
-from fastvideo.utils.sampling_utils import draw_noise
+from fastvideo.utils.plan import Plan
+from fastvideo.utils.sampling_utils import Noise
 
 import matplotlib
 import numpy as np
@@ -115,18 +117,17 @@ def sample_windows(config: SpreadConfig) -> tuple[list[str], dict[int, torch.Ten
             parts = zip(*(x.split(config.batch_size) for x in rows), strict=True)
             return torch.cat([predict_velocity(model, *x, conditioning, model.config.guidance_embeds) for x in parts])
 
-    def noise(position: int, rows: int) -> torch.Tensor:
-        # Position -1 is the start. All windows share its noise, and the noise of each step.
-        return draw_noise(config.seed, 0, range(len(prompts)), rows, position + 1, shape).to(device)
+    # All windows share the initial noise, and the noise of each step.
+    noise = Noise(config.seed, 0, range(len(prompts)), shape, device)
 
-    def sample(plan: tuple) -> torch.Tensor:
-        latents = rollout(plan, noise(-1, 1), len(prompts), velocity, noise).latents.flatten(1)
+    def sample(plan: Plan) -> torch.Tensor:
+        latents = rollout(plan, noise(0, 1), len(prompts), velocity, noise).latents.flatten(1)
         return latents.unflatten(0, (len(prompts), -1)).cpu()
 
     windows = {
         start: sample(make_plan(training, range(start, start + config.group_size))) for start in sorted(config.windows)
     }
-    return prompts, windows, sample(tuple(plan_mix(training, ())))[:, 0]
+    return prompts, windows, sample(noise_free_plan(training))[:, 0]
 
 
 def main(argv: Sequence[str] | None = None) -> dict:

@@ -4,7 +4,8 @@
     torchrun --nproc_per_node 8 fastvideo/train_grpo_flux.py --parallel fsdp ...        # docs/distributed.md
 
 One iteration, top to bottom in this file: `rollout` executes the plan that rollout_plan.py made for the current window
-→ pictures → rewards → advantages → G/k optimizer steps of `train_on` with `policy_loss` on the trained transitions.
+→ pictures → `compute_reward` → advantages → `optimize`: G/k optimizer steps with `policy_loss` on the trained
+transitions.
 scripts/finetune holds recipes, docs/algorithms.md the formulas beside their flags, docs/deviations.md what differs from
 the references on purpose.
 """
@@ -14,11 +15,9 @@ import math
 import os
 import signal
 import sys
-import time
-import uuid
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -45,36 +44,21 @@ from fastvideo.models.flux import (
     predict_velocity,
     without_lora,
 )
-from fastvideo.models.reward_model.utils import check_reward_files
-from fastvideo.rollout_plan import (
-    Plan,
-    describe,
-    entropies,
-    function_evaluations,
-    leaves,
-    make_plan,
-    optimizer_steps,
-    parents,
-    rows_after,
-    start_rows,
-    updates,
-)
-from fastvideo.runtime.checkpoint import (
-    CheckpointNotWritten,
-    CheckpointWriter,
-    load_ema,
-    load_trained,
-    open_output,
-    read_record,
-)
-from fastvideo.runtime.engines import Engine, Stopwatch, build_engine, main_process_first
+from fastvideo.models.reward_model.utils import check_reward_files, compute_reward
+from fastvideo.rollout_plan import describe, make_plan, optimizer_steps
+from fastvideo.runtime.checkpoint import CheckpointNotWritten, CheckpointWriter
+from fastvideo.runtime.engines import Engine, build_engine, main_process_first
 from fastvideo.runtime.evaluation import Evaluation, build_held_out, check_evaluation
 from fastvideo.runtime.log import Log
 from fastvideo.runtime.memory import describe_memory, predict_memory
+from fastvideo.runtime.resume import Progress, load_ema, load_trained, open_output
 from fastvideo.runtime.scoring import Scoring
+from fastvideo.runtime.throughput import Stopwatch, Throughput
 from fastvideo.utils.advantages import plan_advantages, sample_order
 from fastvideo.utils.grpo_states import windows
-from fastvideo.utils.sampling_utils import coefficients, draw_noise, log_prob, transition_mean, transition_table
+from fastvideo.utils.picture_measures import group_measures
+from fastvideo.utils.plan import Plan
+from fastvideo.utils.sampling_utils import Noise, log_prob, to_device, transition_mean, transition_table
 from fastvideo.utils.transitions import Transition, micro_batches, slice_transitions
 
 import numpy as np
@@ -82,10 +66,11 @@ import torch
 from accelerate.utils import gather_object
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-# What a random stream of a prompt is for; the last entry of its seed. 0 is noise (`draw_noise`).
+# What a random stream of a prompt is for; the last entry of its seed. 0 is noise (`Noise`).
 STEP_SUBSET, ORDER = 1, 2
 
 # In bf16 on an H100 batches of at least so many rows round alike; 1 row differs by as much as the clip range.
@@ -100,21 +85,21 @@ DRIFT = (
 Velocity = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-# --- rollout ----------------------------------------------------------------------------------------------------------
+# --- rollout: the mixed ODE-SDE sampler -------------------------------------------------------------------------------
 
 
 @dataclass
 class Rollout:
     """Samples of a plan and what training needs of its trained steps; dict keys are positions in the plan."""
 
-    latents: torch.Tensor  # [P·pictures, L, C] at σ = 0, a prompt's together, in the order of `leaves`
+    latents: torch.Tensor  # [P·pictures, L, C] at σ = 0, the pictures of a prompt together, in the order of plan.leaves
     before: dict[int, torch.Tensor] = field(default_factory=dict)  # x, [P·rows, L, C]
     after: dict[int, torch.Tensor] = field(default_factory=dict)  # x', [P·rows·branch, L, C]
     log_probs: dict[int, torch.Tensor] = field(default_factory=dict)  # of x' under the sampling policy, [P·rows·branch]
 
     @classmethod
     def join(cls, parts: Sequence["Rollout"]) -> "Rollout":
-        """That of all prompts from those of some prompts each."""
+        """One rollout from several, each with some of the prompts, in the prompts' order."""
         by_position = ([getattr(part, name) for part in parts] for name in ("before", "after", "log_probs"))
         return cls(
             torch.cat([part.latents for part in parts]),
@@ -134,24 +119,25 @@ def rollout(
     """Executes a plan from noise to pictures.
 
     Args:
-        latents: [P·rows, L, C] at σ = 1, the rows of a prompt together. prompts: P.
-        noise: (position in the plan, rows a prompt) -> standard normal [P·rows, L, C].
-        trained_velocity: `velocity` where a trained step leaves, rounded as in training (None: the same).
+        latents: [P·plan.start, L, C] at σ = 1, the rows of a prompt together. prompts: P.
+        noise: (stream, rows per prompt) -> standard normal [P·rows, L, C]; stream i + 1 belongs to plan position i.
+        trained_velocity: `velocity` for states from which a trained step starts, rounded as in training (None: the
+            same function).
     """
-    table, origins = transition_table(plan, latents.device), parents(plan)
-    leaving = {origin for step, origin in zip(plan, origins, strict=True) if step.train}
+    table, parents = transition_table(plan, latents.device), plan.parents
+    before_training = {parents[position] for position in plan.trained}
     result = Rollout(latents)
     states = {-1: (latents, ())}  # position -> x after it, the latest x0 predictions on the way there
     velocities: dict[int, torch.Tensor] = {}
-    for position, (step, numbers, origin) in enumerate(zip(plan, coefficients(plan), origins, strict=True)):
+    for position, (step, numbers, parent) in enumerate(zip(plan, plan.coefficients, parents, strict=True)):
         x_weight, v_weight, std, sigma = table[position]
-        latents, history = states[origin]
+        latents, history = states[parent]
         rows = len(latents) // prompts
-        if origin not in velocities:  # steps that start from the same state share it
+        if parent not in velocities:  # steps that start from the same state share it
             prompt_index = torch.arange(prompts, device=latents.device).repeat_interleave(rows)
-            evaluate = trained_velocity if trained_velocity and origin in leaving else velocity
-            velocities[origin] = evaluate(latents, sigma.expand(len(latents)), prompt_index)
-        v = velocities[origin]
+            evaluate = trained_velocity if trained_velocity and parent in before_training else velocity
+            velocities[parent] = evaluate(latents, sigma.expand(len(latents)), prompt_index)
+        v = velocities[parent]
         if step.train:
             result.before[position] = latents
         history = (latents - sigma * v, *history[:2])
@@ -160,17 +146,40 @@ def rollout(
         mean = transition_mean(latents, v, x_weight, v_weight)
         for weight, x0 in zip(numbers.history, history[1:], strict=False):
             mean = mean + weight * x0
-        latents = mean + std * noise(position, rows * step.branch) if numbers.std else mean
+        latents = mean + std * noise(position + 1, rows * step.branch) if numbers.std else mean
         if step.train:
             result.after[position] = latents
         if step.train or step.branch > 1:
             result.log_probs[position] = log_prob(latents, mean, std)
         states[position] = (latents, tuple(history))
-        if origin not in origins[position + 1 :]:
-            del states[origin], velocities[origin]
-    pictures = [states[leaf][0].unflatten(0, (prompts, -1)) for leaf in leaves(plan)]
+        if parent not in parents[position + 1 :]:
+            del states[parent], velocities[parent]
+    pictures = [states[leaf][0].unflatten(0, (prompts, -1)) for leaf in plan.leaves]
     result.latents = torch.cat(pictures, 1).flatten(0, 1)
     return result
+
+
+@dataclass(frozen=True)
+class InParts:
+    """A velocity that is computed in even parts of at most `size` rows.
+
+    training: whether the graph is used that keeps activations, so that numbers round as in training.
+    stopwatch: times calls with one row for each of `prompts` prompts.
+    """
+
+    velocity: Velocity
+    size: int
+    training: bool = False
+    stopwatch: Stopwatch | None = None
+    prompts: int = 0
+
+    def __call__(self, latents: torch.Tensor, sigma: torch.Tensor, prompt_index: torch.Tensor) -> torch.Tensor:
+        rows = len(latents)
+        count = math.ceil(rows / self.size)
+        timed = self.stopwatch is not None and rows == self.prompts
+        with torch.set_grad_enabled(self.training), self.stopwatch.lap(rows) if timed else nullcontext():
+            parts = zip(*(x.tensor_split(count) for x in (latents, sigma, prompt_index)), strict=True)
+            return torch.cat([self.velocity(*part).detach() for part in parts])
 
 
 # --- loss -------------------------------------------------------------------------------------------------------------
@@ -208,13 +217,7 @@ def reference_kl(mean: torch.Tensor, reference: torch.Tensor, std: torch.Tensor)
     return ((mean - reference) ** 2 / (2 * std**2)).mean(dim=(1, 2))
 
 
-def to_device(values: Sequence[float] | torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Numbers as a tensor there, without waiting for the GPU, as a plain copy does."""
-    tensor = torch.as_tensor(values)
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
-
-
-def predicted(
+def predicted_transitions(
     batch: list[Transition], sampled: Rollout, table: torch.Tensor, velocity: Velocity
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean [N, L, C] and std [N, 1, 1] of a micro-batch's N transitions under the model of `velocity`."""
@@ -242,12 +245,12 @@ def transitions_loss(
     config: GRPOConfig,
     reference: Velocity | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Loss [N] of a micro-batch's N transitions, with its parts: what the rollout did, once more with gradient.
+    """Loss [N] of a micro-batch's N transitions, and its parts: the steps of the rollout once more, with gradient.
 
-    reference: the base model's velocity, with --ref_kl_coeff.
+    reference: the base model's velocity; needed with --ref_kl_coeff.
     """
-    base_mean = predicted(batch, sampled, table, reference)[0] if reference else None
-    mean, std = predicted(batch, sampled, table, velocity)
+    base_mean = predicted_transitions(batch, sampled, table, reference)[0] if reference else None
+    mean, std = predicted_transitions(batch, sampled, table, velocity)
     new = log_prob(sampled_after(batch, sampled), mean, std)
     old = torch.stack([sampled.log_probs[t.position][t.child] for t in batch])
     advantages = to_device([t.advantage for t in batch], new.device)
@@ -274,11 +277,13 @@ class Interrupted(TrainingStopped):
 
 
 class Trainer:
-    """State of a run: models, optimizer, where it is. `iteration` does the work."""
+    """A run: its models, its optimizer and where it is (`progress`). `iteration` does the work."""
 
     def __init__(self, config: GRPOConfig, engine: Engine, scoring: Scoring, checkpoint: Path | None) -> None:
         self.config, self.engine, self.scoring, self.accelerator = config, engine, scoring, engine.accelerator
         self.local_prompts = config.local_prompts(self.accelerator.num_processes)
+        # Places of this data rank's prompts among the prompts of an iteration.
+        self.slots = range(engine.data_rank * self.local_prompts, (engine.data_rank + 1) * self.local_prompts)
         device, path = self.accelerator.device, config.pretrained_model_name_or_path
         transformer = load_trained(config, engine, checkpoint)
         self.vae = load_vae(path, engine.frozen_dtype).to(device, memory_format=torch.channels_last)
@@ -287,7 +292,6 @@ class Trainer:
         self.shape = LatentShape.of(self.vae, config.h, config.w)
         self.image_ids = self.shape.image_ids(device)
         self.guidance_embeds = bool(transformer.config.guidance_embeds)
-        self.fills_up = engine.compiled or device.type == "cuda"
 
         engine.prepare(transformer, {"lr": config.learning_rate, "weight_decay": config.weight_decay})
         self.frozen = None
@@ -304,60 +308,49 @@ class Trainer:
         )
         self.ema = EMAModel(engine.trained_parameters(), decay=config.ema_decay) if config.ema_decay else None
         self.writer = CheckpointWriter(engine, self.ema)
-        self.done = 0  # iterations
-        self.too_many_failures = False  # of rewards, in the last iteration
-        self.optimizer_steps = 0
-        self.skipped_in_a_row = 0
-        self.prefix = Stopwatch(device)  # of an iteration's steps with one row a prompt
-        self.wandb_id = uuid.uuid4().hex[:8]
-        self.prompts: int | None = None  # how many earlier iterations took; None: as many as these take
-        self.best: dict | None = None  # of the evaluations: iteration, value, what was measured
+        self.throughput = Throughput(config, device, transformer)
         self.evaluation: Evaluation | None = None
+        self.progress = Progress()
         if checkpoint is not None:
             self._resume(checkpoint)
 
     def _resume(self, checkpoint: Path) -> None:
-        record = read_record(checkpoint)
         self.engine.load_optimizer(checkpoint / "optimizer")
-        self.done, self.optimizer_steps = record["iteration"], record["optimizer_steps"]
-        self.wandb_id, self.prompts = record["wandb_id"], record.get("prompts")
+        self.progress = Progress.of_checkpoint(checkpoint)
         best = Path(self.config.output_dir) / "best"
-        if self.engine.any_process(self.accelerator.is_main_process and best.exists()):  # not so in a new folder
-            self.best = record.get("best")
-        if self.optimizer_steps:  # the learning rate of the flags' schedule at this place
-            self.lr_scheduler._step_count = self.lr_scheduler.last_epoch = self.optimizer_steps - 1
+        if not self.engine.any_process(self.accelerator.is_main_process and best.exists()):  # in a new folder
+            self.progress.best = None
+        if self.progress.optimizer_steps:  # the learning rate of the flags' schedule at this place
+            self.lr_scheduler._step_count = self.lr_scheduler.last_epoch = self.progress.optimizer_steps - 1
             self.lr_scheduler.step()
         if self.ema is not None:
             load_ema(checkpoint, self.engine, self.ema)
 
     def save(self, sampler: PromptSampler) -> None:
         """Begins checkpoint-{iterations done}-{epoch}."""
-        place = {"iteration": self.done, "epoch": sampler.epoch_of(self.done), "optimizer_steps": self.optimizer_steps}
-        self.writer.save(
-            place | {"prompts": sampler.position(self.done + 1), "wandb_id": self.wandb_id, "best": self.best}
-        )
+        done = self.progress.iteration
+        self.writer.save(self.progress.record(sampler.epoch_of(done), sampler.position(done + 1)))
 
-    def evaluate(self, iteration: int) -> dict[str, float]:
-        """The metrics of the evaluation after an iteration, if one is due and the iteration trained."""
-        due = self.evaluation and iteration == self.done and self.evaluation.due(iteration)
-        return self.evaluation.run(self, iteration) if due else {}
+    # --- pictures ---------------------------------------------------------------------------------------------------
 
     def conditioning(self, batch: dict) -> Conditioning:
-        """That of the prompts of a batch, on the device."""
+        """Embeddings of the prompts of a batch, on the device."""
         names = ("prompt_embeds", "pooled_prompt_embeds", "text_ids")
         embeds, pooled, text_ids = (
             batch[name].to(self.accelerator.device, torch.float32, non_blocking=True) for name in names
         )
         return Conditioning(embeds, pooled, text_ids[0], self.image_ids, self.config.guidance_scale)
 
-    def velocity(self, model: torch.nn.Module, conditioning: Conditioning, training: bool = True) -> Velocity:
-        """The same prediction, precision and autocast for rollout and training.
+    def velocity_of(self, model: torch.nn.Module, conditioning: Conditioning, training: bool = True) -> Velocity:
+        """The velocity that a model predicts: the same precision and autocast for rollout and training.
 
-        training: the rounding matters; rows so few that kernels round differently are filled up with the last one.
+        training: rounding must be the same as in training. Batches of so few rows that kernels round differently are
+        then filled up with the last row.
         """
-        few = min(FEW_ROWS, self.config.train_micro_batch_size) if training and self.fills_up else 0
+        fills_up = training and (self.engine.compiled or self.accelerator.device.type == "cuda")
+        few = min(FEW_ROWS, self.config.train_micro_batch_size) if fills_up else 0
 
-        def predict(latents: torch.Tensor, sigma: torch.Tensor, prompt_index: torch.Tensor) -> torch.Tensor:
+        def velocity(latents: torch.Tensor, sigma: torch.Tensor, prompt_index: torch.Tensor) -> torch.Tensor:
             given = len(latents)
             if given < few:
                 place = torch.arange(few, device=latents.device).clamp(max=given - 1)
@@ -366,90 +359,93 @@ class Trainer:
                 v = predict_velocity(model, latents, sigma, prompt_index, conditioning, self.guidance_embeds)
             return v[:given]
 
-        return predict
+        return velocity
 
-    def reference(self, conditioning: Conditioning) -> Velocity:
-        """The base model's prediction: that of a frozen copy, or of the model without its adapters."""
-        frozen = self.velocity(self.frozen or self.engine.model, conditioning)
+    def reference_velocity(self, conditioning: Conditioning) -> Velocity:
+        """The velocity that the base model predicts: a frozen copy, or the trained model without its adapters."""
+        base = self.velocity_of(self.frozen or self.engine.model, conditioning)
 
         @torch.no_grad()
-        def predict(latents: torch.Tensor, sigma: torch.Tensor, prompt_index: torch.Tensor) -> torch.Tensor:
+        def velocity(latents: torch.Tensor, sigma: torch.Tensor, prompt_index: torch.Tensor) -> torch.Tensor:
             with without_lora(self.engine.transformer):
-                return frozen(latents, sigma, prompt_index)
+                return base(latents, sigma, prompt_index)
 
-        return predict
+        return velocity
 
-    @contextmanager
-    def phase(self, name: str, seconds: dict[str, float]) -> Iterator[None]:
-        """Adds the time of a phase; the only waits for the GPU are at its ends."""
-        start = time.perf_counter()
-        with torch.profiler.record_function(name):
-            yield
-            if self.accelerator.device.type == "cuda":
-                torch.cuda.current_stream().synchronize()
-        key = f"seconds_{name}"
-        seconds[key] = seconds.get(key, 0.0) + time.perf_counter() - start
-
-    def sample(
-        self, plan: Plan, number: int, slots: range, conditioning: Conditioning, start: int | None = None
-    ) -> Rollout:
-        """The rollout of iteration `number` for the prompts in `slots`. start: rows a prompt at first, if others."""
-        config, device = self.config, self.accelerator.device
-        start, group = start or start_rows(config), config.num_generations
-
-        def noise(step: int, rows: int) -> torch.Tensor:
-            return to_device(draw_noise(config.seed, number, slots, rows, step, self.shape), device)
-
-        # Stream 0 is the initial noise, stream i + 1 that of plan position i.
-        latents = noise(0, 1 if config.init_same_noise else start)
+    def sample(self, plan: Plan, number: int, slots: range, conditioning: Conditioning) -> Rollout:
+        """The rollout of iteration `number` for the prompts in `slots`."""
+        config, prompts = self.config, len(slots)
+        noise = Noise(config.seed, number, slots, self.shape, self.accelerator.device)
+        latents = noise(0, 1 if config.init_same_noise else plan.start)
         if config.init_same_noise:
-            latents = latents.repeat_interleave(start, 0)
-        size, micro = config.rollout_batch_size or len(slots) * group, config.train_micro_batch_size
+            latents = latents.repeat_interleave(plan.start, 0)
+        size = config.rollout_batch_size or prompts * config.num_generations
+        with self.engine.sampling_model() as model:
+            plain = self.velocity_of(model, conditioning, training=False)
+            trained = self.velocity_of(model, conditioning)
+            return rollout(
+                plan,
+                latents,
+                prompts,
+                InParts(plain, size, stopwatch=self.throughput.prefix, prompts=prompts),
+                noise,
+                InParts(trained, config.train_micro_batch_size, training=True),
+            )
 
-        def split(size: int, training: bool) -> Velocity:
-            """In parts; with `training` as there: in micro-batches, through the graph that keeps activations."""
+    def decode(self, sampled: Rollout, batch_size: int) -> list[Image.Image]:
+        """The pictures of a rollout, `batch_size` of them at a time."""
+        return decode_latents(self.vae, sampled.latents, self.config.h, self.config.w, batch_size)
 
-            def velocity(*rows: torch.Tensor) -> torch.Tensor:
-                predict = self.velocity(model, conditioning, training)
-                count = math.ceil(len(rows[0]) / size)
-                alone = len(rows[0]) == len(slots) and not training
-                with torch.set_grad_enabled(training), self.prefix.lap(len(slots)) if alone else nullcontext():
-                    parts = zip(*(x.tensor_split(count) for x in rows), strict=True)
-                    return torch.cat([predict(*part).detach() for part in parts])
+    def draw(self, plan: Plan, batch: dict, slot: int) -> list[Image.Image]:
+        """Pictures of a batch of one prompt for an evaluation; none on processes that leave decoding to another."""
+        sampled = self.sample(plan, 0, range(slot, slot + 1), self.conditioning(batch))  # no iteration is 0
+        return [] if self.engine.place_in_group else self.decode(sampled, 1)
 
-            return velocity
+    def evaluate(self, iteration: int) -> dict[str, float]:
+        """The metrics of the evaluation after an iteration, if one is due and the iteration trained."""
+        due = self.evaluation and iteration == self.progress.iteration and self.evaluation.due(iteration)
+        return self.evaluation.run(iteration, self.draw, self.engine, self.progress) if due else {}
 
-        def stream(position: int, rows: int) -> torch.Tensor:
-            return noise(position + 1, rows)
+    # --- scores -----------------------------------------------------------------------------------------------------
 
-        with self.engine.rollout() as model:
-            return rollout(plan, latents, len(slots), split(size, False), stream, split(micro, True))
+    def score(
+        self, pictures: list[Image.Image], captions: list[str], plan: Plan, number: int
+    ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """Scores and looks of the pictures of P prompts, the pictures of a prompt together.
+
+        Returns scores, name -> [P, pictures], NaN where failed, and of the pictures that train what may show reward
+        hacking, name -> its mean per prompt [P] (see `group_measures`).
+        """
+        per_prompt, reward_models, reward_weights = plan.pictures, self.scoring.models, self.scoring.weights
+        prompts = [caption for caption in captions for _ in range(per_prompt)]
+        curr_step, total_steps = self.scoring.progress(plan, len(captions), number)
+        _, _, rewards_dict, _ = compute_reward(
+            pictures, prompts, reward_models, reward_weights, curr_step=curr_step, total_steps=total_steps
+        )
+        groups = [pictures[i : i + plan.trained_pictures] for i in range(0, len(pictures), per_prompt)]
+        return {name: v.reshape(-1, per_prompt) for name, v in rewards_dict.items()}, group_measures(groups)
 
     def collect(
-        self, plan: Plan, number: int, conditioning: Conditioning, captions: list[str], seconds: dict[str, float]
-    ) -> tuple[Rollout, list, dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """This data rank's rollout and pictures (on its first process), and of all ranks the scores, name -> [P,
-        pictures], NaN where failed, and the looks, name -> [P] (see `Scoring.submit`).
+        self, plan: Plan, number: int, conditioning: Conditioning, captions: list[str]
+    ) -> tuple[Rollout, list[Image.Image], dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """This data rank's rollout and pictures (on its first process), and of all ranks the scores and looks.
 
         As many whole groups as --rollout_batch_size holds are sampled at a time, and scored while the next ones are.
         """
         config, local = self.config, self.local_prompts
         together = max(1, (config.rollout_batch_size or local * config.num_generations) // config.num_generations)
-        first_slot = self.engine.data_rank * local
         parts, images, scored = [], [], []
         for begin in range(0, local, together):
             end = min(begin + together, local)
-            with self.phase("rollout", seconds):
-                slots = range(first_slot + begin, first_slot + end)
-                parts.append(self.sample(plan, number, slots, conditioning.of(begin, end)))
+            with self.throughput.phase("rollout"):
+                parts.append(self.sample(plan, number, self.slots[begin:end], conditioning.of(begin, end)))
             if self.engine.place_in_group:
                 continue  # the first process of a sequence group decodes and scores for all of it
-            with self.phase("decode", seconds):
-                batch = config.rollout_batch_size or config.num_generations
-                pictures = decode_latents(self.vae, parts[-1].latents, config.h, config.w, batch)
+            with self.throughput.phase("decode"):
+                pictures = self.decode(parts[-1], config.rollout_batch_size or config.num_generations)
             images += pictures
-            scored.append(self.scoring.submit(pictures, captions[begin:end], plan, number))
-        with self.phase("reward", seconds):  # what is left of it
+            scored.append(self.scoring.begin(self.score, pictures, captions[begin:end], plan, number))
+        with self.throughput.phase("reward"):  # what is left of it
             found = gather_object([future.result() for future in scored])
         scores, looks = (
             {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
@@ -457,26 +453,28 @@ class Trainer:
         )
         return Rollout.join(parts), images, scores, looks
 
-    def advantages(
-        self, plan: Plan, sampled: Rollout, scores: dict[str, np.ndarray]
-    ) -> tuple[dict[int, np.ndarray], int]:
-        """Those of all ranks, see `plan_advantages`."""
-        split_log_probs: dict[int, np.ndarray] = {}
+    def split_log_probs(self, plan: Plan, sampled: Rollout) -> dict[int, np.ndarray]:
+        """Of every split, rows per prompt before it -> log-probabilities [P, rows after it] of all ranks.
+
+        Empty unless the reward of an inner node weighs its leaves by probability (BranchGRPO).
+        """
+        found: dict[int, np.ndarray] = {}
         if self.config.tree_fusion == "probability":
-            for position, (step, rows) in enumerate(zip(plan, rows_after(plan, start_rows(self.config)), strict=True)):
+            for position, (step, rows) in enumerate(zip(plan, plan.rows, strict=True)):
                 if step.branch > 1:
                     own = sampled.log_probs[position].reshape(self.local_prompts, -1)
-                    split_log_probs[rows // step.branch] = self.engine.gather(own).double().cpu().numpy()
-        weights = self.scoring.advantage_weights(plan, self.done + 1)
-        return plan_advantages(self.config, plan, scores, weights, split_log_probs)
+                    found[rows // step.branch] = self.engine.gather(own).double().cpu().numpy()
+        return found
+
+    # --- optimizer steps --------------------------------------------------------------------------------------------
 
     def rng(self, number: int, slot: int, purpose: int) -> np.random.Generator:
         """Random choices of one prompt, a function of (seed, iteration, prompt slot)."""
         return np.random.default_rng([self.config.seed, number, slot, purpose])
 
-    def trained_positions(self, plan: Plan, number: int, slots: range) -> np.ndarray:
-        """Plan positions that each sample trains, [P, G, n]: all trained steps, or a random share of them a sample."""
-        positions = np.flatnonzero([step.train for step in plan])
+    def trained_positions(self, plan: Plan, number: int) -> np.ndarray:
+        """Plan positions that each sample trains, [P, G, n]: all trained steps, or a random share for each sample."""
+        positions, slots = np.array(plan.trained), self.slots
         group, config = self.config.num_generations, self.config
         if config.training_strategy == "part" or config.frozen_init_timesteps:
             return np.broadcast_to(positions, (len(slots), group, len(positions)))
@@ -488,18 +486,15 @@ class Trainer:
             ]
         )
 
-    def train_on(
-        self, plan: Plan, number: int, sampled: Rollout, advantages: dict[int, np.ndarray], conditioning: Conditioning
-    ) -> dict[str, float]:
-        """G/k optimizer steps; step s uses samples [ks, ks+k) of every prompt's group (see `updates`).
+    def deal_out(self, plan: Plan, number: int, advantages: dict[int, np.ndarray]) -> list[list[list[Transition]]]:
+        """The micro-batches of each optimizer step; step s trains samples [ks, ks+k) of every prompt's group.
 
-        advantages: position -> [P, rows after it], all ranks. Returns the metrics of all ranks.
+        advantages: position -> [P, rows after it], all ranks. All ranks get equally many micro-batches per step: where
+        a rank has fewer rows, its last micro-batches have weight 0.
         """
-        config, accelerator = self.config, self.accelerator
-        k, local = config.gradient_accumulation_steps, self.local_prompts
-        slots = range(self.engine.data_rank * local, (self.engine.data_rank + 1) * local)
+        config = self.config
         own = {
-            position: np.clip(values[slots.start : slots.stop], -config.adv_clip_max, config.adv_clip_max)
+            position: np.clip(values[self.slots.start : self.slots.stop], -config.adv_clip_max, config.adv_clip_max)
             for position, values in advantages.items()
         }
         whole = np.nan_to_num(own[max(own)])
@@ -507,33 +502,41 @@ class Trainer:
         order = np.stack(
             [
                 sample_order(whole[i], config.advantage_rerange_strategy, self.rng(number, slot, ORDER))
-                for i, slot in enumerate(slots)
+                for i, slot in enumerate(self.slots)
             ]
         )
-        trained = self.trained_positions(plan, number, slots)
-        rows, table = rows_after(plan, start_rows(config)), transition_table(plan, accelerator.device)
-        velocity = self.velocity(self.engine.model, conditioning)
-        reference = self.reference(conditioning) if config.ref_kl_coeff else None
-        work = []  # the micro-batches of each optimizer step
-        for samples, positions in updates(plan, config.num_generations, k):
+        trained, work = self.trained_positions(plan, number), []
+        for samples, positions in plan.updates(config.num_generations, config.gradient_accumulation_steps):
             chosen = {position: own[position] for position in positions}
-            transitions = slice_transitions(plan, rows, order[:, samples], trained, chosen)
+            transitions = slice_transitions(plan, order[:, samples], trained, chosen)
             work.append(micro_batches(transitions, config.train_micro_batch_size))
-        trained_rows = len({(i, t.position, t.parent) for i, step in enumerate(work) for t in chain(*step)})
-        counts = torch.tensor([[len(batches) for batches in work]], device=accelerator.device)
-        most = accelerator.gather(counts).amax(0).tolist()
+        counts = torch.tensor([[len(batches) for batches in work]], device=self.accelerator.device)
+        most = self.accelerator.gather(counts).amax(0).tolist()
         for batches, count in zip(work, most, strict=True):
-            # All ranks run the model equally often; where the numbers of rows differ, some runs count nothing.
             batches += [[replace(t, weight=0.0) for t in batches[-1]]] * (count - len(batches))
+        return work
+
+    def optimize(
+        self, plan: Plan, number: int, sampled: Rollout, advantages: dict[int, np.ndarray], conditioning: Conditioning
+    ) -> dict[str, float]:
+        """The optimizer steps of an iteration (see `Plan.updates`). Returns the metrics of all ranks.
+
+        advantages: position -> [P, rows after it], all ranks.
+        """
+        config, accelerator = self.config, self.accelerator
+        work, table = self.deal_out(plan, number, advantages), transition_table(plan, accelerator.device)
+        velocity = self.velocity_of(self.engine.model, conditioning)
+        reference = self.reference_velocity(conditioning) if config.ref_kl_coeff else None
         if config.recompute_old_log_prob:
             for batch in chain.from_iterable(work):
                 with self.engine.micro_batch(last=False):
-                    new = log_prob(sampled_after(batch, sampled), *predicted(batch, sampled, table, velocity)).detach()
+                    mean, std = predicted_transitions(batch, sampled, table, velocity)
+                    new = log_prob(sampled_after(batch, sampled), mean, std).detach()
                 for transition, value in zip(batch, new, strict=True):
                     sampled.log_probs[transition.position][transition.child] = value
         sums: dict[str, torch.Tensor] = {}
         deviations, norms, first = [], [], 0
-        for number_of_step, batches in enumerate(work):
+        for place, batches in enumerate(work):
             step_loss = torch.zeros((), device=accelerator.device)
             for i, batch in enumerate(batches):
                 weights = to_device([t.weight for t in batch], accelerator.device)
@@ -547,9 +550,9 @@ class Trainer:
                     sums[name] = sums.get(name, 0) + share / self.steps_per_iteration
                 deviations.append((parts["ratio"] - 1).abs().max())
             first = first or len(deviations)  # micro-batches before the first update
-            if number_of_step:  # only now, so that the GPU has the next step's work while the CPU waits for the last
+            if place:  # only now, so that the GPU has the next step's work while the CPU waits for the last
                 norms.append(self._after_step(number))
-            if self.skipped_in_a_row >= config.max_skipped_steps:
+            if self.progress.skipped_in_a_row >= config.max_skipped_steps:
                 break
             self.engine.step(step_loss)
         else:
@@ -565,8 +568,9 @@ class Trainer:
         metrics["ratio_max_deviation"], metrics["ratio_first_deviation"] = everywhere.max(0).values[-2:].tolist()
         if accelerator.is_main_process and metrics["ratio_first_deviation"] > config.clip_range / 10:
             warnings.warn(DRIFT, stacklevel=1)  # shown once
+        trained = {(i, t.position, t.parent) for i, step in enumerate(work) for t in chain(*step)}
         return metrics | {
-            "trained_rows": trained_rows,
+            "trained_rows": len(trained),
             "optimizer_steps": len(taken),
             "skipped_steps": len(norms) - len(taken),
             "lr": self.lr_scheduler.get_last_lr()[0],
@@ -576,54 +580,56 @@ class Trainer:
         """What follows the optimizer step that was last begun: its gradient's norm, or None if it was skipped."""
         norm = self.engine.gradient_norm()
         if norm is None:
-            self.skipped_in_a_row += 1
+            self.progress.skipped_in_a_row += 1
             return None
         self.lr_scheduler.step()
-        self.optimizer_steps += 1
-        self.skipped_in_a_row = 0
+        self.progress.optimizer_steps += 1
+        self.progress.skipped_in_a_row = 0
         if self.ema is not None and number > self.config.ema_start_step:
             self.engine.drop_gathered()
             self.ema.step(self.engine.trained_parameters())
         return norm
 
-    def iteration(self, batch: dict, window: list[int]) -> tuple[dict, list]:
+    # --- one iteration ----------------------------------------------------------------------------------------------
+
+    def iteration(self, batch: dict, window: list[int]) -> tuple[dict, list[Image.Image]]:
         """Rollout, rewards, advantages, optimizer steps. Returns the metrics of all ranks and this rank's pictures."""
-        config, conditioning = self.config, self.conditioning(batch)
-        number, seconds, start = self.done + 1, {}, time.perf_counter()
+        config, progress, conditioning = self.config, self.progress, self.conditioning(batch)
+        number = progress.iteration + 1
         plan = make_plan(config, window, number)
-        self.prefix.read()  # from 0 on: an evaluation samples too
-        sampled, images, scores, looks = self.collect(plan, number, conditioning, batch["caption"], seconds)
-        shape = next(iter(scores.values())).shape
-        advantages, flat = self.advantages(plan, sampled, scores)
+        self.throughput.begin()
+        sampled, images, scores, looks = self.collect(plan, number, conditioning, batch["caption"])
+        weights, split_log_probs = self.scoring.advantage_weights(plan, number), self.split_log_probs(plan, sampled)
+        advantages, flat = plan_advantages(config, plan, scores, weights, split_log_probs)
         reward_metrics = self.scoring.metrics(plan, scores, looks, number)
         failures = reward_metrics["failed_rewards"] + reward_metrics.get("eval_failed_rewards", 0)
-        self.too_many_failures = config.max_reward_failures is not None and failures > config.max_reward_failures
+        too_many = config.max_reward_failures is not None and failures > config.max_reward_failures
         # With advantage_aggr a model that scored nothing counts 0; the others still teach.
         alone = self.scoring.weights if config.multi_reward_mix == "advantage_aggr" else ()
         scored = any(math.isfinite(reward_metrics[key]) for key in ["reward", *(f"reward_{name}" for name in alone)])
         if not scored and self.accelerator.is_main_process:
             warnings.warn(f"iteration {number}: all {int(failures)} scores failed; nothing is trained", stacklevel=1)
-        with self.phase("train", seconds):
-            if scored and not self.too_many_failures:
-                metrics = self.train_on(plan, number, sampled, advantages, conditioning)
+        with self.throughput.phase("train"):
+            if scored and not too_many:
+                metrics = self.optimize(plan, number, sampled, advantages, conditioning)
             else:  # nothing could be scored on any rank, or too little
-                self.skipped_in_a_row += self.steps_per_iteration
+                progress.skipped_in_a_row += self.steps_per_iteration
                 metrics = {"optimizer_steps": 0, "skipped_steps": self.steps_per_iteration}
-        self.done = number - self.too_many_failures  # a resumed run repeats an iteration that had too few scores
-        nfe = function_evaluations(plan, start_rows(config))
-        prefix, seconds["seconds_prefix"] = self.prefix.read()  # a part of the rollout's
-        rows = {"rollout": self.local_prompts * nfe - prefix, "prefix": prefix, "train": metrics.pop("trained_rows", 0)}
-        metrics |= self.engine.rates((len(self.image_ids), len(conditioning.text_ids)), rows, seconds) | {
+        progress.too_many_failures = too_many
+        progress.iteration = number - too_many  # a resumed run repeats an iteration that had too few scores
+        tokens, trained_rows = (len(self.image_ids), len(conditioning.text_ids)), metrics.pop("trained_rows", 0)
+        prompts = self.local_prompts * self.engine.data_ranks
+        metrics |= {
             "step": number,
-            "images": shape[0] * shape[1],
-            "nfe": shape[0] * nfe,
-            "window": [step.index for step in plan if step.train],
-            "merges": [step.span for step in plan if step.train],
-            "entropies": entropies(plan),
+            "images": prompts * plan.pictures,
+            "nfe": prompts * plan.evaluations,
+            "window": [plan[position].index for position in plan.trained],
+            "merges": [plan[position].span for position in plan.trained],
+            "entropies": plan.entropies,
             "zero_spread_groups": flat,
-            **self.engine.peak_memory(),
         }
-        return metrics | reward_metrics | seconds | {"seconds_total": time.perf_counter() - start}, images
+        speed = self.throughput.metrics(tokens, self.local_prompts * plan.evaluations, trained_rows)
+        return metrics | reward_metrics | speed, images
 
 
 # --- command line -----------------------------------------------------------------------------------------------------
@@ -677,21 +683,21 @@ def set_up(config: GRPOConfig) -> tuple[Trainer, PromptSampler, DataLoader]:
         check_sequence_split(config.pretrained_model_name_or_path, config.h, config.w, text_tokens, config.sp_size)
     trainer = Trainer(config, engine, scoring, checkpoint)
     if eval_index is not None:
-        trainer.evaluation = Evaluation(trainer, eval_index, held_out)
+        trainer.evaluation = Evaluation(config, eval_index, scoring, held_out)
     together = trainer.local_prompts * engine.data_ranks
     if accelerator.is_main_process:
         if together > len(dataset):
             print(f"warning: an iteration takes {together} prompts of {len(dataset)}: some come several times in it")
-        if trainer.done >= config.max_train_steps:
-            print(f"nothing to do: {trainer.done} of --max_train_steps {config.max_train_steps} iterations are done")
+        if (done := trainer.progress.iteration) >= config.max_train_steps:
+            print(f"nothing to do: {done} of --max_train_steps {config.max_train_steps} iterations are done")
     sampler = PromptSampler(
         len(dataset),
         together,
         engine.data_rank,
         engine.data_ranks,
         config.sampler_seed,
-        start_iteration=trainer.done + 1,
-        prompts_before=trainer.prompts,
+        start_iteration=trainer.progress.iteration + 1,
+        prompts_before=trainer.progress.prompts,
     )
     loader = DataLoader(
         dataset,
@@ -713,12 +719,12 @@ def train(trainer: Trainer, sampler: PromptSampler, loader: DataLoader) -> None:
         Interrupted: SIGTERM or SIGINT came to any process. A checkpoint is saved first.
         CheckpointNotWritten: the disk is full, for instance.
     """
-    config, main_process = trainer.config, trainer.accelerator.is_main_process
+    config, progress, main_process = trainer.config, trainer.progress, trainer.accelerator.is_main_process
     held_out = trainer.evaluation.models if trainer.evaluation else {}
     names = reward_schema(held_out | trainer.scoring.models, trainer.scoring.weights)
-    log = Log(config, trainer.wandb_id, names) if main_process else None
-    schedule = islice(windows(config), trainer.done, config.max_train_steps)
-    bar = tqdm(total=config.max_train_steps, initial=trainer.done, desc="training", disable=not main_process)
+    log = Log(config, progress.wandb_id, names) if main_process else None
+    schedule = islice(windows(config), progress.iteration, config.max_train_steps)
+    bar = tqdm(total=config.max_train_steps, initial=progress.iteration, desc="training", disable=not main_process)
     with closing(log) if log else nullcontext(), bar, stop_signals() as asked, trainer.writer.thread:
         before = trainer.evaluate(0)  # the model before training
         if log is not None and before:
@@ -733,16 +739,16 @@ def train(trainer: Trainer, sampler: PromptSampler, loader: DataLoader) -> None:
             first, *_, last = metrics["window"] * 2
             bar.set_postfix(reward=f"{metrics['reward']:.4f}", window=f"{first}-{last}")
             bar.update()
-            stopped = trainer.skipped_in_a_row >= config.max_skipped_steps
+            stopped = progress.skipped_in_a_row >= config.max_skipped_steps
             # A checkpoint that can't be written ends the run too, when the next one is begun.
             interrupted = trainer.engine.any_process(bool(asked) or trainer.writer.failed)
-            ends = stopped or interrupted or trainer.too_many_failures or trainer.done == config.max_train_steps
-            best = trainer.best is not None and trainer.best["iteration"] == trainer.done
-            if ends or best or trainer.done % config.checkpointing_steps == 0:
+            ends = stopped or interrupted or progress.too_many_failures or progress.iteration == config.max_train_steps
+            best = progress.best is not None and progress.best["iteration"] == progress.iteration
+            if ends or best or progress.iteration % config.checkpointing_steps == 0:
                 trainer.save(sampler)
             if ends:
                 trainer.writer.finish()
-            if trainer.too_many_failures:
+            if progress.too_many_failures:
                 failed = ", ".join(f"{v} {k}" for k, v in metrics.items() if "failed_" in k and v)
                 raise TrainingStopped(
                     f"more scores failed in iteration {metrics['step']} than --max_reward_failures "
@@ -751,14 +757,14 @@ def train(trainer: Trainer, sampler: PromptSampler, loader: DataLoader) -> None:
                 )
             if stopped:
                 raise TrainingStopped(
-                    f"{trainer.skipped_in_a_row} optimizer steps in a row had a non-finite loss, reward or gradient, "
-                    f"the last in iteration {trainer.done}; none of them changed the weights, which are saved in "
+                    f"{progress.skipped_in_a_row} optimizer steps in a row had a non-finite loss, reward or gradient, "
+                    f"the last in iteration {progress.iteration}; none of them changed the weights, which are saved in "
                     f"{config.output_dir}"
                 )
-            if interrupted and trainer.done < config.max_train_steps:
+            if interrupted and progress.iteration < config.max_train_steps:
                 raise Interrupted(
                     asked[0] if asked else signal.SIGTERM,
-                    f"asked to by a signal, after iteration {trainer.done}, which is saved; go on with "
+                    f"asked to by a signal, after iteration {progress.iteration}, which is saved; go on with "
                     "--resume_from_checkpoint latest",
                 )
 

@@ -1,7 +1,7 @@
 """A reward whose import gets processes killed with -9 in their third iteration.
 
-DIE_IN is `rollout` (its second noise) or `training` (its second optimizer step's loss); DIE_RANKS are the ranks, such
-as `0,1`. One micro-batch an optimizer step and two steps an iteration are taken for granted.
+DIE_IN is `rollout` (the first noise after the initial one) or `training` (the loss of the second optimizer step).
+DIE_RANKS are the ranks, such as `0,1`. The tests have one micro-batch per optimizer step and two steps per iteration.
 """
 
 import itertools
@@ -15,8 +15,8 @@ trainer = sys.modules["__main__"]  # train_grpo_flux.py
 losses = itertools.count(1)
 
 
-def in_rollout(seed: int, iteration: int, slots: range, rows: int, step: int, shape: object) -> bool:
-    return (iteration, step) == (3, 1)
+def in_rollout(noise: object, stream: int, rows: int) -> bool:
+    return (noise.iteration, stream) == (3, 1)
 
 
 def in_training(*_: object) -> bool:
@@ -33,7 +33,9 @@ def deadly(function, due):
 
 
 if os.environ["RANK"] in os.environ.get("DIE_RANKS", "").split(","):
-    name, due = {"rollout": ("draw_noise", in_rollout), "training": ("policy_loss", in_training)}[os.environ["DIE_IN"]]
-    setattr(trainer, name, deadly(getattr(trainer, name), due))
+    if os.environ["DIE_IN"] == "rollout":
+        trainer.Noise.__call__ = deadly(trainer.Noise.__call__, in_rollout)
+    else:
+        trainer.policy_loss = deadly(trainer.policy_loss, in_training)
 
 __all__ = ["rough_brightness"]

@@ -11,28 +11,14 @@ from itertools import islice
 from fastvideo import train_grpo_flux
 from fastvideo.config import ALGORITHMS, MERGES, GRPOConfig
 from fastvideo.models.flux import LatentShape
-from fastvideo.rollout_plan import (
-    Plan,
-    Step,
-    check_plan,
-    entropies,
-    evaluations_without_sharing,
-    function_evaluations,
-    leaves,
-    make_plan,
-    merged_steps,
-    parents,
-    pruned_depths,
-    rows_after,
-    start_rows,
-    trained_above,
-    updates,
-)
-from fastvideo.train_grpo_flux import Rollout, draw_noise, rollout
+from fastvideo.rollout_plan import make_plan, merged_steps, pruned_depths
+from fastvideo.train_grpo_flux import Rollout, rollout
 from fastvideo.utils import advantages as advantage_maths
 from fastvideo.utils.advantages import fuse, kept_pictures, plan_advantages
 from fastvideo.utils.grpo_states import windows
-from fastvideo.utils.sampling_utils import coefficients, entropy, sigma_schedule
+from fastvideo.utils.plan import Plan
+from fastvideo.utils.sampling_utils import Noise
+from fastvideo.utils.steps import Step, entropy, sigma_schedule
 
 import numpy as np
 import pytest
@@ -58,13 +44,13 @@ def toy(settings: GRPOConfig, window=(0,), prompts: int = 2) -> tuple[Plan, Roll
         evaluated.append(len(x))
         return field(x, sigma[:, None, None], prompt_index[:, None, None])
 
-    start = noise(0, 1, prompts).repeat_interleave(start_rows(settings), 0)
-    result = rollout(plan, start, prompts, velocity, lambda position, rows: noise(position + 1, rows, prompts))
+    start = noise(0, 1, prompts).repeat_interleave(plan.start, 0)
+    result = rollout(plan, start, prompts, velocity, lambda stream, rows: noise(stream, rows, prompts))
     return plan, result, sum(evaluated) / prompts
 
 
 def noise(stream: int, rows: int, prompts: int) -> torch.Tensor:
-    return draw_noise(0, 1, range(prompts), rows, stream, SHAPE)
+    return Noise(0, 1, range(prompts), SHAPE)(stream, rows)
 
 
 MATRIX = torch.randn(8, 8, generator=torch.Generator().manual_seed(3))
@@ -83,8 +69,8 @@ def test_merges_at_the_defaults_of_e_grpo():
     assert settings.learning_rate == 2e-6 and settings.granular_list == [1]
     assert [(s.index, s.span) for s in merged_steps(settings)] == list(enumerate([1, 1, 2, 2, 2, 3, 3, 3]))
     plan = make_plan(settings, [0])
-    assert function_evaluations(plan, 1) == 1012
-    assert min(entropies(plan)) > 2.2
+    assert plan.evaluations == 1012
+    assert min(plan.entropies) > 2.2
 
 
 def test_entropy_is_that_of_a_gaussian_per_dimension():
@@ -94,7 +80,7 @@ def test_entropy_is_that_of_a_gaussian_per_dimension():
 
 
 @pytest.mark.parametrize("threshold", [0.5, 1.5, 2.2, 2.5, 3.0])
-@pytest.mark.parametrize("sde_type", ["flow", "dance", "cps"])
+@pytest.mark.parametrize("sde_type", ["flow", "dance", "cps"])  # each has its formula below
 def test_a_merge_is_the_shortest_that_passes_the_threshold(threshold, sde_type):
     """By a direct search over the formulas of docs/algorithms.md."""
 
@@ -117,7 +103,7 @@ def test_a_merge_is_the_shortest_that_passes_the_threshold(threshold, sde_type):
         if expected:
             assert [(s.index, s.span) for s in merged_steps(settings)] == expected
         else:
-            with pytest.raises(ValueError, match=r"--entropy_threshold .*: no step"):
+            with pytest.raises(ValueError, match=r"entropy_threshold .*: no step"):
                 merged_steps(settings)
 
 
@@ -145,25 +131,25 @@ def test_every_plan_of_e_grpo_is_anchor_groups_and_tails(share):
         settings = config(algorithm="grpo_merge", share_prefix=share, **given)
         steps, group, strides = settings.sampling_steps, settings.num_generations, settings.granular_list
         plan = make_plan(settings, [0])
-        rows, start = rows_after(plan, start_rows(settings)), start_rows(settings)
+        rows, start = plan.rows, plan.start
         trained = [i for i, step in enumerate(plan) if step.train]
         assert [plan[i].index for i in trained] == settings.eta_step_list
         assert [plan[i].span for i in trained] == settings.eta_step_merge_list
         assert all(rows[i] == group for i in trained)
         sigmas = sigma_schedule(steps, settings.shift)
-        *groups, anchor = leaves(plan)
-        assert trained_above(plan, anchor) == [] and rows[anchor] == start
+        *groups, anchor = plan.leaves
+        assert plan.trained_path(anchor) == [] and rows[anchor] == start
         assert len(groups) == len(trained) * len(strides)
         for number, leaf in enumerate(groups):
             root, stride = trained[number // len(strides)], strides[number % len(strides)]
-            assert trained_above(plan, leaf) == [root]
+            assert plan.trained_path(leaf) == [root]
             path = [leaf]
             while path[0] != root:
-                path.insert(0, parents(plan)[path[0]])
+                path.insert(0, plan.parents[path[0]])
             ends = [plan[i].sigma_next for i in path]
             first = plan[root].index + plan[root].span
             assert ends == [*(sigmas[i] for i in range(first, steps, stride)), 0]
-        assert updates(plan, group, settings.gradient_accumulation_steps) == [(slice(0, group), [i]) for i in trained]
+        assert plan.updates(group, settings.gradient_accumulation_steps) == [(slice(0, group), [i]) for i in trained]
 
 
 def test_evaluations_of_e_grpo_are_the_formula_and_what_the_sampler_does():
@@ -175,7 +161,7 @@ def test_evaluations_of_e_grpo_are_the_formula_and_what_the_sampler_does():
         for e, m in zip(settings.eta_step_list, settings.eta_step_merge_list, strict=True):
             formula += sum(math.ceil((steps - e - m) / g) for g in strides) * group - (len(strides) - 1) * group
         plan, _, evaluated = toy(settings)
-        assert function_evaluations(plan, 1) == formula == evaluated
+        assert plan.evaluations == formula == evaluated
 
 
 @pytest.mark.parametrize("share", [True, False])
@@ -223,7 +209,7 @@ def test_a_merged_cps_step_keeps_the_noise_level_of_where_it_ends():
     (merged,) = (step for step in plan if step.train)
     sigmas = sigma_schedule(16, 3.0)
     assert (merged.sigma, merged.sigma_next) == (sigmas[2], sigmas[6])
-    assert entropies(plan) == [pytest.approx(entropy(sigmas[6] * math.sin(0.35 * math.pi)))]
+    assert plan.entropies == [pytest.approx(entropy(sigmas[6] * math.sin(0.35 * math.pi)))]
 
 
 # --- BranchGRPO's plan ------------------------------------------------------------------------------------------------
@@ -232,12 +218,12 @@ def test_a_merged_cps_step_keeps_the_noise_level_of_where_it_ends():
 def test_branch_grpo_at_its_defaults():
     settings = config(algorithm="branch_grpo")
     plan = make_plan(settings, [0])
-    assert function_evaluations(plan, 1) == 203 and evaluations_without_sharing(plan, 1) == 320
+    assert plan.evaluations == 203 and plan.evaluations_without_sharing == 320
     assert settings.num_generations == 16 and settings.clip_range == 1e-3
     assert [s.index for s in plan if s.branch > 1] == [0, 3, 6, 9]
     assert [s.noise_scale for s in plan] == [4 if s.index in (0, 3, 6, 9) else 1 for s in plan]
     assert {s.kind for s in plan[:-1]} == {"dance_sde"} and [s.train for s in plan] == [True] * 19 + [False]
-    assert updates(plan, 16, 16) == [(slice(0, 16), list(range(19)))]
+    assert plan.updates(16, 16) == [(slice(0, 16), list(range(19)))]
 
 
 def tree_settings():
@@ -253,9 +239,9 @@ def test_evaluations_of_a_tree_are_its_inner_nodes(algorithm):
         plan, result, evaluated = toy(settings)
         splits, children = settings.tree_split_points, settings.tree_split_children
         nodes = [children ** sum(split < depth for split in splits) for depth in range(settings.sampling_steps + 1)]
-        assert function_evaluations(plan, 1) == sum(nodes[:-1]) == evaluated
+        assert plan.evaluations == sum(nodes[:-1]) == evaluated
         assert len(result.latents) == 2 * nodes[-1] == 2 * settings.num_generations
-        assert rows_after(plan, 1) == nodes[1:]
+        assert plan.rows == nodes[1:]
 
 
 def test_the_mixed_variant_makes_noise_at_splits_and_in_the_moving_window_alone():
@@ -303,19 +289,19 @@ def test_depth_pruning_slides_towards_the_root_and_stops():
     assert pruned_depths(beyond, 1000) == {16, 17, 18}
 
 
-def test_check_plan_refuses_steps_that_start_from_elsewhere():
+def test_a_plan_check_refuses_steps_that_start_from_elsewhere():
     sigmas = sigma_schedule(4, 3.0)
     chain = [Step(i, sigmas[i], sigmas[i + 1], sigmas[1], "dance_sde", 0.3, train=i == 0) for i in range(4)]
-    assert check_plan(tuple(chain))
+    assert Plan(tuple(chain)).check()
     for parent in (2, 3, -2):
         with pytest.raises(ValueError, match="which comes later"):
-            check_plan((*chain[:2], replace(chain[2], parent=parent), chain[3]))
+            Plan((*chain[:2], replace(chain[2], parent=parent), chain[3])).check()
     with pytest.raises(ValueError, match="step 0 ends at sigma"):
-        check_plan((*chain, replace(chain[2], parent=0)))
+        Plan((*chain, replace(chain[2], parent=0))).check()
     with pytest.raises(ValueError, match="from sigma 1 to 0, this one to"):
-        check_plan((*chain, replace(chain[1], parent=0)))
+        Plan((*chain, replace(chain[1], parent=0))).check()
     with pytest.raises(ValueError, match="from sigma 1 to 0, this one from"):
-        check_plan((*chain, replace(chain[1], parent=-1)))
+        Plan((*chain, replace(chain[1], parent=-1))).check()
 
 
 @pytest.mark.parametrize(
@@ -335,10 +321,7 @@ def test_check_plan_refuses_steps_that_start_from_elsewhere():
 )
 def test_evaluations_at_the_defaults_are_those_of_the_documentation(algorithm, documented):
     settings = config(algorithm=algorithm)
-    found = [
-        function_evaluations(make_plan(settings, w), start_rows(settings))
-        for w in islice(windows(settings), settings.max_train_steps)
-    ]
+    found = [make_plan(settings, w).evaluations for w in islice(windows(settings), settings.max_train_steps)]
     assert " to ".join(map(str, sorted({min(found), max(found)}))) == documented
     table = (ROOT / "docs/algorithms.md").read_text().partition("## Cost")[2].partition("\n## ")[0]
     (row,) = (
@@ -379,19 +362,25 @@ def brute_force(scores, split_log_probs, splits, steps, children, temperature) -
 
 @pytest.mark.parametrize("fusion,temperature", [("mean", 0), ("probability", 1.0), ("probability", 0.05)])
 def test_advantages_of_a_tree_are_those_of_a_recursion(train, monkeypatch, fusion, temperature):
-    seen, real = [], train_grpo_flux.Trainer.advantages
+    seen, advantages_of, log_probs_of = [], train_grpo_flux.plan_advantages, train_grpo_flux.Trainer.split_log_probs
 
-    def recording(trainer, plan, sampled, scores):
-        seen.append((plan, sampled, scores, real(trainer, plan, sampled, scores)[0]))
-        return real(trainer, plan, sampled, scores)
+    def sampling(trainer, plan, sampled):
+        seen.append(sampled)
+        return log_probs_of(trainer, plan, sampled)
 
-    monkeypatch.setattr(train_grpo_flux.Trainer, "advantages", recording)
+    def recording(config, plan, scores, *rest):
+        found = advantages_of(config, plan, scores, *rest)
+        seen.append((plan, scores, found[0]))
+        return found
+
+    monkeypatch.setattr(train_grpo_flux.Trainer, "split_log_probs", sampling)
+    monkeypatch.setattr(train_grpo_flux, "plan_advantages", recording)
     train(
         algorithm="branch_grpo", num_generations=8, tree_split_points=[0, 2, 3], sampling_steps=6, train_batch_size=2,
         tree_fusion=fusion, tree_fusion_temperature=temperature or 1.0, max_train_steps=1,
     )  # fmt: skip
-    ((plan, sampled, scores, advantages),) = seen
-    rows = rows_after(plan, 1)
+    sampled, (plan, scores, advantages) = seen
+    rows = plan.rows
     assert sorted(advantages) == [0, 1, 2, 3, 4]
     for prompt in range(2):
         log_probs = {split: sampled.log_probs[split].unflatten(0, (2, -1))[prompt].tolist() for split in (0, 2, 3)}
@@ -479,7 +468,7 @@ def test_a_split_with_cps_keeps_the_noise_level():
     assert config(**given).tree_split_noise_scale == 1
     for scale in (1.0, 1.4):
         plan = make_plan(config(**given, tree_split_noise_scale=scale), [0])
-        step, numbers = plan[2], coefficients(plan)[2]
+        step, numbers = plan[2], plan.coefficients[2]
         kept = numbers.x - (1 - step.sigma_next)  # of x = (1 − σ)·x0 + σ·noise: mean = (1 − σ')·x0 + kept·noise
         assert numbers.std == pytest.approx(step.sigma_next * math.sin(0.25 * math.pi) * scale)
         assert kept**2 + numbers.std**2 == pytest.approx(step.sigma_next**2)
@@ -592,9 +581,9 @@ def test_e_grpo_evaluates_the_gradient_once_a_group(train, velocity_calls):
 
 def test_strides_add_their_advantages(train, monkeypatch):
     calls, totals = [], []
-    mix, advantages = advantage_maths.mix_advantages, train_grpo_flux.Trainer.advantages
+    mix, advantages = advantage_maths.mix_advantages, train_grpo_flux.plan_advantages
     monkeypatch.setattr(advantage_maths, "mix_advantages", lambda *a: calls.append(mix(*a)) or calls[-1])
-    monkeypatch.setattr(train_grpo_flux.Trainer, "advantages", lambda *a: totals.append(advantages(*a)) or totals[-1])
+    monkeypatch.setattr(train_grpo_flux, "plan_advantages", lambda *a: totals.append(advantages(*a)) or totals[-1])
     train(algorithm="granular_grpo", granular_list=[1, 2, 3], eta_step_list=[0, 2], max_train_steps=1)
     ((total, _),) = totals
     assert len(calls) == 2 * 3
@@ -696,12 +685,12 @@ def test_the_first_ratio_stays_well_inside_the_clip_range_in_bf16(train, algorit
 # --- Flow-GRPO-Fast ---------------------------------------------------------------------------------------------------
 
 
-def test_flow_grpo_fast_draws_a_few_consecutive_steps_an_iteration(train):
+def test_flow_grpo_fast_draws_a_few_consecutive_steps_per_iteration(train):
     settings = config(algorithm="flow_grpo", flow_grpo_fast_steps=2, sampling_steps=10)
-    drawn = list(islice(windows(settings), 100))
+    plans = [make_plan(settings, [0], number) for number in range(1, 101)]
+    drawn = [plan.trained for plan in plans]
     assert {w[0] for w in drawn} == set(range(7)) and all(w == [w[0], w[0] + 1] for w in drawn)
-    plan = make_plan(settings, [3, 4])
-    assert [s.index for s in plan if s.kind == "flow_sde"] == [s.index for s in plan if s.train] == [3, 4]
+    assert all([s.index for s in plan if s.kind == "flow_sde"] == plan.trained for plan in plans)
     run = train(algorithm="flow_grpo", flow_grpo_fast_steps=2, max_train_steps=4)
     starts = [line["window"][0] for line in run.metrics]
     assert len(set(starts)) > 1
@@ -791,7 +780,7 @@ def test_a_dry_run_shows_merges_entropies_and_inactive_steps(capsys):
     flags = ["--data_json_path", "unused", "--reward_model", "shapes", "--dry_run", "--algorithm", "grpo_merge"]
     train_grpo_flux.main(flags)
     text = capsys.readouterr().out
-    assert "1 prompts x 97 samples = 97 images" in text and "8 optimizer steps an iteration" in text
+    assert "1 prompts x 97 samples = 97 images" in text and "8 optimizer steps per iteration" in text
     assert "1012 to 1012" in text
     trained = [line for line in text.splitlines() if line.endswith(")") and "trained" in line]
     assert [("covers" in line, "e^h" in line) for line in trained] == [(False, True)] * 2 + [(True, True)] * 6

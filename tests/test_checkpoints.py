@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fastvideo.io.processes import ONE_REQUEST
-from fastvideo.runtime import checkpoint
+from fastvideo.runtime import resume
 from fastvideo.runtime.log import Log
 from fastvideo.train_grpo_flux import Trainer
 
@@ -88,7 +88,7 @@ def test_resuming_from_an_earlier_checkpoint_sets_later_ones_aside(train, capsys
 
 def test_leftovers_that_fill_the_disk_are_removed_before_anything_is_written(train, monkeypatch):
     run = train("out", **SETTINGS)
-    before, leftover, write_bytes = run.numbers(), run.folder / ".checkpoint-6-0.part", checkpoint.write_bytes
+    before, leftover, write_bytes = run.numbers(), run.folder / ".checkpoint-6-0.part", resume.write_bytes
     leftover.mkdir()
 
     def write(path, data):
@@ -96,7 +96,7 @@ def test_leftovers_that_fill_the_disk_are_removed_before_anything_is_written(tra
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write_bytes(path, data)
 
-    monkeypatch.setattr(checkpoint, "write_bytes", write)
+    monkeypatch.setattr(resume, "write_bytes", write)
     train("out", **SETTINGS, resume_from_checkpoint=run.checkpoints[0])
     assert run.numbers() == before and not leftover.exists()
 
@@ -266,7 +266,7 @@ def test_a_checkpoint_holds_its_iteration_although_training_went_on(train, monke
 
     def iterate(self, *args):
         result = iteration(self, *args)
-        if self.done == 5:
+        if self.progress.iteration == 5:
             went_on.set()
         return result
 

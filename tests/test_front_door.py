@@ -136,7 +136,7 @@ def test_hydra_writes_nothing_and_stays_where_it_is(tmp_path, subprocess_environ
     command = [sys.executable, str(ROOT / "fastvideo/train.py"), *DOCUMENTED, "dry_run=true"]
     done = subprocess.run(command, cwd=tmp_path, env=subprocess_environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "images an iteration" in done.stdout and not list(tmp_path.iterdir())
+    assert "images per iteration" in done.stdout and not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
@@ -182,7 +182,7 @@ def test_a_script_passes_a_dry_run(name, tmp_path, capsys):
     program, *overrides = recipe_command(ROOT / f"scripts/finetune/{name}.sh", tmp_path, "dry_run=true", MODEL_PATH="m")
     assert program == "fastvideo/train.py"
     front_door.main(overrides)
-    assert "images an iteration" in capsys.readouterr().out
+    assert "images per iteration" in capsys.readouterr().out
     config = settings(*overrides)
     expected = {**SCRIPTS[name], "pretrained_model_name_or_path": "m", "max_train_steps": 300, "use_wandb": False}
     assert {key: getattr(config, key) for key in expected} == expected

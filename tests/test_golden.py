@@ -6,10 +6,12 @@ from itertools import islice
 from pathlib import Path
 
 from fastvideo.config import GRPOConfig
-from fastvideo.rollout_plan import Step, make_plan
+from fastvideo.rollout_plan import make_plan
 from fastvideo.train_grpo_flux import rollout
 from fastvideo.utils.grpo_states import windows
-from fastvideo.utils.sampling_utils import coefficients, log_prob, sigma_schedule, transition_mean
+from fastvideo.utils.plan import Plan
+from fastvideo.utils.sampling_utils import log_prob, transition_mean
+from fastvideo.utils.steps import KINDS, Step, sigma_schedule
 
 import numpy as np
 import pytest
@@ -61,7 +63,7 @@ def single_step(kind: str, case: str) -> tuple[Step, torch.Tensor, torch.Tensor,
 
 
 def mean_and_std(step: Step, x: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    (numbers,) = coefficients((step,))
+    numbers = KINDS[step.kind].coefficients(step, ())
     x_weight, v_weight, std = torch.tensor([numbers.x, numbers.v, numbers.std])
     return transition_mean(x, v, x_weight, v_weight), std
 
@@ -161,7 +163,7 @@ def test_whole_rollouts(case):
         visited.append(x)
         return torch.tanh(x @ data["A"]) + data["b"]
 
-    result = rollout(plan, data["x"], 1, velocity, lambda position, rows: data["noises"][position])
+    result = rollout(plan, data["x"], 1, velocity, lambda stream, rows: data["noises"][stream - 1])
     assert len(visited) == len(plan) == int(golden(f"rollout/{case}/calls"))
     close(torch.stack([*visited, result.latents], 1), data["all_latents"])
     close(result.latents, golden(f"rollout/{case}/final"))
@@ -179,14 +181,15 @@ def test_whole_rollouts(case):
 # --- DPM-Solver++ -----------------------------------------------------------------------------------------------------
 
 
-def solver_plan(sigmas: list[float], order: int, solver_type: str) -> tuple[Step, ...]:
+def solver_plan(sigmas: list[float], order: int, solver_type: str) -> Plan:
     """DPM-Solver++ alone on a schedule that ends at 0, with the orders of MixGRPO-Flash's tail."""
     last = len(sigmas) - 1
-    return tuple(
-        Step(
-            i, sigmas[i], sigmas[i + 1], sigmas[1], "dpmpp", order=min(order, i + 1, last - i), solver_type=solver_type
+    orders = [min(order, i + 1, last - i) for i in range(last)]
+    return Plan(
+        tuple(
+            Step(i, sigmas[i], sigmas[i + 1], sigmas[1], "dpmpp", order=orders[i], solver_type=solver_type)
+            for i in range(last)
         )
-        for i in range(last)
     )
 
 
@@ -241,7 +244,7 @@ def one_step_error(order: int, solver_type: str, width: float) -> float:
         Step(i, sigmas[i], sigmas[i + 1], sigmas[1], "dpmpp", order=min(order, i + 1), solver_type=solver_type)
         for i in range(3)
     )
-    numbers = coefficients(plan)[-1]
+    numbers = Plan(plan).coefficients[-1]
     now, target = sigmas[2], sigmas[3]
     velocity = (exact_x(now) - exact_x0(now)) / now
     found = numbers.x * exact_x(now) + numbers.v * velocity
@@ -269,6 +272,6 @@ def test_dpm_solver_steps_that_look_back_to_pure_noise_are_finite():
             sampling_steps=8, group_size=1, dpm_algorithm_type="dpmsolver++", dpm_solver_order=order,
             dpm_post_compress_ratio=1.0,
         )  # fmt: skip
-        numbers = coefficients(make_plan(settings, [0]))
+        numbers = make_plan(settings, [0]).coefficients
         assert all(math.isfinite(n) for c in numbers for n in (c.x, c.v, c.std, *c.history))
         assert numbers[1].history[0] == 0

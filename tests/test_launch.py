@@ -167,7 +167,7 @@ def test_two_nodes_train_what_one_node_trains(start, flags, environment, tmp_pat
         # The other node says nothing but, now and then, that torchrun ended first on the master, which keeps its store.
         assert all(line.startswith(tuple(f"{host}: " for host in HOSTS)) for line in output[1:]), output
         first, *_, last = (line for line in output if line.startswith(HOSTS[0]))
-        assert "16 images an iteration on 4 process(es)" in first and "2/2" in last
+        assert "16 images per iteration on 4 process(es)" in first and "2/2" in last
 
 
 @pytest.mark.long

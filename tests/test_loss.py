@@ -5,8 +5,10 @@ import math
 from fastvideo.cli import parse_dataclass
 from fastvideo.config import IGNORED_FLAGS, GRPOConfig
 from fastvideo.models.flux import Conditioning
-from fastvideo.rollout_plan import Step, make_plan
+from fastvideo.rollout_plan import make_plan
 from fastvideo.train_grpo_flux import Rollout, Transition, policy_loss, set_up, transition_table, transitions_loss
+from fastvideo.utils.plan import Plan
+from fastvideo.utils.steps import Step
 
 import numpy as np
 import pytest
@@ -67,7 +69,8 @@ def test_the_gradient_of_a_transition_by_hand(flags):
     d log p / dw = mean over the two elements of (x' − mean)·(−0.1045·x)/0.009.
     """
     settings = parse_dataclass(GRPOConfig, flags(clip_range=0.1, kl_coeff=0.5), "", IGNORED_FLAGS)
-    plan = (Step(0, 0.5, 0.4, 0.9, "dance_sde", 0.3, branch=2, train=True), Step(1, 0.4, 0.0, 0.9, "ode"))
+    first = Step(0, 0.5, 0.4, 0.9, "dance_sde", 0.3, branch=2, train=True)
+    plan = Plan((first, Step(1, 0.4, 0.0, 0.9, "ode")))
     x = torch.tensor([[[1.0, 2.0]]])
     after = torch.tensor([[[0.8, 1.5]], [[0.7, 1.7]]])
     w = torch.tensor(2.0, requires_grad=True)
@@ -142,7 +145,7 @@ def test_an_optimizer_step_descends_the_mean_over_prompts_samples_and_steps(flag
     expected = torch.autograd.grad(total, list(trainer.engine.transformer.parameters()))
     expected = torch.cat([gradient.flatten() for gradient in expected])
 
-    metrics = trainer.train_on(plan, 1, sampled, dict.fromkeys(window, advantages), conditioning)
+    metrics = trainer.optimize(plan, 1, sampled, dict.fromkeys(window, advantages), conditioning)
     moments = trainer.engine.optimizer.state_dict()["state"].values()
     found = torch.cat([entry["exp_avg"].flatten() for entry in moments]) / (1 - 0.9)
     assert relative_difference(found, expected) < 1e-4

@@ -4,21 +4,9 @@ import math
 from itertools import islice
 
 from fastvideo.config import ALGORITHMS, MERGES, TREES, GRPOConfig
-from fastvideo.rollout_plan import (
-    describe,
-    evaluations_without_sharing,
-    function_evaluations,
-    leaf_columns,
-    leaves,
-    make_plan,
-    parents,
-    rows_after,
-    start_rows,
-    trained_above,
-    updates,
-)
+from fastvideo.rollout_plan import describe, make_plan
 from fastvideo.utils.grpo_states import windows
-from fastvideo.utils.sampling_utils import STOCHASTIC_KINDS, coefficients, sigma_schedule
+from fastvideo.utils.steps import KINDS, SDE_KINDS, sigma_schedule
 from fastvideo.utils.transitions import micro_batches, slice_transitions
 
 import numpy as np
@@ -34,7 +22,7 @@ everywhere = settings(derandomize=True, database=None, deadline=None, max_exampl
 def flags(draw, algorithm: str) -> dict:
     """Flags that the algorithm accepts."""
     steps = draw(st.integers(4, 14))
-    sde = draw(st.sampled_from(["flow", "dance", "cps"]))
+    sde = draw(st.sampled_from(list(SDE_KINDS)))
     found = {"algorithm": algorithm, "sampling_steps": steps, "sde_type": sde, "shift": draw(st.floats(0.5, 6))}
     found |= {"eta": draw(st.floats(0.05, 0.95)), "seed": draw(st.integers(0, 99)), "max_train_steps": 9}
     if algorithm not in TREES:
@@ -85,46 +73,46 @@ def drawn(data, algorithm: str) -> tuple[GRPOConfig, list]:
 @every_algorithm
 def test_every_picture_comes_down_the_whole_schedule_and_every_trained_step_has_rows_to_compare(algorithm, data):
     config, plans = drawn(data, algorithm)
-    schedule, start = sigma_schedule(config.sampling_steps, config.shift), start_rows(config)
+    schedule = sigma_schedule(config.sampling_steps, config.shift)
     for plan in plans:
-        rows = rows_after(plan, start)
-        for step, numbers, count in zip(plan, coefficients(plan), rows, strict=True):
+        rows = plan.rows
+        for step, numbers, count in zip(plan, plan.coefficients, rows, strict=True):
             assert all(map(math.isfinite, (numbers.x, numbers.v, numbers.std, *numbers.history)))
             ends = step.kind == "cps" and step.sigma_next == 0  # whose noise is a share of the level where it ends
-            assert (numbers.std > 0) == (step.kind in STOCHASTIC_KINDS and not ends)
+            assert (numbers.std > 0) == (KINDS[step.kind].sde_type is not None and not ends)
             assert not step.train or (count >= 2 and numbers.std > 0)
-        for leaf in leaves(plan):
+        for leaf in plan.leaves:
             path, position = [], leaf
             while position >= 0:
                 path.insert(0, plan[position])
-                position = parents(plan)[position]
+                position = plan.parents[position]
             sigmas = [1.0, *(step.sigma_next for step in path)]
             assert sigmas == sorted(sigmas, reverse=True) and len(set(sigmas)) == len(sigmas) and sigmas[-1] == 0
             if not any(step.kind == "dpmpp" for step in path):
                 assert set(sigmas) <= set(schedule)
-        columns = sorted(leaf_columns(plan, start).values(), key=lambda c: c.start)
+        columns = sorted(plan.columns.values(), key=lambda c: c.start)
         assert [c.start for c in columns] == [0, *(c.stop for c in columns[:-1])]
-        trained = [leaf for leaf in leaves(plan) if trained_above(plan, leaf)]
+        trained = [leaf for leaf in plan.leaves if plan.trained_path(leaf)]
         assert {rows[leaf] for leaf in trained} == {config.num_generations}
         if algorithm in MERGES:
             assert len(trained) == len(config.eta_step_list) * len(config.granular_list)
         else:
-            assert trained == leaves(plan) and len(trained) == 1
+            assert trained == plan.leaves and len(trained) == 1
 
 
 @every_algorithm
 def test_the_sampler_evaluates_what_the_plan_counts(algorithm, data):
     config, plans = drawn(data, algorithm)
     for plan in plans[:2]:
-        counted = function_evaluations(plan, start_rows(config))
-        assert counted <= evaluations_without_sharing(plan, start_rows(config))
-        below = {parent for parent in parents(plan) if parent >= 0}
-        rows = rows_after(plan, start_rows(config))
-        assert counted == start_rows(config) + sum(rows[position] for position in below)
+        counted = plan.evaluations
+        assert counted <= plan.evaluations_without_sharing
+        below = {parent for parent in plan.parents if parent >= 0}
+        rows = plan.rows
+        assert counted == plan.start + sum(rows[position] for position in below)
     window = next(windows(config))
     plan, result, evaluated = toy(config, window)
-    assert evaluated == function_evaluations(plan, start_rows(config))
-    last = max(c.stop for c in leaf_columns(plan, start_rows(config)).values())
+    assert evaluated == plan.evaluations
+    last = max(c.stop for c in plan.columns.values())
     assert len(result.latents) == 2 * last and result.latents.isfinite().all()
 
 
@@ -132,25 +120,25 @@ def test_the_sampler_evaluates_what_the_plan_counts(algorithm, data):
 def test_the_optimizer_steps_of_an_iteration_train_every_transition_once_with_weights_that_make_means(algorithm, data):
     config, plans = drawn(data, algorithm)
     size, prompts = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 3))
-    group, start = config.num_generations, start_rows(config)
+    group = config.num_generations
     order = np.stack([np.random.default_rng(p).permutation(group) for p in range(prompts)])
     number_of_steps = set()
     for plan in plans:
-        rows, trained = rows_after(plan, start), [i for i, step in enumerate(plan) if step.train]
+        rows, trained = plan.rows, [i for i, step in enumerate(plan) if step.train]
         everything = np.broadcast_to(trained, (prompts, group, len(trained)))
         found = []
-        for samples, positions in updates(plan, group, config.gradient_accumulation_steps):
+        for samples, positions in plan.updates(group, config.gradient_accumulation_steps):
             advantages = {position: np.ones((prompts, rows[position])) for position in positions}
-            transitions = slice_transitions(plan, rows, order[:, samples], everything, advantages)
+            transitions = slice_transitions(plan, order[:, samples], everything, advantages)
             assert sum(t.weight for t in transitions) == pytest.approx(1)
             batches = micro_batches(transitions, size)
             assert [t for batch in batches for t in batch] == transitions
             assert all(len({(t.position, t.parent) for t in batch}) <= size for batch in batches)
             found += [(t.position, t.child) for t in transitions]
-        number_of_steps.add(len(updates(plan, group, config.gradient_accumulation_steps)))
+        number_of_steps.add(len(plan.updates(group, config.gradient_accumulation_steps)))
         shared = [position for position in trained if rows[position] < group]  # several samples are one row there
         own = [(position, child) for position, child in found if position not in shared]
         assert len(own) == len(set(own)) == sum(prompts * rows[p] for p in trained if p not in shared)
         assert set(found) - set(own) == {(p, child) for p in shared for child in range(prompts * rows[p])}
     assert len(number_of_steps) == 1
-    assert f"{number_of_steps.pop()} optimizer steps an iteration" in describe(config, 1)
+    assert f"{number_of_steps.pop()} optimizer steps per iteration" in describe(config, 1)

@@ -8,18 +8,12 @@ from itertools import islice
 from fastvideo.cli import parse_dataclass
 from fastvideo.config import IGNORED_FLAGS, GRPOConfig
 from fastvideo.models.flux import Conditioning, LatentShape, decode_latents
-from fastvideo.rollout_plan import Step, check_plan, function_evaluations, make_plan, start_rows
-from fastvideo.train_grpo_flux import (
-    Transition,
-    draw_noise,
-    micro_batches,
-    rollout,
-    set_up,
-    transition_table,
-    transitions_loss,
-)
+from fastvideo.rollout_plan import make_plan
+from fastvideo.train_grpo_flux import Transition, micro_batches, rollout, set_up, transition_table, transitions_loss
 from fastvideo.utils.grpo_states import windows
-from fastvideo.utils.sampling_utils import STOCHASTIC_KINDS, coefficients, log_prob, sigma_schedule
+from fastvideo.utils.plan import Plan
+from fastvideo.utils.sampling_utils import Noise, log_prob
+from fastvideo.utils.steps import KINDS, SDE_KINDS, Coefficients, Step, sigma_schedule
 
 import numpy as np
 import pytest
@@ -35,6 +29,10 @@ def config(**given) -> GRPOConfig:
     return GRPOConfig.create(data_json_path="unused", reward_model="shapes", **given)
 
 
+def coefficients(step: Step) -> Coefficients:
+    return KINDS[step.kind].coefficients(step, ())
+
+
 def step(kind: str, index: int, eta: float = 0.7, **more) -> Step:
     return Step(index, SIGMAS[index], SIGMAS[index + 1], SIGMAS[1], kind, eta, **more)
 
@@ -42,12 +40,12 @@ def step(kind: str, index: int, eta: float = 0.7, **more) -> Step:
 # --- single steps -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["flow_sde", "dance_sde", "cps"])
+@pytest.mark.parametrize("kind", SDE_KINDS.values())
 @pytest.mark.parametrize("index", [0, 1, 12, 23, 24])
 def test_without_noise_a_stochastic_step_is_the_ode_step(kind, index):
-    (ode,) = coefficients((step("ode", index),))
+    ode = coefficients(step("ode", index))
     for eta, tolerance in ((1e-2, 1e-2), (1e-4, 1e-6), (0.0, 1e-12)):
-        (found,) = coefficients((step(kind, index, eta),))
+        found = coefficients(step(kind, index, eta))
         assert found.x == pytest.approx(ode.x, abs=tolerance)
         assert found.v == pytest.approx(ode.v, abs=tolerance)
         assert found.std <= 10 * eta
@@ -59,7 +57,7 @@ def test_a_rollout_with_vanishing_eta_ends_where_the_ode_does(kind):
     matrix, start = (torch.randn(shape, generator=generator) for shape in ((8, 8), (2, 6, 8)))
 
     def end(kind: str) -> torch.Tensor:
-        plan = tuple(step(kind, i, 1e-6) for i in range(25))
+        plan = Plan(tuple(step(kind, i, 1e-6) for i in range(25)))
         noise = torch.Generator().manual_seed(1)
         return rollout(
             plan, start, 1, lambda x, *_: torch.tanh(x @ matrix), lambda *_: torch.randn(2, 6, 8, generator=noise)
@@ -71,7 +69,7 @@ def test_a_rollout_with_vanishing_eta_ends_where_the_ode_does(kind):
 @pytest.mark.parametrize("index", range(24))
 def test_cps_keeps_the_shares_of_data_and_noise(index):
     """Of x = (1 − σ)·x0 + σ·ε with the true v = ε − x0, a step makes (1 − σ')·x0 and noise of variance σ'²."""
-    (c,) = coefficients((step("cps", index),))
+    c = coefficients(step("cps", index))
     sigma, target = SIGMAS[index], SIGMAS[index + 1]
     assert c.x * (1 - sigma) - c.v == pytest.approx(1 - target)
     assert (c.x * sigma + c.v) ** 2 + c.std**2 == pytest.approx(target**2)
@@ -89,7 +87,7 @@ def test_the_sdes_keep_the_marginal_variance_of_gaussian_data_to_first_order(kin
     slope = (sigma - (1 - sigma) * spread**2) / variance(sigma)  # v = slope · x
 
     def error(delta: float) -> float:
-        (c,) = coefficients((Step(3, sigma, sigma - delta, 0.99, kind, 0.7),))
+        c = coefficients(Step(3, sigma, sigma - delta, 0.99, kind, 0.7))
         return abs((c.x + c.v * slope) ** 2 * variance(sigma) + c.std**2 - variance(sigma - delta))
 
     assert error(0.01) < 0.05 * 0.01  # what the noise adds, η²Δ and more, the drift takes away again
@@ -97,7 +95,7 @@ def test_the_sdes_keep_the_marginal_variance_of_gaussian_data_to_first_order(kin
 
 
 def test_noise_scale_widens_the_noise_and_leaves_the_mean():
-    (one,), (four,) = (coefficients((step("dance_sde", 5, noise_scale=s),)) for s in (1.0, 4.0))
+    one, four = (coefficients(step("dance_sde", 5, noise_scale=s)) for s in (1.0, 4.0))
     assert (four.x, four.v) == (one.x, one.v) and four.std == pytest.approx(4 * one.std)
 
 
@@ -123,9 +121,9 @@ def plan_of(kinds: str, eta: float = 0.7, train: str = "") -> list[Step]:
     ]
 
 
-def test_check_plan_accepts_a_sound_plan():
-    plan = tuple(plan_of("offdco", train=" tttt"))
-    assert check_plan(plan) is plan
+def test_a_plan_check_accepts_a_sound_plan():
+    plan = Plan(tuple(plan_of("offdco", train=" tttt")))
+    assert plan.check() is plan
 
 
 @pytest.mark.parametrize(
@@ -136,40 +134,40 @@ def test_check_plan_accepts_a_sound_plan():
         ("oooc", "   t", r"step 3 \(cps\) has no noise"),  # its last step ends without noise, whatever eta
     ],
 )
-def test_check_plan_refuses_what_cannot_be_trained(kinds, train, message):
+def test_a_plan_check_refuses_what_cannot_be_trained(kinds, train, message):
     with pytest.raises(ValueError, match=message):
-        check_plan(tuple(plan_of(kinds, train=train)))
+        Plan(tuple(plan_of(kinds, train=train))).check()
 
 
-def test_check_plan_refuses_noise_free_stochastic_steps_and_branches_without_noise():
+def test_a_plan_check_refuses_noise_free_stochastic_steps_and_branches_without_noise():
     with pytest.raises(ValueError, match="has no noise"):
-        check_plan(tuple(plan_of("offo", eta=0.0, train=" t")))
+        Plan(tuple(plan_of("offo", eta=0.0, train=" t"))).check()
     plan = plan_of("offo", train=" t")
     with pytest.raises(ValueError, match="neither trained nor branched"):
-        check_plan((replace(plan[0], branch=4), *plan[1:]))
+        Plan((replace(plan[0], branch=4), *plan[1:])).check()
 
 
-def test_check_plan_refuses_gaps_wrong_ends_rising_noise_and_unknown_kinds():
+def test_a_plan_check_refuses_gaps_wrong_ends_rising_noise_and_unknown_kinds():
     plan = plan_of("offo", train=" t")
     with pytest.raises(ValueError, match="from sigma 1 to 0"):
-        check_plan(tuple(plan[:3]))
+        Plan(tuple(plan[:3])).check()
     with pytest.raises(ValueError, match="from sigma 1 to 0"):
-        check_plan(tuple(plan[1:]))
+        Plan(tuple(plan[1:])).check()
     with pytest.raises(ValueError, match="step 0 ends at sigma .* next starts at"):
-        check_plan((plan[0], *plan[2:]))
+        Plan((plan[0], *plan[2:])).check()
     for kind in ("ode", "flow_sde"):
         rising = replace(plan[2], kind=kind, sigma=0.5, sigma_next=0.6)
         with pytest.raises(ValueError, match="step 2: sigma must fall"):
-            check_plan((*plan[:1], replace(plan[1], sigma_next=0.5), rising, replace(plan[3], sigma=0.6)))
+            Plan((*plan[:1], replace(plan[1], sigma_next=0.5), rising, replace(plan[3], sigma=0.6))).check()
     with pytest.raises(ValueError, match="unknown kind 'heun'; choose from"):
-        check_plan((*plan[:2], replace(plan[2], kind="heun"), plan[3]))
+        Plan((*plan[:2], replace(plan[2], kind="heun"), plan[3])).check()
 
 
 def test_dance_grpo_scores_the_x0_prediction_and_leaves_the_last_transition_untrained():
     plan = make_plan(config(training_strategy="all"), [0])
     assert [s.kind for s in plan] == ["dance_sde"] * 15 + ["ode"]
     assert [s.train for s in plan] == [True] * 15 + [False]
-    (last,) = coefficients(plan)[-1:]
+    (last,) = plan.coefficients[-1:]
     assert (last.x, last.v) == (1, pytest.approx(-plan[-1].sigma))  # x0 = x − σ·v
     noisy = make_plan(config(training_strategy="all", drop_last_sample=False), [0])
     assert noisy[-1].kind == "dance_sde" and not noisy[-1].train
@@ -200,17 +198,14 @@ def toy_rollout(settings: GRPOConfig, window: list[int], prompts: int = 2):
     """A rollout of a small velocity field that depends on the prompt, and the rows it evaluated at every step."""
     generator = torch.Generator().manual_seed(3)
     matrix, offset = (torch.randn(shape, generator=generator) for shape in ((8, 8), (prompts, 1, 8)))
-    plan, shape, rows = make_plan(settings, window), LatentShape(6, 8, 4, 6), []
-
-    def noise(stream: int, count: int) -> torch.Tensor:
-        return draw_noise(0, 1, range(prompts), count, stream, shape)
+    plan, noise, rows = make_plan(settings, window), Noise(0, 1, range(prompts), LatentShape(6, 8, 4, 6)), []
 
     def velocity(x, sigma, prompt_index):
         rows.append(len(x))
         return torch.tanh(x @ matrix) + offset[prompt_index]
 
-    start = noise(0, 1).repeat_interleave(start_rows(settings), 0)
-    return plan, rollout(plan, start, prompts, velocity, lambda position, count: noise(position + 1, count)), rows
+    start = noise(0, 1).repeat_interleave(plan.start, 0)
+    return plan, rollout(plan, start, prompts, velocity, noise), rows
 
 
 TOYS = {
@@ -247,11 +242,11 @@ def test_the_number_of_evaluations_is_the_formula(first):
     settings = config(sampling_steps=12, num_generations=6, gradient_accumulation_steps=3, group_size=2)
     plan, _, rows = toy_rollout(settings, [first, first + 1])
     formula = (first + 1) + (12 - first - 1) * 6
-    assert function_evaluations(plan, start_rows(settings)) == formula == sum(rows) / 2
+    assert plan.evaluations == formula == sum(rows) / 2
     for given in ({"share_prefix": False}, {"init_same_noise": False}):
         other = replace(settings, **given)
         plan, _, rows = toy_rollout(other, [first, first + 1])
-        assert function_evaluations(plan, start_rows(other)) == 12 * 6 == sum(rows) / 2
+        assert plan.evaluations == 12 * 6 == sum(rows) / 2
 
 
 def seed_with_window(start: int, usable: int) -> int:
@@ -300,17 +295,17 @@ SHAPE = LatentShape(4, 6, 4, 4)
 
 
 def test_noise_of_a_sample_does_not_depend_on_who_else_is_in_the_batch():
-    whole = draw_noise(7, 3, range(4), 5, 2, SHAPE).reshape(4, 5, 4, 6)
+    whole = Noise(7, 3, range(4), SHAPE)(2, 5).reshape(4, 5, 4, 6)
     for slots in ([0, 1], [2, 3], [3], [1, 2]):  # ranks, world sizes
-        assert torch.equal(draw_noise(7, 3, slots, 5, 2, SHAPE).reshape(len(slots), 5, 4, 6), whole[slots])
-    assert torch.equal(draw_noise(7, 3, range(4), 2, 2, SHAPE).reshape(4, 2, 4, 6), whole[:, :2])
+        assert torch.equal(Noise(7, 3, slots, SHAPE)(2, 5).reshape(len(slots), 5, 4, 6), whole[slots])
+    assert torch.equal(Noise(7, 3, range(4), SHAPE)(2, 2).reshape(4, 2, 4, 6), whole[:, :2])
     torch.manual_seed(5)
-    assert torch.equal(draw_noise(7, 3, range(4), 5, 2, SHAPE).reshape(4, 5, 4, 6), whole)
+    assert torch.equal(Noise(7, 3, range(4), SHAPE)(2, 5).reshape(4, 5, 4, 6), whole)
 
 
 def test_noise_differs_between_seeds_iterations_prompts_samples_and_steps():
     keys = itertools.product((7, 8), (1, 2), (0, 1), (1, 2))
-    found = [draw_noise(seed, number, [slot], 3, step, SHAPE) for seed, number, slot, step in keys]
+    found = [Noise(seed, number, [slot], SHAPE)(step, 3) for seed, number, slot, step in keys]
     rows = torch.cat(found).flatten(1)
     assert len({tuple(row.tolist()) for row in rows}) == len(rows) == 48
     similarity = torch.corrcoef(rows) - torch.eye(48)
@@ -318,7 +313,7 @@ def test_noise_differs_between_seeds_iterations_prompts_samples_and_steps():
 
 
 def test_noise_is_standard_normal():
-    noise = draw_noise(1, 1, range(8), 8, 1, LatentShape(64, 64, 16, 16)).double()
+    noise = Noise(1, 1, range(8), LatentShape(64, 64, 16, 16))(1, 8).double()
     assert abs(noise.mean()) < 5 / math.sqrt(noise.numel())
     assert noise.var() == pytest.approx(1, abs=0.02)
 
@@ -338,9 +333,9 @@ def test_our_sampler_without_noise_draws_what_diffusers_pipeline_draws(flags, ti
         batch["prompt_embeds"], batch["pooled_prompt_embeds"], batch["text_ids"][0], trainer.image_ids, 2.5
     )
     sigmas = sigma_schedule(5, 3.0)
-    plan = tuple(Step(i, sigmas[i], sigmas[i + 1], sigmas[1], "ode") for i in range(5))
-    start = draw_noise(0, 1, range(2), 1, 0, trainer.shape)
-    ours = rollout(plan, start, 2, trainer.velocity(trainer.engine.transformer, conditioning), None).latents
+    plan = Plan(tuple(Step(i, sigmas[i], sigmas[i + 1], sigmas[1], "ode") for i in range(5)))
+    start = Noise(0, 1, range(2), trainer.shape)(0, 1)
+    ours = rollout(plan, start, 2, trainer.velocity_of(trainer.engine.transformer, conditioning), None).latents
     pipe = FluxPipeline.from_pretrained(tiny_flux, dtype=torch.float32)
     for vae in (trainer.vae, pipe.vae):  # the tiny one's shift is too small to be seen
         vae.register_to_config(shift_factor=0.3, scaling_factor=1.3)
@@ -380,7 +375,7 @@ def sampled(flags):
     def ratios(transitions: list[Transition] = transitions, size: int = 100) -> torch.Tensor:
         table, velocity = (
             transition_table(plan, trainer.accelerator.device),
-            trainer.velocity(trainer.engine.model, conditioning),
+            trainer.velocity_of(trainer.engine.model, conditioning),
         )
         parts = [
             transitions_loss(batch, result, table, velocity, settings)[1]["ratio"]
@@ -479,4 +474,4 @@ def test_every_algorithm_can_plan_every_window():
             for window in islice(windows(settings), 20):
                 plan = make_plan(settings, window)
                 assert [s.index for s in plan if s.train] == window
-                assert [s.index for s in plan if s.kind in STOCHASTIC_KINDS] == window
+                assert [s.index for s in plan if KINDS[s.kind].sde_type] == window

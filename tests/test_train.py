@@ -127,7 +127,7 @@ def test_the_update_does_not_depend_on_how_prompts_lie_on_processes(
     argv = flags(output_dir=tmp_path / "two", image_log_steps=1, prompts_per_iteration=4, **settings)
     done = torchrun(argv, subprocess_environment)
     assert done.returncode == 0, done.stderr
-    assert "4 prompts x 4 samples = 16 images an iteration on 2 process(es)" in done.stdout
+    assert "4 prompts x 4 samples = 16 images per iteration on 2 process(es)" in done.stdout
     assert_same_update(run_at("two"), run)
     with Image.open(tmp_path / "two/images/iteration_000002.png") as grid:
         assert grid.size == (64, 64)
@@ -571,7 +571,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(train, run_at, monkeypatch):
     real = train_grpo_flux.Trainer.iteration
 
     def dies_at_4(trainer, *args):
-        if trainer.done == 3:
+        if trainer.progress.iteration == 3:
             raise KeyboardInterrupt
         return real(trainer, *args)
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from fastvideo.cli import flag, parse_dataclass
 from fastvideo.models.flux import LORA_FILE, is_lora, load_with_lora
-from fastvideo.runtime.checkpoint import RECORD, check_base_model, read_record
+from fastvideo.runtime.checkpoint import RECORD, read_record
+from fastvideo.runtime.resume import check_base_model
 
 import torch
 
@@ -43,7 +44,7 @@ class MergeConfig:
                 raise ValueError(f"--pretrained_model_name_or_path: needed, as {self.model_path} has no {RECORD}")
             self.pretrained_model_name_or_path = read_record(checkpoint)["settings"]["pretrained_model_name_or_path"]
         if checkpoint is not None:
-            check_base_model(checkpoint, self, "model_path")
+            check_base_model(checkpoint, self.pretrained_model_name_or_path, "model_path")
 
 
 def merge(config: MergeConfig) -> Path:

@@ -1,24 +1,23 @@
 """How the transformer lies on the processes: one process, DDP, FSDP2 or DeepSpeed, all through Accelerate.
 
-The trainer sees one interface: `prepare`, a model to call, `rollout` around sampling, `backward` for a micro-batch,
+The trainer sees one interface: `prepare`, a model to call, `sampling_model`, `backward` for a micro-batch,
 `step` for an optimizer step, and state that goes to disk and back. docs/distributed.md explains the flags.
 """
 
 import math
 import os
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
+from fastvideo.cli import FlagError
 from fastvideo.config import GRPOConfig
 from fastvideo.models.flux import (
     StreamwiseAttnProcessor,
     compile_transformer,
     cudnn_attention,
-    forward_flops,
     load_transformer,
     meta_transformer,
     random_transformer,
@@ -64,30 +63,32 @@ def choose_engine(config: GRPOConfig, world_size: int) -> str:
     """The engine's name. Without --parallel: ddp for several processes, else none.
 
     Raises:
-        ValueError: the processes don't fit the engine asked for.
+        FlagError: the processes don't fit the engine asked for.
     """
     sharded = config.fsdp_sharding_startegy not in (None, "none") and world_size > 1
     name = config.parallel or ("fsdp" if sharded else "ddp" if world_size > 1 else "none")
     if name == "none" and world_size > 1:
-        raise ValueError(f"--parallel none: {world_size} processes were started; choose ddp, fsdp or deepspeed")
+        raise FlagError("parallel", name, f"{world_size} processes were started; choose ddp, fsdp or deepspeed")
     if name in ("fsdp", "deepspeed") and config.master_weight_type != "fp32":
-        raise ValueError(f"--master_weight_type {config.master_weight_type}: --parallel {name} knows only fp32")
+        raise FlagError("master_weight_type", config.master_weight_type, f"--parallel {name} knows only fp32")
     if name in ("none", "ddp") and config.use_cpu_offload:
-        raise ValueError(f"--use_cpu_offload: goes with --parallel fsdp or deepspeed; this run is {name}")
+        raise FlagError("use_cpu_offload", None, f"goes with --parallel fsdp or deepspeed; this run is {name}")
     if name == "fsdp" and (config.fsdp_sharding_startegy or "").startswith("hybrid"):
         per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
         nodes = int(os.environ.get("GROUP_WORLD_SIZE", world_size // per_node))
         if nodes > 1 and (per_node < 2 or per_node * nodes != world_size):
-            raise ValueError(
-                f"--fsdp_sharding_startegy {config.fsdp_sharding_startegy}: needs the same number of processes on "
-                f"every node, at least 2; here are {world_size} on {nodes} nodes, {per_node} of them on this one"
+            raise FlagError(
+                "fsdp_sharding_startegy",
+                config.fsdp_sharding_startegy,
+                f"needs the same number of processes on every node, at least 2; here are {world_size} on {nodes} "
+                f"nodes, {per_node} of them on this one",
             )
     if config.dry_run:  # which says what the engine would take, before anybody starts processes
         return name
     if name == "ddp" and world_size == 1:
-        raise ValueError("--parallel ddp: only one process was started; use torchrun, or --parallel none")
+        raise FlagError("parallel", name, "only one process was started; use torchrun, or --parallel none")
     if name in ("fsdp", "deepspeed") and "LOCAL_RANK" not in os.environ:
-        raise ValueError(f"--parallel {name}: start it with torchrun (--nproc_per_node 1 for a single process)")
+        raise FlagError("parallel", name, "start it with torchrun (--nproc_per_node 1 for a single process)")
     return name
 
 
@@ -95,11 +96,11 @@ def build_accelerator(config: GRPOConfig, name: str) -> Accelerator:
     """The Accelerator of engine `name`.
 
     Raises:
-        ValueError: Accelerate set up something else.
+        FlagError: Accelerate set up something else.
     """
     cpu = not torch.cuda.is_available()
     if config.use_cpu_offload and cpu:
-        raise ValueError("--use_cpu_offload: there is no GPU whose memory it could save")
+        raise FlagError("use_cpu_offload", None, "there is no GPU whose memory it could save")
     settings = {"mixed_precision": config.mixed_precision, "cpu": cpu}
     if name == "fsdp":
         compute = torch.bfloat16 if config.mixed_precision == "bf16" else None
@@ -148,7 +149,7 @@ def build_accelerator(config: GRPOConfig, name: str) -> Accelerator:
             settings["kwargs_handlers"] = [InitProcessGroupKwargs(backend="gloo")]
     accelerator = Accelerator(**settings)
     if accelerator.distributed_type not in EXPECTED[name]:
-        raise ValueError(f"--parallel {name}: Accelerate set up {accelerator.distributed_type.value} instead")
+        raise FlagError("parallel", name, f"Accelerate set up {accelerator.distributed_type.value} instead")
     return accelerator
 
 
@@ -283,7 +284,6 @@ class Engine:
         casts = self.name == "none" and formats == ("bf16", "fp32")
         self.compute_copy = ComputeCopy(self.trained_parameters() if casts else [], self.compiled)
         self._choose_memory()
-        self.matmul_rate = self._matmul_rate()
 
     def _wrap(self) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
         return self.accelerator.prepare(self.transformer, self.raw_optimizer)
@@ -308,7 +308,7 @@ class Engine:
         if self.name != "fsdp":
             return
         if any(not isinstance(block, FSDPModule) for block in self.blocks()):
-            raise ValueError("--parallel fsdp: Accelerate left transformer blocks unsharded")
+            raise FlagError("parallel", self.name, "Accelerate left transformer blocks unsharded")
         everything = sum(p.numel() for p in self.transformer.parameters())
         trained = sum(p.numel() for p in self.trained_parameters())
         compute = 2 if self.config.mixed_precision == "bf16" else 4
@@ -341,7 +341,7 @@ class Engine:
         return [p for p in self.transformer.parameters() if p.requires_grad]
 
     @contextmanager
-    def rollout(self) -> Iterator[torch.nn.Module]:
+    def sampling_model(self) -> Iterator[torch.nn.Module]:
         """The model to sample with. FSDP2 then gathers each block once, not once a step, if memory allows."""
         if self.name == "fsdp":
             self.transformer.set_reshard_after_forward(not self.keep_gathered)
@@ -359,49 +359,6 @@ class Engine:
         for module in self.transformer.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
-
-    def _matmul_rate(self) -> float:
-        """Floating point operations a second of a large matrix product in the compute format, measured here."""
-        device, repeats = self.accelerator.device, 20
-        size, wait = (8192, torch.cuda.synchronize) if device.type == "cuda" else (512, lambda: None)
-        compute = torch.bfloat16 if self.config.mixed_precision == "bf16" else torch.float32
-        # Not zeros: a GPU multiplies those at a higher clock.
-        a = torch.randn(size, size, device=device, generator=torch.Generator(device).manual_seed(0)).to(compute)
-        for timed in (False, True):  # the first products of a process are slow
-            wait()
-            start = time.perf_counter()
-            for _ in range(repeats if timed else 3):
-                torch.mm(a, a)
-            wait()
-        return repeats * 2 * size**3 / (time.perf_counter() - start)
-
-    def rates(self, tokens: tuple[int, int], rows: dict[str, int], seconds: dict[str, float]) -> dict[str, float]:
-        """TFLOP/s of this process by phase, and their share of what a large matrix product reaches there.
-
-        What is recomputed or filled up counts nothing. Training costs three forward passes a row, two with LoRA, whose
-        base gets no gradient.
-
-        Args:
-            tokens: of the picture and of the text. rows: by phase: `rollout`, `prefix` (the part of it that has one row
-                a prompt; its rate stands apart), `train`. seconds: of the same.
-        """
-        flops = forward_flops(self.transformer, *tokens) / self.config.sp_size
-        passes = {"rollout": 1, "prefix": 1, "train": 2 if self.config.use_lora else 3}
-        metrics = {}
-        for phase, count in rows.items():
-            spent = seconds[f"seconds_{phase}"] - (seconds["seconds_prefix"] if phase == "rollout" else 0)
-            if count or phase != "prefix":
-                rate = flops * passes[phase] * count / spent
-                metrics |= {f"tflops_{phase}": rate / 1e12, f"peak_share_{phase}": rate / self.matmul_rate}
-        return metrics
-
-    def peak_memory(self) -> dict[str, float]:
-        """`gib_peak`, the most memory this GPU's tensors have taken since the last call; nothing on the CPU."""
-        if self.accelerator.device.type != "cuda":
-            return {}
-        peak = torch.cuda.max_memory_allocated() / 2**30
-        torch.cuda.reset_peak_memory_stats()
-        return {"gib_peak": peak}
 
     def backward(self, loss: torch.Tensor) -> None:
         """Adds the gradient of a micro-batch.
@@ -534,54 +491,26 @@ class DeepSpeedEngine(Engine):
         wanted = [{k: v for k, v in group.items() if k != "params"} for group in self.raw_optimizer.param_groups]
         loaded, _ = self.model.load_checkpoint(folder, tag="state", load_lr_scheduler_states=False)
         if loaded is None:
-            raise ValueError(f"--resume_from_checkpoint {folder.parent}: DeepSpeed can't read its state")
+            raise FlagError("resume_from_checkpoint", folder.parent, "DeepSpeed can't read its state")
         for group, values in zip(self.raw_optimizer.param_groups, wanted, strict=True):
             group.update(values)
 
 
-class Stopwatch:
-    """Adds up what some pieces of work take on the device, without waiting for it in between."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.on_gpu, self.rows, self.laps = device.type == "cuda", 0, []
-
-    def _now(self) -> float | torch.cuda.Event:
-        if not self.on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    @contextmanager
-    def lap(self, rows: int) -> Iterator[None]:
-        """A piece of work on so many rows."""
-        begin = self._now()
-        yield
-        self.laps.append((begin, self._now()))
-        self.rows += rows
-
-    def read(self) -> tuple[int, float]:
-        """Rows and seconds since the last time. The device must be done with them."""
-        rows, laps = self.rows, self.laps
-        self.rows, self.laps = 0, []
-        return rows, sum(begin.elapsed_time(end) / 1e3 if self.on_gpu else end - begin for begin, end in laps)
-
-
 def build_engine(config: GRPOConfig, world_size: int) -> Engine:
-    """The engine of the flags. Raises ValueError when it can't be had."""
+    """The engine that the flags choose. Raises FlagError when the processes or the machine don't allow it."""
     name = choose_engine(config, world_size)
     return (DeepSpeedEngine if name == "deepspeed" else Engine)(config, name)
 
 
 def main_process_first(accelerator: Accelerator, work: Callable[[], object]) -> object:
-    """Result of `work`, done by the main process alone; its ValueError is raised on all."""
+    """Result of `work`, done by the main process alone; its FlagError is raised on all processes."""
     answer = [None, None]
     if accelerator.is_main_process:
         try:
             answer[0] = work()
-        except ValueError as error:
-            answer[1] = str(error)
+        except FlagError as error:
+            answer[1] = (error.field, error.value, error.problem)
     broadcast_object_list(answer)
     if answer[1] is not None:
-        raise ValueError(answer[1])
+        raise FlagError(*answer[1])
     return answer[0]

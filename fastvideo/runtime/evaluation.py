@@ -11,24 +11,35 @@ import hashlib
 import io
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from fastvideo.config import GRPOConfig
 from fastvideo.dataset.latent_flux_rl_datasets import LatentFluxRLDataset, collate
 from fastvideo.io.files import read_prompts, write_bytes
 from fastvideo.io.scores import evaluation_scores, write_scores
-from fastvideo.models.flux import decode_latents
 from fastvideo.models.reward_model.utils import RewardModel, build_reward_models, check_reward_files, compute_reward
-from fastvideo.rollout_plan import plan_mix
+from fastvideo.runtime.engines import Engine
+from fastvideo.runtime.resume import Progress
+from fastvideo.runtime.scoring import Scoring
 from fastvideo.utils.advantages import reward_means
+from fastvideo.utils.plan import Plan
+from fastvideo.utils.steps import Step, sigma_schedule
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object
+from PIL import Image
 
-if TYPE_CHECKING:
-    from fastvideo.train_grpo_flux import Trainer
+# draw(plan, batch of one prompt, its slot) -> its pictures; none on processes that don't decode.
+Draw = Callable[[Plan, dict, int], list[Image.Image]]
+
+
+def noise_free_plan(config: GRPOConfig) -> Plan:
+    """The whole schedule in Euler steps, for one picture per prompt."""
+    sigmas = sigma_schedule(config.sampling_steps, config.shift)
+    steps = (Step(i, sigma, sigmas[i + 1], sigmas[1], "ode") for i, sigma in enumerate(sigmas[:-1]))
+    return Plan(tuple(steps))
 
 
 def check_evaluation(config: GRPOConfig) -> None:
@@ -51,13 +62,13 @@ class Evaluation:
     in what decides the best checkpoint, which is --eval_reward, or without it the reward in training.
     """
 
-    def __init__(self, trainer: "Trainer", index: Path, held_out: tuple[dict, dict] | None) -> None:
+    def __init__(self, config: GRPOConfig, index: Path, scoring: Scoring, held_out: tuple[dict, dict] | None) -> None:
         """index: prompt.json of the embedded prompts. held_out: see `build_held_out`."""
-        config = self.config = trainer.config
+        self.config = config
         self.dataset = LatentFluxRLDataset(index)
         self.prompts = [entry["caption"] for entry in self.dataset.entries]
-        self.plan = tuple(plan_mix(config, ()))  # no stochastic step
-        self.models, self.weights = trainer.scoring.models, trainer.scoring.weights
+        self.plan = noise_free_plan(config)
+        self.models, self.weights = scoring.models, scoring.weights
         if held_out:
             self.models, self.weights = self.models | held_out[0], held_out[1]
         settings = "seed h w sampling_steps shift guidance_scale pretrained_model_name_or_path".split()
@@ -65,22 +76,25 @@ class Evaluation:
         self.measure = hashlib.sha256(json.dumps(measure).encode()).hexdigest()[:16]
 
     def due(self, iteration: int) -> bool:
+        """Whether the iteration is followed by an evaluation."""
         return iteration % self.config.eval_steps == 0 or iteration == self.config.max_train_steps
 
-    def run(self, trainer: "Trainer", iteration: int) -> dict[str, float]:
-        """Samples and scores; all processes call it and get the metrics `evaluation_…`. Updates `trainer.best`."""
-        start, config, engine = time.perf_counter(), self.config, trainer.engine
-        path = evaluation_scores(config.output_dir, iteration)
+    def run(self, iteration: int, draw: Draw, engine: Engine, progress: Progress) -> dict[str, float]:
+        """Samples and scores the prompts. All processes call it and get the metrics `evaluation_…`.
+
+        Puts the iteration into `progress.best` if it is the best so far.
+        """
+        start = time.perf_counter()
+        path = evaluation_scores(self.config.output_dir, iteration)
         path.parent.mkdir(parents=True, exist_ok=True)
         indices, images = [], []
         for turn in range(0, len(self.prompts), engine.data_ranks):
-            # All ranks run the model equally often; at the end some repeat the last prompt for nothing.
+            # All ranks run the model equally often; in the last turn some draw the last prompt for nothing.
             index = min(turn + engine.data_rank, len(self.prompts) - 1)
-            conditioning = trainer.conditioning(collate([self.dataset[index]]))
-            sampled = trainer.sample(self.plan, 0, range(index, index + 1), conditioning, start=1)  # no iteration is 0
-            if turn + engine.data_rank == index and not engine.place_in_group:
+            pictures = draw(self.plan, collate([self.dataset[index]]), index)
+            if turn + engine.data_rank == index and pictures:
                 indices.append(index)
-                images += decode_latents(trainer.vae, sampled.latents, config.h, config.w, 1)
+                images += pictures
                 data = io.BytesIO()
                 images[-1].save(data, "PNG")
                 write_bytes(path.with_name(f"{index:05d}.png"), data.getvalue())
@@ -95,15 +109,15 @@ class Evaluation:
             ]
             write_scores(path, entries)
         metrics = reward_means({name: np.array([v[name] for v in found]) for name in found[0]}, self.weights)
-        self._compare(trainer, iteration, metrics)
-        metrics["best_iteration"] = trainer.best["iteration"] if trainer.best else None
+        self._compare(iteration, metrics, progress)
+        metrics["best_iteration"] = progress.best["iteration"] if progress.best else None
         metrics = {f"evaluation_{name}": value for name, value in metrics.items()}
         return metrics | {"seconds_evaluation": time.perf_counter() - start}
 
-    def _compare(self, trainer: "Trainer", iteration: int, metrics: dict[str, float]) -> None:
-        """A mean without the failed scores is none of the same pictures, so it can't be the best."""
-        best, value = trainer.best, metrics["reward"]
+    def _compare(self, iteration: int, metrics: dict[str, float], progress: Progress) -> None:
+        """Failed scores leave a mean of other pictures, which can't be compared and so can't be the best."""
+        best, value = progress.best, metrics["reward"]
         if iteration == 0 or metrics["failed_rewards"]:
             return
         if best is None or best["measure"] != self.measure or value > best["value"]:
-            trainer.best = {"iteration": iteration, "value": value, "measure": self.measure}
+            progress.best = {"iteration": iteration, "value": value, "measure": self.measure}

@@ -7,7 +7,7 @@ from fastvideo.config import GRPOConfig
 from fastvideo.io.fingerprint import local_folder
 from fastvideo.models.flux import LatentShape, add_lora, meta_transformer, meta_vae
 from fastvideo.models.int8 import quantize_blocks
-from fastvideo.rollout_plan import make_plan, updates
+from fastvideo.rollout_plan import make_plan
 from fastvideo.runtime.engines import choose_engine
 from fastvideo.utils.grpo_states import windows
 
@@ -73,7 +73,7 @@ def predict_memory(config: GRPOConfig, world_size: int) -> dict[str, float]:
     training_row = row * (blocks * kept + (whole_block if share else 0))
     left = min(gpu_sizes(), default=math.inf) - weights - gradients - moments
     k, plan = config.gradient_accumulation_steps, make_plan(config, next(windows(config)))
-    most = config.local_prompts(world_size) * k * max(len(p) for _, p in updates(plan, config.num_generations, k))
+    most = config.local_prompts(world_size) * k * max(len(p) for _, p in plan.updates(config.num_generations, k))
     fitting = int(min(most, left / 2 / training_row)) if left < math.inf else ROWS_ON_A_CPU
     rows = config.train_micro_batch_size or max(1, fitting)
     training = rows * training_row

@@ -6,7 +6,7 @@ P prompts over all ranks, G samples each. All of it is small, on the host, in fl
 import math
 
 from fastvideo.config import GRPOConfig
-from fastvideo.rollout_plan import Plan, leaf_columns, rows_after, start_rows, trained_above
+from fastvideo.utils.plan import Plan
 
 import numpy as np
 
@@ -121,16 +121,15 @@ def plan_advantages(
     Returns:
         Plan position -> advantages [P, rows after it], NaN where pruned; and the number of flat groups.
     """
-    start = start_rows(config)
-    rows = rows_after(plan, start)
+    rows = plan.rows
     used = [name for name, weight in weights.items() if np.any(weight)]
     failed = np.isnan([scores[name] for name in used])
     lost = failed.all(0) if config.multi_reward_mix == "advantage_aggr" else failed.any(0)
     scores = scores | {name: np.where(lost, np.nan, scores[name]) for name in used}
     found: dict[int, np.ndarray] = {}
     groups: dict[tuple[int, int], tuple[np.ndarray, int]] = {}
-    for leaf, columns in leaf_columns(plan, start).items():
-        for position in trained_above(plan, leaf):
+    for leaf, columns in plan.columns.items():
+        for position in plan.trained_path(leaf):
             count, group = rows[position], (leaf, rows[position])
             if group not in groups:
                 below = (count, split_log_probs, config.tree_fusion_temperature)

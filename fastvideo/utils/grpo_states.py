@@ -24,11 +24,11 @@ def _stay(config: GRPOConfig, start: int, end: int) -> int:
 def windows(config: GRPOConfig) -> Iterator[list[int]]:
     """The window of iteration 1, 2, …, endlessly: step indices, ascending, never empty, the same on all ranks.
 
-    Usable steps are 0 … T−3. At the end the window gets shorter; past it it restarts at 0 (`roll_back`) or stays.
-    Flow-GRPO-Fast's windows are drawn at random.
+    Usable steps are 0 … T−3. At the end the window gets shorter; past the end it restarts at 0 (`roll_back`) or stays.
     """
-    end, size = config.sampling_steps - 2, config.flow_grpo_fast_steps or config.group_size
-    if config.sample_strategy == "random" or config.flow_grpo_fast_steps:
+    end = config.sampling_steps - 2
+    size = min(config.group_size, end)  # algorithms without a window don't check their --group_size
+    if config.sample_strategy == "random":
         iteration = 0
         while True:
             iteration += 1

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from fastvideo.rollout_plan import Plan
+from fastvideo.utils.plan import Plan
 
 import numpy as np
 
@@ -23,16 +23,16 @@ class Transition:
 
 
 def slice_transitions(
-    plan: Plan, rows: list[int], order: np.ndarray, trained: np.ndarray, advantages: dict[int, np.ndarray]
+    plan: Plan, order: np.ndarray, trained: np.ndarray, advantages: dict[int, np.ndarray]
 ) -> list[Transition]:
     """The transitions of one optimizer step, sorted so that those leaving one row stand together. Weights make their
     loss the mean over prompts of the mean over a prompt's transitions.
 
     Args:
-        rows: rows a prompt after each step. order: [P, k] samples of this step. trained: [P, G, n] plan positions.
+        order: [P, k] samples of this step. trained: [P, G, n] plan positions.
         advantages: position that this step trains -> [P, rows after it], NaN where the transition is pruned.
     """
-    group, found = trained.shape[1], []
+    group, rows, found = trained.shape[1], plan.rows, []
     for prompt, samples in enumerate(order):
         edges = {}  # samples that still are one row share a transition
         for sample in samples:

@@ -1,0 +1,182 @@
+"""A rollout plan: a tree of steps that knows its rows, leaves, coefficients and cost."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from fastvideo.utils.steps import KINDS, Coefficients, Step, entropy
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Steps, and everything that follows from them, computed once.
+
+    Each step starts from the result of an earlier step, its parent. A step's `branch` gives every row several
+    successors. Steps with one parent share its state and one velocity evaluation. A step from which no other step
+    starts is a leaf: its rows are pictures. `positions` are indices into `steps`; −1 means the initial noise.
+
+    Attributes:
+        steps: all transitions. start: rows per prompt at the beginning.
+    """
+
+    steps: tuple[Step, ...]
+    start: int = 1
+
+    def check(self) -> "Plan":
+        """The plan itself, if it can be executed and trained.
+
+        Raises:
+            ValueError: steps leave a gap, don't run from σ 1 to 0, train or branch without noise, or train nothing.
+        """
+        for i, (step, parent) in enumerate(zip(self.steps, self.parents, strict=True)):
+            if not -1 <= parent < i:
+                raise ValueError(f"step {step.index} at position {i} starts from position {parent}, which comes later")
+            if parent == -1 and step.sigma != 1:
+                raise ValueError(f"a plan runs from sigma 1 to 0, this one from {step.sigma}")
+            if parent >= 0 and self.steps[parent].sigma_next != step.sigma:
+                before = self.steps[parent]
+                raise ValueError(
+                    f"step {before.index} ends at sigma {before.sigma_next}, the next starts at {step.sigma}"
+                )
+            if step.kind not in KINDS:
+                raise ValueError(f"step {step.index}: unknown kind {step.kind!r}; choose from {list(KINDS)}")
+            if step.sigma <= step.sigma_next:
+                raise ValueError(f"step {step.index}: sigma must fall, not go from {step.sigma} to {step.sigma_next}")
+        for leaf in self.leaves:
+            if self.steps[leaf].sigma_next != 0:
+                raise ValueError(f"a plan runs from sigma 1 to 0, this one to {self.steps[leaf].sigma_next}")
+        for step, numbers in zip(self.steps, self.coefficients, strict=True):
+            if (step.train or step.branch > 1) and not numbers.std > 0:
+                where = f"step {step.index} ({step.kind})"
+                raise ValueError(f"{where} has no noise: it can be neither trained nor branched")
+        if not self.trained:
+            raise ValueError("the plan trains no step")
+        return self
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[Step]:
+        return iter(self.steps)
+
+    def __getitem__(self, position: int) -> Step:
+        return self.steps[position]
+
+    # --- the tree ---------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def parents(self) -> list[int]:
+        """Position from which each step starts."""
+        return [i - 1 if step.parent is None else step.parent for i, step in enumerate(self.steps)]
+
+    def path(self, position: int) -> list[int]:
+        """Positions from the plan's start to `position`, which is the last."""
+        found: list[int] = []
+        while position >= 0:
+            found.insert(0, position)
+            position = self.parents[position]
+        return found
+
+    def trained_path(self, position: int) -> list[int]:
+        """Positions of the trained steps on `path`."""
+        return [i for i in self.path(position) if self.steps[i].train]
+
+    @cached_property
+    def trained(self) -> list[int]:
+        """Positions of the trained steps."""
+        return [i for i, step in enumerate(self.steps) if step.train]
+
+    @cached_property
+    def leaves(self) -> list[int]:
+        """Positions of the steps that end in pictures, in the pictures' order. Leaves without a trained step on their
+        path (E-GRPO's anchors) come last."""
+        followed = set(self.parents)
+        found = [i for i in range(len(self.steps)) if i not in followed]
+        return sorted(found, key=lambda leaf: not self.trained_path(leaf))
+
+    # --- numbers ----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def coefficients(self) -> list[Coefficients]:
+        """The numbers of every step."""
+        earlier = [[self.steps[i].sigma for i in reversed(self.path(p)[:-1])] for p in range(len(self.steps))]
+        return [KINDS[step.kind].coefficients(step, sigmas) for step, sigmas in zip(self.steps, earlier, strict=True)]
+
+    @property
+    def entropies(self) -> list[float]:
+        """e^h of every trained step."""
+        return [entropy(self.coefficients[i].std) for i in self.trained]
+
+    # --- rows and pictures per prompt -------------------------------------------------------------------------------
+
+    @cached_property
+    def rows(self) -> list[int]:
+        """Rows per prompt after every step."""
+        rows: list[int] = []
+        for step, parent in zip(self.steps, self.parents, strict=True):
+            rows.append((rows[parent] if parent >= 0 else self.start) * step.branch)
+        return rows
+
+    @cached_property
+    def columns(self) -> dict[int, slice]:
+        """Leaf -> the place of its pictures among the pictures of a prompt."""
+        found, end = {}, 0
+        for leaf in self.leaves:
+            found[leaf] = slice(end, end + self.rows[leaf])
+            end += self.rows[leaf]
+        return found
+
+    @property
+    def pictures(self) -> int:
+        """Pictures per prompt."""
+        return sum(self.rows[leaf] for leaf in self.leaves)
+
+    @cached_property
+    def trained_pictures(self) -> int:
+        """Pictures per prompt that come from a trained step; they are the first ones."""
+        return sum(self.rows[leaf] for leaf in self.leaves if self.trained_path(leaf))
+
+    def group_places(self, group: int) -> np.ndarray:
+        """Place of each picture of a prompt in its group of `group` samples, from 0 to below `group`: [pictures]."""
+        return np.concatenate([np.arange(self.rows[leaf]) * group / self.rows[leaf] for leaf in self.leaves])
+
+    # --- cost and training ------------------------------------------------------------------------------------------
+
+    @cached_property
+    def evaluations(self) -> int:
+        """Velocity evaluations (NFE) per prompt in the rollout: the rows of every state from which a step starts."""
+        return sum(self.rows[parent] if parent >= 0 else self.start for parent in set(self.parents))
+
+    @property
+    def evaluations_without_sharing(self) -> int:
+        """NFE per prompt if every picture were made on its own."""
+        return sum(self.rows[leaf] * len(self.path(leaf)) for leaf in self.leaves)
+
+    def updates(self, samples: int, k: int) -> list[tuple[slice, list[int]]]:
+        """The optimizer steps of an iteration, each with its samples of every group and the positions it trains.
+
+        Each step takes k of the `samples` of a group. Trained steps on one path are updated together; those on
+        different paths (E-GRPO's active steps) have optimizer steps of their own.
+        """
+        paths: dict[int, list[int]] = {}
+        for position in self.trained:
+            paths.setdefault(self.trained_path(position)[0], []).append(position)
+        return [(slice(s, s + k), positions) for positions in paths.values() for s in range(0, samples, k)]
+
+    def describe(self) -> str:
+        """One line per step: index, sigmas, kind, rows per prompt, and what happens there."""
+        lines = []
+        for i, (step, parent, numbers) in enumerate(zip(self.steps, self.parents, self.coefficients, strict=True)):
+            notes = [f"std {numbers.std:.4f}, e^h {entropy(numbers.std):.2f}"] if numbers.std else []
+            notes += [f"covers {step.span} steps"] if step.span > 1 else []
+            notes += [f"splits into {step.branch}"] if step.branch > 1 else []
+            notes += ["trained"] if step.train else []
+            kind = f"{step.kind} order {step.order}" if step.kind == "dpmpp" else step.kind
+            origin = "" if parent == i - 1 else f"  (from the state before step {step.index}, line {parent + 1})"
+            lines.append(
+                f"  {step.index:3d}  {step.sigma:.4f} -> {step.sigma_next:.4f}  {kind:<14} "
+                f"rows {self.rows[parent] if parent >= 0 else self.start:3d}  " + ", ".join(notes) + origin
+            )
+        return "\n".join(lines)
