@@ -1,13 +1,13 @@
-"""Images a second and peak memory of every reward, and of the whole multi_reward set; random weights, no downloads.
+"""Images per second and peak memory of every reward and of the multi_reward mix; random weights, no downloads.
 
     python benchmarks/bench_rewards.py --device cuda --dtype bf16
     python benchmarks/bench_rewards.py --device cpu --narrow --images 3 --image_size 256      # a quick look anywhere
 
-Makes each model's checkpoint at full architecture in its real format on disk (17 GB; --folder keeps them for a run with
-another --dtype), loads it as training does, and times `compute_reward` on the pictures of one group: decoded pictures
-in, scores out, preprocessing on the CPU included. Prints the median of --repeats. UnifiedReward is asked at
---unified_reward_url; without it, a server here that answers at once takes its place, and what is timed is our side:
-pictures as JPEG, requests, answers. Keep the output under benchmarks/results/.
+Writes each model's checkpoint at full architecture and in its real format (17 GB; --folder keeps the files for a run
+with another --dtype), loads it as training does, and times `compute_reward` on the pictures of one group, from decoded
+pictures to scores, with preprocessing on the CPU. Prints the median of --repeats. UnifiedReward is asked at
+--unified_reward_url. Without this flag a local server answers at once, so that only the client is timed: pictures as
+JPEG, requests, answers. Keep the output under benchmarks/results/.
 """
 
 import json
@@ -25,7 +25,8 @@ from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 from fastvideo.cli import flag, parse_dataclass
-from fastvideo.config import GRPOConfig
+from fastvideo.io.devices import DTYPES, resolve_device
+from fastvideo.models.reward_model.spec import RewardSpecConfig
 from fastvideo.models.reward_model.utils import build_reward_models, compute_reward
 
 import numpy as np
@@ -40,7 +41,7 @@ sys.path.append(str(Path(__file__).parents[1] / "tests"))
 import reward_checkpoints as checkpoints  # noqa: E402
 from reward_servers import QuietHandler  # noqa: E402
 
-# Name in the table -> (--reward_model, --image_reward_mode, checkpoints that it needs).
+# Name in the printed table -> (--reward_model, --image_reward_mode, kinds of checkpoints to write).
 SETS = {
     "hpsv2": ("hpsv2", "overall", ["hps"]),
     "image_reward overall": ("image_reward", "overall", ["image_reward"]),
@@ -55,23 +56,23 @@ SETS = {
 
 @dataclass
 class BenchmarkConfig:
-    """What to time."""
+    """Settings of the benchmark."""
 
-    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "where the models run")
-    dtype: str = flag("bf16", "number format of the models", choices=["fp32", "bf16", "fp16"])
+    device: str = flag(resolve_device(), "where the models run")
+    dtype: str = flag("bf16", "number format of the models", choices=list(DTYPES))
     images: int = flag(12, "pictures of one prompt")
     image_size: int = flag(720, "their width and height")
-    repeats: int = flag(5, "timed runs, after one that warms up")
+    repeats: int = flag(5, "timed runs, after one run that isn't timed")
     narrow: bool = flag(False, "quarter-width models, to try the benchmark itself")
     folder: str | None = flag(None, "keeps the checkpoints for another run (None: a temporary folder)")
-    unified_reward_url: str | None = flag(None, "UnifiedReward endpoints (None: a stand-in that answers at once)")
-    unified_reward_num_workers: int = flag(12, "concurrent requests to them when batched; else 1")
+    unified_reward_url: str | None = flag(None, "UnifiedReward endpoints (None: a local server that answers at once)")
+    unified_reward_num_workers: int = flag(12, "concurrent requests to UnifiedReward in the batched measurement")
 
 
 def seconds(
     config: BenchmarkConfig, models: dict, weights: dict, pictures: list[Image.Image], batch_size: int
 ) -> float:
-    """Median time for all pictures."""
+    """Median time for all pictures, in seconds."""
     for model in models.values():
         model.batch_size = batch_size
         model.num_workers = min(batch_size, config.unified_reward_num_workers)
@@ -87,7 +88,7 @@ def seconds(
 
 @contextmanager
 def stand_in() -> Iterator[str]:
-    """The URL of a server that gives every picture the same score, at once."""
+    """The URL of a local server that gives every picture the same score at once."""
     reply = json.dumps({"choices": [{"message": {"content": "Alignment Score (1-5): 3"}}]}).encode()
 
     class Handler(QuietHandler):
@@ -102,7 +103,7 @@ def stand_in() -> Iterator[str]:
 
 
 def peak_gib(device: str) -> float:
-    """Of the device since its last reset, or of this process since it started."""
+    """Peak memory of the GPU since its last reset, or of this process since its start on a CPU, in GiB."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -136,8 +137,7 @@ def main() -> None:
                 torch.cuda.reset_peak_memory_stats()
             start = time.perf_counter()
             models, weights = build_reward_models(
-                GRPOConfig(
-                    data_json_path="none",
+                RewardSpecConfig(
                     reward_model=reward_model,
                     image_reward_mode=mode,
                     reward_dtype=config.dtype,

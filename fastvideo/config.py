@@ -12,6 +12,7 @@ from types import UnionType
 from typing import Any, get_origin
 
 from fastvideo.cli import default_of, flag
+from fastvideo.models.reward_model.spec import RewardSpecConfig, resolve_reward_spec
 
 # Flags of the reference recipe that did nothing there.
 IGNORED_FLAGS = (
@@ -89,59 +90,6 @@ OWN_FLAGS = {
     "entropy_threshold": ("grpo_merge",),
     "flow_grpo_fast_steps": ("flow_grpo",),
 }
-
-
-@dataclass
-class RewardConfig:
-    """Where the reward models lie and how they run; training and evaluation share it."""
-
-    hps_path: str = flag("hps_ckpt/HPS_v2.1_compressed.pt", "HPS checkpoint")
-    hps_clip_path: str | None = flag(
-        "hps_ckpt/open_clip_pytorch_model.bin", "not needed and not read: the HPS checkpoint holds the whole model"
-    )
-    clip_score_path: str = flag("hf-hub:apple/DFN5B-CLIP-ViT-H-14-384", "open_clip model of CLIPScore: name or file")
-    clip_score_http_proxy: str | None = flag(None, "HTTP proxy for downloading CLIPScore's model")
-    clip_score_https_proxy: str | None = flag(None, "HTTPS proxy for downloading CLIPScore's model")
-    image_reward_path: str = flag("ImageReward-v1.0", "ImageReward model: name or file (mode overall)")
-    image_reward_med_config: str | None = flag(None, "med_config.json of ImageReward")
-    image_reward_score_dir: str = flag("image_reward_ckpt", "folder of the three granular scorers' files")
-    image_reward_http_proxy: str | None = flag(None, "HTTP proxy for downloading ImageReward")
-    image_reward_https_proxy: str | None = flag(None, "HTTPS proxy for downloading ImageReward")
-    pick_score_path: str = flag("yuvalkirstain/PickScore_v1", "PickScore model: hub id or folder")
-    pick_score_http_proxy: str | None = flag(None, "HTTP proxy for downloading PickScore")
-    pick_score_https_proxy: str | None = flag(None, "HTTPS proxy for downloading PickScore")
-    unified_reward_url: str | None = flag(None, "UnifiedReward endpoints, comma-separated, shared over the ranks")
-    unified_reward_default_question_type: str = flag("semantic", "question asked", choices=["semantic", "score"])
-    unified_reward_num_workers: int = flag(1, "concurrent requests to UnifiedReward")
-    granular_start_weights: list[float] = flag([0.5, 0.3, 0.2], "component weights at the start", metavar="W")
-    reward_batch_size: int = flag(12, "images a forward pass of a reward model")
-    reward_device: str | None = flag(None, "device of the reward models (None: the rank's own)")
-    reward_dtype: str = flag("fp32", "number format of the reward models", choices=["fp32", "bf16", "fp16"])
-    reward_server: str | None = flag(
-        None, "score at these reward servers (server.py), comma-separated, shared over the ranks; None: in this process"
-    )
-    reward_server_timeout: float = flag(120.0, "seconds until a request to a reward server has failed")
-    reward_server_retries: int = flag(3, "further attempts after a failed request, at the next reward server")
-
-
-@dataclass
-class RewardSpecConfig(RewardConfig):
-    """Which rewards are scored for training, and how they add up; training and the reward server share it."""
-
-    reward_model: str = flag("image_reward", "reward or mix: names with optional weights, e.g. hpsv2,image_reward:0.5")
-    hps_weight: float = flag(1.0, "weight of HPSv2 in a mix")
-    clip_score_weight: float = flag(1.0, "weight of CLIPScore in a mix")
-    image_reward_weight: float = flag(1.0, "weight of ImageReward in a mix")
-    pick_score_weight: float = flag(1.0, "weight of PickScore in a mix")
-    unified_reward_weight: float = flag(1.0, "weight of UnifiedReward in a mix")
-    image_reward_mode: str = flag(
-        "granular", "three weighted scorers, or the plain score", choices=["granular", "overall"]
-    )
-    granular_end_weights: list[float] = flag([0.2, 0.5, 0.3], "component weights at the end", metavar="W")
-    granular_schedule: str = flag(
-        "linear", "how the weights move", choices=["linear", "exponential", "logarithmic", "cosine"]
-    )
-    granular_gamma: float | None = flag(None, "curve exponent; None: 2 for exponential, 0.5 for logarithmic")
 
 
 @dataclass
@@ -540,17 +488,12 @@ class GRPOConfig(RewardSpecConfig):
             "data_json_path",
             "give either --data_json_path (cached embeddings) or --prompts_file (texts)",
         )
-        from fastvideo.models.reward_model.utils import resolve_reward_spec
-
         resolve_reward_spec(self)
         for name in ("eval_prompts", "eval_reward"):
             need(self.eval_steps > 0 or getattr(self, name) is None, name, "goes with --eval_steps")
         need(self.eval_steps == 0 or self.eval_prompts is not None, "eval_steps", "give --eval_prompts too")
         if self.eval_reward is not None:
-            try:
-                resolve_reward_spec(self.held_out())
-            except ValueError as error:
-                raise ValueError(str(error).replace("--reward_model", "--eval_reward")) from None
+            resolve_reward_spec(self, "eval_reward")
 
     def held_out(self) -> "GRPOConfig":
         """These settings with --eval_reward, scored in this process, in place of the reward in training."""

@@ -15,7 +15,7 @@ from itertools import islice
 
 from fastvideo.cli import FlagError
 from fastvideo.config import MERGES, GRPOConfig
-from fastvideo.models.reward_model.utils import resolve_reward_spec
+from fastvideo.models.reward_model.spec import resolve_reward_spec
 from fastvideo.utils.grpo_states import windows
 from fastvideo.utils.plan import Plan
 from fastvideo.utils.steps import KINDS, SDE_KINDS, Step, entropy, shift_time, sigma_schedule

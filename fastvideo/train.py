@@ -24,7 +24,7 @@ from typing import Any
 
 from fastvideo.cli import parse_first
 from fastvideo.config import ALGORITHMS, IGNORED_FLAGS, GRPOConfig
-from fastvideo.models.reward_model.utils import MIXES, REWARDS
+from fastvideo.models.reward_model.spec import MIXES, REWARDS
 
 from hydra import compose, initialize
 from hydra.core.config_store import ConfigStore

@@ -1,8 +1,7 @@
 """Random-weight checkpoints of the reward models, in their real formats and under their real file names.
 
-`full` is the real architecture; without it the same one at a quarter of its width and a few layers deep, which takes a
-second. The packages only know the real architecture by name: `narrow_architectures` makes those names mean the small
-ones.
+With `full` they have the real architecture; without it a quarter of its width and a few layers, which takes a second.
+The packages know only the names of the real architectures: `narrow_architectures` gives these names the small ones.
 """
 
 import gzip
@@ -12,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a look-up on the hub is a mistake here: fail, don't retry
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a look-up on the hub is a mistake here and must fail at once
 
 import fastvideo.torchvision_repair  # noqa: F401  (before transformers)
 
@@ -37,7 +36,7 @@ PROMPTS = [
 
 
 def pictures() -> list[Image.Image]:
-    """Pictures of different sizes and modes, one for each of PROMPTS."""
+    """Pictures of different sizes and modes, one per prompt in PROMPTS."""
     noise = np.random.default_rng(0).integers(0, 256, (900, 1600, 4), dtype=np.uint8)
     return [
         Image.fromarray(noise[:300, :200, :3]),
@@ -51,7 +50,7 @@ def pictures() -> list[Image.Image]:
 
 
 def randomize(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Fresh modules give nearly constant scores (zero biases, tiny weights); make every weight count."""
+    """Random weights that all matter: fresh modules (zero biases, tiny weights) give nearly constant scores."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -75,7 +74,7 @@ def narrow(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def narrow_architectures(patch: pytest.MonkeyPatch, folder: Path) -> None:
-    """Until `patch` is undone, open_clip's ViT-H and image-reward's ViT-L are narrow; `folder` gets configurations."""
+    """Makes open_clip's ViT-H and image-reward's ViT-L narrow until `patch` is undone; writes files into `folder`."""
     from fastvideo.models.reward_model.image_reward_compat import import_image_reward
 
     import_image_reward()
@@ -97,7 +96,7 @@ def narrow_architectures(patch: pytest.MonkeyPatch, folder: Path) -> None:
 
 
 def make_bert_tokenizer(folder: Path, size: int) -> None:
-    """`bert-base-uncased` with letters only, filled up to `size` tokens."""
+    """A `bert-base-uncased` folder whose vocabulary has only letters and fillers, `size` tokens."""
     folder.mkdir(parents=True)
     letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
     tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters)]
@@ -128,7 +127,7 @@ def _med_config(full: bool) -> dict[str, Any]:
 
 
 def _image_reward_package(folder: Path, full: bool) -> tuple[Any, str]:
-    """The package with a tokenizer, and med_config.json, both made in the folder unless they are there."""
+    """The package and the path of med_config.json. Makes med_config.json and the tokenizer unless they exist."""
     from fastvideo.models.reward_model.image_reward_compat import import_image_reward
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""scripts/huggingface/download_checkpoints.sh against a local server that is both the hub and the other hosts."""
+"""scripts/huggingface/download_checkpoints.sh against a local server that plays the hub and the other hosts."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ AESTHETIC = "sac%2Blogos%2Bava1-l14-linearMSE.pth"
 
 
 class Server(ThreadingHTTPServer):
-    """files: URL path -> contents, for files that are not on the hub. repositories: id -> {file: contents}."""
+    """Serves files: {URL path: content} for files that are not on the hub; repositories: {id: {file: content}}."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -39,7 +39,7 @@ class Handler(QuietHandler):
 
     def do_GET(self):
         path = self.path.split("?")[0]
-        if path.startswith("http://hub.test/"):  # asked as a proxy
+        if path.startswith("http://hub.test/"):  # a request to a proxy
             path = path.removeprefix("http://hub.test")
         self.server.requests.append((self.command, self.path, self.headers.get("Range")))
         for name, files in self.server.repositories.items():
@@ -96,7 +96,7 @@ def server():
 
 @pytest.fixture
 def download(server, tmp_path):
-    """download(argument, ...) runs the script in a copy of the tree's scripts; (exit status, output)."""
+    """download(argument, ...) -> (exit status, output) of the script, run in a copy of the scripts folder."""
     shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
 
     def run(*arguments, **environment):
@@ -153,7 +153,7 @@ def test_hub_files_come_whole_and_are_compared_with_the_hub_s_sums(download, ser
 
 
 def put_web_files(server, text):
-    """Serves the files that image_reward needs from other hosts; the CLIP file with the sum that `text` asks for."""
+    """Serves image_reward's files of other hosts. Returns their contents, and the script `text` with their sums."""
     contents = {}
     for url, target, sum_ in re.findall(r"web (https://\S+) \\\n\s+(\S+) \S+ ?([0-9a-f]{64})?", text):
         contents[target] = b"contents of " + target.encode() * 500
@@ -187,7 +187,7 @@ def test_other_files_are_resumed_checked_and_kept(download, server, tmp_path):
     assert "model_large.pth" not in asked  # came in the first run
     assert (tmp_path / "image_reward_ckpt/bert-base-uncased/vocab.txt").read_text() == "[PAD]\n"
 
-    # A finished part whose renaming was cut off.
+    # The download was finished, but not renamed.
     (tmp_path / clip).rename(tmp_path / f"{clip}.part")
     assert download("image_reward")[0] == 0 and (tmp_path / clip).read_bytes() == contents[clip]
     assert true_sums != changed

@@ -484,5 +484,5 @@ def test_bad_input_on_the_command_line_ends_with_one_line_and_status_2(tmp_path)
 
 def test_missing_reward_files_are_found_before_scoring(tmp_path):
     manifest = make_pictures(tmp_path, grey(1, 2))
-    with pytest.raises(ValueError, match="--hps_path /nowhere/hps.pt: no such file"):
+    with pytest.raises(ValueError, match="hps_path /nowhere/hps.pt: no such file"):
         main(["--manifest", str(manifest), "--reward_model_type", "hpsv2", "--hps_path", "/nowhere/hps.pt"])

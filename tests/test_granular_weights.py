@@ -20,7 +20,7 @@ class ThreePart(GranularRewardModel):
 
 
 def fraction(schedule, p, gamma=None):
-    """How far from start to end at progress p, written out once more."""
+    """Share of the way from start to end at progress p, computed independently."""
     return {
         "linear": p,
         "exponential": p ** (gamma or 2.0),
@@ -86,18 +86,18 @@ def test_an_array_of_steps_gives_a_row_of_weights_each():
     [
         (
             ((0.5, 0.5), END),
-            r"--granular_start_weights \[0.5, 0.5\]: expected 3 weights, one for each of blip, clip",
+            r"granular_start_weights \[0.5, 0.5\]: expected 3 weights, one for each of blip, clip",
         ),
-        ((START, (1, 2, 3, 4)), "--granular_end_weights .* expected 3 weights"),
-        (((0.5, -0.1, 0.6), END), "--granular_start_weights .* finite number >= 0"),
-        ((START, (0.5, math.nan, 0.5)), "--granular_end_weights .* finite number >= 0"),
-        (((math.inf, 1, 1), END), "--granular_start_weights .* finite number >= 0"),
-        (((0, 0, 0), END), "--granular_start_weights .* at least one weight .* above 0"),
-        ((("a", 1, 1), END), "--granular_start_weights .* expected one number for each"),
-        ((START, None), "--granular_end_weights None: expected one number for each"),
-        ((START, END, "quadratic"), "--granular_schedule 'quadratic': choose from linear, exponential, log"),
-        ((START, END, "linear", 0), "--granular_gamma 0: must be a finite number above 0"),
-        ((START, END, "linear", math.nan), "--granular_gamma nan"),
+        ((START, (1, 2, 3, 4)), "granular_end_weights .* expected 3 weights"),
+        (((0.5, -0.1, 0.6), END), "granular_start_weights .* finite number >= 0"),
+        ((START, (0.5, math.nan, 0.5)), "granular_end_weights .* finite number >= 0"),
+        (((math.inf, 1, 1), END), "granular_start_weights .* finite number >= 0"),
+        (((0, 0, 0), END), "granular_start_weights .* at least one weight .* above 0"),
+        ((("a", 1, 1), END), "granular_start_weights .* expected one number for each"),
+        ((START, None), "granular_end_weights None: expected one number for each"),
+        ((START, END, "quadratic"), "granular_schedule 'quadratic': choose from linear, exponential, log"),
+        ((START, END, "linear", 0), "granular_gamma 0: must be a finite number above 0"),
+        ((START, END, "linear", math.nan), "granular_gamma nan"),
     ],
 )
 def test_wrong_settings_are_refused_in_one_line(arguments, message):
@@ -155,7 +155,7 @@ def test_a_model_must_score_the_components_it_names():
 
 
 class Checked(ThreePart):
-    """With a yes/no question that has no weight."""
+    """ThreePart with a check: a yes/no question without a weight."""
 
     check_names = ("right",)
     scores = {**ThreePart.scores, "right": [1.0, 0.0, math.nan]}

@@ -14,12 +14,12 @@ from pathlib import Path
 from types import ModuleType
 
 from fastvideo import train_grpo_flux
-from fastvideo.config import RewardSpecConfig
 from fastvideo.models.reward_model import image_reward_compat
 from fastvideo.models.reward_model.clip_score import CLIPScoreRewardModel
 from fastvideo.models.reward_model.hps_score import HPSClipRewardModel, hps_preprocess
 from fastvideo.models.reward_model.image_reward import COMPONENTS, ImageRewardModel
 from fastvideo.models.reward_model.pick_score import PickScoreRewardModel
+from fastvideo.models.reward_model.spec import RewardSpecConfig
 from fastvideo.models.reward_model.utils import build_reward_models
 
 import numpy as np
@@ -69,8 +69,8 @@ def check_scores(model, expected, scores=None):
         f"standard deviation {expected.std():.4f}, largest difference {np.abs(found - expected).max():.1e}"
     )
     np.testing.assert_allclose(found, expected, **TOLERANCE)
-    assert np.std(expected) > 1e-4  # random weights, yet not a constant
-    if scores is not None or parameters > 1e8:  # order and batches are checked on the narrow models: 50 times faster
+    assert np.std(expected) > 1e-4  # random weights don't give a constant
+    if scores is not None or parameters > 1e8:  # order and batches are checked on the narrow models, 50 times faster
         return
     order = [3, 1, 6, 4, 0, 5, 2]
     mixed = model([images[i] for i in order], [PROMPTS[i] for i in order])
@@ -148,15 +148,15 @@ def test_overall_mode_equals_the_image_reward_package(make):
 
 def test_a_wrong_image_reward_file_is_named(narrow_rewards, tmp_path):
     folder = narrow_rewards / "image_reward_ckpt"
-    with pytest.raises(ValueError, match="--image_reward_score_dir .*: no model_large.pth"):
+    with pytest.raises(ValueError, match="image_reward_score_dir .*model_large.pth: no such file; BLIP"):
         ImageRewardModel(score_dir=str(tmp_path))
     aesthetic = folder / "sac%2Blogos%2Bava1-l14-linearMSE.pth"
-    with pytest.raises(ValueError, match="--image_reward_path .* is missing"):
+    with pytest.raises(ValueError, match="image_reward_path .* is missing"):
         ImageRewardModel(str(aesthetic), mode="overall", score_dir=str(folder))
 
 
 def import_hpsv2(monkeypatch):
-    """hpsv2's wheel lacks its tokenizer's vocabulary (open_clip has the same) and imports turtle, so tkinter."""
+    """hpsv2; its wheel lacks the tokenizer's vocabulary (open_clip has the same) and imports turtle, hence tkinter."""
     import open_clip
 
     vocabulary = open_clip.tokenizer.default_bpe()
@@ -200,13 +200,13 @@ def test_hps_pads_a_picture_that_needs_no_resizing():
 
 
 def test_hps_refuses_other_files(narrow_rewards, tmp_path):
-    with pytest.raises(ValueError, match="--hps_path .*: no such file"):
+    with pytest.raises(ValueError, match="hps_path .*: no such file"):
         HPSClipRewardModel(str(tmp_path / "nothing.pt"))
     (tmp_path / "page.pt").write_text("<html>404</html>")
-    with pytest.raises(ValueError, match="--hps_path .*page.pt: not a readable checkpoint"):
+    with pytest.raises(ValueError, match="hps_path .*page.pt: not a readable checkpoint"):
         HPSClipRewardModel(str(tmp_path / "page.pt"))
     torch.save({"state_dict": {"logit_scale": torch.zeros(())}}, tmp_path / "part.pt")
-    with pytest.raises(ValueError, match=r"--hps_path .*part.pt: wrong checkpoint .* is missing \(and \d+ more\)"):
+    with pytest.raises(ValueError, match=r"hps_path .*part.pt: wrong checkpoint .* is missing \(and \d+ more\)"):
         HPSClipRewardModel(str(tmp_path / "part.pt"))
 
 
@@ -238,7 +238,7 @@ def test_half_precision_scores_are_close(kind, narrow_rewards):
 
 
 def test_an_unknown_number_format_is_refused(narrow_rewards):
-    with pytest.raises(ValueError, match="--reward_dtype 'int8': choose from fp32, bf16, fp16"):
+    with pytest.raises(ValueError, match="reward_dtype 'int8': choose from fp32, bf16, fp16"):
         build("granular", narrow_rewards, "int8")
 
 
@@ -269,7 +269,7 @@ def test_clip_score_takes_a_weight_file_and_names_a_missing_one(narrow_rewards):
     expected = CLIPScoreRewardModel(str(folder))(pictures(), PROMPTS)
     weights = str(folder / "open_clip_pytorch_model.bin")
     np.testing.assert_allclose(CLIPScoreRewardModel(weights)(pictures(), PROMPTS), expected, **TOLERANCE)
-    with pytest.raises(ValueError, match="--clip_score_path nowhere.bin: no such file"):
+    with pytest.raises(ValueError, match="clip_score_path nowhere.bin: no such file"):
         CLIPScoreRewardModel("nowhere.bin")
 
 
@@ -330,18 +330,18 @@ def test_a_damaged_clip_file_of_the_granular_reward_is_named(narrow_rewards, tmp
     shutil.copytree(narrow_rewards / "image_reward_ckpt", folder)
     damaged = folder / "ViT-L-14.pt"
     damaged.write_bytes(damaged.read_bytes()[:100_000])
-    with pytest.raises(ValueError, match="--image_reward_score_dir .*ViT-L-14.pt: not a readable CLIP checkpoint"):
+    with pytest.raises(ValueError, match="image_reward_score_dir .*ViT-L-14.pt: not a readable CLIP checkpoint"):
         ImageRewardModel(score_dir=str(folder))
 
 
 def test_pick_score_without_its_tokenizer_is_refused(narrow_rewards, tmp_path):
-    """transformers would make an empty one, to which all prompts are alike."""
+    """transformers would make an empty tokenizer, which gives all prompts the same tokens."""
     folder = tmp_path / PICK_SCORE_FOLDER
     shutil.copytree(
         narrow_rewards / PICK_SCORE_FOLDER, folder,
         ignore=shutil.ignore_patterns("tokenizer.json", "vocab.json", "merges.txt"),
     )  # fmt: skip
-    with pytest.raises(ValueError, match=f"--pick_score_path {folder}: .*no vocabulary .*download_checkpoints.sh pick"):
+    with pytest.raises(ValueError, match=f"pick_score_path {folder}: .*no vocabulary .*download_checkpoints.sh pick"):
         PickScoreRewardModel(str(folder))
 
 
@@ -349,14 +349,14 @@ def test_pick_score_without_its_tokenizer_is_refused(narrow_rewards, tmp_path):
 def test_a_small_file_of_the_granular_reward_that_can_t_be_downloaded_is_named(missing, narrow_rewards, tmp_path):
     folder = tmp_path / "image_reward_ckpt"
     shutil.copytree(narrow_rewards / "image_reward_ckpt", folder, ignore=shutil.ignore_patterns(missing))
-    with pytest.raises(ValueError, match=f"--image_reward_score_dir .*{missing}.*download_checkpoints.sh image_reward"):
+    with pytest.raises(ValueError, match=f"image_reward_score_dir .*{missing}.*download_checkpoints.sh image_reward"):
         ImageRewardModel(score_dir=str(folder))
 
 
 def test_proxies_last_for_the_download_only(monkeypatch):
     import os
 
-    from fastvideo.models.reward_model.common import proxies
+    from fastvideo.models.reward_model.loading import proxies
 
     monkeypatch.setenv("HTTPS_PROXY", "http://other:1")
     monkeypatch.delenv("HTTP_PROXY", raising=False)
@@ -385,7 +385,7 @@ for name, build in builds.items():
 
 
 class Proxy(QuietHandler):
-    """Lets nobody through, and notes in the server's `asked` who wanted to go where."""
+    """Refuses every connection, and adds its target to the server's `asked`."""
 
     def do_CONNECT(self):
         self.server.asked.append(self.path)
@@ -405,9 +405,9 @@ def test_each_model_downloads_through_its_own_proxy_and_names_what_it_could_not_
     )  # fmt: skip
     errors = dict(json.loads(line) for line in done.stdout.splitlines())
     for name, flag in {
-        "clip": "--clip_score_path hf-hub:no/thing",
-        "pick": "--pick_score_path no/thing",
-        "image_reward": f"--image_reward_score_dir {tmp_path / 'folder' / 'ImageReward.pt'}",
+        "clip": "clip_score_path hf-hub:no/thing",
+        "pick": "pick_score_path no/thing",
+        "image_reward": f"image_reward_score_dir {tmp_path / 'folder' / 'ImageReward.pt'}",
     }.items():
         assert errors[name].startswith(f"{flag}: ") and "403" in errors[name]
         assert errors[name].endswith(f"`bash scripts/huggingface/download_checkpoints.sh {name}` gets it")
@@ -463,6 +463,6 @@ def test_a_model_file_names_a_missing_checkpoint_in_one_line(monkeypatch, capsys
 
 
 def test_the_demo_picture_is_there():
-    from fastvideo.models.reward_model.common import DEMO_IMAGE
+    from fastvideo.models.reward_model.demo import DEMO_IMAGE
 
     assert Image.open(io.BytesIO(DEMO_IMAGE.read_bytes())).size == (512, 512)

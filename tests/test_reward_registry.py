@@ -1,44 +1,42 @@
+"""The registry of rewards: names, mixes and weights; entries against models, documentation and download script."""
+
+import ast
+import inspect
+import re
+import subprocess
 import sys
+from dataclasses import asdict, fields
+from importlib import import_module
 from types import SimpleNamespace
 
+from fastvideo.io.devices import DTYPES
+from fastvideo.models import reward_model
 from fastvideo.models.reward_model.shapes import ShapesRewardModel
-from fastvideo.models.reward_model.utils import REWARDS, build_reward_models, check_reward_files, resolve_reward_spec
+from fastvideo.models.reward_model.spec import (
+    MIXES,
+    REWARDS,
+    SHARED,
+    File,
+    Reward,
+    RewardConfig,
+    RewardSpecConfig,
+    resolve_reward_spec,
+)
+from fastvideo.models.reward_model.unified_reward import QUESTIONS
+from fastvideo.models.reward_model.utils import build_reward_models, check_reward_files
 
 import pytest
+from conftest import ROOT
 from PIL import Image
 from reward_checkpoints import PICK_SCORE_FOLDER
 
-DEFAULTS = dict(
-    reward_model="shapes",
-    hps_weight=1.0,
-    clip_score_weight=1.0,
-    image_reward_weight=1.0,
-    pick_score_weight=1.0,
-    unified_reward_weight=1.0,
-    reward_server=None,
-    hps_path="hps_ckpt/nothing.pt",
-    hps_clip_path=None,
-    clip_score_path="hf-hub:apple/DFN5B-CLIP-ViT-H-14-384",
-    clip_score_http_proxy=None,
-    clip_score_https_proxy=None,
-    image_reward_path="ImageReward-v1.0",
-    image_reward_med_config=None,
-    image_reward_score_dir="nowhere",
-    image_reward_mode="granular",
-    pick_score_path="yuvalkirstain/PickScore_v1",
-    pick_score_http_proxy=None,
-    pick_score_https_proxy=None,
-    unified_reward_url=None,
-    unified_reward_default_question_type="semantic",
-    unified_reward_num_workers=1,
-    granular_start_weights=[0.5, 0.3, 0.2],
-    granular_end_weights=[0.2, 0.5, 0.3],
-    granular_schedule="linear",
-    granular_gamma=None,
-    reward_batch_size=4,
-    reward_device=None,
-    reward_dtype="fp32",
-)
+DEFAULTS = {
+    **asdict(RewardSpecConfig()),
+    "reward_model": "shapes",
+    "hps_path": "hps_ckpt/nothing.pt",
+    "image_reward_score_dir": "nowhere",
+    "reward_batch_size": 4,
+}
 
 
 def config(**changes):
@@ -80,7 +78,7 @@ def test_weight_flags_count_where_the_list_gives_no_weight():
     [
         (
             {"reward_model": "hps"},
-            "--reward_model 'hps': unknown reward; choose from hpsv2, .*multi_reward",
+            "reward_model 'hps': unknown reward; choose from hpsv2, .*multi_reward",
         ),
         ({"reward_model": "shapes,"}, "empty name"),
         ({"reward_model": ""}, "empty name"),
@@ -94,7 +92,7 @@ def test_weight_flags_count_where_the_list_gives_no_weight():
         ({"reward_model": "shapes:nan"}, "weight nan of shapes"),
         ({"reward_model": "shapes:inf"}, "weight inf of shapes"),
         ({"reward_model": "my.rewards:f:nan"}, "weight nan of my.rewards:f"),
-        ({"reward_model": "hpsv2", "hps_weight": -1}, "--hps_weight: weight -1.0 of hpsv2"),
+        ({"reward_model": "hpsv2", "hps_weight": -1}, "hps_weight: weight -1.0 of hpsv2"),
         ({"reward_model": "hpsv2:0,shapes:0"}, "the weights of hpsv2, shapes are all 0"),
     ],
 )
@@ -107,26 +105,26 @@ def test_wrong_names_and_weights_are_refused_in_one_line(changes, message):
 @pytest.mark.parametrize(
     "changes,message",
     [
-        ({"reward_model": "hpsv2"}, "--hps_path hps_ckpt/nothing.pt: no such file; the HPSv2 checkpoint"),
-        ({"reward_model": "image_reward"}, "--image_reward_score_dir nowhere/model_large.pth: no such file; BLIP"),
+        ({"reward_model": "hpsv2"}, "hps_path hps_ckpt/nothing.pt: no such file; the HPSv2 checkpoint"),
+        ({"reward_model": "image_reward"}, "image_reward_score_dir nowhere/model_large.pth: no such file; BLIP"),
         (
             {"reward_model": "image_reward", "image_reward_mode": "overall", "image_reward_path": "./ImageReward.pt"},
-            "--image_reward_path ./ImageReward.pt: no such file",
+            "image_reward_path ./ImageReward.pt: no such file",
         ),
-        ({"reward_model": "image_reward", "image_reward_mode": "best"}, "--image_reward_mode 'best': choose from"),
+        ({"reward_model": "image_reward", "image_reward_mode": "best"}, "image_reward_mode 'best': choose from"),
         (
             {"reward_model": "image_reward", "image_reward_mode": "overall", "image_reward_med_config": "med.json"},
-            "--image_reward_med_config med.json: no such file",
+            "image_reward_med_config med.json: no such file",
         ),
         (
             {"reward_model": "clip_score", "clip_score_path": "/no/where.bin"},
-            "--clip_score_path /no/where.bin: no",
+            "clip_score_path /no/where.bin: no",
         ),
-        ({"reward_model": "pick_score", "pick_score_path": ""}, "--pick_score_path is empty"),
-        ({"reward_model": "unified_reward"}, "--unified_reward_url is empty"),
-        ({"reward_device": "gpu"}, "--reward_device gpu: choose from cpu"),
-        ({"reward_device": "cuda:64"}, "--reward_device cuda:64: choose from cpu"),
-        ({"granular_start_weights": [1, 2]}, "--granular_start_weights .* one for each of binding, form, clean"),
+        ({"reward_model": "pick_score", "pick_score_path": ""}, "pick_score_path: not given"),
+        ({"reward_model": "unified_reward"}, "unified_reward_url: not given"),
+        ({"reward_device": "gpu"}, "reward_device gpu: choose from cpu"),
+        ({"reward_device": "cuda:64"}, "reward_device cuda:64: choose from cpu"),
+        ({"granular_start_weights": [1, 2]}, "granular_start_weights .* one for each of binding, form, clean"),
         ({"reward_model": "no_such_module:reward"}, "no module 'no_such_module'"),
         ({"reward_model": "math:no_such_function"}, "math has no 'no_such_function'"),
         ({"reward_model": "math:pi"}, "pi is not callable"),
@@ -152,8 +150,7 @@ def test_tiny_rewards_are_built_with_their_schedule():
     assert models.keys() == weights.keys() and all(models[name].name == name for name in models)
     shapes = models["ShapesRewardModel"]
     assert isinstance(shapes, ShapesRewardModel) and (shapes.schedule, shapes.gamma) == ("exponential", 3.0)
-    assert REWARDS["shapes"].components == shapes.component_names == ("binding", "form", "clean")
-    assert REWARDS["shapes"].checks == shapes.check_names == ("right",)
+    assert shapes.component_names == ("binding", "form", "clean") and shapes.check_names == ("right",)
 
 
 def test_rewards_run_where_reward_device_says(narrow_rewards):
@@ -164,11 +161,109 @@ def test_rewards_run_where_reward_device_says(narrow_rewards):
         assert model.device == wanted and {p.device.type for p in model.model.parameters()} == {wanted}
 
 
-def test_registry_and_real_models_name_the_same_components():
-    from fastvideo.models.reward_model.image_reward import COMPONENTS
+def model_class(entry):
+    module, name = entry.model.split(":")
+    return getattr(import_module(f"fastvideo.models.reward_model.{module}"), name)
 
-    assert REWARDS["image_reward"].components == COMPONENTS
-    assert [name for name, reward in REWARDS.items() if reward.checks] == ["shapes"]  # the others answer no question
+
+@pytest.mark.parametrize("key", REWARDS)
+def test_an_entry_fits_its_model_and_the_settings(key):
+    entry = REWARDS[key]
+    taken = inspect.signature(model_class(entry)).parameters
+    assert entry.arguments.keys() <= taken.keys() and set(entry.decisive) <= entry.arguments.keys()
+    required = {name for name, parameter in taken.items() if parameter.default is parameter.empty}
+    assert required <= {*entry.arguments, *SHARED}
+    assert bool(entry.mode) == ("mode" in taken)
+    evaluated = {field.name for field in fields(RewardConfig)}
+    settings = {field.name for field in fields(RewardSpecConfig)}
+    assert {*entry.arguments.values(), *(file.field for file in entry.files)} <= evaluated  # evaluation needs them too
+    assert {*filter(None, (entry.weight, entry.mode)), *SHARED.values()} <= settings
+    assert entry.files or not entry.download
+
+
+def test_choices_of_flags_are_what_the_code_knows():
+    choices = {field.name: field.metadata.get("choices") for field in fields(RewardSpecConfig)}
+    assert choices["reward_dtype"] == list(DTYPES)
+    assert choices["unified_reward_default_question_type"] == list(QUESTIONS)
+
+
+def test_the_registry_is_read_without_torch_and_without_a_model():
+    """Every command line imports it, also for --help."""
+    tree = ast.parse((ROOT / "fastvideo/models/reward_model/spec.py").read_text(encoding="utf-8"))
+    found = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    found |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    assert {name for name in found if name.partition(".")[0] not in sys.stdlib_module_names} == {"fastvideo.cli"}
+
+
+def test_the_table_in_the_docs_has_a_row_per_reward_with_its_keys():
+    rows = [line.split("|")[1:-1] for line in (ROOT / "docs/rewards.md").read_text(encoding="utf-8").splitlines()]
+    rows = [row for row in rows if len(row) == 6 and "`" in row[0]][1:]  # without the header
+    named = {}
+    for row in rows:
+        for key in re.findall(r"`(\w+)`", row[0].partition(",")[0] if "mode" in row[0] else row[0]):
+            named.setdefault(key, row[-1])
+    assert named.keys() == REWARDS.keys()
+    for key, entry in REWARDS.items():
+        shown = re.findall(r"`([\w…]+)`", named[key])
+        parts = {f"…_{part}" for part in (*entry.components, *entry.checks)}
+        assert {model_class(entry).name, *parts} <= set(shown), key
+
+
+def test_the_docs_name_every_mix():
+    text = (ROOT / "docs/rewards.md").read_text(encoding="utf-8")
+    assert all(f"`{mix}`" in text for mix in MIXES)
+
+
+@pytest.mark.parametrize("key", [key for key, entry in REWARDS.items() if entry.download])
+def test_the_download_script_gets_what_an_entry_needs_to_where_its_flags_point(key):
+    entry, defaults = REWARDS[key], RewardSpecConfig()
+    command = ["bash", "scripts/huggingface/download_checkpoints.sh", entry.download, "--dry_run"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for file in entry.files:
+        setting = getattr(defaults, file.field)
+        if setting is None or setting == "ImageReward-v1.0":  # then the model looks into image_reward_score_dir
+            continue
+        wanted = f"{setting}/{file.name}" if file.name else setting.removeprefix("hf-hub:")
+        assert wanted in listed, file
+
+
+NEW_REWARD = """
+class Redness:
+    name = "Redness"
+
+    def __init__(self, path, scale=2.0, batch_size=1, evaluation=False):
+        self.settings = open(path).read(), scale, batch_size, evaluation
+
+    def __call__(self, images, prompts):
+        return [image.convert("RGB").getpixel((0, 0))[0] for image in images]
+"""
+
+
+def test_a_new_reward_is_one_file_and_one_entry(tmp_path, monkeypatch):
+    (tmp_path / "redness.py").write_text(NEW_REWARD)
+    monkeypatch.setattr(reward_model, "__path__", [*reward_model.__path__, str(tmp_path)])
+    files = (File("red_path", "the list of reds", mode=None),)
+    entry = Reward("redness:Redness", {"path": "red_path"}, weight="red_weight", files=files)
+    monkeypatch.setitem(REWARDS, "redness", entry)
+    given = {"reward_model": "shapes,redness", "red_path": str(tmp_path / "reds.txt"), "red_weight": 3.0}
+    with pytest.raises(ValueError, match=r"red_path .*reds.txt: no such file; the list of reds belongs there$"):
+        check_reward_files(config(**given))
+    (tmp_path / "reds.txt").write_text("carmine")
+    models, weights = build_reward_models(config(**given), "cpu", evaluation=True)
+    assert weights == {"ShapesRewardModel": 0.25, "Redness": 0.75}
+    assert models["Redness"].settings == ("carmine", 2.0, 4, True)
+    assert models["Redness"]([Image.new("RGB", (2, 2), (7, 0, 0))], ["x"]) == [7]
+    del given["red_weight"]  # as in an evaluation, whose settings have no weights
+    assert resolve_reward_spec(config(**given)) == {"shapes": 0.5, "redness": 0.5}
+
+
+def test_another_setting_can_name_the_rewards_and_errors_name_it():
+    given = config(held_out="shapes:2,jpeg_compressibility:2", reward_model="none of these")
+    assert resolve_reward_spec(given, "held_out") == {"shapes": 0.5, "jpeg_compressibility": 0.5}
+    assert list(build_reward_models(given, "cpu", field="held_out")[1].values()) == [0.5, 0.5]
+    for wrong, message in (("hps", "^held_out 'hps': unknown"), ("math:pi", "^held_out math:pi: pi is not callable")):
+        with pytest.raises(ValueError, match=message):
+            check_reward_files(config(held_out=wrong), field="held_out")
 
 
 def test_a_custom_reward_is_a_dotted_path(tmp_path, monkeypatch):
@@ -189,8 +284,6 @@ def test_an_import_error_inside_a_custom_reward_is_shown_as_it_is(tmp_path, monk
 
 
 def test_tiny_rewards_import_no_scorer_packages():
-    import subprocess
-
     code = (
         "import sys; from types import SimpleNamespace; from fastvideo.models.reward_model.utils import *;"
         f"build_reward_models(SimpleNamespace(**{config()!r}.__dict__), 'cpu');"

@@ -1,4 +1,4 @@
-"""Remote rewards against real HTTP servers on the loopback: the same scores as here, and no score out of trouble."""
+"""Remote rewards against real HTTP servers on the loopback: equal scores, and a failed request never gives a score."""
 
 import base64
 import io
@@ -12,14 +12,14 @@ import time
 import zlib
 from types import SimpleNamespace
 
-from fastvideo.config import RewardSpecConfig
 from fastvideo.eval import eval_reward
 from fastvideo.models.reward_model import remote
 from fastvideo.models.reward_model.jpeg import JpegCompressibilityRewardModel
 from fastvideo.models.reward_model.remote import check_limits, to_base64_png
 from fastvideo.models.reward_model.server import ServerConfig, build_app
 from fastvideo.models.reward_model.shapes import all_scenes, draw
-from fastvideo.models.reward_model.utils import build_reward_models, compute_reward, reward_settings
+from fastvideo.models.reward_model.spec import RewardSpecConfig, reward_settings
+from fastvideo.models.reward_model.utils import build_reward_models, compute_reward
 
 import httpx
 import numpy as np
@@ -98,7 +98,7 @@ class Handler(QuietHandler):
 
 @pytest.fixture
 def troubled(http_server):
-    """troubled(answer) starts a server that says it serves brightness; answer(body, request number) is its reply."""
+    """troubled(answer) starts a server that claims to serve brightness and replies answer(body, request number)."""
     health = {
         "settings": reward_settings(RewardSpecConfig(reward_model="custom_rewards:brightness"), False),
         "models": {"custom_rewards:brightness": "brightness"},
@@ -118,7 +118,7 @@ def connect(*urls, reward_model="custom_rewards:brightness", evaluation=False, *
 
 
 def refusal(capsys, run, *arguments, **given):
-    """The one line with which a run is refused."""
+    """The line with which a run is refused."""
     with pytest.raises(SystemExit) as stop:
         run(*arguments, **given)
     assert stop.value.code == 2
@@ -174,7 +174,7 @@ def test_progress_checks_and_failed_components_travel(serve, step):
 
 
 def test_a_server_that_answers_without_the_check_gives_no_scores(http_server):
-    """As one would that has the same settings and another version of the reward."""
+    """For example a server with the same settings and another version of the reward."""
     settings = reward_settings(RewardSpecConfig(reward_model="shapes"), False)
     health = {"settings": settings, "models": {"shapes": "ShapesRewardModel"}}
     health["limits"] = {"body_bytes": 2**27, "images": 64, "pixels": 2**26}
@@ -294,7 +294,7 @@ def test_a_passing_trouble_is_retried_and_a_lasting_one_is_no_score(troubled, tr
 
 @pytest.mark.parametrize("status", [400, 401, 404, 409, 413, 422])
 def test_a_refusal_is_not_repeated_and_says_why(troubled, status, caplog, monkeypatch):
-    monkeypatch.setattr(remote, "BACKOFF", 1e6)  # a pause would be seen
+    monkeypatch.setattr(remote, "BACKOFF", 1e6)  # a pause would never end
     server = troubled(lambda body, number: (status, b"too much of it"))
     models, _ = connect(server.url.replace("http://", "http://user:secret@"), reward_server_retries=5)
     assert np.isnan(models["brightness"](PICTURES[:2], CAPTIONS[:2])).all()
@@ -323,7 +323,7 @@ def test_something_else_than_a_reward_server_is_refused_at_once(troubled, monkey
     monkeypatch.setattr(remote, "BACKOFF", 1e6)
     server = troubled(good)
     server.health_status = 404
-    with pytest.raises(ValueError, match="--reward_server: no server answers, e.g. .*: HTTP 404"):
+    with pytest.raises(ValueError, match="reward_server: no server answers, e.g. .*: HTTP 404"):
         connect(server.url, reward_server_retries=3)
 
 
@@ -472,8 +472,8 @@ def test_a_body_over_the_limit_is_refused(serve, declared):
         ),
         (
             {"reward_batch_size": 65},
-            "--reward_batch_size 65: up to 65 pictures a request, it takes 64; lower --reward_batch_size or start the "
-            "server with --max_images 65",
+            "--reward_batch_size 65: up to 65 pictures per request, the server takes 64; lower --reward_batch_size or "
+            "start the server with --max_images 65",
         ),
         ({"reward_server_timeout": 0}, "--reward_server_timeout 0.0: must be above 0"),
     ],
@@ -495,7 +495,7 @@ def test_a_server_of_other_rewards_is_refused_before_training(train, run_at, pro
         (
             {"max_pixels": 4 * 32 * 48 - 1},
             {},
-            "--reward_batch_size 4 with --h 32 --w 48: up to 6144 pixels a request, it takes 6143; "
+            "--reward_batch_size 4 with --h 32 --w 48: up to 6144 pixels per request, the server takes 6143; "
             "lower --reward_batch_size or start the server with --max_pixels 6144",
         ),
         (
@@ -517,15 +517,15 @@ def test_a_server_that_takes_less_than_training_sends_is_refused(
 
 
 def test_what_the_check_of_limits_lets_pass_is_scored(serve):
-    """Noise, which a PNG can't compress, in as many pictures and pixels as the limits have room for."""
+    """Noise, which PNG can't compress, in as many pictures and pixels as the limits allow."""
     url = serve("custom_rewards:brightness", max_body_mb=1, max_images=3, max_pixels=3 * 300 * 280)
     config = SimpleNamespace(reward_batch_size=3, h=300, w=280)
-    check_limits(httpx.get(f"{url}/health").json()["limits"], config)
+    check_limits(url, httpx.get(f"{url}/health").json()["limits"], config)
     noise = Image.fromarray(np.random.default_rng(1).integers(0, 256, (300, 280, 3), dtype=np.uint8))
     assert post(url, request(images=[to_base64_png(noise)] * 3, prompts=["\U0001f642" * 600] * 3)).status_code == 200
     config.w += 1
     with pytest.raises(ValueError, match="pixels"):
-        check_limits(httpx.get(f"{url}/health").json()["limits"], config)
+        check_limits(url, httpx.get(f"{url}/health").json()["limits"], config)
 
 
 def test_an_evaluation_refuses_a_server_for_training(process):
@@ -543,9 +543,9 @@ def test_a_server_that_changed_its_rewards_gives_no_scores(serve, troubled):
 @pytest.mark.parametrize(
     "url,message",
     [
-        ("localhost:8100", "--reward_server localhost:8100: must start with http"),
-        ("user:secret@here:8100", "--reward_server here:8100: must start with http"),
-        ("http://user:sec/ret@here:8100", "--reward_server here:8100: not a URL"),
+        ("localhost:8100", "reward_server localhost:8100: must start with http"),
+        ("user:secret@here:8100", "reward_server here:8100: must start with http"),
+        ("http://user:sec/ret@here:8100", "reward_server here:8100: not a URL"),
         (",", "no URL in it"),
     ],
 )
@@ -559,7 +559,7 @@ def test_no_server_at_all_is_an_error_without_its_password(troubled):
     server = troubled(good)
     server.shutdown()
     server.server_close()
-    with pytest.raises(ValueError, match=f"--reward_server: no server answers, e.g. {server.url}: ") as error:
+    with pytest.raises(ValueError, match=f"reward_server: no server answers, e.g. {server.url}: ") as error:
         connect(server.url.replace("http://", "http://user:secret@"), reward_server_retries=1)
     assert "secret" not in str(error.value) and "user" not in str(error.value)
 
@@ -585,7 +585,7 @@ def test_a_server_lost_during_training_stops_the_run_or_is_counted(train, run_at
         assert len(run.metrics) == 2
     assert [line["failed_brightness"] for line in run.metrics[:2]] == [0, 4]
     assert [line["optimizer_steps"] for line in run.metrics[:2]] == [2, 0] and run.metrics[1]["reward"] is None
-    assert same_weights(run.weights(0), run.weights(-1))  # the trained ones are kept
+    assert same_weights(run.weights(0), run.weights(-1))  # the trained weights are kept
 
 
 @pytest.mark.parametrize("limit", [0, 1])

@@ -5,7 +5,8 @@ import io
 import itertools
 import math
 
-from fastvideo.train_grpo_flux import Trainer, main
+from fastvideo import train_grpo_flux
+from fastvideo.train_grpo_flux import main
 
 import numpy as np
 import pytest
@@ -15,23 +16,27 @@ from reward_checkpoints import CLIP_SCORE_FOLDER, HPS_FILE, PICK_SCORE_FOLDER
 
 HPS, CLIP, IMAGE, PICK = "HPSClipRewardModel CLIPScoreRewardModel ImageRewardModel PickScoreRewardModel".split()
 UNIFIED = "UnifiedRewardModel"
-GRANULAR = [IMAGE, *(f"{IMAGE}_{component}" for component in ("blip", "clip", "aesthetic"))]
+COMPONENTS = ("blip", "clip", "aesthetic")
+FAILING = "first_of_each_batch_fails"
+OVERALL, SUMMED = {"image_reward_mode": "overall"}, {"multi_reward_mix": "reward_aggr"}
+BY_PART = {"granular_mix": "advantage"}
+THREE = dict.fromkeys([HPS, IMAGE, PICK], 1 / 3)
+FOUR = dict.fromkeys([HPS, IMAGE, PICK, UNIFIED], 1 / 4)
+LOST = [[0, 2], [], [0, 1, 2, 3]]  # per iteration, those of its 4 pictures that get no score
+# --reward_model, settings, {model: weight}, {model: pictures that get no score, per iteration}. The runs have each
+# reward and all pairs of values of --image_reward_mode, --granular_mix, --multi_reward_mix and failing or not.
 RUNS = {
-    "granular raw": ("image_reward", {"granular_mix": "raw"}, GRANULAR),
-    "granular advantage": ("image_reward", {"granular_mix": "advantage"}, GRANULAR),
-    "overall": ("image_reward", {"image_reward_mode": "overall"}, [IMAGE]),
-    "hpsv2": ("hpsv2", {}, [HPS]),
-    "clip_score": ("clip_score", {}, [CLIP]),
-    "pick_score": ("pick_score", {}, [PICK]),
-    "custom": ("custom_rewards:brightness", {}, ["brightness"]),
-    "hpsv2_clip_score": ("hpsv2_clip_score", {"hps_weight": 3}, [HPS, CLIP]),
-    "multi_reward, advantages": (
-        "multi_reward", {"image_reward_mode": "overall", "multi_reward_mix": "advantage_aggr"}, [HPS, IMAGE, PICK],
+    "granular": ("image_reward", {}, {IMAGE: 1}, {}),
+    "granular by component": ("image_reward", BY_PART, {IMAGE: 1}, {}),
+    "overall": ("image_reward", OVERALL | SUMMED, {IMAGE: 1}, {}),
+    "weighted mix": ("hpsv2_clip_score", {"hps_weight": 3} | SUMMED, {HPS: 0.75, CLIP: 0.25}, {}),
+    "custom reward fails": (
+        f"pick_score:2,custom_rewards:{FAILING}", {}, {PICK: 2 / 3, FAILING: 1 / 3}, {FAILING: [[0], [0]]},
     ),
-    "multi_reward, rewards": (
-        "multi_reward", {"image_reward_mode": "overall", "multi_reward_mix": "reward_aggr"}, [HPS, IMAGE, PICK],
-    ),
-    "multi_reward with a granular part": ("multi_reward", {"granular_mix": "advantage"}, [HPS, PICK, *GRANULAR]),
+    "multi_reward": ("multi_reward", OVERALL, THREE, {}),
+    "multi_reward with a server": ("multi_reward", {}, FOUR, {UNIFIED: [[], []]}),
+    "server fails": ("multi_reward", OVERALL | SUMMED, FOUR, {UNIFIED: LOST}),
+    "server fails, by component": ("multi_reward", BY_PART, FOUR, {UNIFIED: LOST}),
 }  # fmt: skip
 
 
@@ -52,29 +57,79 @@ def test_a_run_prints_the_normalised_weights_first(flags, capsys):
     assert "rewards: hpsv2 0.6667, image_reward 0.3333\n" in capsys.readouterr().out
 
 
+@pytest.fixture
+def advantages(monkeypatch):
+    """[(scores {name: [P, pictures]}, advantages {position: [P, G]})], filled by each iteration of a run."""
+    seen, compute = [], train_grpo_flux.plan_advantages
+
+    def watched(config, plan, scores, *rest):
+        found = compute(config, plan, scores, *rest)
+        seen.append((scores, found[0]))
+        return found
+
+    monkeypatch.setattr(train_grpo_flux, "plan_advantages", watched)
+    return seen
+
+
+def normalised(scores: np.ndarray) -> np.ndarray:
+    """(R - mean)/(std + 1e-8) of a group [G] over its valid scores. A failed score, or a lone valid one, gets 0."""
+    valid = scores[np.isfinite(scores)]
+    if len(valid) < 2:
+        return np.zeros(len(scores))
+    return np.nan_to_num((scores - valid.mean()) / (valid.std(ddof=1) + 1e-8))
+
+
+# None of these answers is asked for again.
+TROUBLES = [(400, b"no such model"), (200, "What a picture!"), (200, "Alignment Score (1-5): 9")]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_with_each_reward_scores_logs_and_learns(name, train_with):
-    reward, settings, keys = RUNS[name]
-    run = train_with(reward, **settings)
-    assert len(run.metrics) == 2
-    for line in run.metrics:
-        assert {key for key in line if key.startswith("reward_")} == {"reward_std", *(f"reward_{key}" for key in keys)}
-        assert all(math.isfinite(line[f"reward_{key}"]) for key in keys)
-        assert line["failed_rewards"] == 0 and line["zero_spread_groups"] == 0
-        assert line["optimizer_steps"] % 2 == 0 and line["grad_norm"] > 0
-    assert len({line[f"reward_{keys[0]}"] for line in run.metrics}) == 2  # other pictures, other scores
+def test_a_run_with_each_reward_scores_logs_and_trains_on_what_was_scored(name, train_with, advantages, chat_server):
+    reward, settings, weights, failing = RUNS[name]
+    iterations = max(map(len, failing.values()), default=2)
+    places, troubles = itertools.product(range(iterations), range(4)), itertools.cycle(TROUBLES)
 
+    def answer(content):
+        iteration, picture = next(places)
+        failed = picture in failing[UNIFIED][iteration]
+        return next(troubles) if failed else (200, f"Alignment Score (1-5): {mark(content)}")
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mix", ["advantage_aggr", "reward_aggr"])
-@pytest.mark.parametrize("failing", [False, True])
-def test_a_mix_trains_with_one_reward_failing_or_not(mix, failing, train_with):
-    other = "custom_rewards:first_of_each_batch_fails" if failing else "custom_rewards:brightness"
-    run = train_with(f"pick_score:2,{other}", multi_reward_mix=mix)
-    for line in run.metrics:
-        assert line["failed_rewards"] == int(failing) and line["grad_norm"] > 0 and line["skipped_steps"] == 0
-        assert np.isfinite([line[f"reward_{PICK}"], line[f"reward_{other.split(':')[1]}"], line["loss"]]).all()
+    if UNIFIED in failing:
+        settings = {**settings, "unified_reward_url": chat_server(answer).url}
+    run = train_with(reward, **settings, max_train_steps=iterations)
+    assert len(run.metrics) == len(advantages) == iterations
+    granular = IMAGE in weights and "image_reward_mode" not in settings
+    parts = [f"{IMAGE}_{component}" for component in COMPONENTS] if granular else []
+    for iteration, (line, (scores, found)) in enumerate(zip(run.metrics, advantages, strict=True)):
+        failed = {model: failing[model][iteration] if model in failing else [] for model in weights}
+        logged = {key.removeprefix("reward_") for key in line if key.startswith("reward_")}
+        assert logged == {"std", *weights, *parts} and scores.keys() == {*weights, *parts}
+        assert {model: line[f"failed_{model}"] for model in weights} == {m: len(lost) for m, lost in failed.items()}
+        assert line["failed_rewards"] == sum(map(len, failed.values())) and line["images"] == 4
+        for model, lost in failed.items():
+            assert np.flatnonzero(np.isnan(scores[model][0])).tolist() == lost
+            assert len(lost) == 4 or math.isfinite(line[f"reward_{model}"])
+        values = {model: weight * scores[model][0] for model, weight in weights.items()}
+        if settings.get("granular_mix") == "advantage":
+            share = weights[IMAGE]
+            weighted = {f"{IMAGE}_{c}": share * line[f"granular_weight_{c}"] for c in COMPONENTS}
+            counted = {model: weight for model, weight in weights.items() if model != IMAGE} | weighted
+        else:
+            counted = weights
+        if "multi_reward_mix" in settings:
+            expected = normalised(sum(values.values()))
+        else:
+            expected = sum(weight * normalised(scores[model][0]) for model, weight in counted.items())
+        for position in found.values():
+            np.testing.assert_allclose(position[0], expected, atol=1e-9)
+        nothing = "multi_reward_mix" in settings and any(len(lost) == 4 for lost in failed.values())
+        assert expected.any() != nothing
+        assert (line["optimizer_steps"], line["skipped_steps"]) == ((0, 2) if nothing else (2, 0))
+        assert nothing or (math.isfinite(line["loss"]) and line["grad_norm"] > 0)
+        assert failing or line["zero_spread_groups"] == 0
+    first = next(iter(weights))
+    assert len({line[f"reward_{first}"] for line in run.metrics}) == iterations  # other pictures, other scores
 
 
 # --- UnifiedReward over HTTP, alone and in a mix ----------------------------------------------------------------------
@@ -107,85 +162,13 @@ def test_a_run_with_unified_reward_learns_from_its_server_s_marks(train, chat_se
     assert len(asked) == 8 and len(set(asked)) == 2 and all(any(p in text for p in PROMPTS) for text in asked)
 
 
-def normalised(scores: np.ndarray) -> np.ndarray:
-    """(R - mean)/(std + 1e-8) of a group [G] without its failed scores, which get 0, as a lone score does."""
-    valid = scores[np.isfinite(scores)]
-    if len(valid) < 2:
-        return np.zeros(len(scores))
-    return np.nan_to_num((scores - valid.mean()) / (valid.std(ddof=1) + 1e-8))
-
-
-# None of these is asked again.
-TROUBLES = [(400, b"no such model"), (200, "What a picture!"), (200, "Alignment Score (1-5): 9")]
-# Which of the 4 pictures of each iteration fail.
-FAILING = {"never": [[], [], []], "on and off": [[0, 2], [], [0, 1, 2, 3]]}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "mix,granular", [("advantage_aggr", "raw"), ("advantage_aggr", "advantage"), ("reward_aggr", "raw")]
-)
-@pytest.mark.parametrize("failing", FAILING)
-def test_multi_reward_trains_on_what_was_scored(mix, granular, failing, train_with, chat_server, monkeypatch):
-    places = itertools.product(range(3), range(4))
-    troubles = itertools.cycle(TROUBLES)
-
-    def answer(content):
-        iteration, picture = next(places)
-        failed = picture in FAILING[failing][iteration]
-        return next(troubles) if failed else (200, f"Alignment Score (1-5): {mark(content)}")
-
-    seen, advantages = [], Trainer.advantages
-
-    def watched(self, plan, sampled, scores):
-        found = advantages(self, plan, sampled, scores)
-        seen.append((scores, found[0]))
-        return found
-
-    monkeypatch.setattr(Trainer, "advantages", watched)
-    url = chat_server(answer).url
-    run = train_with(
-        "multi_reward", multi_reward_mix=mix, granular_mix=granular, unified_reward_url=url, max_train_steps=3
-    )
-    assert len(run.metrics) == len(seen) == 3
-    for line, (scores, found), failed in zip(run.metrics, seen, FAILING[failing], strict=True):
-        assert {name: line[f"failed_{name}"] for name in (HPS, IMAGE, PICK, UNIFIED)} == {
-            HPS: 0, IMAGE: 0, PICK: 0, UNIFIED: len(failed)
-        }  # fmt: skip
-        assert line["failed_rewards"] == len(failed) and line["images"] == 4
-        assert np.flatnonzero(np.isnan(scores[UNIFIED][0])).tolist() == failed
-        weights = {name: 0.25 for name in (HPS, IMAGE, PICK, UNIFIED)}
-        if granular == "advantage":
-            del weights[IMAGE]
-            weights |= {f"{IMAGE}_{c}": 0.25 * line[f"granular_weight_{c}"] for c in ("blip", "clip", "aesthetic")}
-        values = {name: weight * scores[name][0] for name, weight in weights.items()}
-        if mix == "reward_aggr":
-            expected = normalised(sum(values.values()))
-            assert (expected[failed] == 0).all()
-        else:
-            expected = sum(weight * normalised(scores[name][0]) for name, weight in weights.items())
-        assert expected.any() == (mix == "advantage_aggr" or len(failed) < 3)
-        for position in found.values():
-            np.testing.assert_allclose(position[0], expected, atol=1e-9)
-        if expected.any():
-            assert line["optimizer_steps"] == 2 and math.isfinite(line["loss"]) and line["grad_norm"] > 0
-        else:
-            assert line["optimizer_steps"] == 0 and line["skipped_steps"] == 2
-
-
 @pytest.mark.parametrize("mix", ["advantage_aggr", "reward_aggr"])
-def test_a_picture_without_any_score_has_advantage_0(mix, train, monkeypatch):
-    seen, advantages = [], Trainer.advantages
-
-    def watched(self, plan, sampled, scores):
-        seen.append(advantages(self, plan, sampled, scores))
-        return seen[-1]
-
-    monkeypatch.setattr(Trainer, "advantages", watched)
-    run = train(reward_model="custom_rewards:first_of_each_batch_fails", multi_reward_mix=mix)
-    assert [line["failed_first_of_each_batch_fails"] for line in run.metrics] == [1, 1]
-    for found, flat in seen:
-        assert found and all(values[0, 0] == 0 and values[0, 1:].all() for values in found.values()) and flat == 0
+def test_a_picture_without_any_score_has_advantage_0(mix, train, advantages):
+    run = train(reward_model=f"custom_rewards:{FAILING}", multi_reward_mix=mix)
+    assert [line[f"failed_{FAILING}"] for line in run.metrics] == [1, 1]
+    assert [line["zero_spread_groups"] for line in run.metrics] == [0, 0]
+    for _, found in advantages:
+        assert found and all(values[0, 0] == 0 and values[0, 1:].all() for values in found.values())
 
 
 # --- failures on one of several processes -----------------------------------------------------------------------------

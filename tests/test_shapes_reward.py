@@ -169,7 +169,7 @@ def test_the_mistakes_are_four_other_pictures_of_the_world():
     for scene in SCENES:
         pictures = {frozenset((wrong, wrong.mirrored)) for wrong in [scene, *scene.mistakes().values()]}
         assert len(scene.mistakes()) == 4
-        # Two objects of one shape: to exchange their colours is to exchange them.
+        # If both objects have the same shape, exchanging their colours equals exchanging the objects.
         assert len(pictures) == (4 if scene.shape == scene.other_shape else 5)
 
 
@@ -274,7 +274,7 @@ def test_an_outline_between_two_shapes_is_never_right_as_both(middle):
 
 @pytest.mark.parametrize("which", [0, 1])
 def test_binding_falls_steadily_as_an_object_leaves_its_place(which):
-    """It moves at right angles to the line between the two, so that they never touch."""
+    """The object moves at right angles to the line between the two objects, so that they never touch."""
     values = []
     for distance in range(7):
         painted = []

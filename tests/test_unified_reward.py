@@ -144,9 +144,9 @@ def test_requests_run_at_the_same_time_up_to_num_workers(chat_server):
 @pytest.mark.parametrize(
     "urls,question_type,message",
     [
-        ("", "semantic", "--unified_reward_url is empty"),
+        ("", "semantic", "unified_reward_url '': no URL in it"),
         ("localhost:8080", "semantic", "must start with http:// or https://"),
-        ("http://localhost:1", "style", "--unified_reward_default_question_type 'style': choose from semantic, score"),
+        ("http://localhost:1", "style", "unified_reward_default_question_type 'style': choose from semantic, score"),
     ],
 )
 def test_wrong_settings_are_refused(urls, question_type, message):

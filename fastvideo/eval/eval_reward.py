@@ -33,16 +33,14 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from copy import copy
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from fastvideo.cli import flag, parse_dataclass
-from fastvideo.config import RewardConfig
+from fastvideo.cli import flag, flag_errors, parse_dataclass
 from fastvideo.eval.benchmark import benchmark_entries, read_benchmark
 from fastvideo.eval.hacking import MIN_PROMPTS, diversity, signs
 from fastvideo.eval.statistics import RIGHT, bootstrap_interval, mean_and_error, win_rate
@@ -50,23 +48,15 @@ from fastvideo.io.files import process_name, write_bytes, write_json
 from fastvideo.io.processes import Processes, barrier, processes
 from fastvideo.io.scores import companion, reward_schema, score_names, write_scores
 from fastvideo.models.reward_model.clip_base import CLIPReward
-from fastvideo.models.reward_model.utils import RewardModel, build_reward_models, compute_reward, resolve_reward_spec
+from fastvideo.models.reward_model.granular import RewardModel
+from fastvideo.models.reward_model.spec import RewardConfig, resolve_reward_spec
+from fastvideo.models.reward_model.utils import build_reward_models, compute_reward
 from fastvideo.utils.picture_measures import appearance
 
 import numpy as np
 import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
-
-
-@contextmanager
-def _own_flag_names() -> Iterator[None]:
-    """Errors of the registry speak of --reward_model, training's flag; here it is --reward_model_type."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(str(error).replace("--reward_model ", "--reward_model_type ")) from error
-
 
 # Flags of the reference, and what they are called here.
 OTHER_NAMES = {
@@ -105,15 +95,13 @@ class EvalConfig(RewardConfig):
     batch_size: int | None = flag(None, "another name of --reward_batch_size")
     reward_model: str | None = flag(None, "another name of --reward_model_type")
 
-    # The registry asks for these too, but they decide nothing here: scores aren't summed, and training isn't under way.
-    hps_weight = clip_score_weight = image_reward_weight = pick_score_weight = unified_reward_weight = 1.0
+    # The registry asks for these too, but they decide nothing here: training isn't under way.
     granular_schedule, granular_gamma = "linear", None
 
     def __post_init__(self) -> None:
         for other, name in OTHER_NAMES.items():
             if getattr(self, other) is not None:
                 setattr(self, name, getattr(self, other))
-        self.reward_model = self.reward_model_type  # the registry asks for it under this name
         if (self.manifest is None) == (self.image is None):
             raise ValueError("--manifest, --image: give one of them")
         if (self.image is None) != (self.prompt is None):
@@ -124,20 +112,14 @@ class EvalConfig(RewardConfig):
             raise ValueError("--benchmark_prompts: needs --manifest, the folder of the pictures")
         if self.reward_batch_size < 1:
             raise ValueError(f"--reward_batch_size {self.reward_batch_size}: must be at least 1")
-        with _own_flag_names():
-            resolve_reward_spec(self)
+        resolve_reward_spec(self, "reward_model_type")
         self.trained_keys()
 
     def trained_keys(self) -> set[str] | None:
         """The registry's names of `--trained_rewards`, those of weight 0 left out; None where it isn't given."""
         if self.trained_rewards is None:
             return None
-        training = copy(self)
-        training.reward_model = self.trained_rewards
-        try:
-            weights = resolve_reward_spec(training)
-        except ValueError as error:
-            raise ValueError(str(error).replace("--reward_model ", "--trained_rewards ")) from error
+        weights = resolve_reward_spec(self, "trained_rewards")
         return {key for key, weight in weights.items() if weight > 0}
 
     @property
@@ -515,7 +497,7 @@ def _entries(config: EvalConfig, path: str, flag_name: str) -> list[dict[str, An
 def _settings(config: EvalConfig) -> str:
     """All flags that decide a score; of files their size and date too."""
     values = {field.name: getattr(config, field.name) for field in fields(RewardConfig)}
-    values |= {"reward_model": config.reward_model, "hacking_measures": config.hacking_measures}
+    values |= {"reward_model": config.reward_model_type, "hacking_measures": config.hacking_measures}
     files = {value: os.stat(value) for value in values.values() if isinstance(value, str) and os.path.isfile(value)}
     return json.dumps([values, {path: [stat.st_size, stat.st_mtime_ns] for path, stat in files.items()}])
 
@@ -546,8 +528,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         pair_up(entries, before)  # raises before anything loads
     output = _output(config)
     with processes(config.device) as here:
-        with _own_flag_names():
-            models, _ = build_reward_models(config, here.device, evaluation=True)
+        models, _ = build_reward_models(config, here.device, evaluation=True, field="reward_model_type")
         settings = _settings(config)
         paths = [config.manifest, config.baseline_manifest, config.benchmark_prompts]
         purpose = [settings, *(path and os.path.abspath(path) for path in paths), config.trained_rewards]
@@ -561,7 +542,8 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         baseline = score(before, *rest) if before else None
         trained = config.trained_keys()
         if trained is not None:  # the models have the spec's order
-            trained = {name for key, name in zip(resolve_reward_spec(config), models, strict=True) if key in trained}
+            keys = resolve_reward_spec(config, "reward_model_type")
+            trained = {name for key, name in zip(keys, models, strict=True) if key in trained}
         summary = summarize(scores, baseline, trained)
         if here.rank == 0:
             _report(output, scores, baseline, summary)
@@ -600,7 +582,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     try:
-        raise SystemExit(main())
+        with flag_errors("eval_reward.py"):
+            raise SystemExit(main())
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# Downloads what the recipes need, into the paths that the flags default to. Interrupted downloads go on where they were.
+# Downloads the files that the recipes need, to the default paths of the flags. An interrupted download continues.
 #
 #   scripts/huggingface/download_checkpoints.sh [flux|hps|image_reward|clip|pick|mixgrpo|prompts|all] ... [--dry_run]
 #
 #   --dry_run    lists every file with rough size, source and target, and downloads nothing
-#   HTTP_PROXY, HTTPS_PROXY  are respected
-#   HF_TOKEN     for FLUX.1-dev, whose licence must be accepted on its page first
-#   HF_ENDPOINT  a mirror of the hub; WEB_MIRROR a server with the files that are not on the hub, under the same paths
+#   HTTP_PROXY, HTTPS_PROXY  are used
+#   HF_TOKEN     for FLUX.1-dev; accept its licence on its page first
+#   HF_ENDPOINT  a mirror of the hub
+#   WEB_MIRROR   a server that has the files that are not on the hub, under the same paths
 #
-# Files of the hub are compared with the SHA-256 that the hub states, the others with the sum and size written here.
+# Files from the hub are checked against the SHA-256 that the hub states, other files against the SHA-256 written here.
 source "$(dirname "${BASH_SOURCE[0]}")/../environment.sh"
 
 PARTS=(flux hps image_reward clip pick mixgrpo prompts)
@@ -36,7 +37,7 @@ listed() { # SIZE SOURCE TARGET
   printf '%9s  %-74s -> %s\n' "$@"
 }
 
-# hub REPOSITORY TARGET [SIZE FILE]...   a TARGET of `cache` is the hub's own cache, where hub names are looked up.
+# hub REPOSITORY TARGET [SIZE FILE]...   The TARGET `cache` is the hub's own cache, where hub names are looked up.
 hub() {
   local repository=$1 target=$2 files=() place=()
   shift 2
@@ -66,7 +67,7 @@ web() {
   [ -z "${WEB_MIRROR:-}" ] || url=$WEB_MIRROR/${url#*://*/}
   mkdir -p "$(dirname "$target")"
   echo "$url -> $target"
-  # A finished part of which only the renaming is missing needs no download; asking for more of it would be an error.
+  # A run may have been stopped between download and renaming. Then nothing is missing, and curl would fail.
   if ! { [ -n "$sum" ] && [ -f "$target.part" ] && sha256sum -c --status <<< "$sum  $target.part"; }; then
     curl --fail --location --retry 5 --continue-at - --output "$target.part" "$url"
   fi
@@ -115,7 +116,7 @@ get_mixgrpo() {
   hub tulvgengenr/MixGRPO mix_grpo_ckpt 24GB diffusion_pytorch_model.safetensors
 }
 
-get_prompts() { # the prompts of HPDv2 in the files of the MixGRPO repository, beside this repository's own
+get_prompts() { # the prompts of HPDv2 from the MixGRPO repository, beside this repository's own prompts
   web https://github.com/Tencent-Hunyuan/MixGRPO/raw/main/data/prompts.txt data/prompts_hpdv2.txt ?
   web https://github.com/Tencent-Hunyuan/MixGRPO/raw/main/data/prompts_test.txt data/prompts_hpdv2_test.txt ?
 }

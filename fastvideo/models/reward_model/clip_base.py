@@ -1,10 +1,11 @@
-"""What the rewards made of one CLIP share: a batched score from the cosine of a picture's and its prompt's features."""
+"""Base of the rewards made of one CLIP: scores from the cosine of a picture's features and its prompt's, in batches."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
-from fastvideo.models.reward_model.common import DTYPES, cosine, in_batches, prepare, scoring
+from fastvideo.io.devices import DTYPES
+from fastvideo.models.reward_model.loading import cosine, in_batches, prepare, scoring
 
 import numpy as np
 import torch
@@ -12,10 +13,10 @@ from PIL import Image
 
 
 class CLIPReward(ABC):
-    """A reward from cosines. Subclasses set `name` and define how pixels and features are made.
+    """A reward from cosines. A subclass sets `name` and makes pixels and features.
 
-    model: a CLIP with a `logit_scale`. device, dtype ("fp32", "bf16" or "fp16"): where and in what format it scores.
-    batch_size: pictures a forward pass.
+    model: a CLIP with a `logit_scale`. device, dtype ("fp32", "bf16" or "fp16"): where and in which format it scores.
+    batch_size: pictures per forward pass.
     """
 
     name = ""
@@ -48,7 +49,7 @@ class CLIPReward(ABC):
             return self._finish(cosine(self._encode_image(pixels), prompts, self._encode_text))
 
     def image_features(self, images: list[Image.Image]) -> np.ndarray:
-        """What the model sees in N pictures: features, not normalised, float64 [N, d]."""
+        """Features of N pictures, not normalised, float64 [N, d]."""
 
         def encode(batch: list[Image.Image], _: list[str]) -> torch.Tensor:
             pixels = self._pixels(batch).to(self.device, DTYPES[self.dtype])

@@ -1,4 +1,4 @@
-"""CLIP score (arXiv 2104.08718, unscaled): the cosine of picture and prompt under any open_clip model.
+"""CLIP score (arXiv 2104.08718, unscaled): the cosine of picture and prompt features of any open_clip model.
 
 The default is Apple's DFN5B ViT-H/14 at 378 pixels (hf-hub:apple/DFN5B-CLIP-ViT-H-14-384).
 
@@ -11,24 +11,22 @@ from pathlib import Path
 from typing import Any
 
 from fastvideo.models.reward_model.clip_base import OpenCLIPReward
-from fastvideo.models.reward_model.common import (
-    bad_file,
-    demo_parser,
-    downloading,
-    load_weights,
-    read_checkpoint,
-    run_demo,
-)
+from fastvideo.models.reward_model.demo import demo_parser, run_demo
+from fastvideo.models.reward_model.loading import bad_file, downloading, load_weights, read_checkpoint
+from fastvideo.models.reward_model.spec import RewardConfig
 
 import torch
 
-DEFAULT_MODEL = "hf-hub:apple/DFN5B-CLIP-ViT-H-14-384"
+DEFAULT_MODEL = RewardConfig.clip_score_path
 CONFIG_FILE = "open_clip_config.json"
 WEIGHT_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 
 
 def _load_local(path: Path, architecture: str) -> tuple[torch.nn.Module, Any, Any]:
-    """A hub repository's folder, or a weight file with or without open_clip_config.json beside it."""
+    """(model, preprocessing, tokenizer) from the folder of a hub repository, or from a weight file.
+
+    open_clip_config.json beside the weights describes the architecture; without this file, `architecture` names it.
+    """
     import open_clip
 
     folder = path if path.is_dir() else path.parent
@@ -40,7 +38,7 @@ def _load_local(path: Path, architecture: str) -> tuple[torch.nn.Module, Any, An
     preprocess = {}
     if (folder / CONFIG_FILE).is_file():
         config = json.loads((folder / CONFIG_FILE).read_text())
-        # open_clip 2 builds from named configs only, and takes new ones from files.
+        # open_clip 2 builds models from named configurations only, and reads new ones from files only.
         with tempfile.TemporaryDirectory() as scratch:
             architecture = f"local-{folder.resolve().name}"
             config_file = Path(scratch) / f"{architecture}.json"
@@ -58,8 +56,8 @@ def _load_local(path: Path, architecture: str) -> tuple[torch.nn.Module, Any, An
 class CLIPScoreRewardModel(OpenCLIPReward):
     """CLIP score of images against prompts: cosines, about 0.2 to 0.45 for real weights.
 
-    model_path: an `hf-hub:owner/name`, a downloaded copy of such a repository, or a weight file. `architecture` is the
-    open_clip name of the model in a weight file without open_clip_config.json beside it.
+    model_path: an `hf-hub:owner/name`, a downloaded copy of such a repository, or a weight file.
+    architecture: open_clip's name of the model in a weight file without open_clip_config.json beside it.
     """
 
     name = "CLIPScoreRewardModel"
@@ -81,7 +79,7 @@ class CLIPScoreRewardModel(OpenCLIPReward):
                 with downloading("clip_score_path", model_path, http_proxy, https_proxy):
                     model, preprocess = open_clip.create_model_from_pretrained(model_path)
                     tokenizer = open_clip.get_tokenizer(model_path)
-            except RuntimeError as error:  # open_clip's, for a repository without its files
+            except RuntimeError as error:  # from open_clip, for a repository without the expected files
                 raise bad_file("clip_score_path", model_path, str(error).splitlines()[0]) from error
         elif Path(model_path).exists():
             model, preprocess, tokenizer = _load_local(Path(model_path), architecture)

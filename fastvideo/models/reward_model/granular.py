@@ -1,4 +1,4 @@
-"""Granular rewards: a weighted sum of named components whose weights move as training goes on.
+"""Granular rewards: a weighted sum of named components. The weights move during training.
 
 With progress p = clamp(curr_step / total_steps, 0, 1), each weight moves from its start s to its end e:
 
@@ -7,35 +7,41 @@ With progress p = clamp(curr_step / total_steps, 0, 1), each weight moves from i
     logarithmic   s + (e - s) * (1 - (1 - p)**gamma)      gamma 0.5 by default: also a slow start; above 1 a fast one
     cosine        s + (e - s) * (1 - cos(pi * p)) / 2
 
-and the weights are then divided by their sum, so start and end weights need not sum to 1: (5, 3, 2) to (2, 5, 3) is
-the same as (.5, .3, .2) to (.2, .5, .3). (Between different sums the larger one bends the curve towards itself.)
+Then the weights are divided by their sum, so start and end weights need not sum to 1: (5, 3, 2) to (2, 5, 3) is the
+same as (.5, .3, .2) to (.2, .5, .3). If the two sums differ, the weights with the larger sum count more on the way.
 """
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
+from fastvideo.cli import FlagError
+from fastvideo.models.reward_model.spec import SCHEDULES
+
 import numpy as np
 from PIL import Image
 
-SCHEDULES = ("linear", "exponential", "logarithmic", "cosine")
 DEFAULT_GAMMA = {"exponential": 2.0, "logarithmic": 0.5}
 
+RewardModel = Callable[[list[Image.Image], list[str]], Sequence[float]]  # has a `name`; see utils.py
 SmoothFunc = Callable[[float, float, np.ndarray], np.ndarray]
 
 
-def _check_weights(weights: Sequence[float], component_names: Sequence[str], flag: str) -> None:
+def _check_weights(weights: Sequence[float], component_names: Sequence[str], field: str) -> None:
     names = ", ".join(component_names)
     try:
         values = np.asarray(list(weights), dtype=np.float64)
     except (TypeError, ValueError):
-        raise ValueError(f"--{flag} {weights!r}: expected one number for each of {names}") from None
+        raise FlagError(field, repr(weights), f"expected one number for each of {names}") from None
     if values.shape != (len(component_names),):
-        raise ValueError(f"--{flag} {list(weights)}: expected {len(component_names)} weights, one for each of {names}")
-    if not np.isfinite(values).all() or (values < 0).any():
-        raise ValueError(f"--{flag} {list(weights)}: every weight of {names} must be a finite number >= 0")
-    if values.sum() <= 0:
-        raise ValueError(f"--{flag} {list(weights)}: at least one weight of {names} must be above 0")
+        problem = f"expected {len(component_names)} weights, one for each of {names}"
+    elif not np.isfinite(values).all() or (values < 0).any():
+        problem = f"every weight of {names} must be a finite number >= 0"
+    elif values.sum() <= 0:
+        problem = f"at least one weight of {names} must be above 0"
+    else:
+        return
+    raise FlagError(field, list(weights), problem)
 
 
 def check_schedule(
@@ -45,25 +51,25 @@ def check_schedule(
     gamma: float | None,
     component_names: Sequence[str],
 ) -> None:
-    """Raises ValueError, one clear line, for settings of which no schedule can be made.
+    """Raises FlagError for settings that give no schedule.
 
-    Weights must be one finite number >= 0 a component and not all 0; gamma None or finite and above 0.
+    Weights must be one finite number >= 0 per component and not all 0; gamma must be None, or finite and above 0.
     """
     _check_weights(start_weights, component_names, "granular_start_weights")
     _check_weights(end_weights, component_names, "granular_end_weights")
     if schedule not in SCHEDULES:
-        raise ValueError(f"--granular_schedule {schedule!r}: choose from {', '.join(SCHEDULES)}")
+        raise FlagError("granular_schedule", repr(schedule), f"choose from {', '.join(SCHEDULES)}")
     if gamma is not None and not (math.isfinite(gamma) and gamma > 0):
-        raise ValueError(f"--granular_gamma {gamma}: must be a finite number above 0")
+        raise FlagError("granular_gamma", gamma, "must be a finite number above 0")
 
 
 class GranularRewardModel(ABC):
-    """Base of rewards made of components. A subclass sets `name`, `component_names` and `score_components`.
+    """Base of rewards made of components. A subclass sets `name` and `component_names`, and has `score_components`.
 
-    check_names: questions that it answers with 1 (yes) or 0 (no); they are reported beside the components and have no
-    weight in the reward. `right` is the one that evaluation and report lead with: right in everything.
-    start_weights, end_weights: one weight a component, at the first and at the last step of training.
-    schedule: one of SCHEDULES. gamma: exponent of the exponential and logarithmic schedules (None: their default).
+    check_names: questions that the reward answers with 1 (yes) or 0 (no). They are reported beside the components and
+    have no weight in the reward. Evaluation and report show the check `right` (right in everything) first.
+    start_weights, end_weights: one weight per component, at the first and at the last step of training.
+    schedule: one of SCHEDULES. gamma: exponent of the exponential and logarithmic schedules; None: DEFAULT_GAMMA.
     """
 
     name: str = "GranularRewardModel"
@@ -83,7 +89,7 @@ class GranularRewardModel(ABC):
         self.schedule = schedule
         self.gamma = gamma
 
-    # The schedules: start value, end value and progress in [0, 1] (a number or an array) -> value at that progress.
+    # Each schedule maps start value, end value and progress in [0, 1] (a number or an array) to the value there.
     def _linear_smooth(self, start: float, end: float, progress: np.ndarray) -> np.ndarray:
         return start + (end - start) * progress
 
@@ -106,9 +112,9 @@ class GranularRewardModel(ABC):
     ) -> np.ndarray:
         """Weights at a step: float64 [components], sum 1; for an array of N steps [N, components], each row of sum 1.
 
-        smooth_func: the schedule for this call, by name or as a function (start, end, progress) -> value; None: the
-        one given at construction. Steps outside [0, total_steps] are clamped. Raises ValueError for total_steps <= 0,
-        a step that isn't finite or an unknown schedule.
+        smooth_func: schedule of this call, as a name or a function (start, end, progress) -> value; None: the
+        constructor's schedule. Steps outside [0, total_steps] are clamped. Raises ValueError for total_steps <= 0, a
+        step that isn't finite or an unknown schedule.
         """
         if not (math.isfinite(total_steps) and total_steps > 0):
             raise ValueError(f"total_steps {total_steps}: must be above 0")
@@ -126,7 +132,7 @@ class GranularRewardModel(ABC):
         return weights / weights.sum(axis=-1, keepdims=True)
 
     def _weights_per_image(self, curr_step: float | np.ndarray | None, total_steps: float | None, n: int) -> np.ndarray:
-        """[n, components]: start weights without a step, else one row an image."""
+        """[n, components]: the start weights without a step, else one row per image."""
         if curr_step is None:
             weights = self.start_weights / self.start_weights.sum()
         elif total_steps is None:
@@ -140,17 +146,17 @@ class GranularRewardModel(ABC):
     def component_weights(
         self, curr_step: float | np.ndarray | None, total_steps: float | None, n: int
     ) -> dict[str, np.ndarray]:
-        """What stands for this model in the advantage under `--granular_mix advantage`.
+        """Weights of the scores that enter the advantage for this model under `--granular_mix advantage`.
 
-        Returns {f"{name}_{component}": float64 [n]}, the weight of each component for each of n images; the weights of
-        an image sum to 1. The keys are those of `compute_reward`'s rewards_dict.
+        Returns {f"{name}_{component}": float64 [n]}: one weight per component and image. The weights of an image sum
+        to 1. The keys are keys of `compute_reward`'s rewards_dict.
         """
         weights = self._weights_per_image(curr_step, total_steps, n)
         return {f"{self.name}_{c}": weights[:, i].copy() for i, c in enumerate(self.component_names)}
 
     @abstractmethod
     def score_components(self, images: list[Image.Image], prompts: list[str]) -> dict[str, np.ndarray]:
-        """One float64 [N] array for each of component_names and check_names; NaN where one failed."""
+        """One float64 [N] array per component and per check; NaN where a score failed."""
 
     def score(
         self,
@@ -159,9 +165,9 @@ class GranularRewardModel(ABC):
         curr_step: float | np.ndarray | None = None,
         total_steps: float | None = None,
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Scores every component once: (weighted sum [N], {component or check: [N]}), NaN where failed.
+        """Scores every component once: (weighted sum [N], {component or check: [N]}), NaN where a score failed.
 
-        A component of weight 0 may fail without failing the image.
+        An image whose failed component has weight 0 still has a weighted sum.
         """
         found = self.score_components(images, prompts)
         names = (*self.component_names, *self.check_names)
@@ -179,15 +185,15 @@ class GranularRewardModel(ABC):
         curr_step: float | np.ndarray | None = None,
         total_steps: float | None = None,
     ) -> list[float]:
-        """Weighted sum of the components, one float an image (NaN: failed). Without a step: the start weights.
+        """Weighted sum of the components, one float per image (NaN: failed). Without a step: with the start weights.
 
-        curr_step may be an array with one step an image.
+        curr_step may be an array with one step per image.
         """
         return self.score(images, prompts, curr_step, total_steps)[0].tolist()
 
 
 def as_scores(values: Sequence[float], n: int, name: str) -> np.ndarray:
-    """A model's answer as float64 [n], anything not finite as NaN (failed). Raises ValueError for another length."""
+    """A model's answer as float64 [n]; values that aren't finite become NaN (failed). ValueError for another length."""
     scores = np.asarray([np.nan if v is None else v for v in values], dtype=np.float64)
     if scores.shape != (n,):
         raise ValueError(f"{name} returned {scores.shape} scores for {n} images")

@@ -1,11 +1,11 @@
-"""ImageReward (arXiv 2304.05977), and the granular reward made of its package's three other scorers.
+"""ImageReward (arXiv 2304.05977), and the granular reward made of the three other scorers in its package.
 
-mode "granular": BLIP (does the picture match the prompt, a cosine), CLIP (the same question to another model, a cosine)
-and Aesthetic (does it look good, about 3 to 7; the prompt doesn't matter), as a sum whose weights move as training goes
-on: broad agreement first, detail and looks later. mode "overall": the plain ImageReward score, about -2 to 2.
+mode "granular": BLIP (does the picture match the prompt? a cosine), CLIP (the same question to another model, a cosine)
+and Aesthetic (does the picture look good? about 3 to 7, without the prompt), as a sum whose weights move during
+training: first broad agreement, later detail and looks. mode "overall": the plain ImageReward score, about -2 to 2.
 
-The scales differ: cosines vary by hundredths, aesthetic scores by whole numbers, so the plain sum is led by the
-aesthetic score whatever the weights. `--granular_mix advantage` puts the three on one scale.
+The scales differ: cosines vary by hundredths, aesthetic scores by whole numbers. So the aesthetic score decides the
+plain sum, whatever the weights. `--granular_mix advantage` puts the three on one scale.
 
     python fastvideo/models/reward_model/image_reward.py --device cpu --mode overall --http_proxy http://...
 """
@@ -16,37 +16,33 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastvideo.models.reward_model.common import (
+from fastvideo.cli import FlagError
+from fastvideo.models.reward_model.demo import demo_parser, run_demo
+from fastvideo.models.reward_model.granular import GranularRewardModel, SmoothFunc
+from fastvideo.models.reward_model.image_reward_compat import import_image_reward, tokenizer_source
+from fastvideo.models.reward_model.loading import (
     bad_file,
+    check_file,
     cosine,
-    demo_parser,
     downloading,
     in_batches,
     load_weights,
     prepare,
     read_checkpoint,
-    run_demo,
     scoring,
 )
-from fastvideo.models.reward_model.granular import GranularRewardModel, SmoothFunc
+from fastvideo.models.reward_model.spec import MODES, REWARDS, RewardSpecConfig
 
 import numpy as np
 import torch
 from PIL import Image
 
-COMPONENTS = ("blip", "clip", "aesthetic")
-MODES = ("granular", "overall")
-BLIP_FILE = "model_large.pth"
-CLIP_FILE = "ViT-L-14.pt"
-AESTHETIC_FILE = "sac%2Blogos%2Bava1-l14-linearMSE.pth"
+ENTRY = REWARDS["image_reward"]
+COMPONENTS = ENTRY.components
+SCORE_FILES = [file for file in ENTRY.files if file.mode == "granular"]  # in the order of COMPONENTS
 MED_CONFIG_FILE = "med_config.json"
-# What the granular mode needs in --image_reward_score_dir, under the names that the image-reward package uses.
-SCORE_FILES = {
-    BLIP_FILE: "BLIP's large pretraining checkpoint",
-    CLIP_FILE: "OpenAI's CLIP ViT-L/14",
-    AESTHETIC_FILE: "the aesthetic predictor's weights",
-}
-HUB_NAME = "ImageReward-v1.0"
+DEFAULTS = RewardSpecConfig()
+HUB_NAME = DEFAULTS.image_reward_path
 MAX_TOKENS = 35  # of BLIP's text encoder, as in the package
 
 
@@ -54,9 +50,9 @@ class ImageRewardModel(GranularRewardModel):
     """ImageReward's scorers on lists of PIL images and prompts.
 
     model_name: the ImageReward checkpoint of mode "overall": a file, or "ImageReward-v1.0" to download it to score_dir.
-    med_config: BERT's configuration file for BLIP; None: med_config.json in score_dir, downloaded when it isn't there.
-    score_dir: holds SCORE_FILES (mode "granular") and, for machines without network, a `bert-base-uncased` folder.
-    start_weights ... gamma: see GranularRewardModel. Only what the mode needs is loaded.
+    med_config: BERT's configuration file for BLIP; None: med_config.json in score_dir, downloaded if it isn't there.
+    score_dir: folder of SCORE_FILES (mode "granular") and, for machines without network, of `bert-base-uncased`.
+    start_weights ... gamma: see GranularRewardModel. Only models that the mode needs are loaded.
     """
 
     name = "ImageRewardModel"
@@ -68,19 +64,17 @@ class ImageRewardModel(GranularRewardModel):
         http_proxy: str | None = None,
         https_proxy: str | None = None,
         med_config: str | None = None,
-        start_weights: Sequence[float] = (0.5, 0.3, 0.2),
-        end_weights: Sequence[float] = (0.2, 0.5, 0.3),
-        schedule: str = "linear",
-        gamma: float | None = None,
-        mode: str = "granular",
-        score_dir: str = "image_reward_ckpt",
+        start_weights: Sequence[float] = tuple(DEFAULTS.granular_start_weights),
+        end_weights: Sequence[float] = tuple(DEFAULTS.granular_end_weights),
+        schedule: str = DEFAULTS.granular_schedule,
+        gamma: float | None = DEFAULTS.granular_gamma,
+        mode: str = DEFAULTS.image_reward_mode,
+        score_dir: str = DEFAULTS.image_reward_score_dir,
         batch_size: int = 8,
         dtype: str = "fp32",
     ) -> None:
-        from fastvideo.models.reward_model.image_reward_compat import import_image_reward, tokenizer_source
-
         if mode not in MODES:
-            raise ValueError(f"--image_reward_mode {mode!r}: choose from {', '.join(MODES)}")
+            raise FlagError("image_reward_mode", repr(mode), f"choose from {', '.join(MODES)}")
         self.mode, self.device, self.dtype, self.batch_size = mode, device, dtype, batch_size
         self.component_names = COMPONENTS if mode == "granular" else ()
         if mode == "granular":
@@ -96,18 +90,17 @@ class ImageRewardModel(GranularRewardModel):
         import clip
         from ImageReward.models.AestheticScore import MLP
 
-        blip_file, clip_file, aesthetic_file = (score_dir / file for file in SCORE_FILES)
-        for file, what in SCORE_FILES.items():
-            if not (score_dir / file).is_file():
-                raise bad_file("image_reward_score_dir", score_dir, f"no {file} ({what}) in it")
+        for file in SCORE_FILES:
+            check_file(file, str(score_dir))
+        blip_file, clip_file, aesthetic_file = (score_dir / file.name for file in SCORE_FILES)
         scorer = package.BLIPScore(med_config=_med_config(package, med_config, score_dir))
         state = read_checkpoint(blip_file, "image_reward_score_dir")
         load_weights(scorer.blip, state.get("model", state), blip_file, "image_reward_score_dir")
         self.preprocess = scorer.preprocess
         self.blip = prepare(scorer.blip, self.device, self.dtype)
 
-        # Given a file, clip.load takes it as it is; one model then serves CLIP and Aesthetic. Both want what BLIP
-        # wants: 224 pixels, normalised alike.
+        # One CLIP model serves both CLIP and Aesthetic. Their preprocessing is the same as BLIP's: 224 pixels,
+        # normalised with the same mean and deviation. clip.load reads a given file without checking its sum.
         try:
             clip_model, _ = clip.load(str(clip_file), device="cpu", jit=False)
         except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
@@ -191,7 +184,7 @@ class ImageRewardModel(GranularRewardModel):
         curr_step: float | np.ndarray | None = None,
         total_steps: float | None = None,
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """(score [N], components): the weighted sum and its parts, or in mode "overall" the plain score and none."""
+        """(score [N], components): the weighted sum and its components; in mode "overall" the plain score and {}."""
         if self.mode == "overall":
             return in_batches(self._score_overall, images, prompts, self.batch_size), {}
         return super().score(images, prompts, curr_step, total_steps)
@@ -199,7 +192,7 @@ class ImageRewardModel(GranularRewardModel):
     def get_dynamic_weights(
         self, curr_step: float | np.ndarray, total_steps: float, smooth_func: SmoothFunc | str | None = None
     ) -> np.ndarray:
-        """See GranularRewardModel; in mode "overall" there are no components and no weights: [0] or [N, 0]."""
+        """See GranularRewardModel. Mode "overall" has no components, so no weights: [0] or [N, 0]."""
         if self.mode == "overall":
             return np.zeros((*np.shape(curr_step), 0))
         return super().get_dynamic_weights(curr_step, total_steps, smooth_func)
@@ -207,7 +200,7 @@ class ImageRewardModel(GranularRewardModel):
     def component_weights(
         self, curr_step: float | np.ndarray | None, total_steps: float | None, n: int
     ) -> dict[str, np.ndarray]:
-        """See GranularRewardModel; in mode "overall" the model stands for itself."""
+        """See GranularRewardModel. In mode "overall" the plain score enters the advantage, with weight 1."""
         if self.mode == "overall":
             return {self.name: np.ones(n)}
         return super().component_weights(curr_step, total_steps, n)
@@ -229,8 +222,8 @@ def _med_config(package: Any, path: str | None, score_dir: Path) -> str:
 
 if __name__ == "__main__":
     parser = demo_parser("Score pictures with ImageReward or with its package's BLIP, CLIP and Aesthetic scorers.")
-    parser.add_argument("--mode", default="granular", choices=MODES)
+    parser.add_argument("--mode", default=DEFAULTS.image_reward_mode, choices=MODES)
     parser.add_argument("--model_name", default=HUB_NAME)
     parser.add_argument("--med_config", default=None)
-    parser.add_argument("--score_dir", default="image_reward_ckpt")
+    parser.add_argument("--score_dir", default=DEFAULTS.image_reward_score_dir)
     run_demo(ImageRewardModel, parser)

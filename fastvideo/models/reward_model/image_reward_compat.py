@@ -1,15 +1,15 @@
-"""What image-reward 1.5 expects of transformers and today's version no longer has: all of it in this file.
+"""Adapts image-reward 1.5 to today's transformers, which lacks names that the package uses.
 
-The package was written against transformers 4.15 and runs untouched up to 4.55. Its BERT needs, in later versions:
+The package was written for transformers 4.15 and runs unchanged up to 4.55. In later versions its BERT lacks:
 
-- `modeling_utils.apply_chunking_to_forward`, `prune_linear_layer`: put back as the same functions of `pytorch_utils`.
-- `modeling_utils.find_pruneable_heads_and_indices`: put back as a stub; only head pruning calls it.
-- `PreTrainedModel.get_head_mask`, `invert_attention_mask`: methods of the package's own BERT.
-- `PreTrainedModel.all_tied_weights_keys` before `post_init`: an empty dict, this BERT ties nothing.
-- `tokenizer.additional_special_tokens_ids`: our `bert_tokenizer`, which asks for the token's id by name.
+- `modeling_utils.apply_chunking_to_forward`, `prune_linear_layer`: taken from `pytorch_utils`, which still has them.
+- `modeling_utils.find_pruneable_heads_and_indices`: replaced by a stub; only head pruning calls it.
+- `PreTrainedModel.get_head_mask`, `invert_attention_mask`: added to the package's own BERT.
+- `PreTrainedModel.all_tied_weights_keys` before `post_init`: an empty dict, because this BERT ties no weights.
+- `tokenizer.additional_special_tokens_ids`: `bert_tokenizer` below asks for the token's id by name instead.
 
-Nothing that exists is replaced, except `init_tokenizer`, which here also takes a local `bert-base-uncased` folder.
-The package's top level imports its ReFL trainer, and with it diffusers and datasets; an empty module stands in.
+Nothing that exists is replaced, except `init_tokenizer`, which here also takes a local `bert-base-uncased` folder. The
+package's top level imports its ReFL trainer, and with it diffusers and datasets; an empty module takes its place.
 """
 
 import importlib
@@ -18,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from fastvideo.models.reward_model.common import check_tokenizer
+from fastvideo.models.reward_model.loading import check_tokenizer
 
 import torch
 
@@ -41,7 +41,7 @@ def _get_head_mask(self: torch.nn.Module, head_mask: None, num_hidden_layers: in
 
 
 def _invert_attention_mask(self: torch.nn.Module, mask: torch.Tensor) -> torch.Tensor:
-    """[B, L] or [B, Q, L] of 1 (look) and 0 (don't) -> additive mask [B, 1, 1 or Q, L]: 0 and the lowest number."""
+    """Mask [B, L] or [B, Q, L] of 1 (attend) and 0 (ignore) -> additive mask [B, 1, 1 or Q, L] of 0 and the minimum."""
     mask = (mask[:, None] if mask.dim() == 3 else mask[:, None, None]).to(self.dtype)
     return (1.0 - mask) * torch.finfo(self.dtype).min
 
@@ -70,7 +70,7 @@ def bert_tokenizer(source: str) -> Any:
 
 
 def import_image_reward(tokenizer_source: str = "bert-base-uncased") -> ModuleType:
-    """The `ImageReward` package, ready for the installed transformers; its BLIP takes its tokenizer from the source."""
+    """The `ImageReward` package, adapted to the installed transformers, with its tokenizer loaded from the source."""
     _add_missing_imports()
     sys.modules.setdefault("ImageReward.ReFL", ModuleType("ImageReward.ReFL"))
     package = importlib.import_module("ImageReward")
@@ -82,6 +82,6 @@ def import_image_reward(tokenizer_source: str = "bert-base-uncased") -> ModuleTy
 
 
 def tokenizer_source(score_dir: str | Path) -> str:
-    """`bert-base-uncased` in score_dir when it is there (no network needed), else the hub name."""
+    """The folder `bert-base-uncased` in score_dir if it exists (no network needed), else the hub name."""
     local = Path(score_dir) / "bert-base-uncased"
     return str(local) if local.is_dir() else "bert-base-uncased"

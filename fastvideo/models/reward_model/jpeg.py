@@ -1,4 +1,4 @@
-"""JPEG size as a reward: DDPO's two prompt-free tasks (arXiv 2305.13301). They need no weights and no network."""
+"""JPEG size as a reward: DDPO's two tasks without prompts (arXiv 2305.13301). They need no weights and no network."""
 
 import io
 
@@ -8,7 +8,7 @@ QUALITY = 95
 
 
 def jpeg_kilobytes(image: Image.Image) -> float:
-    """Size in kB (1000 bytes) of the picture as an RGB JPEG of quality 95, encoded in memory."""
+    """Size in kB (1000 bytes) of the picture as an RGB JPEG of quality 95."""
     buffer = io.BytesIO()
     image.convert("RGB").save(buffer, format="JPEG", quality=QUALITY)
     return buffer.tell() / 1000

@@ -1,6 +1,6 @@
 """PickScore (arXiv 2305.01569): CLIP ViT-H/14 fine-tuned on people's choices between two pictures.
 
-s = logit_scale * cosine lies about 18 to 24. Training uses (s - 18) / 8, evaluation s / 100.
+s = logit_scale * cosine is about 18 to 24. Training uses (s - 18) / 8, evaluation s / 100.
 
     python fastvideo/models/reward_model/pick_score.py --device cpu --http_proxy http://... --https_proxy http://...
 """
@@ -8,12 +8,14 @@ s = logit_scale * cosine lies about 18 to 24. Training uses (s - 18) / 8, evalua
 from pathlib import Path
 
 from fastvideo.models.reward_model.clip_base import CLIPReward
-from fastvideo.models.reward_model.common import bad_file, check_tokenizer, demo_parser, downloading, run_demo
+from fastvideo.models.reward_model.demo import demo_parser, run_demo
+from fastvideo.models.reward_model.loading import bad_file, check_tokenizer, downloading
+from fastvideo.models.reward_model.spec import RewardConfig
 
 import torch
 from PIL import Image
 
-DEFAULT_MODEL = "yuvalkirstain/PickScore_v1"
+DEFAULT_MODEL = RewardConfig.pick_score_path
 DEFAULT_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")  # as saved by transformers 4 and 5
 
@@ -21,8 +23,8 @@ PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")  # as sa
 class PickScoreRewardModel(CLIPReward):
     """PickScore of images against prompts: about 0 to 0.75 in training, 0.18 to 0.24 in evaluation.
 
-    model_path: hub name or local folder. processor_path: where tokenizer and image processor come from; None: the local
-    folder itself when it has them, else the model card's choice. evaluation: report s / 100 instead of (s - 18) / 8.
+    model_path: hub name or local folder. processor_path: hub name or folder of tokenizer and image processor; None: the
+    model's folder if it has them, else the model card's choice. evaluation: report s / 100 instead of (s - 18) / 8.
     """
 
     name = "PickScoreRewardModel"
@@ -68,7 +70,7 @@ class PickScoreRewardModel(CLIPReward):
 
 
 def _features(output: object) -> torch.Tensor:
-    """transformers 4 returns the features [n, d], transformers 5 an object that holds them."""
+    """Features [n, d]: transformers 4 returns the tensor, transformers 5 an object that holds it."""
     return output if isinstance(output, torch.Tensor) else output.pooler_output
 
 

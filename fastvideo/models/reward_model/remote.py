@@ -1,7 +1,7 @@
 """Rewards scored by other processes, `--reward_server URL[,URL...]`: the client of server.py.
 
-Pictures go out as lossless PNG and scores come back as the numbers that they are, so a run scores the same as with the
-models in its own process. A request that still fails after its retries is failed samples (NaN), never a score.
+Pictures travel as lossless PNG and scores as exact numbers, so a run gets the same scores as from models in its own
+process. If a request fails after all retries, its samples are failed samples (NaN), never scores.
 """
 
 import base64
@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from fastvideo.models.reward_model.common import ask_in_turn, public_url, server_urls
-from fastvideo.models.reward_model.granular import GranularRewardModel
-from fastvideo.models.reward_model.utils import RewardModel, resolve_reward_spec, reward_settings
+from fastvideo.cli import FlagError, check_fields
+from fastvideo.models.reward_model.granular import GranularRewardModel, RewardModel
+from fastvideo.models.reward_model.network import ask_in_turn, public_url, server_urls
+from fastvideo.models.reward_model.spec import resolve_reward_spec, reward_settings
 
 import httpx
 import numpy as np
@@ -24,23 +25,23 @@ from PIL import Image
 logger = logging.getLogger(__name__)
 
 BACKOFF = 0.5  # seconds; doubles at each retry
-PROMPT_BYTES = 8192  # allowed for a prompt when request sizes are checked before training
+PROMPT_BYTES = 8192  # assumed size of a prompt in the check of request sizes before training
 PNG_MODES = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")
 
 
 def to_base64_png(image: Image.Image) -> str:
-    """Lossless; compressed little, because the network is seldom what takes time."""
+    """The picture as a lossless PNG in base64, with little compression: the network is seldom the bottleneck."""
     buffer = io.BytesIO()
     image = image if image.mode in PNG_MODES else image.convert("RGB")
     image.save(buffer, format="PNG", compress_level=1)
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def check_limits(limits: dict[str, int], config: Any) -> None:
-    """Raises ValueError when a request of --reward_batch_size pictures may be over one of a server's limits.
+def check_limits(url: str, limits: dict[str, int], config: Any) -> None:
+    """Raises FlagError if a request of --reward_batch_size pictures may exceed one of the limits of the server at url.
 
-    The size of pictures is known where the run makes them (config.h, config.w); an evaluation's may be any. Bytes are
-    those of noise, which compresses least.
+    A training run knows the size of its pictures (config.h, config.w); the pictures of an evaluation may have any size.
+    Bytes are estimated from a picture of noise, which compresses least.
     """
     count, name = config.reward_batch_size, "--reward_batch_size"
     needed = [("images", "pictures", f"{name} {count}", count, "--max_images", 1)]
@@ -55,14 +56,16 @@ def check_limits(limits: dict[str, int], config: Any) -> None:
     for key, what, given, amount, flag, unit in needed:
         limit = limits.get(key, 0)
         if amount > limit:
-            raise ValueError(
-                f"{given}: up to {amount} {what} a request, it takes {limit}; lower {name} or start the server with "
-                f"{flag} {-(-amount // unit)}"
+            raise FlagError(
+                "reward_server",
+                public_url(url),
+                f"{given}: up to {amount} {what} per request, the server takes {limit}; lower {name} or start the "
+                f"server with {flag} {-(-amount // unit)}",
             )
 
 
 def _read_scores(response: httpx.Response, keys: Sequence[str], n: int) -> dict[str, list[float | None]]:
-    """The scores of an answer. Raises ValueError, LookupError or TypeError when they aren't n numbers for each key."""
+    """The scores in an answer. Raises ValueError, LookupError or TypeError if they aren't n numbers for each key."""
     scores = dict(response.json(parse_int=float)["scores"])
     if scores.keys() != set(keys):
         raise ValueError(f"scores of {sorted(scores)}, expected {sorted(keys)}")
@@ -73,17 +76,17 @@ def _read_scores(response: httpx.Response, keys: Sequence[str], n: int) -> dict[
 
 
 class Servers:
-    """Reward servers that score the same: a batch is a request, and the requests are shared over the servers."""
+    """Reward servers that give the same scores. A batch is one request; the requests are shared over the servers."""
 
     def __init__(self, urls: Sequence[str], settings: dict[str, Any], config: Any) -> None:
         self.urls, self.settings = urls, settings
         self.batch_size, self.retries = config.reward_batch_size, config.reward_server_retries
         self.client = httpx.Client(timeout=httpx.Timeout(config.reward_server_timeout))
-        # Of the processes that share a picture (--sp_size) one scores; an evaluation's don't share any.
+        # One of the processes that compute a picture together (--sp_size) scores it; evaluation has no such setting.
         self.first = int(os.environ.get("RANK", "0")) // getattr(config, "sp_size", 1)
 
     def health(self) -> tuple[dict[str, dict[str, Any]], list[str]]:
-        """({url: its settings, models and limits}, what is wrong with the servers that don't answer)."""
+        """({url: settings, models and limits of the server}, the problems of the servers that don't answer)."""
 
         def send(url: str) -> dict[str, Any]:
             response = self.client.get(f"{url}/health")
@@ -105,7 +108,7 @@ class Servers:
         curr_step: float | np.ndarray | None = None,
         total_steps: float | None = None,
     ) -> dict[str, np.ndarray]:
-        """{name: float64 [N], f"{name}_{part}": [N] ...}, NaN where failed. parts: components and checks."""
+        """{name: float64 [N], f"{name}_{part}": [N] ...}, NaN where a score failed. parts: components and checks."""
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
         keys, step = [name, *(f"{name}_{part}" for part in parts)], None if curr_step is None else np.asarray(curr_step)
@@ -146,7 +149,7 @@ class Servers:
 
 
 class RemoteReward:
-    """A model on the servers."""
+    """A reward model on the servers."""
 
     def __init__(self, name: str, servers: Servers) -> None:
         self.name, self.servers = name, servers
@@ -157,7 +160,7 @@ class RemoteReward:
 
 
 class RemoteGranularReward(GranularRewardModel):
-    """A granular model on the servers, which weight its components by the progress that goes along."""
+    """A granular model on the servers. They weight the components by the progress in the request."""
 
     def __init__(
         self, name: str, servers: Servers, components: Sequence[str], checks: Sequence[str], config: Any
@@ -175,7 +178,7 @@ class RemoteGranularReward(GranularRewardModel):
         curr_step: float | np.ndarray | None = None,
         total_steps: float | None = None,
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """(weighted sum [N], {component or check: [N]}), NaN where failed."""
+        """(weighted sum [N], {component or check: [N]}), NaN where a score failed."""
         parts = (*self.component_names, *self.check_names)
         scores = self.servers.score(self.name, parts, images, prompts, curr_step, total_steps)
         return scores[self.name], {part: scores[f"{self.name}_{part}"] for part in parts}
@@ -185,41 +188,39 @@ class RemoteGranularReward(GranularRewardModel):
         return self.score(images, prompts)[1]
 
 
-def connect(config: Any, evaluation: bool = False) -> tuple[dict[str, RewardModel], dict[str, float]]:
-    """The rewards of `--reward_model` on `--reward_server`, as build_reward_models returns them.
+def connect(
+    config: Any, evaluation: bool = False, field: str = "reward_model"
+) -> tuple[dict[str, RewardModel], dict[str, float]]:
+    """The rewards named in `field` on the servers of --reward_server, in the form of build_reward_models.
 
-    Servers that don't answer now are logged: they may come back. Raises ValueError, one line, when none answers, and
-    when one would score something else than this run's flags ask for.
+    A server that doesn't answer now is logged, because it may come back. Raises FlagError if no server answers, or if
+    one has other settings than this run, so that its scores would differ.
     """
     urls = server_urls(config.reward_server, "reward_server")
-    if not urls:
-        raise ValueError(f"--reward_server {config.reward_server!r}: no URL in it; give http://host:port")
-    if not config.reward_server_timeout > 0:
-        raise ValueError(f"--reward_server_timeout {config.reward_server_timeout}: must be above 0")
-    if config.reward_server_retries < 0:
-        raise ValueError(f"--reward_server_retries {config.reward_server_retries}: must not be negative")
-    spec, settings = resolve_reward_spec(config), reward_settings(config, evaluation)
+    check_fields(config)
+    spec, settings = resolve_reward_spec(config, field), reward_settings(config, evaluation, field)
     servers = Servers(urls, settings, config)
     alive, problems = servers.health()
     if not alive:
-        raise ValueError(f"--reward_server: no server answers, e.g. {problems[0]}; start server.py with these rewards")
+        problem = f"no server answers, e.g. {problems[0]}; start server.py with these rewards"
+        raise FlagError("reward_server", None, problem)
     for problem in problems:
         logger.warning("--reward_server: %s; the others go on without it", problem)
     names = next(iter(alive.values()))["models"]
     for url, found in alive.items():
-        theirs, where = found["settings"], f"--reward_server {public_url(url)}"
+        theirs = found["settings"]
         for key in [*settings, *theirs]:
             if settings.get(key) != theirs.get(key):
-                raise ValueError(
-                    f"{where}: it has {key} {theirs.get(key)!r}, this run {settings.get(key)!r}; start the server "
-                    "with the reward flags of the run (and --evaluation for evaluations)"
+                raise FlagError(
+                    "reward_server",
+                    public_url(url),
+                    f"it has {key} {theirs.get(key)!r}, this run {settings.get(key)!r}; start the server with the "
+                    "reward flags of the run (and --evaluation for evaluations)",
                 )
         if found["models"] != names or names.keys() != spec.keys():
-            raise ValueError(f"{where}: it serves {found['models']}, expected {names} for {', '.join(spec)}")
-        try:
-            check_limits(found["limits"], config)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
+            problem = f"it serves {found['models']}, expected {names} for {', '.join(spec)}"
+            raise FlagError("reward_server", public_url(url), problem)
+        check_limits(url, found["limits"], config)
     models: dict[str, RewardModel] = {}
     for key in spec:
         name, components, checks = names[key], settings[f"{key}.components"], settings[f"{key}.checks"]

@@ -1,10 +1,10 @@
-"""A reward server: any --reward_model over HTTP, so that rewards can run on other GPUs than training.
+"""A reward server: any --reward_model over HTTP. With it rewards run on other GPUs than training.
 
     python fastvideo/models/reward_model/server.py --reward_model multi_reward --device cuda:0
     python fastvideo/train_grpo_flux.py --reward_model multi_reward --reward_server http://127.0.0.1:8100 ...
 
 Start it with the reward flags of the run (with --evaluation for eval_reward.py); clients compare them. It listens on
-the loopback; it asks for no password, so reach it from other machines through an SSH tunnel or a private network.
+the loopback and asks for no password, so reach it from other machines through an SSH tunnel or a private network.
 
     GET  /health   {"status", "settings", "models", "limits"}: names, weights, parts, schedule; always answers
     POST /score    {"settings", "model", "images": [base64 PNG or JPEG], "prompts", "curr_step", "total_steps"}
@@ -19,25 +19,18 @@ import io
 import json
 import logging
 import math
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from fastvideo.cli import flag, parse_dataclass
-from fastvideo.config import RewardSpecConfig
-from fastvideo.models.reward_model.utils import (
-    RewardModel,
-    build_reward_models,
-    check_reward_files,
-    compute_reward,
-    resolve_reward_spec,
-    reward_settings,
-)
+from fastvideo.cli import FlagError, check_fields, flag, flag_errors, parse_dataclass
+from fastvideo.io.devices import resolve_device
+from fastvideo.models.reward_model.granular import RewardModel
+from fastvideo.models.reward_model.spec import RewardSpecConfig, resolve_reward_spec, reward_settings
+from fastvideo.models.reward_model.utils import build_reward_models, check_reward_files, compute_reward
 
 import numpy as np
-import torch
 import uvicorn
 from PIL import Image
 from starlette.applications import Starlette
@@ -48,7 +41,7 @@ from starlette.routing import Route
 
 logger = logging.getLogger(__name__)
 
-FORMATS = ("PNG", "JPEG")  # of pictures; those of a training run come as PNG, which loses nothing
+FORMATS = ("PNG", "JPEG")  # of pictures; a training run sends PNG, which loses nothing
 
 
 @dataclass
@@ -56,21 +49,17 @@ class ServerConfig(RewardSpecConfig):
     """Settings of a reward server."""
 
     host: str = flag("127.0.0.1", "address to listen on; 0.0.0.0 lets every machine in the network score")
-    port: int = flag(8100, "port to listen on; 0: any free one")
+    port: int = flag(8100, "port to listen on; 0: any free one", at_least=0, below=65536)
     device: str = flag("auto", "cpu, cuda, cuda:1, ... or auto; --reward_device goes before it")
     evaluation: bool = flag(False, "score as eval_reward.py does: ImageReward overall, PickScore's report scale")
-    max_body_mb: int = flag(128, "largest request in MB")
-    max_images: int = flag(64, "most pictures a request")
-    max_pixels: int = flag(2**26, "most pixels a request, all pictures together")
+    max_body_mb: int = flag(128, "largest request in MB", at_least=1)
+    max_images: int = flag(64, "most pictures per request", at_least=1)
+    max_pixels: int = flag(2**26, "most pixels per request, all pictures together", at_least=1)
 
     def __post_init__(self) -> None:
         if self.reward_server:
-            raise ValueError(f"--reward_server {self.reward_server}: a server scores by itself; leave it out")
-        for name in ("reward_batch_size", "unified_reward_num_workers", "max_body_mb", "max_images", "max_pixels"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
-        if not 0 <= self.port < 65536:
-            raise ValueError(f"--port {self.port}: must be from 0 to 65535")
+            raise FlagError("reward_server", self.reward_server, "a server scores by itself; leave it out")
+        check_fields(self)
         check_reward_files(self, self.evaluation)
 
 
@@ -80,9 +69,9 @@ def _need(condition: bool, status: int, detail: str) -> None:
 
 
 def decode(texts: Sequence[str], max_pixels: int) -> list[Image.Image]:
-    """PIL images of PNGs and JPEGs in base64. Sizes are read and added up before the first pixel is unpacked.
+    """PIL images of PNGs and JPEGs in base64. All sizes are read and added up before the first pixel is unpacked.
 
-    Raises HTTPException 400 for what is neither, or broken, 413 for more than max_pixels.
+    Raises HTTPException 400 for a text that is no such picture or a broken one, 413 for more than max_pixels together.
     """
     images, pixels = [], 0
     for i, text in enumerate(texts):
@@ -107,7 +96,7 @@ def _check_progress(curr_step: Any, total_steps: Any, n: int) -> None:
         return type(value) in (int, float) and -1e15 < value < 1e15
 
     many = isinstance(curr_step, list) and len(curr_step) == n and all(map(number, curr_step))
-    _need(curr_step is None or number(curr_step) or many, 400, "curr_step: expected null, a number or one an image")
+    _need(curr_step is None or number(curr_step) or many, 400, "curr_step: expected null, a number or one per image")
     total = number(total_steps) and total_steps > 0
     _need(total or (curr_step is None and total_steps is None), 400, "total_steps: expected a number above 0")
 
@@ -115,7 +104,7 @@ def _check_progress(curr_step: Any, total_steps: Any, n: int) -> None:
 def answer(
     body: bytes, config: ServerConfig, models: dict[str, RewardModel], settings: dict[str, Any]
 ) -> dict[str, list[float | None]]:
-    """Scores a request: {key of compute_reward's rewards_dict: one number an image, None where failed}."""
+    """Scores a request: {key of compute_reward's rewards_dict: one number per image, None where a score failed}."""
     try:
         asked = json.loads(body)
     except (ValueError, RecursionError):
@@ -131,21 +120,21 @@ def answer(
         texts = isinstance(part, list) and all(isinstance(text, str) for text in part)
         _need(texts and len(part) > 0, 400, "images, prompts: expected lists of texts")
     _need(len(images) == len(prompts), 400, f"{len(images)} images but {len(prompts)} prompts")
-    _need(len(images) <= config.max_images, 413, f"{len(images)} images: at most {config.max_images} a request")
+    _need(len(images) <= config.max_images, 413, f"{len(images)} images: at most {config.max_images} per request")
     curr_step, total_steps = asked.get("curr_step"), asked.get("total_steps")
     _check_progress(curr_step, total_steps, len(images))
     pictures = decode(images, config.max_pixels)
     step = np.array(curr_step) if isinstance(curr_step, list) else curr_step
     try:
         _, _, scores, _ = compute_reward(pictures, prompts, {name: models[name]}, {name: 1.0}, step, total_steps)
-    except Exception as error:  # the server goes on; the client counts failed samples
+    except Exception as error:  # the server keeps running; the client counts failed samples
         logger.exception("%s could not score %d images", name, len(images))
         raise HTTPException(500, f"{name} raised {type(error).__name__}") from error
     return {key: [v if math.isfinite(v) else None for v in values.tolist()] for key, values in scores.items()}
 
 
 def build_app(config: ServerConfig, models: dict[str, RewardModel]) -> Starlette:
-    """The web application; models: as build_reward_models makes them of config."""
+    """The web application. models: the result of build_reward_models for this config."""
     settings = reward_settings(config, config.evaluation)
     names = dict(zip(resolve_reward_spec(config), models, strict=True))
     limit = config.max_body_mb * 2**20
@@ -157,7 +146,7 @@ def build_app(config: ServerConfig, models: dict[str, RewardModel]) -> Starlette
         return JSONResponse({"status": state, "settings": settings, "models": names, "limits": limits})
 
     async def score(request: Request) -> Response:
-        # A page in a browser on this machine can't send this type without being allowed to.
+        # A web page open in a browser on this machine can't send this type without permission.
         kind = request.headers.get("content-type", "").split(";")[0].strip()
         _need(kind == "application/json", 415, "expected Content-Type: application/json")
         body = bytearray()
@@ -168,7 +157,7 @@ def build_app(config: ServerConfig, models: dict[str, RewardModel]) -> Starlette
             body += part
             _need(len(body) <= limit, 413, too_large)
         async with turn:
-            if await request.is_disconnected():  # gave up while others were scored
+            if await request.is_disconnected():  # the client gave up while other requests were scored
                 return Response(status_code=400)
             loop = asyncio.get_running_loop()
             scores = await loop.run_in_executor(worker, answer, bytes(body), config, models, settings)
@@ -180,17 +169,12 @@ def build_app(config: ServerConfig, models: dict[str, RewardModel]) -> Starlette
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line: loads the rewards, prints the address and serves until it is stopped."""
     config = parse_dataclass(ServerConfig, argv, __doc__)
-    # Bound before the slow part, so that a port in use is an error at once; clients are refused until it listens.
+    # The port is bound before the slow part, so that a port in use is an error at once. Until the server listens,
+    # clients are refused.
     web = uvicorn.Config(None, host=config.host, port=config.port, log_level="warning", access_log=False)
     listener = web.bind_socket()
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        models, weights = build_reward_models(config, device, config.evaluation)
-    except ValueError as error:
-        print(f"server.py: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+    with flag_errors("server.py"):
+        models, weights = build_reward_models(config, resolve_device(config.device), config.evaluation)
     web.app = build_app(config, models)
     host = f"[{config.host}]" if ":" in config.host else config.host
     print(f"rewards: {', '.join(f'{name} {weight:.4g}' for name, weight in weights.items())}")

@@ -1,9 +1,9 @@
 """A picture world small enough to verify: two coloured shapes on a plain background, their captions and their scorer.
 
-`Scene` is a caption's meaning; `draw` makes its picture; `parse_caption` reads it back from text. `ShapesRewardModel`
-needs no weights: it looks for the caption's two colours in a picture, measures amount, place and outline of each, and
-what else is there. It serves as the granular reward of the tiny FLUX, with the components `binding`, `form` and
-`clean`, and answers one question with yes or no: is the picture right in everything?
+`Scene` is the meaning of a caption, `draw` makes the picture of a scene, `parse_caption` reads a scene from text.
+`ShapesRewardModel` needs no weights: it looks for the caption's two colours in a picture, measures amount, place and
+outline of each, and everything else in the picture. It is the granular reward of the tiny FLUX, with the components
+`binding`, `form` and `clean`, and it answers one yes/no question: is the picture right in everything?
 """
 
 import itertools
@@ -13,12 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from fastvideo.models.reward_model.granular import GranularRewardModel
+from fastvideo.models.reward_model.spec import REWARDS
 
 import numpy as np
 from PIL import Image
 
 IMAGE_SIZE = 32  # pixels; pictures of any other size are resized to it before scoring
-PALETTE = {  # RGB 0-255, close to the corners of the colour cube so that no two are easily confused
+PALETTE = {  # RGB 0-255, close to the corners of the colour cube, so that no two colours are easily confused
     "red": (225, 45, 45),
     "green": (45, 165, 65),
     "blue": (45, 75, 225),
@@ -40,8 +41,8 @@ RELATIONS = {  # centroids (x, y) of the first and the second object
 }
 _FORWARD = ("left of", "above")
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-RADIUS = 4.6  # pixels: of the circle of equal area, so that all shapes have the same amount of colour
-JITTER = 0.75  # pixels by which a drawn shape may lie off its place, in x and y
+RADIUS = 4.6  # pixels: radius of the circle of equal area; all shapes have the same area
+JITTER = 0.75  # pixels: largest distance of a drawn shape from its place, in x and in y
 _AREA = np.pi * RADIUS**2
 _RGB = {name: np.array(color, dtype=np.float32) / 255 for name, color in PALETTE.items()}
 # Half extents over the equal-area radius: square half side, triangle half base and height (equilateral).
@@ -53,7 +54,7 @@ _PIXELS_Y, _PIXELS_X = np.mgrid[0:IMAGE_SIZE, 0:IMAGE_SIZE].astype(np.float32) +
 
 @dataclass(frozen=True)
 class Scene:
-    """What a caption says: every field is a key of the tables above."""
+    """The meaning of a caption. Every field is a key of the tables above."""
 
     color: str
     shape: str
@@ -69,20 +70,20 @@ class Scene:
 
     @property
     def objects(self) -> tuple[tuple[str, str, tuple[float, float]], ...]:
-        """(colour, shape, centroid in pixels) of both."""
+        """(colour, shape, centroid in pixels) of both objects."""
         first, second = RELATIONS[self.relation]
         return (self.color, self.shape, first), (self.other_color, self.other_shape, second)
 
     @property
     def mirrored(self) -> "Scene":
-        """The other caption of the same picture: what is left of a square has the square on its right."""
+        """The scene of the same picture's other caption: "A left of B" is "B right of A"."""
         return Scene(
             self.other_color, self.other_shape, OPPOSITE[self.relation], self.color, self.shape, self.background
         )
 
     @property
     def withheld(self) -> bool:
-        """Whether the picture is kept out of training, under either caption: 1 in 8, all words seen."""
+        """Whether the picture is kept out of training, with both its captions: 1 in 8. Training sees every word."""
         scene = self if self.relation in _FORWARD else self.mirrored
         others = [color for color in COLORS if color != scene.color]
         number = 0
@@ -95,10 +96,10 @@ class Scene:
             (BACKGROUNDS, scene.background),
         ):
             number = number * len(values) + values.index(value)
-        return number * 923 % 1080 < 135  # a factor prime to 1080 that spreads them evenly over all words
+        return number * 923 % 1080 < 135  # 923 has no common factor with 1080 and spreads the scenes over all words
 
     def mistakes(self) -> dict[str, "Scene"]:
-        """Scenes that differ from this one in one thing: what a model that has read lying captions draws instead."""
+        """Scenes that differ from this one in one thing: a model trained on false captions draws them instead."""
 
         def next_shape(shape: str) -> str:
             return SHAPES[(SHAPES.index(shape) + 1) % len(SHAPES)]
@@ -125,9 +126,9 @@ _CAPTION = re.compile(
 
 
 def parse_caption(caption: str) -> Scene | None:
-    """The scene a caption describes, or None for a caption of another world.
+    """The scene that a caption describes; None for a caption of another world.
 
-    Upper case, extra spaces, commas between the parts and a final full stop are fine.
+    Upper case, extra spaces, commas between the parts and a final full stop are allowed.
     """
     match = _CAPTION.fullmatch(" ".join(caption.lower().split()))
     scene = Scene(*match.groups()) if match else None
@@ -135,7 +136,7 @@ def parse_caption(caption: str) -> Scene | None:
 
 
 def _outline_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> np.ndarray:
-    """Signed distance in pixels [..., 32, 32] to the outline, negative inside; x, y (centroid) and radius are [...]."""
+    """Signed distance in pixels [..., 32, 32] to the outline, negative inside. x, y: centroid [...]; radius: [...]."""
     dx = _PIXELS_X - x[..., None, None]
     dy = _PIXELS_Y - y[..., None, None]
     radius = radius[..., None, None]
@@ -143,14 +144,14 @@ def _outline_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: np.ndarr
         return np.sqrt(dx * dx + dy * dy) - radius
     if shape == "square":
         return np.maximum(abs(dx), abs(dy)) - _SQUARE * radius
-    # Upright equilateral triangle, a third of its height below the centroid: the base, and two sides whose normals are
-    # (±cos 30°, -sin 30°).
+    # Upright equilateral triangle: the base lies a third of the height below the centroid; the normals of the two other
+    # sides are (±cos 30°, -sin 30°).
     side = abs(dx) * math.cos(math.pi / 6) - (dy + _HEIGHT * radius * 2 / 3) * 0.5
     return np.maximum(side, dy - _HEIGHT * radius / 3)
 
 
 def draw(scene: Scene, jitter: Sequence[Sequence[float]] = ((0.0, 0.0), (0.0, 0.0))) -> Image.Image:
-    """The antialiased 32×32 picture of a scene, its two objects moved by `jitter` pixels, (x, y) each."""
+    """The antialiased 32×32 picture of a scene. jitter: (x, y) in pixels by which each of the two objects is moved."""
     picture = np.broadcast_to(np.array(PALETTE[scene.background], dtype=np.float64), (IMAGE_SIZE, IMAGE_SIZE, 3))
     for (color, shape, (x, y)), (move_x, move_y) in zip(scene.objects, jitter, strict=True):
         distance = _outline_distance(shape, np.array(x + move_x), np.array(y + move_y), np.array(RADIUS))
@@ -160,25 +161,25 @@ def draw(scene: Scene, jitter: Sequence[Sequence[float]] = ((0.0, 0.0), (0.0, 0.
 
 
 def _closeness(error: np.ndarray, scale: float) -> np.ndarray:
-    """1 at no error, 1/2 at `scale`, with a long tail so that even a wrong picture can get better by degrees."""
+    """1 at no error, 1/2 at `scale`. The long tail lets even a very wrong picture get better by degrees."""
     return 1 / (1 + (error / scale) ** 2)
 
 
 @dataclass
 class Measurement:
-    """What N pictures hold of the two colours of their captions. Lengths in pixels."""
+    """What N pictures show of the two colours in their captions. Lengths are in pixels."""
 
-    amount: np.ndarray  # [N, 2] area of each colour over that of a drawn object
-    offset: np.ndarray  # [N, 2] distance of its centroid from where the caption puts it, less what jitter explains
-    overlap: np.ndarray  # [N, 2, 3] intersection over union with a circle, square, triangle of that area and centroid
+    amount: np.ndarray  # [N, 2] area of each colour, divided by the area of a drawn object
+    offset: np.ndarray  # [N, 2] distance of the colour's centroid from its place in the caption, less the jitter
+    overlap: np.ndarray  # [N, 2, 3] intersection over union with a circle, square, triangle of equal area and centroid
     residue: np.ndarray  # [N] RMS colour error against flat best-fitting shapes on a flat background, off the edges
 
 
 def measure(images: list[Image.Image], scenes: list[Scene]) -> Measurement:
-    """Find the caption's two colours in each picture, and what neither they nor the background explain.
+    """Finds the caption's two colours in each picture, and the part that neither they nor the background explain.
 
-    A pixel is a mixture of the background and the nearer one of the two colours (edges are antialiased); what is far
-    from all such mixtures counts little, and so does a colour that is there by less than a quarter.
+    Each pixel is taken as a mixture of the background and the nearer one of the two colours, because edges are
+    antialiased. A pixel far from all such mixtures counts little, as does a pixel with less than a quarter of a colour.
     """
     pictures = (image.convert("RGB") for image in images)
     size = (IMAGE_SIZE, IMAGE_SIZE)
@@ -214,21 +215,21 @@ def measure(images: list[Image.Image], scenes: list[Scene]) -> Measurement:
 
 
 class ShapesRewardModel(GranularRewardModel):
-    """Verifiable granular reward of the world; every component is soft, in 0-1, and NaN for unknown captions.
+    """Verifiable granular reward of the world. Every component is soft, from 0 to 1; NaN for unknown captions.
 
-    - `binding`: each colour is there in the amount of one object, and at the place the caption gives its object.
-    - `form`: each colour has the outline of its object, wherever it is.
-    - `clean`: nothing but flat shapes in the caption's two colours on a flat background in the caption's. It does not
-      ask whether the shapes are there: an empty picture is clean, so this part alone rewards leaving things out. A
-      background in one of the two colours passes as one huge shape, too; the other parts stay low then.
+    - `binding`: each colour covers the area of one object, at the place that the caption gives to its object.
+    - `form`: each colour has the outline of its object, at any place.
+    - `clean`: nothing is there but flat shapes in the caption's two colours, on a flat background of the caption's
+      colour. The shapes may be missing: an empty picture is clean, so this component alone rewards leaving things out.
+      A background in one of the two colours counts as one huge shape and is clean too; the other components are low.
 
-    `right` is 1 where the picture is right in everything, else 0: both objects there with the right colour, shape and
-    place, and nothing else. It is reported and never trained on.
+    The check `right` is 1 if the picture is right in everything, else 0: both objects have the right colour, shape and
+    place, and nothing else is there. It is reported and never trained on.
     """
 
     name = "ShapesRewardModel"
-    component_names = ("binding", "form", "clean")
-    check_names = ("right",)
+    component_names = REWARDS["shapes"].components
+    check_names = REWARDS["shapes"].checks
 
     def score_components(self, images: list[Image.Image], prompts: list[str]) -> dict[str, np.ndarray]:
         """Scores `{component or check: float64 [N]}` of N images against their N captions."""
@@ -250,7 +251,7 @@ class ShapesRewardModel(GranularRewardModel):
         scores["binding"][known] = (_closeness(amount, 0.4) * _closeness(found.offset, 3.0)).mean(1)
         scores["form"][known] = (presence * likelihood * np.clip((overlap - 0.5) / 0.4, 0, 1)).mean(1)
         scores["clean"][known] = _closeness(found.residue, 0.1)
-        # Nearer to its own outline than to any other by half of what separates drawn shapes (0.095 at least).
+        # Drawn shapes differ in overlap by at least 0.095; the own outline must be nearer than others by half of it.
         others = np.where(np.arange(len(SHAPES)) == wanted, 0, found.overlap).max(2)
         outline = (overlap > 0.9) & (overlap - others > 0.05)
         objects = outline & (amount < np.log(1.5)) & (found.offset < 2.5)

@@ -1,6 +1,6 @@
-"""UnifiedReward (arXiv 2503.05236): a vision-language model asked for a score over an OpenAI-compatible chat endpoint.
+"""UnifiedReward (arXiv 2503.05236): a vision-language model gives the score, over an OpenAI-compatible chat endpoint.
 
-Serve the model with vLLM or SGLang under the name UnifiedReward. The key of an endpoint that wants one is read from the
+Serve the model with vLLM or SGLang under the name UnifiedReward. If the endpoint asks for a key, put it into the
 environment variable UNIFIED_REWARD_API_KEY. A request that fails after its retries, or a reply without a score from 1
 to 5, is a failed sample (NaN), never a 0.
 
@@ -14,7 +14,11 @@ import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 
-from fastvideo.models.reward_model.common import ask_in_turn, demo_parser, proxies, run_demo, server_urls
+from fastvideo.cli import FlagError
+from fastvideo.models.reward_model.demo import demo_parser, run_demo
+from fastvideo.models.reward_model.loading import proxies
+from fastvideo.models.reward_model.network import ask_in_turn, server_urls
+from fastvideo.models.reward_model.spec import RewardConfig
 
 import httpx
 import numpy as np
@@ -43,7 +47,7 @@ ANSWERS = {
 
 
 def parse_score(reply: str, question_type: str) -> float:
-    """The last score in a reply; NaN when there is none or it lies outside 1 to 5."""
+    """The last score in a reply; NaN if there is none or it is not from 1 to 5."""
     found = ANSWERS[question_type].findall(reply)
     score = float(found[-1]) if found else float("nan")
     return score if 1 <= score <= 5 else float("nan")
@@ -64,10 +68,11 @@ def _data_url(image: Image.Image) -> str:
 class UnifiedRewardModel:
     """UnifiedReward's score, 1 to 5, of images against prompts.
 
-    urls: one endpoint or several, comma-separated; ranks start at different ones, and a retry goes to the next.
-    question_type: "semantic" (does the picture match) or "score" (as a whole). num_workers: requests at the same time.
-    timeout: seconds for one request. retries: further attempts, with pauses that double from backoff seconds. Proxies:
-    instead of the environment's.
+    urls: one or more endpoints, comma-separated. Ranks start at different endpoints; a retry goes to the next one.
+    question_type: "semantic" (does the picture match the prompt?) or "score" (how good is it as a whole?).
+    num_workers: requests at the same time. timeout: seconds per request. retries: further attempts after a failure.
+    backoff: seconds of the first pause before a server is asked again; pauses double. http_proxy, https_proxy: used
+    instead of the environment's proxies.
     """
 
     name = "UnifiedRewardModel"
@@ -75,8 +80,8 @@ class UnifiedRewardModel:
     def __init__(
         self,
         urls: str,
-        question_type: str = "semantic",
-        num_workers: int = 1,
+        question_type: str = RewardConfig.unified_reward_default_question_type,
+        num_workers: int = RewardConfig.unified_reward_num_workers,
         timeout: float = 60.0,
         retries: int = 3,
         backoff: float = 1.0,
@@ -84,12 +89,9 @@ class UnifiedRewardModel:
         https_proxy: str | None = None,
     ) -> None:
         if question_type not in QUESTIONS:
-            raise ValueError(
-                f"--unified_reward_default_question_type {question_type!r}: choose from {', '.join(QUESTIONS)}"
-            )
+            setting = "unified_reward_default_question_type"
+            raise FlagError(setting, repr(question_type), f"choose from {', '.join(QUESTIONS)}")
         self.urls = [_endpoint(url) for url in server_urls(urls, "unified_reward_url")]
-        if not self.urls:
-            raise ValueError("--unified_reward_url is empty: unified_reward needs the URL of a chat endpoint")
         self.question_type, self.num_workers = question_type, num_workers
         self.retries, self.backoff = retries, backoff
         key = os.environ.get("UNIFIED_REWARD_API_KEY")
@@ -99,7 +101,7 @@ class UnifiedRewardModel:
         self.first = int(os.environ.get("RANK", "0"))
 
     def _ask(self, index: int, image: Image.Image, prompt: str) -> tuple[float, str]:
-        """(score, "") or (NaN, what went wrong) for one image; index spreads a batch over the endpoints."""
+        """(score, "") or (NaN, the problem) of one image. index: its place in the batch, which chooses the endpoint."""
         content = [
             {"type": "image_url", "image_url": {"url": _data_url(image)}},
             {"type": "text", "text": QUESTIONS[self.question_type].format(prompt=prompt)},
@@ -115,11 +117,11 @@ class UnifiedRewardModel:
         if reply is None:
             return float("nan"), problem
         score = parse_score(reply, self.question_type)
-        # At temperature 0 the same question gets the same answer: asking again would not help.
+        # At temperature 0 the same question gets the same answer, so it isn't asked again.
         return score, "" if np.isfinite(score) else f"no score from 1 to 5 in {reply[-80:]!r}"
 
     def __call__(self, images: list[Image.Image], prompts: list[str]) -> np.ndarray:
-        """float64 [N], 1 to 5; NaN for a failed sample (the number of them and one reason are logged)."""
+        """float64 [N], 1 to 5; NaN for a failed sample. The number of failed samples and one reason are logged."""
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
         with ThreadPoolExecutor(self.num_workers) as pool:
@@ -133,5 +135,6 @@ class UnifiedRewardModel:
 if __name__ == "__main__":
     parser = demo_parser("Score pictures with a UnifiedReward server.")
     parser.add_argument("--url", required=True, dest="urls", metavar="URL[,URL...]")
-    parser.add_argument("--question_type", default="semantic", choices=list(QUESTIONS))
+    default = RewardConfig.unified_reward_default_question_type
+    parser.add_argument("--question_type", default=default, choices=list(QUESTIONS))
     run_demo(UnifiedRewardModel, parser)

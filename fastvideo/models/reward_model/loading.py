@@ -1,0 +1,211 @@
+"""Checkpoints of the reward models: the right files, downloads, number formats; and scoring in batches."""
+
+import importlib
+import logging
+import os
+import pickle
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import fastvideo.torchvision_repair  # noqa: F401  (before transformers and open_clip)
+from fastvideo.cli import FlagError
+from fastvideo.io.devices import DTYPES
+from fastvideo.models.reward_model.spec import REWARDS, File
+
+import numpy as np
+import torch
+from PIL import Image
+
+logger = logging.getLogger(__name__)
+
+# Names on a hub ("hf-hub:owner/name", "owner/name", "ImageReward-v1.0") are no such paths.
+_LOCAL_PATH = re.compile(r"^[./~]|/.*/|\.(pt|pth|bin|safetensors|json|ckpt)$")
+
+
+def _is_local(path: str) -> bool:
+    """Whether a path means a file or folder here. data/x does if there is a folder data; owner/name doesn't."""
+    return bool(_LOCAL_PATH.search(path)) or ("/" in path and Path(path).parent.is_dir())
+
+
+def bad_file(field: str, path: str | Path, problem: str) -> FlagError:
+    """An error with the setting, the file, the problem, and the command that gets the right file, if there is one."""
+    parts = {file.field: entry.download for entry in REWARDS.values() for file in entry.files}
+    if parts.get(field):
+        problem += f"; `bash scripts/huggingface/download_checkpoints.sh {parts[field]}` gets it"
+    return FlagError(field, path, problem)
+
+
+def check_file(file: File, setting: str | None) -> None:
+    """Raises FlagError if a file is not where its setting says. Names on a hub are not looked up.
+
+    setting: the value of the setting `file.field`.
+    """
+    if file.optional and setting is None:
+        return
+    path = os.path.join(setting or "", file.name) if file.name else setting
+    if not path:
+        raise FlagError(file.field, None, f"not given; {file.what} belongs there")
+    if not Path(path).exists() and (_is_local(path) or not file.hub):
+        raise bad_file(file.field, path, f"no such file; {file.what} belongs there")
+
+
+def check_device(device: str | None) -> None:
+    """Raises FlagError if the setting reward_device is no device of this machine; None: the process's own device."""
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    choices = ["cpu", *(["cuda", *gpus] if gpus else [])]
+    if device is not None and device not in choices:
+        raise FlagError("reward_device", device, f"choose from {', '.join(choices)}")
+
+
+@contextmanager
+def proxies(http_proxy: str | None, https_proxy: str | None) -> Iterator[None]:
+    """Sets the environment's proxies, and restores it at the end: each model's proxies are for its downloads only."""
+    given = {"HTTP_PROXY": http_proxy, "HTTPS_PROXY": https_proxy}
+    wanted = {key: value for name, value in given.items() if value for key in (name, name.lower())}
+    if not wanted:
+        yield
+        return
+    from huggingface_hub import close_session  # the hub's client keeps the proxies that it was opened with
+
+    before = {key: os.environ.get(key) for key in wanted}
+    os.environ.update(wanted)
+    close_session()
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            if value is None:
+                del os.environ[key]
+            else:
+                os.environ[key] = value
+        close_session()
+
+
+def _hub_errors() -> tuple[type[Exception], ...]:
+    """The exceptions of a failed download. A proxy's refusal is an error of the HTTP client that the hub uses."""
+    from huggingface_hub import get_session
+
+    client = importlib.import_module(type(get_session()).__module__.partition(".")[0])
+    return OSError, client.HTTPError
+
+
+@contextmanager
+def downloading(
+    field: str, path: str | Path, http_proxy: str | None = None, https_proxy: str | None = None
+) -> Iterator[None]:
+    """For code that may ask a hub: sets the proxies, and turns a failed download into the error of `bad_file`."""
+    with proxies(http_proxy, https_proxy):
+        try:
+            yield
+        except Exception as error:
+            if isinstance(error, _hub_errors()):
+                raise bad_file(field, path, (str(error) or repr(error)).splitlines()[0]) from error
+            raise
+
+
+def check_tokenizer(tokenizer: Any, source: str) -> None:
+    """Raises OSError for a tokenizer without a vocabulary: transformers 5 makes one if it finds no vocabulary file."""
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise OSError(f"{source}: no vocabulary of its tokenizer found")
+
+
+def read_checkpoint(path: str | Path, field: str) -> dict[str, Any]:
+    """The dict in a .pt, .pth, .bin or .safetensors file, tensors on the CPU. Code in the file is never run.
+
+    Raises FlagError, naming the setting `field`, if there is no such file or it isn't a checkpoint.
+    """
+    if not Path(path).is_file():
+        raise bad_file(field, path, "no such file")
+    try:
+        if Path(path).suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        raise bad_file(field, path, f"not a readable checkpoint ({str(error).splitlines()[0]})") from error
+    if not isinstance(loaded, dict):
+        raise bad_file(field, path, f"holds a {type(loaded).__name__}, expected a dict of weights")
+    return loaded
+
+
+def load_weights(module: torch.nn.Module, state: dict[str, torch.Tensor], path: str | Path, field: str) -> None:
+    """Loads weights by name. Raises FlagError for a weight that is missing, of another shape or unknown to the module.
+
+    Weights of whole parts that the module doesn't have, for example a momentum encoder, are left out and logged.
+    """
+    wanted = module.state_dict()
+    parts = {name.split(".")[0] for name in wanted}
+    # position_ids are always 0, 1, 2, ...; only some versions of the packages store them.
+    known = {k: v for k, v in state.items() if k.split(".")[0] in parts and not k.endswith("position_ids")}
+    needed = {k for k in wanted if not k.endswith("position_ids")}
+    problems = [f"{k} is missing" for k in sorted(needed - known.keys())]
+    problems += [f"{k} is not part of the model" for k in sorted(known.keys() - needed)]
+    problems += [
+        f"{k} has shape {tuple(known[k].shape)}, expected {tuple(wanted[k].shape)}"
+        for k in sorted(known.keys() & needed)
+        if known[k].shape != wanted[k].shape
+    ]
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise bad_file(field, path, f"wrong checkpoint for {type(module).__name__}: {problems[0]}{more}")
+    left_out = sorted({k.split(".")[0] for k in state} - parts)
+    if left_out:
+        logger.info("%s: not needed and left out: %s", path, ", ".join(left_out))
+    module.load_state_dict(known, strict=False)
+
+
+def prepare(module: torch.nn.Module, device: str, dtype: str) -> torch.nn.Module:
+    """The module ready to score: on the device, no gradients, no dropout, weights in dtype ("fp32", "bf16" or "fp16").
+
+    Norm layers stay in fp32. For a dtype other than fp32 call the module under `scoring(device, dtype)`.
+    """
+    if dtype not in DTYPES:
+        raise FlagError("reward_dtype", repr(dtype), f"choose from {', '.join(DTYPES)}")
+    module.float()
+    for part in module.modules():
+        if not isinstance(part, torch.nn.LayerNorm):
+            for parameter in part.parameters(recurse=False):
+                parameter.data = parameter.data.to(DTYPES[dtype])
+    return module.to(device).eval().requires_grad_(False)
+
+
+@contextmanager
+def scoring(device: str, dtype: str) -> Iterator[None]:
+    """Inference mode, with autocast if the weights aren't fp32."""
+    with torch.inference_mode(), torch.autocast(torch.device(device).type, DTYPES[dtype], enabled=dtype != "fp32"):
+        yield
+
+
+def in_batches(
+    score: Callable[[list[Image.Image], list[str]], torch.Tensor],
+    images: Sequence[Image.Image],
+    prompts: Sequence[str],
+    batch_size: int,
+) -> np.ndarray:
+    """The scores of all images, float64 [N] or [N, components], in batches of at most batch_size images.
+
+    score: (RGB images, prompts) of a batch -> [n] or [n, components].
+    """
+    if len(images) != len(prompts):
+        raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
+    parts = []
+    for start in range(0, len(images), batch_size):
+        batch = [image.convert("RGB") for image in images[start : start + batch_size]]
+        parts.append(score(batch, list(prompts[start : start + batch_size])).double().cpu().numpy())
+    return np.concatenate(parts) if parts else np.zeros(0)
+
+
+def cosine(
+    image_features: torch.Tensor, prompts: list[str], encode_text: Callable[[list[str]], torch.Tensor]
+) -> torch.Tensor:
+    """Cosine [n], in fp32, of image features [n, d] and the features of the images' prompts.
+
+    encode_text: texts -> features [texts, d]; it gets each different prompt once.
+    """
+    unique = list(dict.fromkeys(prompts))
+    text_features = encode_text(unique)[[unique.index(prompt) for prompt in prompts]]
+    return torch.nn.functional.cosine_similarity(image_features.float(), text_features.float(), dim=-1)
