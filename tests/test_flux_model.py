@@ -3,22 +3,19 @@
 from contextlib import nullcontext
 from functools import partial
 
-from fastvideo.models import flux
+from fastvideo.models import flux_speed
 from fastvideo.models.flux import (
     Conditioning,
     LatentShape,
-    StreamwiseAttnProcessor,
-    compile_transformer,
-    cudnn_attention,
     decode_latents,
     forward_flops,
     load_transformer,
     load_vae,
     predict_velocity,
     random_transformer,
-    rotary_embedding,
     vae_scale_factor,
 )
+from fastvideo.models.flux_speed import StreamwiseAttnProcessor, compile_transformer, cudnn_attention, rotary_embedding
 
 import numpy as np
 import pytest
@@ -72,7 +69,7 @@ def test_attention_gets_gradients_without_gaps(tiny_flux, monkeypatch):
     """What cuDNN's backward pass needs on a GPU."""
     transformer = load_transformer(tiny_flux)
     transformer.set_attn_processor(StreamwiseAttnProcessor())
-    seen, dispatch = [], flux.dispatch_attention_fn
+    seen, dispatch = [], flux_speed.dispatch_attention_fn
 
     def watched(*args, **kwargs) -> torch.Tensor:
         output = dispatch(*args, **kwargs)
@@ -84,10 +81,10 @@ def test_attention_gets_gradients_without_gaps(tiny_flux, monkeypatch):
         velocity(transformer, rows=2, image_tokens=18, text_tokens=8).square().mean().backward()
         return sum(seen)
 
-    monkeypatch.setattr(flux, "dispatch_attention_fn", watched)
+    monkeypatch.setattr(flux_speed, "dispatch_attention_fn", watched)
     double, single = transformer.config.num_layers, transformer.config.num_single_layers
     assert without_gaps() == len(seen) == double + single
-    monkeypatch.setattr(flux._ContiguousGradient, "apply", lambda x: x)
+    monkeypatch.setattr(flux_speed._ContiguousGradient, "apply", lambda x: x)
     assert without_gaps() == len(seen) - single  # what it is for
 
 

@@ -8,26 +8,19 @@ import math
 import re
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MethodType
-from unittest.mock import patch
 
 import fastvideo.torchvision_repair  # noqa: F401  (before diffusers)
 
 import torch
-from diffusers import AutoencoderKL, ContextParallelConfig, FluxPipeline, FluxTransformer2DModel
+from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.models.attention_dispatch import dispatch_attention_fn
-from diffusers.models.embeddings import apply_rotary_emb
-from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor, FluxSingleTransformerBlock
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from safetensors.torch import load_file
-from torch.distributed.device_mesh import DeviceMesh
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 class ModelNotFoundError(ValueError):
@@ -316,127 +309,6 @@ def decode_latents(
     return [Image.fromarray(picture) for picture in rounded.permute(0, 2, 3, 1).cpu().numpy()]
 
 
-def rotary_embedding(x: torch.Tensor, frequencies: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """diffusers' apply_rotary_emb for FLUX, in graphs in a form whose compiled kernel is faster, bit for bit the same.
-
-    A pair is swapped by its index: stacking its two halves compiles to loads that are masked. Uncompiled, it is slower.
-
-    Args:
-        x: [N, S, heads, D]. frequencies: cosine and sine, each [S, D], alike in both places of a pair.
-    """
-    if not torch.compiler.is_compiling():
-        return apply_rotary_emb(x, frequencies, sequence_dim=1)
-    cosine, sine = (f.unsqueeze(1) for f in frequencies)
-    sign = torch.arange(-1, 2, 2, device=x.device)  # (a, b) -> (−b, a)
-    swapped = (x.float().unflatten(-1, (-1, 2)).flip(-1) * sign).flatten(-2)
-    return (x.float() * cosine + swapped * sine).to(x.dtype)
-
-
-class _ContiguousGradient(torch.autograd.Function):
-    """The identity, whose gradient is stored without gaps."""
-
-    @staticmethod
-    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
-        return gradient.contiguous()
-
-
-class StreamwiseAttnProcessor(FluxAttnProcessor):
-    """diffusers' attention of FLUX, the same numbers, with fewer passes over memory when it is compiled.
-
-    Text and picture get their rotary embeddings before they are put together, so that each compiles to one kernel with
-    the norm before it. cuDNN's attention reads heads where they are; diffusers transposes copies for it.
-
-    Attributes:
-        cudnn: whether to use cuDNN's attention, twice as fast as FlashAttention-2 on Hopper. Its backward pass reads
-            past the end of a gradient with gaps (illegal memory access; torch 2.11, cuDNN 9.19), and in a single block
-            that of the attention is a slice of the gradient of [attention, MLP]; so it is made contiguous.
-    """
-
-    cudnn = False
-
-    def __call__(
-        self,
-        attn: FluxAttention,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        streams = [(hidden_states, attn.to_q, attn.norm_q, attn.to_k, attn.norm_k, attn.to_v)]
-        if encoder_hidden_states is not None:
-            text = (attn.add_q_proj, attn.norm_added_q, attn.add_k_proj, attn.norm_added_k, attn.add_v_proj)
-            streams.insert(0, (encoder_hidden_states, *text))
-        lengths = [stream[0].shape[1] for stream in streams]
-        parts = []
-        for stream, cosine, sine in zip(streams, *(f.split(lengths) for f in image_rotary_emb), strict=True):
-            x, to_q, norm_q, to_k, norm_k, to_v = stream
-            query, key, value = (to(x).unflatten(-1, (-1, attn.head_dim)) for to in (to_q, to_k, to_v))
-            query, key = (rotary_embedding(h, (cosine, sine)) for h in (norm_q(query), norm_k(key)))
-            parts.append((query, key, value))
-        query, key, value = parts[0] if len(parts) == 1 else (torch.cat(p, dim=1) for p in zip(*parts, strict=True))
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if self.cudnn else nullcontext():
-            together = dispatch_attention_fn(
-                query,
-                key,
-                value,
-                attn_mask=attention_mask,
-                backend=self._attention_backend,
-                parallel_config=self._parallel_config,
-            )
-        together = _ContiguousGradient.apply(together.flatten(2, 3).to(query.dtype))
-        if encoder_hidden_states is None:
-            return together
-        text, picture = together.split(lengths, dim=1)
-        picture = attn.to_out[1](attn.to_out[0](picture.contiguous()))
-        return picture, attn.to_add_out(text.contiguous())
-
-
-@contextmanager
-def cudnn_attention() -> Iterator[None]:
-    """Lets transformers with our attention use cuDNN's, in backward passes with recomputation too."""
-    before, StreamwiseAttnProcessor.cudnn = StreamwiseAttnProcessor.cudnn, True
-    try:
-        yield
-    finally:
-        StreamwiseAttnProcessor.cudnn = before
-
-
-_single_block_forward = FluxSingleTransformerBlock.forward  # Dynamo can't trace it as an attribute of its class
-
-
-def _forward_without_views(block: FluxSingleTransformerBlock, *args, **kwargs) -> tuple[torch.Tensor, ...]:
-    """What the block returns, not as views of one tensor: those of a compiled block get their gradients outside of it,
-    from zeros, copies and a sum. (A hook would be compiled by itself, and copy.)"""
-    return tuple(part.clone() for part in _single_block_forward(block, *args, **kwargs))
-
-
-# With these a row's rounding doesn't depend on how many rows, from 2 on, its graph has: sampled in a part of 4 and
-# trained in one of 3, its first ratio is 1. Otherwise Inductor chooses how norms sum, and whether products are padded,
-# by timing them for each number of rows; and how a kernel's loops are laid out can change how it rounds between
-# operations, by casts that are left out and by products and sums that become one operation.
-ROUNDING_OF_ROWS = {"deterministic": True, "emulate_precision_casts": True}
-
-
-def compile_transformer(transformer: FluxTransformer2DModel) -> None:
-    """Compiles one graph for all blocks of a kind, and the parts around them that are slow uncompiled."""
-    # A graph each shape, with gradients and without, with adapters and without: more than Dynamo's limit, beyond which
-    # it would leave blocks uncompiled.
-    torch._dynamo.config.recompile_limit = 64
-    # Autocast makes norms float32. Each linear layer behind them would write a copy of its own in the compute format.
-    norms = [norm for block in transformer.transformer_blocks for norm in (block.norm1, block.norm1_context)]
-    for norm in [*norms, *(block.norm for block in transformer.single_transformer_blocks)]:
-        norm.register_forward_hook(lambda module, inputs, output: (output[0].to(output[1].dtype), *output[1:]))
-    for block in transformer.single_transformer_blocks:
-        block.forward = MethodType(_forward_without_views, block)
-    transformer.compile_repeated_blocks(dynamic=False, options=ROUNDING_OF_ROWS)
-    transformer.pos_embed.compile(dynamic=False, options=ROUNDING_OF_ROWS)
-    transformer.norm_out.compile(dynamic=False, options=ROUNDING_OF_ROWS)
-
-
 def check_sequence_split(path: str, height: int, width: int, text_tokens: int, parts: int) -> None:
     """Raises ValueError unless the heads and tokens of the pipeline at `path` can be dealt out to `parts` processes."""
     counts = {
@@ -447,33 +319,3 @@ def check_sequence_split(path: str, height: int, width: int, text_tokens: int, p
     for name, count in counts.items():
         if count % parts:
             raise ValueError(f"--sp_size {parts}: must divide the {count} {name}")
-
-
-def split_sequence(transformer: FluxTransformer2DModel, mesh: DeviceMesh) -> None:
-    """Every process of the mesh's dimension `ulysses` then computes its share of the tokens, and returns all of them.
-
-    All give the same rows and use the output alike; the gradient of a parameter is the sum over these processes.
-    """
-    # diffusers divides by the number of accelerators, of which a machine that only has CPUs counts none.
-    with patch("torch.accelerator.device_count", return_value=max(1, torch.accelerator.device_count())):
-        transformer.enable_parallelism(
-            config=ContextParallelConfig(ulysses_degree=mesh["ulysses"].size(), mesh=mesh),
-        )
-    # CUDA's autocast makes norms return float32: queries and keys would meet bf16 values in attention's backward pass,
-    # where nothing casts them, and travel at twice the size.
-    for name, module in transformer.named_modules():
-        if name.rpartition(".")[2] in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
-            module.register_forward_hook(lambda module, inputs, output: output.to(inputs[0].dtype))
-
-
-def enable_gradient_checkpointing(transformer: FluxTransformer2DModel, share: float = 1.0) -> None:
-    """Recompute activations of a `share` (0 to 1] of the blocks, spread evenly, in the backward pass."""
-    blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
-    kept = {id(block) for i, block in enumerate(blocks) if int((i + 1) * share) > int(i * share)}
-
-    def run(block: torch.nn.Module, *args):
-        if id(block) in kept:
-            return torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
-        return block(*args)
-
-    transformer.enable_gradient_checkpointing(gradient_checkpointing_func=run)

@@ -14,15 +14,8 @@ from pathlib import Path
 
 from fastvideo.cli import FlagError
 from fastvideo.config import GRPOConfig
-from fastvideo.models.flux import (
-    StreamwiseAttnProcessor,
-    compile_transformer,
-    cudnn_attention,
-    load_transformer,
-    meta_transformer,
-    random_transformer,
-    split_sequence,
-)
+from fastvideo.models.flux import load_transformer, meta_transformer, random_transformer
+from fastvideo.models.flux_speed import StreamwiseAttnProcessor, compile_transformer, cudnn_attention, split_sequence
 
 import torch
 import torch.distributed as dist

@@ -13,13 +13,8 @@ from fastvideo.cli import FlagError
 from fastvideo.config import PLACES, GRPOConfig
 from fastvideo.io.files import write_bytes
 from fastvideo.io.fingerprint import sample_file
-from fastvideo.models.flux import (
-    add_lora,
-    enable_gradient_checkpointing,
-    is_lora,
-    load_transformer,
-    read_lora,
-)
+from fastvideo.models.flux import add_lora, is_lora, load_transformer, read_lora
+from fastvideo.models.flux_speed import enable_gradient_checkpointing
 from fastvideo.models.int8 import quantize_blocks
 from fastvideo.runtime.checkpoint import (
     FORMAT,
