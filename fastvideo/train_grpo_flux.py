@@ -54,12 +54,12 @@ from fastvideo.runtime.memory import describe_memory, predict_memory
 from fastvideo.runtime.resume import Progress, load_ema, load_trained, open_output
 from fastvideo.runtime.scoring import Scoring
 from fastvideo.runtime.throughput import Stopwatch, Throughput
-from fastvideo.utils.advantages import plan_advantages, sample_order
+from fastvideo.utils.advantages import plan_advantages
 from fastvideo.utils.grpo_states import windows
 from fastvideo.utils.picture_measures import group_measures
 from fastvideo.utils.plan import Plan
 from fastvideo.utils.sampling_utils import Noise, log_prob, to_device, transition_mean, transition_table
-from fastvideo.utils.transitions import Transition, micro_batches, slice_transitions
+from fastvideo.utils.transitions import Transition, deal_out
 
 import numpy as np
 import torch
@@ -69,9 +69,6 @@ from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-
-# What a random stream of a prompt is for; the last entry of its seed. 0 is noise (`Noise`).
-STEP_SUBSET, ORDER = 1, 2
 
 # In bf16 on an H100 batches of at least so many rows round alike; 1 row differs by as much as the clip range.
 FEW_ROWS = 2
@@ -468,53 +465,12 @@ class Trainer:
 
     # --- optimizer steps --------------------------------------------------------------------------------------------
 
-    def rng(self, number: int, slot: int, purpose: int) -> np.random.Generator:
-        """Random choices of one prompt, a function of (seed, iteration, prompt slot)."""
-        return np.random.default_rng([self.config.seed, number, slot, purpose])
-
-    def trained_positions(self, plan: Plan, number: int) -> np.ndarray:
-        """Plan positions that each sample trains, [P, G, n]: all trained steps, or a random share for each sample."""
-        positions, slots = np.array(plan.trained), self.slots
-        group, config = self.config.num_generations, self.config
-        if config.training_strategy == "part" or config.frozen_init_timesteps:
-            return np.broadcast_to(positions, (len(slots), group, len(positions)))
-        count = int(len(positions) * config.timestep_fraction)
-        return np.stack(
-            [
-                np.stack([np.sort(rng.choice(positions, count, replace=False)) for _ in range(group)])
-                for rng in (self.rng(number, slot, STEP_SUBSET) for slot in slots)
-            ]
-        )
-
-    def deal_out(self, plan: Plan, number: int, advantages: dict[int, np.ndarray]) -> list[list[list[Transition]]]:
-        """The micro-batches of each optimizer step; step s trains samples [ks, ks+k) of every prompt's group.
-
-        advantages: position -> [P, rows after it], all ranks. All ranks get equally many micro-batches per step: where
-        a rank has fewer rows, its last micro-batches have weight 0.
-        """
-        config = self.config
-        own = {
-            position: np.clip(values[self.slots.start : self.slots.stop], -config.adv_clip_max, config.adv_clip_max)
-            for position, values in advantages.items()
-        }
-        whole = np.nan_to_num(own[max(own)])
-        whole = whole.repeat(config.num_generations // whole.shape[1], axis=1)  # samples may still be one row there
-        order = np.stack(
-            [
-                sample_order(whole[i], config.advantage_rerange_strategy, self.rng(number, slot, ORDER))
-                for i, slot in enumerate(self.slots)
-            ]
-        )
-        trained, work = self.trained_positions(plan, number), []
-        for samples, positions in plan.updates(config.num_generations, config.gradient_accumulation_steps):
-            chosen = {position: own[position] for position in positions}
-            transitions = slice_transitions(plan, order[:, samples], trained, chosen)
-            work.append(micro_batches(transitions, config.train_micro_batch_size))
+    def even_out(self, work: list[list[list[Transition]]]) -> None:
+        """Gives all ranks equally many micro-batches per optimizer step: those that are added have weight 0."""
         counts = torch.tensor([[len(batches) for batches in work]], device=self.accelerator.device)
         most = self.accelerator.gather(counts).amax(0).tolist()
         for batches, count in zip(work, most, strict=True):
             batches += [[replace(t, weight=0.0) for t in batches[-1]]] * (count - len(batches))
-        return work
 
     def optimize(
         self, plan: Plan, number: int, sampled: Rollout, advantages: dict[int, np.ndarray], conditioning: Conditioning
@@ -524,7 +480,9 @@ class Trainer:
         advantages: position -> [P, rows after it], all ranks.
         """
         config, accelerator = self.config, self.accelerator
-        work, table = self.deal_out(plan, number, advantages), transition_table(plan, accelerator.device)
+        table = transition_table(plan, accelerator.device)
+        work = deal_out(config, plan, number, self.slots, advantages)
+        self.even_out(work)
         velocity = self.velocity_of(self.engine.model, conditioning)
         reference = self.reference_velocity(conditioning) if config.ref_kl_coeff else None
         if config.recompute_old_log_prob:
@@ -647,17 +605,7 @@ def set_up(config: GRPOConfig) -> tuple[Trainer, PromptSampler, DataLoader]:
     if config.train_micro_batch_size is None:
         config = replace(config, train_micro_batch_size=predict_memory(config, world_size_of_environment())["rows"])
     engine = build_engine(config, world_size_of_environment())
-    accelerator = engine.accelerator
-    if accelerator.num_processes != world_size_of_environment():
-        raise ValueError(
-            f"{world_size_of_environment()} processes were started, but Accelerate connects {accelerator.num_processes}"
-        )
-    # The GPUs may differ, but all processes must run the model equally often.
-    rows = accelerator.gather(torch.tensor([config.train_micro_batch_size], device=accelerator.device)).min()
-    config = engine.config = replace(config, train_micro_batch_size=int(rows))
-    if accelerator.device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
-        torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention backward crashes on Hopper (torch 2.11)
+    accelerator, config = engine.accelerator, engine.config
     checkpoint = main_process_first(accelerator, lambda: open_output(config, accelerator.num_processes))
 
     def embed(flag: str, folder: str) -> Path:

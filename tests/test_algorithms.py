@@ -14,6 +14,7 @@ from fastvideo.models.flux import LatentShape
 from fastvideo.rollout_plan import make_plan, merged_steps, pruned_depths
 from fastvideo.train_grpo_flux import Rollout, rollout
 from fastvideo.utils import advantages as advantage_maths
+from fastvideo.utils import transitions as transition_maths
 from fastvideo.utils.advantages import fuse, kept_pictures, plan_advantages
 from fastvideo.utils.grpo_states import windows
 from fastvideo.utils.plan import Plan
@@ -594,8 +595,8 @@ def test_strides_add_their_advantages(train, monkeypatch):
 
 
 def test_pruned_edges_are_not_trained(train, monkeypatch):
-    seen, real = [], train_grpo_flux.slice_transitions
-    monkeypatch.setattr(train_grpo_flux, "slice_transitions", lambda *a: seen.append(real(*a)) or seen[-1])
+    seen, real = [], transition_maths.slice_transitions
+    monkeypatch.setattr(transition_maths, "slice_transitions", lambda *a: seen.append(real(*a)) or seen[-1])
     train(
         algorithm="branch_grpo", num_generations=8, tree_split_points=[0, 2, 3], tree_width_prune=1, depth_pruning=[2],
         train_batch_size=2, max_train_steps=1,
@@ -610,8 +611,8 @@ def test_pruned_edges_are_not_trained(train, monkeypatch):
 
 
 def test_all_rows_are_trained_where_only_steps_before_the_last_split_are(train, monkeypatch):
-    seen, real = [], train_grpo_flux.slice_transitions
-    monkeypatch.setattr(train_grpo_flux, "slice_transitions", lambda *a: seen.append(real(*a)) or seen[-1])
+    seen, real = [], transition_maths.slice_transitions
+    monkeypatch.setattr(transition_maths, "slice_transitions", lambda *a: seen.append(real(*a)) or seen[-1])
     train(algorithm="branch_grpo", tree_split_points=[0, 2], depth_pruning=[3, 4, 5], max_train_steps=1)
     (transitions,) = seen
     assert [(t.position, t.child) for t in transitions] == [(0, 0), (0, 1), (1, 0), (1, 1)]

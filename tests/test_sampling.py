@@ -9,11 +9,12 @@ from fastvideo.cli import parse_dataclass
 from fastvideo.config import IGNORED_FLAGS, GRPOConfig
 from fastvideo.models.flux import Conditioning, LatentShape, decode_latents
 from fastvideo.rollout_plan import make_plan
-from fastvideo.train_grpo_flux import Transition, micro_batches, rollout, set_up, transition_table, transitions_loss
+from fastvideo.train_grpo_flux import rollout, set_up, transition_table, transitions_loss
 from fastvideo.utils.grpo_states import windows
 from fastvideo.utils.plan import Plan
 from fastvideo.utils.sampling_utils import Noise, log_prob
 from fastvideo.utils.steps import KINDS, SDE_KINDS, Coefficients, Step, sigma_schedule
+from fastvideo.utils.transitions import Transition, micro_batches
 
 import numpy as np
 import pytest

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from fastvideo import train_grpo_flux
 from fastvideo.runtime.engines import Engine
 from fastvideo.utils import advantages as advantage_maths
+from fastvideo.utils import transitions
 
 import custom_rewards
 import numpy as np
@@ -684,10 +685,8 @@ def test_every_algorithm_trains(train, tiny_flux, name):
 
 def test_a_share_of_the_steps_is_drawn_for_every_sample(train, monkeypatch):
     drawn = []
-    real = train_grpo_flux.Trainer.trained_positions
-    monkeypatch.setattr(
-        train_grpo_flux.Trainer, "trained_positions", lambda self, *args: drawn.append(real(self, *args)) or drawn[-1]
-    )
+    real = transitions.trained_positions
+    monkeypatch.setattr(transitions, "trained_positions", lambda *args: drawn.append(real(*args)) or drawn[-1])
     train(algorithm="dance_grpo", sampling_steps=11, timestep_fraction=0.45, train_batch_size=2)
     for positions in drawn:
         assert positions.shape == (2, 4, 4)  # ⌊10 · 0.45⌋

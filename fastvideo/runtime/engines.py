@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 from fastvideo.cli import FlagError
@@ -490,9 +491,24 @@ class DeepSpeedEngine(Engine):
 
 
 def build_engine(config: GRPOConfig, world_size: int) -> Engine:
-    """The engine that the flags choose. Raises FlagError when the processes or the machine don't allow it."""
+    """The engine that the flags choose; its `config` has the smallest --train_micro_batch_size of all processes.
+
+    Raises:
+        FlagError: the processes or the machine don't allow the engine.
+    """
     name = choose_engine(config, world_size)
-    return (DeepSpeedEngine if name == "deepspeed" else Engine)(config, name)
+    engine = (DeepSpeedEngine if name == "deepspeed" else Engine)(config, name)
+    accelerator = engine.accelerator
+    if accelerator.num_processes != world_size:
+        problem = f"{world_size} processes were started, but Accelerate connects {accelerator.num_processes}"
+        raise FlagError("parallel", name, problem)
+    # The GPUs may differ, but all processes must run the model equally often.
+    rows = accelerator.gather(torch.tensor([config.train_micro_batch_size], device=accelerator.device)).min()
+    engine.config = replace(config, train_micro_batch_size=int(rows))
+    if accelerator.device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
+        torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention backward crashes on Hopper (torch 2.11)
+    return engine
 
 
 def main_process_first(accelerator: Accelerator, work: Callable[[], object]) -> object:
