@@ -50,7 +50,7 @@ class BenchmarkConfig:
     single_blocks: int = flag(8, "single-stream blocks (FLUX.1 has 38)")
     attention_heads: int = flag(24, "width of the blocks, in heads of 128 channels (FLUX.1 has 24)")
     tiny: bool = flag(False, "the tiny FLUX at 32x32 instead, for a CPU")
-    windows: list[int] = flag([0, 10, 19], "where the window starts", nargs="+")
+    windows: list[int] = flag([0, 10, 19], "where the window starts")
     ablation: bool = flag(False, "measure again with each optimisation switched off")
     sweep: bool = flag(False, "measure again with other numbers of pictures, steps, window steps and pixels")
     profile: bool = flag(False, "milliseconds of GPU kernels by phase and kind, at the first window")

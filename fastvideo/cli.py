@@ -93,10 +93,10 @@ BOUNDS = {
 def flag(default: Any, help: str, **metadata: Any) -> Any:
     """A dataclass field with a help sentence.
 
-    metadata: argparse-dataclass's (`choices`, `metavar`, ...), the range as keys of BOUNDS (`at_least=1`), and `none`,
-    another word for None.
+    Keywords, all optional: `choices` and `metavar` as in argparse; keys of BOUNDS, the range (`at_least=1`); `none`,
+    one more word for None; `algorithms`, the only ones that read the field (see config.py).
     """
-    assert all(key in (*BOUNDS, "choices", "metavar", "nargs", "none") for key in metadata), metadata
+    assert metadata.keys() <= {*BOUNDS, "choices", "metavar", "none", "algorithms"}, f"unknown keyword in {metadata}"
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": help, "nargs": "+", **metadata})
     return field(default=default, metadata={"help": help, **metadata})

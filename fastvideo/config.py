@@ -1,18 +1,18 @@
-"""One documented dataclass field per flag. Everything is validated here, before any weight is loaded.
+"""The trainer's settings: one documented field per flag. Everything is checked here, before any weight is loaded.
 
-`--flag_name` and `--flag-name` are the same; every switch has a `--no_` form; the string None means "not set".
+A field holds its default, range, choices and help. What several settings must fulfil together stands in the check below
+the section's fields. ALGORITHMS says what an algorithm is; a field's `algorithms` are the only ones that read it.
 """
 
 import math
 import os
 import re
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
-from types import UnionType
-from typing import Any, get_origin
+from typing import Any
 
-from fastvideo.cli import default_of, flag
+from fastvideo.cli import FlagError, check_fields, default_of, flag
 from fastvideo.models.reward_model.spec import RewardSpecConfig, resolve_reward_spec
+from fastvideo.utils.steps import SDE_KINDS
 
 # Flags of the reference recipe that did nothing there.
 IGNORED_FLAGS = (
@@ -48,7 +48,7 @@ ALGORITHMS: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
 }
-# The others are never derived from other flags. All samples of a prompt have to start from the same noise in most.
+# The next ones are never derived from other flags. All samples of a prompt have to start from the same noise in most.
 _SHARED_START = {
     "training_strategy": "all",
     "dpm_algorithm_type": None,
@@ -74,22 +74,12 @@ ALGORITHMS |= {
     "branch_grpo": {"requires": _SHARED_START, "defaults": _TREE_DEFAULTS},
     "branch_grpo_mix": {"requires": _SHARED_START, "defaults": _TREE_DEFAULTS},
 }
+MERGES, TREES = ("grpo_merge", "granular_grpo"), ("branch_grpo", "branch_grpo_mix")
 # Settings that say where things are or what is shown, not what is trained.
 PLACES = (
     "output_dir resume_from_checkpoint dry_run use_wandb experiment_name image_log_steps eval_steps eval_prompts "
     "eval_reward serve_report"
 ).split()
-MERGES, TREES = ("grpo_merge", "granular_grpo"), ("branch_grpo", "branch_grpo_mix")
-# Flags, or the first word of flags, that only these algorithms read.
-OWN_FLAGS = {
-    "tree": TREES,
-    "depth": TREES,
-    "eta_step_list": MERGES,
-    "granular_list": MERGES,
-    "eta_step_merge_list": ("grpo_merge",),
-    "entropy_threshold": ("grpo_merge",),
-    "flow_grpo_fast_steps": ("flow_grpo",),
-}
 
 
 @dataclass
@@ -103,129 +93,271 @@ class GRPOConfig(RewardSpecConfig):
         "for measurements: random weights for the transformer whose config.json is in that pipeline",
     )
     data_json_path: str | None = flag(None, "prompt.json written by the preprocessing script")
-    prompts_file: str | None = flag(None, "text file of prompts, one a line; embedded and cached under output_dir")
+    prompts_file: str | None = flag(None, "text file, one prompt per line; embedded and cached under output_dir")
     output_dir: str = flag("outputs/mixgrpo", "folder for args.json, metrics.jsonl, images and checkpoints")
     resume_from_checkpoint: str | None = flag(None, "checkpoint folder to go on from, or `latest`")
-    seed: int = flag(714, "seed of all noise and rearranging")
-    sampler_seed: int = flag(7144, "seed of the prompts' order")
-    cfg: float = flag(0.0, "share of prompts whose embeddings are replaced by zeros (classifier-free dropout)")
-    dataloader_num_workers: int = flag(4, "processes that read embeddings ahead")
+    seed: int = flag(714, "seed of all noise and of the samples' order", at_least=0)
+    sampler_seed: int = flag(7144, "seed of the prompts' order", at_least=0)
+    cfg: float = flag(
+        0.0,
+        "share of prompts whose embeddings are replaced by zeros (classifier-free dropout)",
+        at_least=0,
+        below=1,
+    )
+    dataloader_num_workers: int = flag(4, "processes that read embeddings ahead", at_least=0)
     dry_run: bool = flag(False, "print the derived arithmetic and the rollout plan, then exit")
 
+    def _check_data(self) -> None:
+        given = (self.data_json_path is not None) + (self.prompts_file is not None)
+        both = "give either --data_json_path (cached embeddings) or --prompts_file (texts)"
+        self._need(given == 1, "data_json_path", both)
+
     # --- how much of it ---------------------------------------------------------------------------------------------
-    max_train_steps: int = flag(300, "iterations; the run stops after exactly this many")
-    train_batch_size: int = flag(1, "prompts a rank and iteration")
-    prompts_per_iteration: int | None = flag(None, "prompts an iteration over all ranks; overrides train_batch_size")
-    num_generations: int = flag(12, "images a prompt (G), the group of the advantages")
+    max_train_steps: int = flag(300, "iterations; the run stops after exactly this many", at_least=1)
+    train_batch_size: int = flag(1, "prompts per rank and iteration", at_least=1)
+    prompts_per_iteration: int | None = flag(
+        None, "prompts per iteration over all ranks; overrides train_batch_size", at_least=1
+    )
+    num_generations: int = flag(12, "images per prompt (G), the group of the advantages", at_least=2)
     gradient_accumulation_steps: int = flag(
-        3, "samples of each group an optimizer step uses (k): G/k steps an iteration; E-GRPO and trees: all"
+        3,
+        "samples of each group per optimizer step (k): G/k steps per iteration; E-GRPO and trees: all samples",
+        at_least=1,
     )
     rollout_batch_size: int | None = flag(
         None,
-        "rows a forward pass of the rollout (None: all); with several prompts a rank, those that fit are sampled "
-        "together, and scored while the next ones are; speed and memory only",
+        "rows per forward pass of the rollout (None: all); with several prompts per rank, as many prompts as fit are "
+        "sampled together, and scored while the next ones are sampled; speed and memory only",
+        at_least=1,
     )
     train_micro_batch_size: int | None = flag(
         None,
-        "rows a training forward pass (None or auto: as many as are predicted to take half of the GPU memory that "
+        "rows per training forward pass (None or auto: as many as are predicted to take half of the GPU memory that "
         "weights, gradients and moments leave; 8 on a CPU); speed and memory only",
+        at_least=1,
         none="auto",
     )
-    checkpointing_steps: int = flag(50, "iterations between checkpoints; the last one is always saved")
-    checkpoints_total_limit: int | None = flag(None, "checkpoints kept; older ones are deleted (None: all are kept)")
-
-    # --- sampling ---------------------------------------------------------------------------------------------------
-    algorithm: str | None = flag(None, "derived from the flags below when not given", choices=list(ALGORITHMS))
-    h: int = flag(720, "picture height in pixels")
-    w: int = flag(720, "picture width in pixels")
-    sampling_steps: int = flag(25, "denoising steps T")
-    shift: float = flag(3.0, "shift of the sigma schedule towards noise")
-    eta: float = flag(0.7, "noise level of the stochastic steps")
-    guidance_scale: float = flag(3.5, "distilled guidance; only for models with guidance embeds (FLUX.1-dev)")
-    sde_type: str = flag("flow", "kind of stochastic step", choices=["flow", "dance", "cps"])
-    init_same_noise: bool = flag(True, "all samples of a prompt start from the same noise")
-    share_prefix: bool = flag(True, "evaluate what the samples of a prompt have in common once; changes speed only")
-    training_strategy: str = flag("part", "train a window of steps, or all steps", choices=["part", "all"])
-    timestep_fraction: float = flag(1.0, "share of the steps trained, drawn per sample (training_strategy all)")
-    frozen_init_timesteps: int = flag(0, "train just the first n steps (strategy all); 0: see timestep_fraction")
-    flow_grpo_sampling: bool = flag(False, "training_strategy all with Flow-GRPO's steps instead of DanceGRPO's")
-    drop_last_sample: bool = flag(False, "score the last x0 prediction, not a noisy last step (strategy all)")
-    flow_grpo_fast_steps: int = flag(
-        0, "Flow-GRPO-Fast: noise only in so many consecutive steps, drawn at random; 0: all"
+    checkpointing_steps: int = flag(50, "iterations between checkpoints; the last one is always saved", at_least=1)
+    checkpoints_total_limit: int | None = flag(
+        None, "checkpoints kept; older ones are deleted (None: all are kept)", at_least=1
     )
 
+    def _check_amounts(self) -> None:
+        even = self.num_generations % self.gradient_accumulation_steps == 0
+        self._need(even, "gradient_accumulation_steps", f"must divide --num_generations {self.num_generations}")
+
+    # --- sampling ---------------------------------------------------------------------------------------------------
+    algorithm: str | None = flag(None, "derived from the flags below if not given", choices=list(ALGORITHMS))
+    h: int = flag(720, "picture height in pixels", at_least=16)
+    w: int = flag(720, "picture width in pixels", at_least=16)
+    sampling_steps: int = flag(25, "denoising steps T", at_least=3)
+    shift: float = flag(3.0, "shift of the sigma schedule towards noise", above=0)
+    eta: float = flag(0.7, "noise level of the stochastic steps; deterministic steps can't be trained", above=0)
+    guidance_scale: float = flag(3.5, "distilled guidance; only for models with guidance embeds (FLUX.1-dev)", above=0)
+    sde_type: str = flag("flow", "kind of stochastic step", choices=list(SDE_KINDS))
+    init_same_noise: bool = flag(True, "all samples of a prompt start from the same noise")
+    share_prefix: bool = flag(True, "compute once what the samples of a prompt have in common; changes speed only")
+    training_strategy: str = flag("part", "train a window of steps, or all steps", choices=["part", "all"])
+    timestep_fraction: float = flag(
+        1.0, "share of the steps that is trained, drawn per sample (training_strategy all)", above=0, at_most=1
+    )
+    frozen_init_timesteps: int = flag(
+        0, "train just the first n steps (training_strategy all); 0: timestep_fraction decides", at_least=0
+    )
+    flow_grpo_sampling: bool = flag(False, "training_strategy all with Flow-GRPO's steps instead of DanceGRPO's")
+    drop_last_sample: bool = flag(False, "score the last x0 prediction, not a noisy last step (training_strategy all)")
+    flow_grpo_fast_steps: int = flag(
+        0,
+        "Flow-GRPO-Fast: number of consecutive steps, drawn at random, that are stochastic; 0: all steps are",
+        at_least=0,
+        algorithms=("flow_grpo",),
+    )
+
+    def _check_sampling(self) -> None:
+        for name in ("h", "w"):
+            self._need(getattr(self, name) % 16 == 0, name, "must be a multiple of 16")
+        self._need(self.sde_type != "cps" or self.eta < 1, "eta", "coefficients-preserving steps need an eta below 1")
+        trainable, fast = self.sampling_steps - 1, self.flow_grpo_fast_steps
+        if self.training_strategy == "part":
+            for name in ("drop_last_sample", "flow_grpo_sampling"):
+                self._need(not getattr(self, name), name, "goes with --training_strategy all")
+            return
+        fits = self.frozen_init_timesteps <= trainable
+        self._need(fits, "frozen_init_timesteps", f"there are {trainable} trainable steps")
+        self._need(fast <= self.sampling_steps - 2, "flow_grpo_fast_steps", f"at most {self.sampling_steps - 2}")
+        if fast:
+            self._need(self.frozen_init_timesteps == 0, "frozen_init_timesteps", "not with --flow_grpo_fast_steps")
+        trained = int((fast or trainable) * self.timestep_fraction)
+        self._need(trained >= 1, "timestep_fraction", f"leaves no step of {fast or trainable} to train")
+
     # --- E-GRPO and Granular-GRPO -----------------------------------------------------------------------------------
-    entropy_threshold: float = flag(2.2, "a stochastic step is merged with following ones until its e^h exceeds this")
-    eta_step_list: list[int] = flag([], "active steps, from 0, instead of the first half", metavar="E")
-    eta_step_merge_list: list[int] = flag([], "steps that each active step is merged into, instead of by entropy")
-    granular_list: list[int] = flag([1], "strides of the ODE tails; each tail is scored, its advantages are summed")
+    entropy_threshold: float = flag(
+        2.2,
+        "a stochastic step is merged with the next ones until its e^h exceeds this",
+        above=0,
+        algorithms=("grpo_merge",),
+    )
+    eta_step_list: list[int] = flag(
+        [], "active steps, from 0, instead of the first half", metavar="E", algorithms=MERGES
+    )
+    eta_step_merge_list: list[int] = flag(
+        [], "steps that each active step is merged into, instead of by entropy", algorithms=("grpo_merge",)
+    )
+    granular_list: list[int] = flag(
+        [1],
+        "strides of the ODE tails; each tail is scored, and the advantages of the tails are summed",
+        algorithms=MERGES,
+    )
+
+    def _check_merges(self) -> None:
+        steps, active, merges, strides = (
+            self.sampling_steps, self.eta_step_list, self.eta_step_merge_list, self.granular_list
+        )  # fmt: skip
+        self._need_all_steps_trained()
+        self._need(active == sorted(set(active)), "eta_step_list", "steps must ascend, each once")
+        self._need(all(0 <= e < steps - 1 for e in active), "eta_step_list", f"choose from 0 to {steps - 2}")
+        as_many = not merges or len(merges) == len(active)
+        self._need(as_many, "eta_step_merge_list", f"--eta_step_list has {len(active)}")
+        for step, merge in zip(active, merges, strict=False):
+            fits = merge >= 1 and step + merge < steps
+            self._need(fits, "eta_step_merge_list", f"step {step} can be merged into 1 to {steps - 1 - step} steps")
+        self._need(bool(strides) and min(strides) >= 1, "granular_list", "give strides of at least 1")
+        self._need(len(set(strides)) == len(strides), "granular_list", "give each stride once")
 
     # --- BranchGRPO -------------------------------------------------------------------------------------------------
-    tree_split_points: list[int] = flag([0, 3, 6, 9], "steps at which every row splits", metavar="STEP")
-    tree_split_children: int = flag(2, "successors of a row at a split; G is this to the power of the number of splits")
-    tree_split_noise_scale: float = flag(4.0, "factor of the standard deviation at splits")
+    tree_split_points: list[int] = flag(
+        [0, 3, 6, 9], "steps at which every row splits", metavar="STEP", algorithms=TREES
+    )
+    tree_split_children: int = flag(
+        2,
+        "successors of a row at a split; G is this to the power of the number of splits",
+        at_least=2,
+        algorithms=TREES,
+    )
+    tree_split_noise_scale: float = flag(4.0, "factor of the standard deviation at splits", above=0, algorithms=TREES)
     tree_fusion: str = flag(
         "mean",
         "reward of an inner node: mean of its leaves, or weighted by edge probability",
         choices=["mean", "probability"],
+        algorithms=TREES,
     )
-    tree_fusion_temperature: float = flag(1.0, "divides log-probabilities, means over elements, before the softmax")
+    tree_fusion_temperature: float = flag(
+        1.0, "divides log-probabilities, means over elements, before the softmax", above=0, algorithms=TREES
+    )
     tree_width_prune: int = flag(
-        0, "after the last split train 0: all edges, 1: the best of each branch, 2: best and worst", choices=[0, 1, 2]
+        0,
+        "after the last split train 0: all edges, 1: the best of each branch, 2: best and worst",
+        choices=[0, 1, 2],
+        algorithms=TREES,
     )
-    tree_width_prune_share: float = flag(0.5, "share of the edges that width pruning keeps")
-    depth_pruning: list[int] = flag([], "depths, in steps from the root, whose edges are not trained", metavar="DEPTH")
-    depth_pruning_slide_interval: int = flag(0, "iterations until these depths move one shallower; 0: never")
-    depth_pruning_stop_depth: int = flag(1, "where the shallowest of these depths stops")
+    tree_width_prune_share: float = flag(
+        0.5, "share of the edges that width pruning keeps", above=0, at_most=1, algorithms=TREES
+    )
+    depth_pruning: list[int] = flag(
+        [], "depths, in steps from the root, whose edges are not trained", metavar="DEPTH", algorithms=TREES
+    )
+    depth_pruning_slide_interval: int = flag(
+        0, "iterations until these depths move one shallower; 0: never", at_least=0, algorithms=TREES
+    )
+    depth_pruning_stop_depth: int = flag(1, "where the shallowest of these depths stops", at_least=1, algorithms=TREES)
+
+    def _check_tree(self) -> None:
+        steps, splits, children = self.sampling_steps, self.tree_split_points, self.tree_split_children
+        self._need_all_steps_trained()
+        always = f"--algorithm {self.algorithm} always computes once what its rows have in common"
+        self._need(self.share_prefix, "share_prefix", always)
+        ascend = bool(splits) and splits == sorted(set(splits))
+        self._need(ascend, "tree_split_points", "steps must ascend, each once")
+        inside = splits[0] >= 0 and splits[-1] < steps - 1
+        self._need(inside, "tree_split_points", f"choose from 0 to {steps - 2}")
+        leaves = f"the tree has {children}^{len(splits)} = {children ** len(splits)}"
+        self._need(self.num_generations == children ** len(splits), "num_generations", leaves)
+        if self.sde_type == "cps":
+            most = 1 / math.sin(self.eta * math.pi / 2)
+            fits = self.tree_split_noise_scale <= most
+            self._need(fits, "tree_split_noise_scale", f"at most {most:.3g} with --sde_type cps --eta {self.eta}")
+        inside = all(1 <= depth < steps for depth in self.depth_pruning)
+        self._need(inside, "depth_pruning", f"depths lie between 1 and {steps - 1}")
 
     # --- MixGRPO's window -------------------------------------------------------------------------------------------
-    group_size: int = flag(4, "window size: stochastic, trained steps an iteration")
+    group_size: int = flag(4, "window size: stochastic, trained steps per iteration", at_least=1)
     sample_strategy: str = flag(
         "progressive", "how the window moves", choices=["progressive", "random", "decay", "exp_decay"]
     )
-    iters_per_group: int = flag(25, "iterations before the window moves")
+    iters_per_group: int = flag(25, "iterations before the window moves", at_least=1)
     prog_overlap: bool = flag(True, "move the window by prog_overlap_step instead of by its size")
-    prog_overlap_step: int = flag(1, "window stride; 0 freezes the window")
-    max_iters_per_group: int = flag(10, "decay: iterations of the first window position")
-    min_iters_per_group: int = flag(1, "decay: iterations of the last window position")
-    roll_back: bool = flag(True, "restart at step 0 past the end instead of staying on the last window")
+    prog_overlap_step: int = flag(1, "window stride; 0 freezes the window", at_least=0)
+    max_iters_per_group: int = flag(10, "decay: iterations of the first window position", at_least=1)
+    min_iters_per_group: int = flag(1, "decay: iterations of the last window position", at_least=1)
+    roll_back: bool = flag(True, "past the end restart at step 0 instead of staying on the last window")
+
+    def _check_window(self) -> None:
+        usable = self.sampling_steps - 2  # the window's indices are 0 … T−3
+        fits = self.group_size <= usable or (self.training_strategy == "all" and self.algorithm != "branch_grpo_mix")
+        self._need(fits, "group_size", f"at most {usable}, --sampling_steps {self.sampling_steps} less 2")
+        ordered = self.max_iters_per_group >= self.min_iters_per_group
+        self._need(ordered, "max_iters_per_group", "must not be below min_iters_per_group")
 
     # --- MixGRPO-Flash ----------------------------------------------------------------------------------------------
     dpm_algorithm_type: str | None = flag(None, "solver of the compressed tail, None or dpmsolver++")
     dpm_apply_strategy: str | None = flag(None, "where the solver runs: post, after the window")
-    dpm_post_compress_ratio: float = flag(0.4, "points of the tail, as a share of the steps it replaces")
+    dpm_post_compress_ratio: float = flag(
+        0.4, "points of the tail, as a share of the steps it replaces", above=0, at_most=1
+    )
     dpm_solver_order: int = flag(2, "order of DPM-Solver++", choices=[1, 2, 3])
     dpm_solver_type: str = flag("midpoint", "second-order variant", choices=["midpoint", "heun"])
+
+    def _check_flash(self) -> None:
+        known = self.dpm_algorithm_type in (None, "dpmsolver++")
+        why = "choose from None, dpmsolver++ (the reference's dpmsolver was wrong for flow models)"
+        self._need(known, "dpm_algorithm_type", why)
+        known = self.dpm_apply_strategy in (None, "post")
+        why = "choose from None, post (a solver on `all` steps leaves no stochastic step to train)"
+        self._need(known, "dpm_apply_strategy", why)
+        fits = self.dpm_algorithm_type is None or self.training_strategy == "part"
+        self._need(fits, "dpm_algorithm_type", "the compressed tail goes with --training_strategy part")
 
     # --- rewards ----------------------------------------------------------------------------------------------------
     multi_reward_mix: str = flag(
         "advantage_aggr", "combine advantages per model, or rewards first", choices=["advantage_aggr", "reward_aggr"]
     )
     granular_mix: str = flag(
-        "raw", "weight raw component scores, or each one's advantage", choices=["raw", "advantage"]
+        "raw", "weight raw component scores, or each component's advantage", choices=["raw", "advantage"]
     )
     granular_progress: str = flag(
         "train_step", "progress over training, or over the group", choices=["train_step", "batch_index"]
     )
     max_reward_failures: int | None = flag(
         None,
-        "failed scores that an iteration may have, over all ranks, before the run stops (None: any number)",
+        "failed scores per iteration, over all ranks, before the run stops (None: any number)",
+        at_least=0,
     )
 
     # --- GRPO -------------------------------------------------------------------------------------------------------
     use_group: bool = flag(True, "normalise rewards per prompt; else over all samples (reward_aggr only)")
-    trimmed_ratio: float = flag(0.0, "lowest share of rewards left out of mean and standard deviation")
+    trimmed_ratio: float = flag(
+        0.0, "lowest share of rewards, left out of mean and standard deviation", at_least=0, below=1
+    )
     advantage_rerange_strategy: str | None = flag(
         None, "order of the samples over optimizer steps", choices=["random", "balance"]
     )
-    adv_clip_max: float = flag(5.0, "advantages are clamped to ± this")
-    clip_range: float = flag(1e-4, "clip range of the probability ratio")
-    kl_coeff: float = flag(0.0, "weight of the squared log-probability change against the old policy")
-    ref_kl_coeff: float = flag(0.0, "weight of the KL divergence from the base model's transitions; 0: not computed")
+    adv_clip_max: float = flag(5.0, "advantages are clamped to ± this", above=0)
+    clip_range: float = flag(1e-4, "clip range of the probability ratio", above=0)
+    kl_coeff: float = flag(0.0, "weight of the squared log-probability change against the old policy", at_least=0)
+    ref_kl_coeff: float = flag(
+        0.0, "weight of the KL divergence from the base model's transitions; 0: not computed", at_least=0
+    )
     recompute_old_log_prob: bool = flag(False, "compute the old log-probabilities again in the batches of training")
 
+    def _check_advantages(self) -> None:
+        resolve_reward_spec(self)
+        fits = self.use_group or self.multi_reward_mix == "reward_aggr"
+        self._need(fits, "multi_reward_mix", "without --use_group choose reward_aggr")
+        fits = self.granular_mix == "raw" or self.multi_reward_mix == "advantage_aggr"
+        self._need(fits, "granular_mix", "advantage needs --multi_reward_mix advantage_aggr")
+
     # --- optimizer --------------------------------------------------------------------------------------------------
-    learning_rate: float = flag(1e-5, "AdamW learning rate")
+    learning_rate: float = flag(1e-5, "AdamW learning rate", above=0)
     lr_scheduler: str = flag(
         "constant_with_warmup",
         "learning rate over optimizer steps, a schedule of diffusers",
@@ -234,19 +366,25 @@ class GRPOConfig(RewardSpecConfig):
             "piecewise_constant",
         ],
     )  # fmt: skip
-    lr_warmup_steps: int = flag(0, "optimizer steps of warm-up")
+    lr_warmup_steps: int = flag(0, "optimizer steps of warm-up", at_least=0)
     lr_num_cycles: int = flag(1, "cycles of cosine_with_restarts")
     lr_power: float = flag(1.0, "power of polynomial")
-    weight_decay: float = flag(1e-4, "AdamW weight decay")
-    max_grad_norm: float = flag(1.0, "gradient norm is clipped to this")
-    max_skipped_steps: int = flag(5, "optimizer steps skipped in a row for non-finite numbers before the run stops")
-    ema_decay: float = flag(0.0, "decay of an average of the weights, saved beside each checkpoint; 0: none")
-    ema_start_step: int = flag(0, "iteration at which averaging starts")
+    weight_decay: float = flag(1e-4, "AdamW weight decay", at_least=0)
+    max_grad_norm: float = flag(1.0, "gradient norm is clipped to this", above=0)
+    max_skipped_steps: int = flag(
+        5, "optimizer steps skipped in a row for non-finite numbers before the run stops", at_least=1
+    )
+    ema_decay: float = flag(
+        0.0, "decay of an average of the weights, saved beside each checkpoint; 0: none", at_least=0, below=1
+    )
+    ema_start_step: int = flag(0, "iteration at which averaging starts", at_least=0)
     mixed_precision: str = flag("bf16", "compute format", choices=["no", "bf16"])
     master_weight_type: str = flag("fp32", "format of the trained weights", choices=["fp32", "bf16"])
     allow_tf32: bool = flag(True, "TF32 matrix products on NVIDIA GPUs")
     gradient_checkpointing: bool = flag(True, "recompute activations in the backward pass: less memory, more time")
-    selective_checkpointing: float = flag(1.0, "share of the blocks that gradient_checkpointing covers")
+    selective_checkpointing: float = flag(
+        1.0, "share of the blocks that gradient_checkpointing covers", above=0, at_most=1
+    )
     compile: str = flag(
         "auto",
         "compile the transformer's blocks (auto: on a GPU, not with deepspeed)",
@@ -260,8 +398,8 @@ class GRPOConfig(RewardSpecConfig):
 
     # --- LoRA -------------------------------------------------------------------------------------------------------
     use_lora: bool = flag(False, "train low-rank adapters; the model itself stays frozen")
-    lora_rank: int = flag(128, "rank of the adapters")
-    lora_alpha: int = flag(256, "scale of the adapters, times their rank")
+    lora_rank: int = flag(128, "rank of the adapters", at_least=1)
+    lora_alpha: int = flag(256, "scale of the adapters, times their rank", at_least=1)
     lora_target_modules: list[str] = flag(
         ["to_q", "to_k", "to_v", "to_out.0"], "linear layers that get an adapter", metavar="MODULE"
     )
@@ -270,50 +408,84 @@ class GRPOConfig(RewardSpecConfig):
     # --- processes --------------------------------------------------------------------------------------------------
     parallel: str | None = flag(
         None,
-        "how the model lies on the processes (None: ddp for several, else none)",
+        "how the model lies on the processes (None: ddp for several processes, none for one)",
         choices=["none", "ddp", "fsdp", "deepspeed"],
     )
     zero_stage: int = flag(2, "deepspeed: splits gradients and moments (2), or parameters too (3)", choices=[2, 3])
     fsdp_sharding_startegy: str | None = flag(
         None,
-        "fsdp: split over all processes, over those of a node, or that without splitting again after the forward pass; "
-        "given without --parallel, chooses fsdp (none: ddp)",
+        "fsdp: full splits over all processes, hybrid_full over the processes of each node, hybrid_zero2 too, without "
+        "splitting again after the forward pass; given without --parallel, chooses fsdp (none: ddp)",
         choices=["full", "hybrid_full", "hybrid_zero2", "none"],
     )
     sp_size: int = flag(
         1,
-        "ddp, fsdp: so many processes compute a picture together, its tokens split over them (diffusers' Ulysses "
-        "attention), for pictures too large for one GPU; must divide processes, attention heads, image and text tokens",
+        "ddp, fsdp: number of processes that compute a picture together, its tokens split over them (diffusers' "
+        "Ulysses attention), for pictures too large for one GPU; must divide processes, attention heads, image and "
+        "text tokens",
+        at_least=1,
     )
     use_cpu_offload: bool = flag(False, "fsdp, deepspeed: parameters and moments wait in the CPU's memory")
     rollout_keep_gathered: str = flag(
         "auto",
-        "fsdp: gather parameters once a rollout and an optimizer step, not in each forward and backward pass (auto: "
+        "fsdp: gather parameters once per rollout and optimizer step, not in each forward and backward pass (auto: "
         "where memory allows; true: in the rollout in any case)",
         choices=["auto", "true", "false"],
     )
 
+    def _check_processes(self) -> None:
+        strategy, sp_size = self.fsdp_sharding_startegy, self.sp_size
+        engine = self.parallel or ("ddp" if strategy == "none" else None)
+        fits = strategy in (None, "none") or engine in (None, "fsdp")
+        self._need(fits, "fsdp_sharding_startegy", f"goes with --parallel fsdp, not {engine}")
+        instead = "splits nothing; choose --parallel ddp, or full, hybrid_full or hybrid_zero2"
+        self._need(strategy != "none" or engine != "fsdp", "fsdp_sharding_startegy", instead)
+        if engine == "deepspeed":
+            own = "DeepSpeed splits the weights its own way; choose --parallel fsdp"
+            self._need(self.ema_decay == 0, "ema_decay", own)
+            self._need(self.compile != "true", "compile", "DeepSpeed's hooks break the graph; choose auto or false")
+        if self.quantize_base:
+            self._need(self.use_lora, "quantize_base", "goes with --use_lora: weights in 8 bit can't be trained")
+            split = engine in ("fsdp", "deepspeed") or strategy not in (None, "none")
+            whole = "each process holds the model whole; choose --parallel none or ddp"
+            self._need(not split, "quantize_base", whole)
+        if sp_size > 1:
+            fits = engine in (None, "ddp", "fsdp")
+            self._need(fits, "sp_size", f"goes with --parallel ddp or fsdp, not {engine}")
+            self._need(self.compile != "true", "compile", f"not with --sp_size {sp_size}; choose auto or false")
+
     # --- evaluation during training ---------------------------------------------------------------------------------
     eval_steps: int = flag(
         0,
-        "iterations between evaluations: samples --eval_prompts with fixed seeds and scores them, before training and "
-        "after the last iteration too, and lets the link `best` point to the best checkpoint; 0: none",
+        "iterations between evaluations; 0: none. An evaluation samples --eval_prompts with fixed seeds and scores "
+        "them, also before training and after the last iteration; the link `best` points to the best checkpoint",
+        at_least=0,
     )
-    eval_prompts: str | None = flag(None, "text file of the prompts of these evaluations, one a line")
+    eval_prompts: str | None = flag(None, "text file with the prompts of these evaluations, one per line")
     eval_reward: str | None = flag(
         None,
         "what decides which checkpoint is best, named as in --reward_model: rewards that training doesn't see "
         "(None: the reward in training)",
     )
 
+    def _check_evaluation(self) -> None:
+        for name in ("eval_prompts", "eval_reward"):
+            self._need(self.eval_steps > 0 or getattr(self, name) is None, name, "goes with --eval_steps")
+        self._need(self.eval_steps == 0 or self.eval_prompts is not None, "eval_steps", "give --eval_prompts too")
+        if self.eval_reward is not None:
+            resolve_reward_spec(self, "eval_reward")
+
     # --- logging ----------------------------------------------------------------------------------------------------
     experiment_name: str = flag("mixgrpo", "name of the run in wandb")
     wandb_key: str | None = flag(None, "refused: set WANDB_API_KEY in the environment instead")
     wandb_project: str = flag("mixgrpo-flux", "project of the run in wandb")
     use_wandb: bool = flag(True, "log to wandb too; offline without a key")
-    image_log_steps: int = flag(10, "iterations between saved image grids; 0: none")
+    image_log_steps: int = flag(10, "iterations between saved image grids; 0: none", at_least=0)
     serve_report: int | None = flag(
-        None, "port of this machine at which a browser finds the report of the running training (0: any free one)"
+        None,
+        "port of this machine at which a browser finds the report of the running training (0: any free one)",
+        at_least=0,
+        below=65536,
     )
 
     @classmethod
@@ -321,7 +493,7 @@ class GRPOConfig(RewardSpecConfig):
         """The config of the given flags, with the defaults of their algorithm where a flag isn't given.
 
         Raises:
-            ValueError: a flag contradicts the algorithm, or a value is out of range.
+            FlagError: a flag contradicts the algorithm, or a value can't be used.
         """
         base = {f.name: default_of(f) for f in fields(cls)}
         given = {**base, **explicit}
@@ -335,12 +507,12 @@ class GRPOConfig(RewardSpecConfig):
             algorithm = ALGORITHMS[name]
             for key, value in algorithm["requires"].items():
                 if explicit.get(key, value) != value:
-                    raise ValueError(f"--algorithm {name} contradicts --{key} {explicit[key]}: it needs {value}")
+                    raise FlagError("algorithm", name, f"contradicts --{key} {explicit[key]}: it needs {value}")
             explicit = {**algorithm["defaults"], **algorithm["requires"], **explicit, "algorithm": name}
             if name in TREES:
                 tree = {**base, **explicit}
                 leaves = tree["tree_split_children"] ** len(tree["tree_split_points"])
-                if leaves >= 2:  # else _check_algorithm says what is wrong
+                if leaves >= 2:  # else _check_tree says what is wrong
                     explicit.setdefault("num_generations", leaves)
                 if explicit["sde_type"] == "cps":
                     explicit.setdefault("tree_split_noise_scale", 1.0)  # cps keeps the noise level
@@ -349,218 +521,56 @@ class GRPOConfig(RewardSpecConfig):
         return cls(**explicit)
 
     def __post_init__(self) -> None:
-        def need(ok: bool, name: str, what: str) -> None:
-            if not ok:
-                raise ValueError(f"--{name} {getattr(self, name)}: {what}")
-
-        if self.wandb_key:
-            raise ValueError("--wandb_key: keys don't belong on a command line; set WANDB_API_KEY in the environment")
+        if self.wandb_key:  # before any message could repeat its value
+            problem = "keys don't belong on a command line; set WANDB_API_KEY in the environment"
+            raise FlagError("wandb_key", None, problem)
+        check_fields(self)
         for f in fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, float):
-                need(math.isfinite(value), f.name, "must be a finite number")
-        for name in (
-            "max_train_steps train_batch_size gradient_accumulation_steps checkpointing_steps "
-            "h w group_size iters_per_group max_iters_per_group min_iters_per_group unified_reward_num_workers "
-            "reward_batch_size max_skipped_steps lora_rank lora_alpha sp_size"
-        ).split():
-            need(getattr(self, name) >= 1, name, "must be at least 1")
-        for name in ("prompts_per_iteration rollout_batch_size train_micro_batch_size checkpoints_total_limit").split():
-            need(getattr(self, name) is None or getattr(self, name) >= 1, name, "must be at least 1, or None")
-        need(0 <= (self.serve_report or 0) < 65536, "serve_report", "a port is between 0 and 65535")
-        need((self.max_reward_failures or 0) >= 0, "max_reward_failures", "must not be negative, or None")
-        for name in (
-            "seed sampler_seed dataloader_num_workers frozen_init_timesteps prog_overlap_step eta kl_coeff "
-            "lr_warmup_steps weight_decay ema_start_step image_log_steps flow_grpo_fast_steps "
-            "depth_pruning_slide_interval ref_kl_coeff eval_steps"
-        ).split():
-            need(getattr(self, name) >= 0, name, "must not be negative")
-        for name in (
-            "shift adv_clip_max clip_range learning_rate max_grad_norm guidance_scale entropy_threshold "
-            "tree_split_noise_scale tree_fusion_temperature"
-        ).split():
-            need(getattr(self, name) > 0, name, "must be greater than 0")
-        for name in ("cfg trimmed_ratio ema_decay").split():
-            need(0 <= getattr(self, name) < 1, name, "must be at least 0 and below 1")
-        for name in (
-            "timestep_fraction dpm_post_compress_ratio selective_checkpointing tree_width_prune_share"
-        ).split():
-            need(0 < getattr(self, name) <= 1, name, "must be above 0 and at most 1")
-        for f in fields(self):  # argparse has checked the command line; this is for other callers
-            if f.metadata.get("choices"):
-                value = getattr(self, f.name)
-                optional = get_origin(f.type) is UnionType and value is None
-                need(optional or value in f.metadata["choices"], f.name, f"choose from {f.metadata['choices']}")
+            owners = f.metadata.get("algorithms")
+            owned = owners is None or self.algorithm in owners or getattr(self, f.name) == default_of(f)
+            self._need(owned, f.name, f"goes with --algorithm {' or '.join(owners or ())}")
+        self._check_amounts()
+        self._check_sampling()
+        self._check_window()
+        if self.algorithm in MERGES:
+            self._check_merges()
+        if self.algorithm in TREES:
+            self._check_tree()
+        self._check_flash()
+        self._check_advantages()
+        self._check_processes()
+        self._check_data()
+        self._check_evaluation()
 
-        need(self.h % 16 == 0, "h", "must be a multiple of 16")
-        need(self.w % 16 == 0, "w", "must be a multiple of 16")
-        need(self.num_generations >= 2, "num_generations", "a group needs at least 2 images to compare")
-        need(
-            self.num_generations % self.gradient_accumulation_steps == 0,
-            "gradient_accumulation_steps",
-            f"must divide --num_generations {self.num_generations}",
-        )
-        need(self.sampling_steps >= 3, "sampling_steps", "must be at least 3")
-        usable = self.sampling_steps - 2  # the window's indices are 0 … T−3
-        if self.training_strategy == "part":
-            need(
-                self.group_size <= usable,
-                "group_size",
-                f"the window doesn't fit into the {usable} usable steps (sampling_steps {self.sampling_steps} less 2)",
-            )
-            need(
-                not self.drop_last_sample and not self.flow_grpo_sampling,
-                "training_strategy",
-                "drop_last_sample and flow_grpo_sampling go with --training_strategy all",
-            )
-        else:
-            trainable = self.sampling_steps - 1
-            need(
-                self.frozen_init_timesteps <= trainable,
-                "frozen_init_timesteps",
-                f"there are {trainable} trainable steps",
-            )
-            need(
-                int(trainable * self.timestep_fraction) >= 1,
-                "timestep_fraction",
-                f"leaves no step of {trainable} to train",
-            )
-        need(self.eta > 0, "eta", "must be greater than 0: deterministic steps can't be trained")
-        need(
-            self.sde_type != "cps" or self.eta < 1,
-            "eta",
-            "coefficients-preserving steps need an eta below 1",
-        )
-        self._check_algorithm(need)
-        need(
-            self.dpm_algorithm_type in (None, "dpmsolver++"),
-            "dpm_algorithm_type",
-            "choose from [None, 'dpmsolver++'] (the reference's dpmsolver was wrong for flow models)",
-        )
-        need(
-            self.dpm_apply_strategy in (None, "post"),
-            "dpm_apply_strategy",
-            "choose from [None, 'post'] (a solver on `all` steps leaves no stochastic step to train)",
-        )
-        need(
-            self.dpm_algorithm_type is None or self.training_strategy == "part",
-            "dpm_algorithm_type",
-            "the compressed tail goes with --training_strategy part",
-        )
-        need(
-            self.use_group or self.multi_reward_mix == "reward_aggr",
-            "multi_reward_mix",
-            "without --use_group choose reward_aggr",
-        )
-        need(
-            self.granular_mix == "raw" or self.multi_reward_mix == "advantage_aggr",
-            "granular_mix",
-            "advantage needs --multi_reward_mix advantage_aggr",
-        )
-        need(
-            self.max_iters_per_group >= self.min_iters_per_group,
-            "max_iters_per_group",
-            "must not be below min_iters_per_group",
-        )
-        engine = self.parallel or ("ddp" if self.fsdp_sharding_startegy == "none" else None)
-        need(
-            self.fsdp_sharding_startegy in (None, "none") or engine in (None, "fsdp"),
-            "fsdp_sharding_startegy",
-            f"goes with --parallel fsdp, not {engine}",
-        )
-        need(
-            self.fsdp_sharding_startegy != "none" or engine != "fsdp",
-            "fsdp_sharding_startegy",
-            "splits nothing; choose --parallel ddp, or full, hybrid_full or hybrid_zero2",
-        )
-        if engine == "deepspeed":
-            need(self.ema_decay == 0, "ema_decay", "DeepSpeed splits the weights its own way; choose --parallel fsdp")
-            need(self.compile != "true", "compile", "DeepSpeed's hooks break the graph; choose auto or false")
-        if self.quantize_base:
-            need(self.use_lora, "quantize_base", "goes with --use_lora: weights in 8 bit can't be trained")
-            split = engine in ("fsdp", "deepspeed") or self.fsdp_sharding_startegy not in (None, "none")
-            need(not split, "quantize_base", "each process holds the model whole; choose --parallel none or ddp")
-        if self.sp_size > 1:
-            need(engine in (None, "ddp", "fsdp"), "sp_size", f"goes with --parallel ddp or fsdp, not {engine}")
-            need(self.compile != "true", "compile", f"not with --sp_size {self.sp_size}; choose auto or false")
-        need(
-            (self.data_json_path is None) != (self.prompts_file is None),
-            "data_json_path",
-            "give either --data_json_path (cached embeddings) or --prompts_file (texts)",
-        )
-        resolve_reward_spec(self)
-        for name in ("eval_prompts", "eval_reward"):
-            need(self.eval_steps > 0 or getattr(self, name) is None, name, "goes with --eval_steps")
-        need(self.eval_steps == 0 or self.eval_prompts is not None, "eval_steps", "give --eval_prompts too")
-        if self.eval_reward is not None:
-            resolve_reward_spec(self, "eval_reward")
+    def _need(self, holds: bool, name: str, problem: str) -> None:
+        if not holds:
+            raise FlagError(name, getattr(self, name), problem)
+
+    def _need_all_steps_trained(self) -> None:
+        for name, plain in {"timestep_fraction": 1, "frozen_init_timesteps": 0}.items():
+            self._need(getattr(self, name) == plain, name, f"--algorithm {self.algorithm} needs {plain}")
 
     def held_out(self) -> "GRPOConfig":
         """These settings with --eval_reward, scored in this process, in place of the reward in training."""
         own = {"eval_steps": 0, "eval_prompts": None, "eval_reward": None, "reward_server": None}
         return replace(self, reward_model=self.eval_reward, **own)
 
-    def _check_algorithm(self, need: Callable[[bool, str, str], None]) -> None:
-        """The flags of Flow-GRPO-Fast, E-GRPO, Granular-GRPO and BranchGRPO."""
-        steps, name = self.sampling_steps, self.algorithm
-        window = {"flow_grpo": self.flow_grpo_fast_steps, "branch_grpo_mix": self.group_size}.get(name, 0)
-        need(window <= steps - 2, "group_size" if name in TREES else "flow_grpo_fast_steps", f"at most {steps - 2}")
-        for f in fields(self):
-            owners = OWN_FLAGS.get(f.name) or OWN_FLAGS.get(f.name.split("_")[0], ())
-            if owners and name not in owners:
-                need(getattr(self, f.name) == default_of(f), f.name, f"goes with --algorithm {' or '.join(owners)}")
-        if self.flow_grpo_fast_steps:
-            need(self.frozen_init_timesteps == 0, "frozen_init_timesteps", "not with --flow_grpo_fast_steps")
-            share = int(self.flow_grpo_fast_steps * self.timestep_fraction)
-            need(share >= 1, "timestep_fraction", f"leaves no step of {self.flow_grpo_fast_steps} to train")
-        if name in (*MERGES, *TREES):
-            for value, plain in {"timestep_fraction": 1, "frozen_init_timesteps": 0}.items():
-                need(getattr(self, value) == plain, value, f"--algorithm {name} needs {plain}")
-        if name in MERGES:
-            active, merges = self.eta_step_list, self.eta_step_merge_list
-            need(active == sorted(set(active)), "eta_step_list", "steps must ascend, each once")
-            need(all(0 <= e < steps - 1 for e in active), "eta_step_list", f"choose from 0 to {steps - 2}")
-            need(not merges or len(merges) == len(active), "eta_step_merge_list", f"--eta_step_list has {len(active)}")
-            for step, merge in zip(active, merges, strict=False):
-                fits = merge >= 1 and step + merge < steps
-                need(fits, "eta_step_merge_list", f"step {step} can be merged into 1 to {steps - 1 - step} steps")
-            strides = self.granular_list
-            need(bool(strides) and min(strides) >= 1, "granular_list", "give strides of at least 1")
-            need(len(set(strides)) == len(strides), "granular_list", "give each stride once")
-        if name in TREES:
-            splits, children = self.tree_split_points, self.tree_split_children
-            need(self.share_prefix, "share_prefix", f"--algorithm {name} always shares what its rows have in common")
-            need(children >= 2, "tree_split_children", "must be at least 2")
-            need(bool(splits) and splits == sorted(set(splits)), "tree_split_points", "steps must ascend, each once")
-            need(splits[0] >= 0 and splits[-1] < steps - 1, "tree_split_points", f"choose from 0 to {steps - 2}")
-            leaves = children ** len(splits)
-            need(self.num_generations == leaves, "num_generations", f"the tree has {children}^{len(splits)} = {leaves}")
-            if self.sde_type == "cps":
-                most = 1 / math.sin(self.eta * math.pi / 2)
-                fits = self.tree_split_noise_scale <= most
-                need(fits, "tree_split_noise_scale", f"at most {most:.3g} with --sde_type cps --eta {self.eta}")
-            inside = all(1 <= depth < steps for depth in self.depth_pruning)
-            need(inside, "depth_pruning", f"depths lie between 1 and {steps - 1}")
-            need(self.depth_pruning_stop_depth >= 1, "depth_pruning_stop_depth", "must be at least 1")
-
     def data_ranks(self, world_size: int) -> int:
-        """Groups of processes with prompts of their own: all processes, or with --sp_size so many times fewer.
+        """Groups of processes with their own prompts: one group per process, or one per `sp_size` processes.
 
-        Raises ValueError if the processes don't divide.
+        Raises FlagError if the processes can't be divided so.
         """
-        if world_size % self.sp_size:
-            raise ValueError(f"--sp_size {self.sp_size}: must divide the number of processes, which is {world_size}")
+        fits = world_size % self.sp_size == 0
+        self._need(fits, "sp_size", f"must divide the number of processes, which is {world_size}")
         return world_size // self.sp_size
 
     def local_prompts(self, world_size: int) -> int:
-        """Prompts of each data rank, P / data ranks. Raises ValueError if P doesn't divide."""
+        """Prompts per data rank, P / data ranks. Raises FlagError if P can't be divided so."""
         ranks = self.data_ranks(world_size)
         if self.prompts_per_iteration is None:
             return self.train_batch_size
-        if self.prompts_per_iteration % ranks:
-            raise ValueError(
-                f"--prompts_per_iteration {self.prompts_per_iteration}: must be a multiple of {ranks} ranks"
-            )
+        fits = self.prompts_per_iteration % ranks == 0
+        self._need(fits, "prompts_per_iteration", f"must be a multiple of {ranks} ranks")
         return self.prompts_per_iteration // ranks
 
     def to_public_dict(self) -> dict[str, Any]:

@@ -8,8 +8,14 @@ if [ -z "${PYTHON_BIN:-}" ]; then
   [ -x .venv/bin/python ] && PYTHON_BIN=$PWD/.venv/bin/python
 fi
 
-# run_distributed SCRIPT ARGS, or -m MODULE ARGS: on NPROC_PER_NODE (default 1) processes, one a GPU, of this machine; with
-# HOSTFILE (relative to the root) of every machine in it, see docs/distributed.md, "Several nodes".
+# given FLAG VARIABLE: adds --FLAG to the list `args`, with the value of the environment variable, if it has one.
+args=()
+given() {
+  [ -z "${!2:-}" ] || args+=("--$1" "${!2}")
+}
+
+# run_distributed SCRIPT ARGS, or -m MODULE ARGS: runs it on NPROC_PER_NODE (default 1) processes, one per GPU, of this
+# machine; with HOSTFILE (relative to the root) on every machine in it, see docs/distributed.md, "Several nodes".
 run_distributed() {
   if [ -n "${HOSTFILE:-}" ]; then
     exec "$PYTHON_BIN" scripts/finetune/launch.py "$@"

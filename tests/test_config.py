@@ -3,20 +3,24 @@
 import ast
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 
 from fastvideo.cli import parse_dataclass
-from fastvideo.config import IGNORED_FLAGS, GRPOConfig
+from fastvideo.config import ALGORITHMS, IGNORED_FLAGS, GRPOConfig
+from fastvideo.models.reward_model.spec import REWARDS, SHARED
 from fastvideo.train_grpo_flux import main
 
 import pytest
 from conftest import ROOT
 from diffusers import FluxTransformer2DModel
 
+MIX_GRPO = ROOT / "scripts/finetune/finetune_flux_grpo_MixGRPO.sh"
 RECIPES = sorted((ROOT / "scripts/finetune").glob("finetune_flux_grpo_*.sh"))
 
 
@@ -417,7 +421,7 @@ def test_a_dry_run_prints_arithmetic_and_plan_and_touches_nothing(flags, capsys,
     )
     text = capsys.readouterr().out
     assert "mix_grpo: 3 prompts x 4 samples = 12 images" in text and "4 optimizer steps" in text
-    assert "21" in text and "without sharing 24" in text
+    assert "per prompt and iteration: 21 to 21, mean 21.0 (without sharing 24)" in text
     plan = [line.split() for line in text.splitlines() if " -> " in line]
     assert [line[4] for line in plan] == ["flow_sde"] * 2 + ["ode"] * 4
     assert [line[0] for line in plan] == list("012345") and plan[-1][3] == "0.0000"
@@ -435,68 +439,108 @@ def test_a_recipe_tells_once_which_values_are_the_environment_s():
     assert told == ["--seed 3, from the environment variable SEED", "--h 48, from the environment variable H"]
 
 
-def recipe_command(script: Path, tmp_path: Path, *more: str, **environment: str) -> list[str]:
-    """The command line that a recipe gives to its interpreter."""
+def recipe_commands(
+    scripts: Sequence[Path], tmp_path: Path, *arguments: str, **environment: str
+) -> dict[str, list[str]]:
+    """{name of the recipe: command line that it gives to its interpreter}, of all recipes in one bash."""
     fake = tmp_path / "python"
     fake.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     fake.chmod(0o755)
-    clean = {name: value for name, value in os.environ.items() if name.lower() not in REFERENCE_FLAGS}
+    names = {field.name.upper() for field in fields(GRPOConfig)}
+    clean = {name: value for name, value in os.environ.items() if name.upper() not in names}
+    # A subshell for each, because a recipe ends with exec.
+    code = f'for script in {shlex.join(map(str, scripts))}; do echo "== $script"; (source "$script" "$@"); done'
     done = subprocess.run(
-        ["bash", str(script), *more],
+        ["bash", "-c", code, "bash", *arguments],
         cwd=tmp_path, env={**clean, "PYTHON_BIN": str(fake), **environment}, capture_output=True, text=True, check=True,
     )  # fmt: skip
-    return done.stdout.splitlines()
+    parts = (part.splitlines() for part in done.stdout.split("== ")[1:])
+    return {Path(script).stem.removeprefix("finetune_flux_grpo_"): command for script, *command in parts}
 
 
+def recipe_command(script: Path, tmp_path: Path, *arguments: str, **environment: str) -> list[str]:
+    (command,) = recipe_commands([script], tmp_path, *arguments, **environment).values()
+    return command
+
+
+def test_a_recipe_that_names_only_its_algorithm_trains_with_the_algorithm_s_own_values(tmp_path):
+    scripts = [tmp_path / f"{name}.sh" for name in ALGORITHMS]
+    for script in scripts:
+        lines = (f"source {ROOT}/scripts/finetune/launch.sh", f"flag algorithm {script.stem}", 'launch "$@"')
+        script.write_text("\n".join(lines))
+    for name, (program, *argv) in recipe_commands(scripts, tmp_path).items():
+        assert program == "fastvideo/train_grpo_flux.py"
+        own = GRPOConfig.create(algorithm=name, data_json_path="data/rl_embeddings/prompt.json")
+        assert parse_dataclass(GRPOConfig, argv) == own
+
+
+# Recipe -> algorithm, and some of its paper's values.
 RECIPE_VALUES = {
-    "FastGRPO": {"algorithm": "mix_grpo", "group_size": 4, "iters_per_group": 25, "prog_overlap_step": 1},
-    "MixGRPO": {"algorithm": "mix_grpo", "group_size": 4, "iters_per_group": 25, "prog_overlap_step": 1},
-    "MixGRPO_Flash": {
-        "algorithm": "mix_grpo_flash", "iters_per_group": 20, "dpm_algorithm_type": "dpmsolver++",
-        "dpm_apply_strategy": "post", "dpm_post_compress_ratio": 0.4, "dpm_solver_order": 2,
-        "dpm_solver_type": "midpoint",
-    },
-    "MixGRPO_Flash_star": {"algorithm": "mix_grpo_flash_star", "prog_overlap_step": 0, "dpm_post_compress_ratio": 0.2},
-    "E_GRPO": {
-        "algorithm": "grpo_merge", "sampling_steps": 16, "learning_rate": 2e-6, "entropy_threshold": 2.2,
-        "granular_list": [1], "eta_step_list": [], "eta_step_merge_list": [],
-    },
-    "Granular_GRPO": {"algorithm": "granular_grpo", "sampling_steps": 16, "granular_list": [1, 2, 3]},
-    "BranchGRPO": {
-        "algorithm": "branch_grpo", "sampling_steps": 20, "num_generations": 16, "eta": 0.3, "clip_range": 1e-3,
+    "FastGRPO": ("mix_grpo", {"group_size": 4, "iters_per_group": 25, "reward_model": "image_reward"}),
+    "MixGRPO": ("mix_grpo", {"prog_overlap_step": 1, "sampling_steps": 25, "h": 720, "seed": 714}),
+    "MixGRPO_Flash": ("mix_grpo_flash", {"iters_per_group": 20, "dpm_post_compress_ratio": 0.4, "dpm_solver_order": 2}),
+    "MixGRPO_Flash_star": ("mix_grpo_flash_star", {"prog_overlap_step": 0, "dpm_post_compress_ratio": 0.2}),
+    "E_GRPO": ("grpo_merge", {"sampling_steps": 16, "learning_rate": 2e-6, "entropy_threshold": 2.2}),
+    "Granular_GRPO": ("granular_grpo", {"sampling_steps": 16, "learning_rate": 2e-6, "granular_list": [1, 2, 3]}),
+    "BranchGRPO": ("branch_grpo", {
+        "sampling_steps": 20, "num_generations": 16, "eta": 0.3, "clip_range": 1e-3,
         "tree_split_points": [0, 3, 6, 9], "tree_split_noise_scale": 4, "depth_pruning": [],
-    },
-    "DanceGRPO": {
-        "algorithm": "dance_grpo", "sampling_steps": 16, "eta": 0.3, "gradient_accumulation_steps": 12,
-        "timestep_fraction": 0.6, "sde_type": "dance",
-    },
-    "DanceGRPO_lora": {
-        "algorithm": "dance_grpo_lora", "sampling_steps": 12, "eta": 0.3, "learning_rate": 3e-4, "use_lora": True,
+    }),
+    "DanceGRPO": ("dance_grpo", {
+        "sampling_steps": 16, "eta": 0.3, "gradient_accumulation_steps": 12, "timestep_fraction": 0.6,
+    }),
+    "DanceGRPO_lora": ("dance_grpo_lora", {
+        "sampling_steps": 12, "eta": 0.3, "learning_rate": 3e-4, "use_lora": True,
         "lora_rank": 128, "lora_alpha": 256, "lora_target_modules": ["to_q", "to_k", "to_v", "to_out.0"],
-    },
-    "FlowGRPO": {"algorithm": "flow_grpo", "sde_type": "flow", "flow_grpo_fast_steps": 0},
+    }),
+    "FlowGRPO": ("flow_grpo", {"sde_type": "flow", "flow_grpo_fast_steps": 0}),
 }  # fmt: skip
 
 
-def test_the_recipes_of_the_reference_are_there():
-    assert set(RECIPE_VALUES) <= {path.stem.removeprefix("finetune_flux_grpo_") for path in RECIPES}
+def test_every_recipe_trains_with_the_values_of_its_paper(tmp_path, capsys):
+    commands = recipe_commands(RECIPES, tmp_path, "--dry_run")
+    assert commands.keys() == RECIPE_VALUES.keys()
+    for name, (program, *argv) in commands.items():
+        algorithm, values = RECIPE_VALUES[name]
+        config = parse_dataclass(GRPOConfig, argv)
+        assert {key: getattr(config, key) for key in values} == values
+        title = "MixGRPO" if name == "FastGRPO" else name
+        places = {"experiment_name": title, "output_dir": f"outputs/{title}", "dry_run": True}
+        data = "data/rl_embeddings/prompt.json"
+        assert config == GRPOConfig.create(algorithm=algorithm, data_json_path=data, **places)
+        assert program == "fastvideo/train_grpo_flux.py"
+        main(argv)
+        assert f"{algorithm}: 1 prompts x " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("script", RECIPES, ids=lambda path: path.stem.removeprefix("finetune_flux_grpo_"))
-def test_every_recipe_passes_a_dry_run_with_the_values_of_its_paper(script, tmp_path, capsys):
-    module, *argv = recipe_command(script, tmp_path, "--dry_run")
-    assert module == "fastvideo/train_grpo_flux.py" and argv[-1] == "--dry_run"
-    main(argv)
-    config = parse(*argv)
-    assert f"{config.algorithm}: 1 prompts x " in capsys.readouterr().out
-    expected = RECIPE_VALUES.get(script.stem.removeprefix("finetune_flux_grpo_"), {})
-    shared = {"sampling_steps": 25, "h": 720, "num_generations": 12, "reward_model": "image_reward", "seed": 714}
-    assert {name: getattr(config, name) for name in shared | expected} == shared | expected
-    # Environment before recipe, arguments before environment.
-    argv = recipe_command(script, tmp_path, "--eta", "0.4", "--dry-run", ETA="0.5", SAMPLING_STEPS="20")[1:]
-    assert (parse(*argv).eta, parse(*argv).sampling_steps) == (0.4, 20)
-    many = recipe_command(script, tmp_path, NPROC_PER_NODE="2")
-    assert many[:2] == ["-m", "torch.distributed.run"] and "2" in many
+def test_the_environment_counts_more_than_a_recipe_and_arguments_more_than_both(tmp_path):
+    given = {"ETA": "0.5", "NUM_GENERATIONS": "6", "OUTPUT_DIR": "elsewhere"}
+    argv = recipe_command(MIX_GRPO, tmp_path, "--eta", "0.4", **given)[1:]
+    config = parse_dataclass(GRPOConfig, argv)
+    assert (config.eta, config.num_generations, config.output_dir) == (0.4, 6, "elsewhere")
+
+
+def test_the_environment_sets_every_flag_that_a_recipe_has_ever_named():
+    text = (ROOT / "scripts/finetune/launch.sh").read_text()
+    names = text.partition('FROM_ENVIRONMENT="')[2].partition('"')[0].split()
+    assert set(names) <= {field.name for field in fields(GRPOConfig)} and len(set(names)) == len(names)
+    promised = (
+        "pretrained_model_name_or_path data_json_path seed sampler_seed h w sampling_steps shift eta num_generations "
+        "gradient_accumulation_steps train_batch_size max_train_steps checkpointing_steps learning_rate "
+        "lr_warmup_steps weight_decay max_grad_norm clip_range adv_clip_max kl_coeff multi_reward_mix reward_model "
+        "image_reward_mode mixed_precision algorithm experiment_name output_dir tree_split_points "
+        "tree_split_noise_scale tree_fusion tree_width_prune depth_pruning timestep_fraction lora_rank lora_alpha "
+        "lora_target_modules entropy_threshold eta_step_list eta_step_merge_list granular_list flow_grpo_fast_steps "
+        "group_size sample_strategy iters_per_group prog_overlap_step dpm_algorithm_type dpm_apply_strategy "
+        "dpm_post_compress_ratio dpm_solver_order dpm_solver_type prompts_per_iteration train_micro_batch_size "
+        "lr_scheduler"
+    )
+    assert set(names) == set(promised.split())
+
+
+def test_a_recipe_starts_several_processes_with_torchrun(tmp_path):
+    command = recipe_command(MIX_GRPO, tmp_path, NPROC_PER_NODE="2")
+    assert command[:2] == ["-m", "torch.distributed.run"] and "--nproc_per_node\n2\n" in "\n".join(command)
 
 
 @pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="a GPU takes all of it in one process")
@@ -525,32 +569,33 @@ def test_a_recipe_runs_from_anywhere(recipe, tmp_path):
 # --- no flag without effect -------------------------------------------------------------------------------------------
 
 
-def names_read(tree: ast.AST, called: str) -> set[str]:
-    """Attributes of something that is called so, and strings (for getattr)."""
-    found = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-            owner = node.value
-            name = owner.id if isinstance(owner, ast.Name) else owner.attr if isinstance(owner, ast.Attribute) else ""
-            if name == called:
-                found.add(node.attr)
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            found.add(node.value)
-    return found
+# Settings that no code reads as `config.NAME`, and why that is right.
+READ_OTHERWISE = {
+    "reward_model": "resolve_reward_spec reads the setting whose name it is given",
+    "prompts_file": "set_up embeds the prompts of the setting whose name it is given",
+    "prompts_per_iteration": "GRPOConfig.local_prompts",
+    "train_batch_size": "GRPOConfig.local_prompts",
+    "dpm_algorithm_type": "decides in config.py which algorithm runs, and so which planner",
+    "flow_grpo_sampling": "decides in config.py which algorithm runs, and so which planner",
+    "dpm_apply_strategy": "has one legal value; the reference's recipes give it",
+    "hps_clip_path": "not needed; the reference's recipes give it",
+    "wandb_key": "refused",
+}
 
 
 def test_every_setting_is_read_somewhere():
-    read = set()
+    read = set(SHARED.values())  # these and the next ones are read by getattr, from the registry of rewards
+    for reward in REWARDS.values():
+        read |= {*reward.arguments.values(), reward.weight, reward.mode}
     for path in (ROOT / "fastvideo").rglob("*.py"):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        if path.name != "config.py":
-            read |= names_read(tree, "config")
-        else:  # its checks don't count
-            methods = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-            read |= names_read(next(method for method in methods if method.name == "local_prompts"), "self")
-    unread = {field.name for field in fields(GRPOConfig)} - read
-    # These have one legal value beside "not set", or decide in config.py which algorithm, hence which planner, runs.
-    assert unread <= {"wandb_key", "dpm_apply_strategy", "dpm_algorithm_type", "flow_grpo_sampling"}
+        if path.parent.name in ("sample", "eval", "data_preprocess") or path == ROOT / "fastvideo/config.py":
+            continue  # other programs have a `config` of their own; checks are no use of a setting
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                owner = node.value
+                if "config" in (getattr(owner, "id", None), getattr(owner, "attr", None)):  # config.x, self.config.x
+                    read.add(node.attr)
+    assert {field.name for field in fields(GRPOConfig)} - read == set(READ_OTHERWISE)
 
 
 def test_every_setting_has_a_default_and_a_type_that_the_parser_knows():

@@ -10,7 +10,7 @@ from fastvideo.config import ALGORITHMS, IGNORED_FLAGS, GRPOConfig
 
 import pytest
 from conftest import ROOT
-from test_config import recipe_command
+from test_config import recipe_commands
 from test_train import base_weights, same_weights
 
 # The command of E-GRPO's README, with values in the places it leaves open.
@@ -177,15 +177,15 @@ def test_no_script_is_left_untested():
     assert set(SCRIPTS) == {path.stem for path in (ROOT / "scripts/finetune").glob("train_*.sh")}
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_a_script_passes_a_dry_run(name, tmp_path, capsys):
-    program, *overrides = recipe_command(ROOT / f"scripts/finetune/{name}.sh", tmp_path, "dry_run=true", MODEL_PATH="m")
-    assert program == "fastvideo/train.py"
-    front_door.main(overrides)
-    assert "images per iteration" in capsys.readouterr().out
-    config = settings(*overrides)
-    expected = {**SCRIPTS[name], "pretrained_model_name_or_path": "m", "max_train_steps": 300, "use_wandb": False}
-    assert {key: getattr(config, key) for key in expected} == expected
+def test_every_script_passes_a_dry_run(tmp_path, capsys):
+    scripts = [ROOT / f"scripts/finetune/{name}.sh" for name in SCRIPTS]
+    for name, (program, *overrides) in recipe_commands(scripts, tmp_path, "dry_run=true", MODEL_PATH="m").items():
+        assert program == "fastvideo/train.py"
+        front_door.main(overrides)
+        assert "images per iteration" in capsys.readouterr().out
+        config = settings(*overrides)
+        expected = {**SCRIPTS[name], "pretrained_model_name_or_path": "m", "max_train_steps": 300, "use_wandb": False}
+        assert {key: getattr(config, key) for key in expected} == expected
 
 
 @pytest.mark.slow

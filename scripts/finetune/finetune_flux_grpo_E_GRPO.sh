@@ -1,14 +1,8 @@
 #!/usr/bin/env bash
-# E-GRPO (arXiv 2601.00423) on FLUX.1-dev: from an ODE run, a group and an optimizer step for each of the first 8 steps;
-# steps of low entropy are merged with the next ones. To choose them: ETA_STEP_LIST=1,2,3 ETA_STEP_MERGE_LIST=1,1,1
-source "$(dirname "$0")/launch.sh"
+# E-GRPO (arXiv 2601.00423) on FLUX.1-dev: starts from an ODE run; a group and an optimizer step for each of the first 8
+# steps; steps of low entropy are merged with the next ones. To choose them: ETA_STEP_LIST=1,2,3 ETA_STEP_MERGE_LIST=1,1,1
+source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 flag algorithm grpo_merge
 flag experiment_name E_GRPO
 flag output_dir outputs/E_GRPO
-flag sampling_steps 16
-flag learning_rate 2e-6
-flag entropy_threshold 2.2
-flag eta_step_list None
-flag eta_step_merge_list None
-flag granular_list 1
 launch "$@"

@@ -1,3 +1,3 @@
 #!/usr/bin/env bash
 # The name that the reference's README uses for MixGRPO.
-exec bash "$(dirname "$0")/finetune_flux_grpo_MixGRPO.sh" "$@"
+exec bash "$(dirname "${BASH_SOURCE[0]}")/finetune_flux_grpo_MixGRPO.sh" "$@"

@@ -1,48 +1,38 @@
 # shellcheck shell=bash
-# Sourced by the recipes. A recipe is a list of `flag NAME VALUE` and one `launch "$@"`.
-#   flag NAME VALUE   passes --NAME VALUE; an environment variable of the name in capitals overrides the value
-#   launch ARGS       starts the trainer; ARGS come last, so they override everything
-# NPROC_PER_NODE and HOSTFILE say on how many processes and machines: scripts/environment.sh.
+# Sourced by the recipes. A recipe names its algorithm and what differs from the trainer's defaults (fastvideo/config.py):
+#   flag NAME VALUE   passes --NAME VALUE
+#   launch ARGS       starts the trainer
+# Environment variables count more than the recipe, ARGS more than both. NPROC_PER_NODE and HOSTFILE say on how many
+# processes and machines: scripts/environment.sh.
 source "$(dirname "${BASH_SOURCE[0]}")/../environment.sh"
 
-args=() told=" "
+# Flags that an environment variable with their name in capitals sets: SEED=3 REWARD_MODEL=hpsv2 bash scripts/finetune/...
+FROM_ENVIRONMENT="
+  pretrained_model_name_or_path data_json_path output_dir experiment_name seed sampler_seed
+  algorithm h w sampling_steps shift eta timestep_fraction flow_grpo_fast_steps
+  num_generations gradient_accumulation_steps train_batch_size prompts_per_iteration train_micro_batch_size
+  max_train_steps checkpointing_steps learning_rate lr_scheduler lr_warmup_steps weight_decay max_grad_norm mixed_precision
+  clip_range adv_clip_max kl_coeff multi_reward_mix reward_model image_reward_mode
+  group_size sample_strategy iters_per_group prog_overlap_step
+  dpm_algorithm_type dpm_apply_strategy dpm_post_compress_ratio dpm_solver_order dpm_solver_type
+  entropy_threshold eta_step_list eta_step_merge_list granular_list
+  tree_split_points tree_split_noise_scale tree_fusion tree_width_prune depth_pruning
+  lora_rank lora_alpha lora_target_modules
+"
+
 flag() {
-  local name=${1^^}
-  if [ -n "${!name:-}" ] && [[ $told != *" $name "* ]]; then # H and SEED may be there for something else
-    echo "--$1 ${!name}, from the environment variable $name" >&2
-    told+="$name "
-  fi
-  args+=("--$1" "${!name:-$2}")
+  args+=("--$1" "$2")
 }
 
 launch() {
+  local name variable
+  for name in $FROM_ENVIRONMENT; do
+    variable=${name^^}
+    [ -z "${!variable:-}" ] || echo "--$name ${!variable}, from the environment variable $variable" >&2 # H may be another's
+    given "$name" "$variable"
+  done
   run_distributed fastvideo/train_grpo_flux.py "${args[@]}" "$@"
 }
 
-# What all recipes for FLUX.1-dev share. Prompts are embedded beforehand: scripts/preprocess/preprocess_flux_rl_embeddings.sh
-flag pretrained_model_name_or_path data/flux
+# Prompts are embedded beforehand: scripts/preprocess/preprocess_flux_rl_embeddings.sh
 flag data_json_path data/rl_embeddings/prompt.json
-flag seed 714
-flag sampler_seed 7144
-flag h 720
-flag w 720
-flag sampling_steps 25
-flag shift 3
-flag eta 0.7
-flag num_generations 12
-flag gradient_accumulation_steps 3
-flag train_batch_size 1
-flag max_train_steps 300
-flag checkpointing_steps 50
-flag learning_rate 1e-5
-flag lr_warmup_steps 0
-flag weight_decay 1e-4
-flag max_grad_norm 1.0
-flag clip_range 1e-4
-flag adv_clip_max 5.0
-flag kl_coeff 0.0
-flag multi_reward_mix advantage_aggr
-# Hier-ImageReward. The paper's mix instead: REWARD_MODEL=multi_reward IMAGE_REWARD_MODE=overall
-flag reward_model image_reward
-flag image_reward_mode granular
-flag mixed_precision bf16

@@ -7,5 +7,5 @@ train() {
   run_distributed fastvideo/train.py \
     model.pretrained_model_name_or_path="${MODEL_PATH:-ckpt/flux}" \
     data.json_path="${DATA_PATH:-data/rl_embeddings/videos2caption.json}" \
-    training.max_train_steps=300 wandb.enabled=false "$@"
+    wandb.enabled=false "$@"
 }

@@ -1,14 +1,13 @@
 #!/usr/bin/env bash
-# Samples a prompt file, NPROC_PER_NODE processes, one a GPU; with HOSTFILE on all its machines, which then share
+# Samples a prompt file, NPROC_PER_NODE processes, one per GPU; with HOSTFILE on all its machines, which then share
 # OUTPUT_DIR. Values come from the environment, any flag can follow:
 #   the base model:      bash scripts/inference/inference_flux.sh --baseline --output_dir outputs/base
 #   a tuned model:       MODEL_PATH=outputs/mixgrpo/checkpoint-300-0 bash scripts/inference/inference_flux.sh
 #   hybrid inference:    MODEL_PATH=... bash scripts/inference/inference_flux.sh --mix_fraction 0.8
 #   a sweep:             MODEL_PATH=... bash scripts/inference/inference_flux.sh --mix_fraction 0.2,0.5,0.8
 source "$(dirname "${BASH_SOURCE[0]}")/../environment.sh"
-run_distributed -m fastvideo.sample.sample_flux \
-  --pretrained_model_name_or_path "${BASE_MODEL_PATH:-data/flux}" \
-  --model_path "${MODEL_PATH:-None}" \
-  --prompts_file "${PROMPT_FILE:-data/prompts.txt}" \
-  --output_dir "${OUTPUT_DIR:-outputs/samples}" \
-  "$@"
+given pretrained_model_name_or_path BASE_MODEL_PATH
+given model_path MODEL_PATH
+given prompts_file PROMPT_FILE
+given output_dir OUTPUT_DIR
+run_distributed -m fastvideo.sample.sample_flux "${args[@]}" "$@"
