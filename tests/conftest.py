@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from fastvideo.data_preprocess.preprocess_flux_embedding import embed_prompts
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from forked import run_together
 from reward_checkpoints import all_narrow_files, narrow_rewards  # noqa: F401  (fixtures)
 from reward_servers import chat_server, http_server  # noqa: F401  (fixtures)
 from safetensors.torch import load_file
@@ -179,12 +180,13 @@ def assert_same_update(a: Run, b: Run, rounding: float = ROUNDING) -> None:
 
 
 def torchrun(
-    argv: list[str], environment: dict[str, str], script: str = "fastvideo/train_grpo_flux.py", processes: int = 2
+    argv: Sequence[object],
+    environment: dict[str, str],
+    script: str = "fastvideo/train_grpo_flux.py",
+    processes: int = 2,
 ) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    return subprocess.run(
-        [*command, script, *argv], cwd=ROOT, env=environment, timeout=TIME_LIMIT, capture_output=True, text=True
-    )
+    """What `torchrun --nproc_per_node PROCESSES SCRIPT ARGUMENTS` does, in forked processes: see forked.py."""
+    return run_together(script, argv, environment, processes, TIME_LIMIT)
 
 
 @pytest.fixture
