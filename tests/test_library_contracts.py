@@ -205,6 +205,6 @@ def test_argparse_keeps_its_options_by_name():
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--eta")
     assert list(parser._option_string_actions) == ["--eta"], (
-        f"Python {platform.python_version()} changed ArgumentParser._option_string_actions, in which fastvideo/cli.py looks "
-        "for the option closest to an unknown one"
+        f"Python {platform.python_version()} changed ArgumentParser._option_string_actions, in which fastvideo/cli.py "
+        "looks for the option closest to an unknown one"
     )

@@ -306,11 +306,11 @@ def test_noise_of_a_sample_does_not_depend_on_who_else_is_in_the_batch():
 
 def test_noise_differs_between_seeds_iterations_prompts_samples_and_steps():
     keys = itertools.product((7, 8), (1, 2), (0, 1), (1, 2))
-    found = [Noise(seed, number, [slot], SHAPE)(step, 3) for seed, number, slot, step in keys]
+    found = [Noise(seed, number, [slot], LatentShape(64, 64, 16, 16))(step, 3) for seed, number, slot, step in keys]
     rows = torch.cat(found).flatten(1)
-    assert len({tuple(row.tolist()) for row in rows}) == len(rows) == 48
+    assert rows.shape == (48, 64 * 64)
     similarity = torch.corrcoef(rows) - torch.eye(48)
-    assert similarity.abs().max() < 0.95
+    assert similarity.abs().max() < 6 / 64  # six standard deviations of what independent noise shows
 
 
 def test_noise_is_standard_normal():

@@ -172,13 +172,11 @@ def test_an_iteration_makes_g_over_k_optimizer_steps_and_each_changes_the_weight
 
 
 def test_the_gpu_has_the_next_steps_work_before_the_cpu_waits_for_a_step(train, monkeypatch):
-    seen = []
-    for name in ("backward", "step", "gradient_norm"):
-        real = getattr(Engine, name)
-        monkeypatch.setattr(Engine, name, lambda *args, real=real, name=name: seen.append(name) or real(*args))
+    begun, known, backward, wait = [], [], torch.Tensor.backward, Engine.gradient_norm
+    monkeypatch.setattr(torch.Tensor, "backward", lambda *args, **given: begun.append(1) or backward(*args, **given))
+    monkeypatch.setattr(Engine, "gradient_norm", lambda engine: known.append(len(begun)) or wait(engine))
     train(max_train_steps=1, num_generations=6, gradient_accumulation_steps=2, train_micro_batch_size=100)
-    work, wait = ["backward", "step"], "gradient_norm"
-    assert seen == [*work, "backward", wait, "step", "backward", wait, "step", wait]
+    assert known == [2, 3, 3]  # of three steps with a backward pass each
 
 
 def test_the_gradient_is_clipped_to_max_grad_norm_and_logged_unclipped(train):
