@@ -1,12 +1,12 @@
 """Every algorithm as data: a planner turns the settings and the window into a list of Steps; one sampler executes them.
 
-Two things hold for all algorithms. The advantage of a trained transition is the score of its pictures, compared with
-the scores of the other rows of its step. Trained steps on one path are updated together; those on different paths
-(E-GRPO's) one after the other.
+Two rules hold for all algorithms. The advantage of a trained transition compares the score of its pictures with the
+scores of the other rows of its step. Trained steps on one path share an optimizer step; trained steps on different
+paths (E-GRPO's) take one optimizer step after the other.
 
 A new algorithm is a planner here with an entry in PLANNERS, an entry in config.py's ALGORITHMS with the flags that it
-reads, and a recipe in scripts/finetune. A planner gets (config, window, rng): the window of the iteration, and random
-numbers that depend on (seed, iteration) alone and so are the same on all processes.
+reads, and a recipe in scripts/finetune. A planner gets (config, window, rng): the window of the iteration, and a random
+generator seeded with (seed, iteration), so that all processes draw the same numbers.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ Planner = Callable[[GRPOConfig, Sequence[int], np.random.Generator], list[Step]]
 
 
 def start_rows(config: GRPOConfig) -> int:
-    """Rows per prompt at the beginning: one where all samples share their beginning, else the whole group."""
+    """Rows per prompt at the start: 1 if all samples share the first steps, else num_generations."""
     return 1 if config.init_same_noise and config.share_prefix else config.num_generations
 
 
@@ -34,7 +34,7 @@ def start_rows(config: GRPOConfig) -> int:
 
 
 def _base_step(config: GRPOConfig, first: int, last: int, stochastic: bool, **more) -> Step:
-    """From noise level `first` to `last` of the full schedule: a trained step of `sde_type`, or Euler."""
+    """A step from noise level `first` to `last` of the full schedule: a trained step of `sde_type`, or Euler."""
     sigmas = sigma_schedule(config.sampling_steps, config.shift)
     noisy = {"kind": SDE_KINDS[config.sde_type], "eta": config.eta, "train": True}
     given = noisy if stochastic else {"kind": "ode"}
@@ -42,7 +42,7 @@ def _base_step(config: GRPOConfig, first: int, last: int, stochastic: bool, **mo
 
 
 def _base_steps(config: GRPOConfig, stochastic: Sequence[int]) -> list[Step]:
-    """The full schedule: `sde_type` steps, all trained, at the indices `stochastic`, Euler elsewhere."""
+    """The full schedule: trained `sde_type` steps at the indices `stochastic`, Euler steps elsewhere."""
     return [_base_step(config, i, i + 1, i in stochastic) for i in range(config.sampling_steps)]
 
 
@@ -61,7 +61,7 @@ def plan_flash(config: GRPOConfig, window: Sequence[int], rng: np.random.Generat
     sigmas[0] = head[-1].sigma_next
     tail = []
     for i in range(points - 1):
-        # First order into σ=0, where λ is infinite; at most second order just before; never more than there is history.
+        # The last step has order 1 (λ is infinite at σ = 0), the step before at most 2. History limits the order too.
         order = min(config.dpm_solver_order, points - 1 - i, len(head) + i + 1)
         tail.append(
             Step(
@@ -78,9 +78,9 @@ def plan_flash(config: GRPOConfig, window: Sequence[int], rng: np.random.Generat
 
 
 def plan_all(config: GRPOConfig, window: Sequence[int], rng: np.random.Generator) -> list[Step]:
-    """DanceGRPO and Flow-GRPO: noise at every step. The last step is not trained; with drop_last_sample it gives x0.
+    """DanceGRPO and Flow-GRPO: noise at every step. The last step is not trained. With drop_last_sample it is Euler.
 
-    Flow-GRPO-Fast makes noise only in `flow_grpo_fast_steps` consecutive steps, drawn at random from 0 … T−3.
+    Flow-GRPO-Fast adds noise only in `flow_grpo_fast_steps` consecutive steps, drawn at random from 0 … T−3.
     """
     if size := config.flow_grpo_fast_steps:
         start = int(rng.integers(0, config.sampling_steps - 2 - size + 1))
@@ -92,14 +92,14 @@ def plan_all(config: GRPOConfig, window: Sequence[int], rng: np.random.Generator
 
 
 def merged_steps(config: GRPOConfig) -> list[Step]:
-    """E-GRPO's stochastic steps (arXiv 2601.00423): the active ones, each over as many of the schedule as it takes.
+    """E-GRPO's stochastic steps (arXiv 2601.00423). A stochastic step may merge several steps of the schedule.
 
-    Without `eta_step_list` the first half is active. A step whose e^h is not above `entropy_threshold` is merged with
-    as few of the following ones as bring it there; one that can't be brought there is left out. `eta_step_merge_list`
-    overrides, and Granular-GRPO doesn't merge.
+    The active steps are `eta_step_list`, or the first half of the schedule. Each merges with as few following steps as
+    bring its e^h above `entropy_threshold`. A step that no merge brings above it is left out. `eta_step_merge_list`
+    sets the merges directly. Granular-GRPO doesn't merge.
 
     Raises:
-        FlagError: no step is left.
+        FlagError: all steps are left out.
     """
     active = config.eta_step_list or list(range(config.sampling_steps // 2))
     merges = [1] * len(active) if config.algorithm == "granular_grpo" else config.eta_step_merge_list
@@ -116,8 +116,8 @@ def merged_steps(config: GRPOConfig) -> list[Step]:
 
 
 def plan_merge(config: GRPOConfig, window: Sequence[int], rng: np.random.Generator) -> list[Step]:
-    """E-GRPO and Granular-GRPO: one ODE run a prompt, the anchor; from its state at every active step G samples take
-    one stochastic step, then the ODE from there, once for each stride of `granular_list`. Every tail ends at σ = 0.
+    """E-GRPO and Granular-GRPO: one ODE run per prompt, the anchor. At every active step, G samples leave the anchor by
+    one stochastic step. Each then follows the ODE to σ = 0, once per stride of `granular_list`.
     """
     steps = _base_steps(config, ())
     for active in merged_steps(config):
@@ -134,8 +134,8 @@ def plan_merge(config: GRPOConfig, window: Sequence[int], rng: np.random.Generat
 
 
 def plan_branch(config: GRPOConfig, window: Sequence[int], rng: np.random.Generator) -> list[Step]:
-    """BranchGRPO: as DanceGRPO, but a tree: every row splits at `tree_split_points`, where noise is scaled. The mixed
-    variant makes noise only at the splits and in the window. Before the first split there is nothing to compare.
+    """BranchGRPO: DanceGRPO on a tree. Every row splits at `tree_split_points`, where the noise is scaled. The mixed
+    variant adds noise only at the splits and in the window. Steps before the first split are not trained.
     """
     noisy = set(range(config.sampling_steps))
     if config.algorithm == "branch_grpo_mix":
@@ -168,9 +168,9 @@ PLANNERS: dict[str, Planner] = {
 
 
 def pruned_depths(config: GRPOConfig, iteration: int) -> set[int]:
-    """BranchGRPO's depth pruning: depths (steps from the root) not trained in iteration `iteration`, from 1.
+    """BranchGRPO's depth pruning: the depths (steps from the root) that iteration `iteration` (1, 2, …) does not train.
 
-    The set moves one shallower every `depth_pruning_slide_interval` iterations until its shallowest depth is
+    All depths decrease by 1 every `depth_pruning_slide_interval` iterations, until the smallest is
     `depth_pruning_stop_depth`.
     """
     if not config.depth_pruning:
@@ -181,8 +181,8 @@ def pruned_depths(config: GRPOConfig, iteration: int) -> set[int]:
 
 
 def make_plan(config: GRPOConfig, window: Sequence[int], iteration: int = 1) -> Plan:
-    """The checked plan of one iteration. With shared noise and `share_prefix` the group splits at the first noisy step:
-    everything before it, and the velocity there, is the same for all samples of a prompt.
+    """The checked plan of one iteration. With shared noise and `share_prefix` the group splits at the first noisy step,
+    because all samples of a prompt have the same states and velocities up to there.
 
     Raises:
         FlagError: the settings make no plan that can be trained, see Plan.check.
@@ -209,7 +209,7 @@ def optimizer_steps(config: GRPOConfig) -> int:
 
 
 def describe(config: GRPOConfig, world_size: int) -> str:
-    """The derived arithmetic, reward weights and the first window's plan. Every window is checked on the way.
+    """Counts per iteration, reward weights and the plan of the first window, as text. Checks the plan of every window.
 
     Raises:
         FlagError: a window can't be planned, or the prompts don't divide among the processes.

@@ -1,4 +1,4 @@
-"""MixGRPO training of FLUX.1: sample groups of pictures with a mixed ODE-SDE sampler, score them, learn from it.
+"""MixGRPO training of FLUX.1: samples groups of pictures with a mixed ODE-SDE sampler, scores them, trains on them.
 
     python fastvideo/train_grpo_flux.py --prompts_file prompts.txt --pretrained_model_name_or_path FLUX_PIPELINE ...
     torchrun --nproc_per_node 8 fastvideo/train_grpo_flux.py --parallel fsdp ...        # docs/distributed.md
@@ -6,8 +6,8 @@
 One iteration, top to bottom in this file: `rollout` executes the plan that rollout_plan.py made for the current window
 → pictures → `compute_reward` → advantages → `optimize`: G/k optimizer steps with `policy_loss` on the trained
 transitions.
-scripts/finetune holds recipes, docs/algorithms.md the formulas beside their flags, docs/deviations.md what differs from
-the references on purpose.
+scripts/finetune holds recipes. docs/algorithms.md gives each formula beside its flags. docs/deviations.md lists what
+differs from the references on purpose.
 """
 
 import errno
@@ -70,7 +70,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-# In bf16 on an H100 batches of at least so many rows round alike; 1 row differs by as much as the clip range.
+# In bf16 on an H100, batches of 2 or more rows round alike. A batch of 1 row differs by as much as the clip range.
 FEW_ROWS = 2
 
 DRIFT = (
@@ -87,16 +87,16 @@ Velocity = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 @dataclass
 class Rollout:
-    """Samples of a plan and what training needs of its trained steps; dict keys are positions in the plan."""
+    """Samples of a plan, and the states of its trained steps. The dict keys are positions in the plan."""
 
-    latents: torch.Tensor  # [P·pictures, L, C] at σ = 0, the pictures of a prompt together, in the order of plan.leaves
+    latents: torch.Tensor  # [P·pictures, L, C] at σ = 0, sorted by prompt, then in the order of plan.leaves
     before: dict[int, torch.Tensor] = field(default_factory=dict)  # x, [P·rows, L, C]
     after: dict[int, torch.Tensor] = field(default_factory=dict)  # x', [P·rows·branch, L, C]
-    log_probs: dict[int, torch.Tensor] = field(default_factory=dict)  # of x' under the sampling policy, [P·rows·branch]
+    log_probs: dict[int, torch.Tensor] = field(default_factory=dict)  # log p(x') while sampling, [P·rows·branch]
 
     @classmethod
     def join(cls, parts: Sequence["Rollout"]) -> "Rollout":
-        """One rollout from several, each with some of the prompts, in the prompts' order."""
+        """Joins rollouts of consecutive prompts into one."""
         by_position = ([getattr(part, name) for part in parts] for name in ("before", "after", "log_probs"))
         return cls(
             torch.cat([part.latents for part in parts]),
@@ -116,21 +116,21 @@ def rollout(
     """Executes a plan from noise to pictures.
 
     Args:
-        latents: [P·plan.start, L, C] at σ = 1, the rows of a prompt together. prompts: P.
-        noise: (stream, rows per prompt) -> standard normal [P·rows, L, C]; stream i + 1 belongs to plan position i.
-        trained_velocity: `velocity` for states from which a trained step starts, rounded as in training (None: the
-            same function).
+        latents: [P·plan.start, L, C] at σ = 1, sorted by prompt. prompts: P.
+        noise: (stream, rows per prompt) -> standard normal [P·rows, L, C]; plan position i uses stream i + 1.
+        trained_velocity: replaces `velocity` for states from which a trained step starts, and rounds as in training.
+            None: `velocity` everywhere.
     """
     table, parents = transition_table(plan, latents.device), plan.parents
     before_training = {parents[position] for position in plan.trained}
     result = Rollout(latents)
-    states = {-1: (latents, ())}  # position -> x after it, the latest x0 predictions on the way there
+    states = {-1: (latents, ())}  # position -> (x after the step, latest x0 predictions on its path)
     velocities: dict[int, torch.Tensor] = {}
     for position, (step, numbers, parent) in enumerate(zip(plan, plan.coefficients, parents, strict=True)):
         x_weight, v_weight, std, sigma = table[position]
         latents, history = states[parent]
         rows = len(latents) // prompts
-        if parent not in velocities:  # steps that start from the same state share it
+        if parent not in velocities:  # steps that start from one state share one velocity
             prompt_index = torch.arange(prompts, device=latents.device).repeat_interleave(rows)
             evaluate = trained_velocity if trained_velocity and parent in before_training else velocity
             velocities[parent] = evaluate(latents, sigma.expand(len(latents)), prompt_index)
@@ -158,10 +158,10 @@ def rollout(
 
 @dataclass(frozen=True)
 class InParts:
-    """A velocity that is computed in even parts of at most `size` rows.
+    """Computes a velocity in parts of equal length, at most `size` rows each.
 
-    training: whether the graph is used that keeps activations, so that numbers round as in training.
-    stopwatch: times calls with one row for each of `prompts` prompts.
+    training: whether autograd records the calls; numbers then round as in training.
+    stopwatch: times the calls that have one row per prompt. prompts: number of prompts.
     """
 
     velocity: Velocity
@@ -188,10 +188,10 @@ def policy_loss(
     """Clipped surrogate of each transition, max(−A·r, −A·clip(r, 1 ± ε)), plus kl_coeff · ½(log p_new − log p_old)².
 
     Args:
-        new, old: log-probabilities [N] under the policy now and the one that sampled. advantages: [N].
+        new, old: log-probabilities [N] under the current policy and under the sampling policy. advantages: [N].
 
     Returns:
-        loss [N], and without gradient the parts `policy_loss`, `kl_loss`, `ratio`, `clipped`, each [N].
+        loss [N], and the parts `policy_loss`, `kl_loss`, `ratio`, `clipped`, each [N] and without gradient.
     """
     difference = new - old
     ratio = torch.exp(difference)
@@ -207,9 +207,9 @@ def policy_loss(
 
 
 def reference_kl(mean: torch.Tensor, reference: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-    """KL divergence [N] of a transition from the base model's, mean((μ − μ_ref)²) / (2 std²): Gaussians of equal std.
+    """KL divergence [N] of the policy's transition from the base model's: mean((μ − μ_ref)²) / (2 std²), equal std.
 
-    mean, reference: [N, L, C]. std: [N, 1, 1]. The mean over elements, as in the log-probability.
+    mean, reference: [N, L, C]. std: [N, 1, 1]. The mean is over elements, as in `log_prob`.
     """
     return ((mean - reference) ** 2 / (2 * std**2)).mean(dim=(1, 2))
 
@@ -230,7 +230,7 @@ def predicted_transitions(
 
 
 def sampled_after(batch: list[Transition], sampled: Rollout) -> torch.Tensor:
-    """What the rollout went to in a micro-batch's transitions, [N, L, C]."""
+    """The states x' that the rollout reached by a micro-batch's transitions, [N, L, C]."""
     return torch.stack([sampled.after[t.position][t.child] for t in batch])
 
 
@@ -242,9 +242,9 @@ def transitions_loss(
     config: GRPOConfig,
     reference: Velocity | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Loss [N] of a micro-batch's N transitions, and its parts: the steps of the rollout once more, with gradient.
+    """Loss [N] of a micro-batch's N transitions, and its parts. Computes the steps of the rollout again, with gradient.
 
-    reference: the base model's velocity; needed with --ref_kl_coeff.
+    reference: velocity of the base model; needed with --ref_kl_coeff.
     """
     base_mean = predicted_transitions(batch, sampled, table, reference)[0] if reference else None
     mean, std = predicted_transitions(batch, sampled, table, velocity)
@@ -262,11 +262,11 @@ def transitions_loss(
 
 
 class TrainingStopped(RuntimeError):
-    """Too many optimizer steps in a row had non-finite numbers, or too many scores failed."""
+    """Raised when too many optimizer steps in a row had non-finite numbers, or too many scores failed."""
 
 
 class Interrupted(TrainingStopped):
-    """SIGTERM or SIGINT, after the iteration was finished and saved."""
+    """Raised after SIGTERM or SIGINT, when the current iteration is finished and saved."""
 
     def __init__(self, number: int, message: str) -> None:
         super().__init__(message)
@@ -274,12 +274,12 @@ class Interrupted(TrainingStopped):
 
 
 class Trainer:
-    """A run: its models, its optimizer and where it is (`progress`). `iteration` does the work."""
+    """A run: its models, its optimizer and its progress. `iteration` does the work."""
 
     def __init__(self, config: GRPOConfig, engine: Engine, scoring: Scoring, checkpoint: Path | None) -> None:
         self.config, self.engine, self.scoring, self.accelerator = config, engine, scoring, engine.accelerator
         self.local_prompts = config.local_prompts(self.accelerator.num_processes)
-        # Places of this data rank's prompts among the prompts of an iteration.
+        # Indices of this data rank's prompts among all prompts of an iteration.
         self.slots = range(engine.data_rank * self.local_prompts, (engine.data_rank + 1) * self.local_prompts)
         device, path = self.accelerator.device, config.pretrained_model_name_or_path
         transformer = load_trained(config, engine, checkpoint)
@@ -315,23 +315,23 @@ class Trainer:
         self.engine.load_optimizer(checkpoint / "optimizer")
         self.progress = Progress.of_checkpoint(checkpoint)
         best = Path(self.config.output_dir) / "best"
-        if not self.engine.any_process(self.accelerator.is_main_process and best.exists()):  # in a new folder
+        if not self.engine.any_process(self.accelerator.is_main_process and best.exists()):  # a new --output_dir
             self.progress.best = None
-        if self.progress.optimizer_steps:  # the learning rate of the flags' schedule at this place
+        if self.progress.optimizer_steps:  # moves the schedule that the flags ask for to this optimizer step
             self.lr_scheduler._step_count = self.lr_scheduler.last_epoch = self.progress.optimizer_steps - 1
             self.lr_scheduler.step()
         if self.ema is not None:
             load_ema(checkpoint, self.engine, self.ema)
 
     def save(self, sampler: PromptSampler) -> None:
-        """Begins checkpoint-{iterations done}-{epoch}."""
+        """Starts to write checkpoint-{iterations done}-{epoch}."""
         done = self.progress.iteration
         self.writer.save(self.progress.record(sampler.epoch_of(done), sampler.position(done + 1)))
 
     # --- pictures ---------------------------------------------------------------------------------------------------
 
     def conditioning(self, batch: dict) -> Conditioning:
-        """Embeddings of the prompts of a batch, on the device."""
+        """Prompt embeddings of a batch, on the device."""
         names = ("prompt_embeds", "pooled_prompt_embeds", "text_ids")
         embeds, pooled, text_ids = (
             batch[name].to(self.accelerator.device, torch.float32, non_blocking=True) for name in names
@@ -339,10 +339,10 @@ class Trainer:
         return Conditioning(embeds, pooled, text_ids[0], self.image_ids, self.config.guidance_scale)
 
     def velocity_of(self, model: torch.nn.Module, conditioning: Conditioning, training: bool = True) -> Velocity:
-        """The velocity that a model predicts: the same precision and autocast for rollout and training.
+        """The velocity that a model predicts, with the same precision and autocast in rollout and training.
 
-        training: rounding must be the same as in training. Batches of so few rows that kernels round differently are
-        then filled up with the last row.
+        training: whether numbers must round as in training. Batches of fewer than FEW_ROWS rows are then padded with
+        copies of the last row, because kernels round small batches differently.
         """
         fills_up = training and (self.engine.compiled or self.accelerator.device.type == "cuda")
         few = min(FEW_ROWS, self.config.train_micro_batch_size) if fills_up else 0
@@ -359,7 +359,7 @@ class Trainer:
         return velocity
 
     def reference_velocity(self, conditioning: Conditioning) -> Velocity:
-        """The velocity that the base model predicts: a frozen copy, or the trained model without its adapters."""
+        """The velocity that the base model predicts. The base model is a frozen copy, or the model without adapters."""
         base = self.velocity_of(self.frozen or self.engine.model, conditioning)
 
         @torch.no_grad()
@@ -390,16 +390,16 @@ class Trainer:
             )
 
     def decode(self, sampled: Rollout, batch_size: int) -> list[Image.Image]:
-        """The pictures of a rollout, `batch_size` of them at a time."""
+        """Decodes a rollout to pictures, `batch_size` pictures at a time."""
         return decode_latents(self.vae, sampled.latents, self.config.h, self.config.w, batch_size)
 
     def draw(self, plan: Plan, batch: dict, slot: int) -> list[Image.Image]:
-        """Pictures of a batch of one prompt for an evaluation; none on processes that leave decoding to another."""
-        sampled = self.sample(plan, 0, range(slot, slot + 1), self.conditioning(batch))  # no iteration is 0
+        """Pictures of one prompt for an evaluation. Empty, except on the first process of a sequence group."""
+        sampled = self.sample(plan, 0, range(slot, slot + 1), self.conditioning(batch))  # training starts at 1
         return [] if self.engine.place_in_group else self.decode(sampled, 1)
 
     def evaluate(self, iteration: int) -> dict[str, float]:
-        """The metrics of the evaluation after an iteration, if one is due and the iteration trained."""
+        """Metrics of the evaluation after an iteration. Empty if none is due or the iteration did not train."""
         due = self.evaluation and iteration == self.progress.iteration and self.evaluation.due(iteration)
         return self.evaluation.run(iteration, self.draw, self.engine, self.progress) if due else {}
 
@@ -408,10 +408,10 @@ class Trainer:
     def score(
         self, pictures: list[Image.Image], captions: list[str], plan: Plan, number: int
     ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """Scores and looks of the pictures of P prompts, the pictures of a prompt together.
+        """Scores the pictures of P prompts, and measures their appearance. Pictures are sorted by prompt.
 
-        Returns scores, name -> [P, pictures], NaN where failed, and of the pictures that train what may show reward
-        hacking, name -> its mean per prompt [P] (see `group_measures`).
+        Returns scores, name -> [P, pictures], NaN where failed; and looks, name -> mean over a prompt's trained
+        pictures [P]. Looks may show reward hacking (see `group_measures`).
         """
         per_prompt, reward_models, reward_weights = plan.pictures, self.scoring.models, self.scoring.weights
         prompts = [caption for caption in captions for _ in range(per_prompt)]
@@ -425,9 +425,9 @@ class Trainer:
     def collect(
         self, plan: Plan, number: int, conditioning: Conditioning, captions: list[str]
     ) -> tuple[Rollout, list[Image.Image], dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """This data rank's rollout and pictures (on its first process), and of all ranks the scores and looks.
+        """Rollout and pictures of this data rank (pictures on its first process); scores and looks of all ranks.
 
-        As many whole groups as --rollout_batch_size holds are sampled at a time, and scored while the next ones are.
+        Samples as many whole groups at a time as --rollout_batch_size holds. Scores them while it samples the next.
         """
         config, local = self.config, self.local_prompts
         together = max(1, (config.rollout_batch_size or local * config.num_generations) // config.num_generations)
@@ -437,12 +437,12 @@ class Trainer:
             with self.throughput.phase("rollout"):
                 parts.append(self.sample(plan, number, self.slots[begin:end], conditioning.of(begin, end)))
             if self.engine.place_in_group:
-                continue  # the first process of a sequence group decodes and scores for all of it
+                continue  # the first process of a sequence group decodes and scores
             with self.throughput.phase("decode"):
                 pictures = self.decode(parts[-1], config.rollout_batch_size or config.num_generations)
             images += pictures
             scored.append(self.scoring.begin(self.score, pictures, captions[begin:end], plan, number))
-        with self.throughput.phase("reward"):  # what is left of it
+        with self.throughput.phase("reward"):  # the time that does not overlap with sampling
             found = gather_object([future.result() for future in scored])
         scores, looks = (
             {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
@@ -451,9 +451,9 @@ class Trainer:
         return Rollout.join(parts), images, scores, looks
 
     def split_log_probs(self, plan: Plan, sampled: Rollout) -> dict[int, np.ndarray]:
-        """Of every split, rows per prompt before it -> log-probabilities [P, rows after it] of all ranks.
+        """For every split: rows per prompt before the split -> log-probabilities [P, rows after the split], all ranks.
 
-        Empty unless the reward of an inner node weighs its leaves by probability (BranchGRPO).
+        Empty unless the reward of an inner node weights its leaves by probability (BranchGRPO).
         """
         found: dict[int, np.ndarray] = {}
         if self.config.tree_fusion == "probability":
@@ -466,7 +466,7 @@ class Trainer:
     # --- optimizer steps --------------------------------------------------------------------------------------------
 
     def even_out(self, work: list[list[list[Transition]]]) -> None:
-        """Gives all ranks equally many micro-batches per optimizer step: those that are added have weight 0."""
+        """Gives all ranks the same number of micro-batches per optimizer step. Added micro-batches have weight 0."""
         counts = torch.tensor([[len(batches) for batches in work]], device=self.accelerator.device)
         most = self.accelerator.gather(counts).amax(0).tolist()
         for batches, count in zip(work, most, strict=True):
@@ -475,9 +475,9 @@ class Trainer:
     def optimize(
         self, plan: Plan, number: int, sampled: Rollout, advantages: dict[int, np.ndarray], conditioning: Conditioning
     ) -> dict[str, float]:
-        """The optimizer steps of an iteration (see `Plan.updates`). Returns the metrics of all ranks.
+        """Takes the optimizer steps of an iteration (see `Plan.updates`). Returns the metrics of all ranks.
 
-        advantages: position -> [P, rows after it], all ranks.
+        advantages: plan position -> [P, rows after the step], all ranks.
         """
         config, accelerator = self.config, self.accelerator
         table = transition_table(plan, accelerator.device)
@@ -508,7 +508,7 @@ class Trainer:
                     sums[name] = sums.get(name, 0) + share / self.steps_per_iteration
                 deviations.append((parts["ratio"] - 1).abs().max())
             first = first or len(deviations)  # micro-batches before the first update
-            if place:  # only now, so that the GPU has the next step's work while the CPU waits for the last
+            if place:  # reads the previous step's result only now, so that the GPU has work while the CPU waits
                 norms.append(self._after_step(number))
             if self.progress.skipped_in_a_row >= config.max_skipped_steps:
                 break
@@ -535,7 +535,7 @@ class Trainer:
         }
 
     def _after_step(self, number: int) -> float | None:
-        """What follows the optimizer step that was last begun: its gradient's norm, or None if it was skipped."""
+        """Updates schedule, counters and EMA after an optimizer step. Returns its gradient norm; None: skipped."""
         norm = self.engine.gradient_norm()
         if norm is None:
             self.progress.skipped_in_a_row += 1
@@ -562,7 +562,7 @@ class Trainer:
         reward_metrics = self.scoring.metrics(plan, scores, looks, number)
         failures = reward_metrics["failed_rewards"] + reward_metrics.get("eval_failed_rewards", 0)
         too_many = config.max_reward_failures is not None and failures > config.max_reward_failures
-        # With advantage_aggr a model that scored nothing counts 0; the others still teach.
+        # With advantage_aggr a model whose scores all failed adds 0; the other models still train.
         alone = self.scoring.weights if config.multi_reward_mix == "advantage_aggr" else ()
         scored = any(math.isfinite(reward_metrics[key]) for key in ["reward", *(f"reward_{name}" for name in alone)])
         if not scored and self.accelerator.is_main_process:
@@ -570,11 +570,11 @@ class Trainer:
         with self.throughput.phase("train"):
             if scored and not too_many:
                 metrics = self.optimize(plan, number, sampled, advantages, conditioning)
-            else:  # nothing could be scored on any rank, or too little
+            else:  # all scores failed on all ranks, or too many
                 progress.skipped_in_a_row += self.steps_per_iteration
                 metrics = {"optimizer_steps": 0, "skipped_steps": self.steps_per_iteration}
         progress.too_many_failures = too_many
-        progress.iteration = number - too_many  # a resumed run repeats an iteration that had too few scores
+        progress.iteration = number - too_many  # a resumed run repeats an iteration with too many failed scores
         tokens, trained_rows = (len(self.image_ids), len(conditioning.text_ids)), metrics.pop("trained_rows", 0)
         prompts = self.local_prompts * self.engine.data_ranks
         metrics |= {
@@ -594,7 +594,7 @@ class Trainer:
 
 
 def set_up(config: GRPOConfig) -> tuple[Trainer, PromptSampler, DataLoader]:
-    """Everything that can fail on bad input, the cheap checks first."""
+    """Builds the trainer and its data. Everything that bad input can break happens here, the cheap checks first."""
     check_reward_files(config)
     check_evaluation(config)
     dataset = (
@@ -619,7 +619,7 @@ def set_up(config: GRPOConfig) -> tuple[Trainer, PromptSampler, DataLoader]:
             prompts_flag=flag,
         )
 
-    # Before prompts are embedded: a reward that a hub doesn't give ends the run.
+    # Before prompts are embedded, because a reward model that can't be downloaded ends the run.
     scoring = Scoring(config, accelerator.device)
     held_out = build_held_out(config, accelerator.device)
     if dataset is None:
@@ -635,7 +635,7 @@ def set_up(config: GRPOConfig) -> tuple[Trainer, PromptSampler, DataLoader]:
     together = trainer.local_prompts * engine.data_ranks
     if accelerator.is_main_process:
         if together > len(dataset):
-            print(f"warning: an iteration takes {together} prompts of {len(dataset)}: some come several times in it")
+            print(f"warning: an iteration takes {together} prompts, but there are only {len(dataset)}: some repeat")
         if (done := trainer.progress.iteration) >= config.max_train_steps:
             print(f"nothing to do: {done} of --max_train_steps {config.max_train_steps} iterations are done")
     sampler = PromptSampler(
@@ -659,13 +659,13 @@ def set_up(config: GRPOConfig) -> tuple[Trainer, PromptSampler, DataLoader]:
 
 
 def train(trainer: Trainer, sampler: PromptSampler, loader: DataLoader) -> None:
-    """The loop: iterations, metrics, pictures, checkpoints, until exactly max_train_steps.
+    """Runs iterations and writes metrics, pictures and checkpoints, until exactly max_train_steps.
 
     Raises:
         TrainingStopped: max_skipped_steps optimizer steps in a row had non-finite numbers, or more than
             max_reward_failures scores failed. A checkpoint is saved first.
         Interrupted: SIGTERM or SIGINT came to any process. A checkpoint is saved first.
-        CheckpointNotWritten: the disk is full, for instance.
+        CheckpointNotWritten: for instance, the disk is full.
     """
     config, progress, main_process = trainer.config, trainer.progress, trainer.accelerator.is_main_process
     held_out = trainer.evaluation.models if trainer.evaluation else {}
@@ -688,7 +688,7 @@ def train(trainer: Trainer, sampler: PromptSampler, loader: DataLoader) -> None:
             bar.set_postfix(reward=f"{metrics['reward']:.4f}", window=f"{first}-{last}")
             bar.update()
             stopped = progress.skipped_in_a_row >= config.max_skipped_steps
-            # A checkpoint that can't be written ends the run too, when the next one is begun.
+            # A checkpoint that can't be written ends the run too, at the latest when the next checkpoint starts.
             interrupted = trainer.engine.any_process(bool(asked) or trainer.writer.failed)
             ends = stopped or interrupted or progress.too_many_failures or progress.iteration == config.max_train_steps
             best = progress.best is not None and progress.best["iteration"] == progress.iteration
@@ -700,8 +700,8 @@ def train(trainer: Trainer, sampler: PromptSampler, loader: DataLoader) -> None:
                 failed = ", ".join(f"{v} {k}" for k, v in metrics.items() if "failed_" in k and v)
                 raise TrainingStopped(
                     f"more scores failed in iteration {metrics['step']} than --max_reward_failures "
-                    f"{config.max_reward_failures} ({failed}); nothing was trained with it, the rest is "
-                    "saved; --resume_from_checkpoint latest repeats that iteration"
+                    f"{config.max_reward_failures} ({failed}); this iteration trained nothing, earlier iterations are "
+                    "saved; --resume_from_checkpoint latest repeats this iteration"
                 )
             if stopped:
                 raise TrainingStopped(
@@ -712,13 +712,13 @@ def train(trainer: Trainer, sampler: PromptSampler, loader: DataLoader) -> None:
             if interrupted and progress.iteration < config.max_train_steps:
                 raise Interrupted(
                     asked[0] if asked else signal.SIGTERM,
-                    f"asked to by a signal, after iteration {progress.iteration}, which is saved; go on with "
+                    f"by a signal, after iteration {progress.iteration}, which is saved; continue with "
                     "--resume_from_checkpoint latest",
                 )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line. Bad input ends it with one line and status 2, a stopped run with one line and status 1."""
+    """The command line. Bad input prints one line and exits with status 2; a stopped run, with status 1."""
     config = parse_dataclass(GRPOConfig, argv, __doc__, IGNORED_FLAGS)
     with flag_errors("train_grpo_flux.py"):
         text = describe(config, world_size_of_environment())
@@ -742,8 +742,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         sys.stderr.write(
-            f"train_grpo_flux.py: stopped: {error}: nothing more fits into --output_dir {config.output_dir}; the "
-            "checkpoints in it are whole, --resume_from_checkpoint latest goes on from the last\n"
+            f"train_grpo_flux.py: stopped: {error}: --output_dir {config.output_dir} is full; its checkpoints are "
+            "complete, --resume_from_checkpoint latest continues from the last one\n"
         )
         raise SystemExit(1) from error
 

@@ -1,6 +1,6 @@
 """From rewards to advantages: group statistics, mixes of reward models, the order of samples over optimizer steps.
 
-P prompts over all ranks, G samples each. All of it is small, on the host, in float64, and the same on every rank.
+P: prompts of all ranks. G: samples per prompt. Arrays are NumPy float64, and equal on every rank.
 """
 
 import math
@@ -10,18 +10,18 @@ from fastvideo.utils.plan import Plan
 
 import numpy as np
 
-FLAT = 1e-6  # a standard deviation up to this, relative to max(1, |mean|), is rounding
+FLAT = 1e-6  # a standard deviation of at most FLAT · max(1, |mean|) is rounding error
 
 
 def group_advantages(rewards: np.ndarray, trimmed_ratio: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
     """(R − mean)/(std + 1e-8) along the last axis, with the unbiased std (GRPO, arXiv 2402.03300, eq. 3).
 
     Args:
-        rewards: [..., G]; NaN marks a failed sample, which leaves the statistics and gets 0.
-        trimmed_ratio: the lowest share of each group left out of mean and std; its samples still get an advantage.
+        rewards: [..., G]; NaN marks a failed sample, which the statistics leave out and whose advantage is 0.
+        trimmed_ratio: share of each group, its lowest rewards, that mean and std leave out; all samples get advantages.
 
     Returns:
-        advantages [..., G] and flat [...]: groups without spread (or with fewer than two scores), which get 0 for all.
+        advantages [..., G], and flat [...]: whether a group has no spread or fewer than two scores. Flat groups get 0.
     """
     advantages, flat = np.zeros_like(rewards), np.zeros(rewards.shape[:-1], dtype=bool)
     for group in np.ndindex(rewards.shape[:-1]):
@@ -36,21 +36,21 @@ def group_advantages(rewards: np.ndarray, trimmed_ratio: float = 0.0) -> tuple[n
 
 
 def _weighted_mean(values: np.ndarray, weights: np.ndarray | float) -> np.ndarray:
-    """Over the last axis, without NaNs; NaN where nothing else is left."""
+    """Weighted mean over the last axis. Leaves NaNs out; NaN where all values are NaN."""
     weights = np.where(np.isfinite(values), weights, 0.0)
     total = weights.sum(-1)
     return (weights * np.nan_to_num(values)).sum(-1) / np.where(total > 0, total, np.nan)
 
 
 def fuse(values: np.ndarray, rows: int, split_log_probs: dict[int, np.ndarray], temperature: float = 1.0) -> np.ndarray:
-    """What `rows` rows of a step score: the mean of their pictures' scores (BranchGRPO, arXiv 2509.06040).
+    """Scores of the `rows` rows of a step: the mean score of each row's pictures (BranchGRPO, arXiv 2509.06040).
 
-    With log-probabilities it goes from the pictures up to the rows, split by split: the mean over siblings, weighted by
-    softmax(log p / temperature) over those of them that score.
+    With log-probabilities, scores go up the tree from pictures to rows. At every split, siblings are averaged with
+    weights softmax(log p / temperature), without the failed ones.
 
     Args:
-        values: [P, pictures], those of a row together; NaN marks a failed one, which is left out.
-        split_log_probs: for every split, rows a prompt before it -> [P, rows after it], siblings together; or nothing.
+        values: [P, pictures], sorted by row. NaN marks a failed picture, which is left out.
+        split_log_probs: rows per prompt before a split -> [P, rows after the split], sorted by parent. May be empty.
 
     Returns:
         [P, rows], NaN where all pictures failed.
@@ -65,11 +65,11 @@ def fuse(values: np.ndarray, rows: int, split_log_probs: dict[int, np.ndarray], 
 
 
 def kept_pictures(advantages: np.ndarray, siblings: int, mode: int, share: float) -> np.ndarray:
-    """BranchGRPO's width pruning: the pictures [P, n], bool, whose edges after the last split are trained.
+    """BranchGRPO's width pruning: which pictures [P, n], bool, are kept. Edges of other pictures are not trained.
 
-    mode 1: of each branch of the last split, `siblings` pictures, the best ⌈share·siblings⌉. mode 2: ⌈share·n⌉ of a
-    prompt's, half of them the best and half the worst (one more best if that is odd). NaN marks a failed picture: those
-    don't count, and are kept only where all failed.
+    mode 1: keeps the best ⌈share·siblings⌉ of the `siblings` pictures of each branch of the last split. mode 2: keeps
+    ⌈share·n⌉ pictures per prompt, half the best and half the worst (an odd count keeps one more of the best). NaN marks
+    a failed picture, which does not count, and is kept only where all failed.
     """
     grouped = advantages.reshape(len(advantages), -1, siblings if mode == 1 else advantages.shape[1])
     valid = np.isfinite(grouped)
@@ -84,16 +84,16 @@ def kept_pictures(advantages: np.ndarray, siblings: int, mode: int, share: float
 def mix_advantages(
     scores: dict[str, np.ndarray], weights: dict[str, np.ndarray], mix: str, use_group: bool, trimmed_ratio: float
 ) -> tuple[np.ndarray, int]:
-    """One advantage a sample from the scores of several reward models.
+    """One advantage per sample from the scores of several reward models.
 
     Args:
-        scores: model -> [P, G], NaN where failed. weights: model -> [P, G] or a number; a sample's sum to 1.
-        mix: `advantage_aggr` weights each model's advantages, where a failed score counts 0; `reward_aggr` weights the
-            rewards first, where a failed score fails the sample.
+        scores: model -> [P, G], NaN where failed. weights: model -> [P, G] or a number; they sum to 1 per sample.
+        mix: `advantage_aggr` takes the weighted sum of each model's advantages, and a failed score adds 0.
+            `reward_aggr` computes advantages of the weighted sum of rewards, and a failed score fails the sample.
         use_group: statistics per prompt; else over all P·G samples (`reward_aggr` only).
 
     Returns:
-        advantages [P, G] and how many groups were flat (for `advantage_aggr`: in any model).
+        advantages [P, G], and the number of flat groups (`advantage_aggr`: groups that are flat in any model).
     """
     if mix == "advantage_aggr":
         parts = {name: group_advantages(scores[name], trimmed_ratio) for name in weights}
@@ -111,15 +111,15 @@ def plan_advantages(
     weights: dict[str, np.ndarray],
     split_log_probs: dict[int, np.ndarray],
 ) -> tuple[dict[int, np.ndarray], int]:
-    """A row scores what its pictures score together, compared with the other rows of its step and prompt. Several tails
-    (Granular-GRPO) add their advantages.
+    """Advantages of the rows of every trained step. `fuse` gives a row's score, and the rows of one prompt and step
+    form a group. Where a step has several tails (Granular-GRPO), their advantages are added.
 
     Args:
         scores: name -> [P, pictures], NaN where failed. weights: name -> [pictures].
-        split_log_probs: as in `fuse`; without any, rows score plain means.
+        split_log_probs: as in `fuse`; if empty, a row's score is the plain mean.
 
     Returns:
-        Plan position -> advantages [P, rows after it], NaN where pruned; and the number of flat groups.
+        Plan position -> advantages [P, rows after the step], NaN where pruned; and the number of flat groups.
     """
     rows = plan.rows
     used = [name for name, weight in weights.items() if np.any(weight)]
@@ -149,10 +149,10 @@ def plan_advantages(
 
 
 def sample_order(advantages: np.ndarray, strategy: str | None, rng: np.random.Generator) -> np.ndarray:
-    """The order in which a group's samples [G] go to optimizer steps: a permutation of 0 … G−1.
+    """The order in which optimizer steps take the G samples of a group: a permutation of 0 … G−1. advantages: [G].
 
-    None keeps it; `random` shuffles; `balance` shuffles the positive and the negative ones, takes them alternately and
-    appends what is left, zeros last, so that no step sees only good or only bad samples.
+    None keeps the order; `random` shuffles. `balance` shuffles the samples with positive and with negative advantage,
+    alternates between them and appends the rest, zeros last, so that optimizer steps see good and bad samples.
     """
     samples = np.arange(len(advantages))
     if strategy == "random":
@@ -166,7 +166,7 @@ def sample_order(advantages: np.ndarray, strategy: str | None, rng: np.random.Ge
 
 
 def reward_means(scores: dict[str, np.ndarray], weights: dict[str, float]) -> dict[str, float]:
-    """reward, reward_std, failed_rewards and failed_{model}, and the mean score of every model and component."""
+    """The metrics reward, reward_std, failed_rewards, failed_{model}, and reward_{name} per model and component."""
     used = np.stack([scores[name] for name in weights])
     complete = np.isfinite(used).all(0)
     reward = np.tensordot(list(weights.values()), used[:, complete], 1)

@@ -1,4 +1,4 @@
-"""MixGRPO's sliding window: which denoising steps are stochastic and trained when (arXiv 2507.21802, section 3.3)."""
+"""MixGRPO's sliding window: the stochastic, trained steps of every iteration (arXiv 2507.21802, section 3.3)."""
 
 import math
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ import numpy as np
 
 
 def _stay(config: GRPOConfig, start: int, end: int) -> int:
-    """Iterations that a window starting at `start` stays; `end` is the number of usable steps, T − 2."""
+    """Number of iterations for which the window stays at `start`. end: number of usable steps, T − 2."""
     if config.sample_strategy == "decay":
         share = start / end
         return max(
@@ -22,9 +22,9 @@ def _stay(config: GRPOConfig, start: int, end: int) -> int:
 
 
 def windows(config: GRPOConfig) -> Iterator[list[int]]:
-    """The window of iteration 1, 2, …, endlessly: step indices, ascending, never empty, the same on all ranks.
+    """Yields the window of iteration 1, 2, … without end: ascending step indices, at least one, equal on all ranks.
 
-    Usable steps are 0 … T−3. At the end the window gets shorter; past the end it restarts at 0 (`roll_back`) or stays.
+    Usable steps are 0 … T−3. The last window may be shorter. After it the window restarts at 0 (`roll_back`) or stays.
     """
     end = config.sampling_steps - 2
     size = min(config.group_size, end)  # algorithms without a window don't check their --group_size

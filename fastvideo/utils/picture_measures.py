@@ -1,4 +1,4 @@
-"""Numbers for what pictures look like: colours, edges, fine texture, and how much the pictures of a prompt differ."""
+"""Measures of pictures: colour, sharpness, fine texture, and how much the pictures of a prompt differ."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -11,7 +11,7 @@ THUMBNAIL = 32  # pixels per side
 
 
 def appearances(images: Sequence[Image.Image]) -> dict[str, np.ndarray]:
-    """The measures of APPEARANCE for N pictures, each float64 [N]. A picture's values don't depend on the other ones.
+    """The measures of APPEARANCE for N pictures, each float64 [N]. Each picture is measured on its own.
 
     saturation: mean over the pixels of (max − min) / max of R, G and B; 0 for grey, at most 1.
     sharpness: variance of the Laplacian (4 neighbours) of the luma in 0…1.
@@ -23,7 +23,7 @@ def appearances(images: Sequence[Image.Image]) -> dict[str, np.ndarray]:
     for place, image in enumerate(images):
         by_size.setdefault(image.size, []).append(place)
     for (width, height), places in by_size.items():
-        at_once = max(1, 2**19 // (width * height))  # what fits into a cache; bounds the memory too
+        at_once = max(1, 2**19 // (width * height))  # pictures that fit into a CPU cache; bounds the memory too
         for start in range(0, len(places), at_once):
             chosen = places[start : start + at_once]
             pixels = np.stack([np.asarray(images[place].convert("RGB")) for place in chosen])
@@ -47,7 +47,7 @@ def _appearances(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray
     weighted = ((0.299, red), (0.587, green), (0.114, blue))
     luma = sum(np.multiply(band, weight / 255, dtype=np.float32) for weight, band in weighted)
     laplacian = np.zeros_like(luma)
-    for axis in (1, 2):  # outside the border the picture goes on with the border's own pixels
+    for axis in (1, 2):  # as if the picture's border pixels were repeated outside
         rise = np.diff(luma, axis=axis)
         there, next_to = (slice(None),) * axis + (slice(-1),), (slice(None),) * axis + (slice(1, None),)
         laplacian[there] += rise
@@ -63,14 +63,14 @@ def _appearances(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray
 
 
 def _mean(values: np.ndarray) -> np.ndarray:
-    """The mean of each picture: [N, height, width] -> float64 [N]."""
+    """Mean per picture: [N, height, width] -> float64 [N]."""
     return values.reshape(len(values), -1).mean(1, dtype=np.float64)
 
 
 @lru_cache(2)
 def _spectrum(height: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For pictures of one size: the Hann window, how often the whole spectrum has each entry of `rfft2` (once or
-    twice), and which entries lie above a quarter of a cycle per pixel.
+    """For pictures of one size: the Hann window; how often each entry of `rfft2` occurs in the full spectrum (1 or 2
+    times); whether its frequency is above a quarter of a cycle per pixel.
     """
     window = np.outer(np.hanning(height + 2)[1:-1], np.hanning(width + 2)[1:-1])
     across = np.fft.rfftfreq(width)
@@ -79,7 +79,7 @@ def _spectrum(height: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarr
 
 
 def mean_distances(distances: np.ndarray) -> np.ndarray:
-    """Mean distance of each of N >= 2 pictures to the other ones, [N], from all distances [N, N] with a zero diagonal.
+    """Mean distance [N] of each of N >= 2 pictures to the others. distances: [N, N] with a zero diagonal.
 
     The mean of the result is the mean distance over all pairs.
     """
@@ -87,21 +87,21 @@ def mean_distances(distances: np.ndarray) -> np.ndarray:
 
 
 def pixel_distances(images: Sequence[Image.Image]) -> np.ndarray:
-    """Distances [N, N]: root mean square of the difference between thumbnails in 0…1.
+    """Distances [N, N]: root mean square of the difference between thumbnails with values in 0…1.
 
-    They see layout and colour, and need no model.
+    Thumbnails compare layout and colour without a model.
     """
     small = [image.convert("RGB").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX) for image in images]
     features = np.stack([np.asarray(image, dtype=np.float64).ravel() for image in small])
-    products = features @ features.T  # of whole numbers, so nothing is rounded
+    products = features @ features.T  # exact, because the features are whole numbers
     own = np.diag(products)
     return np.sqrt((own[:, None] + own - 2 * products) / features.shape[1]) / 255
 
 
 def group_measures(groups: Sequence[Sequence[Image.Image]]) -> dict[str, np.ndarray]:
-    """What training logs about P groups of pictures, one group per prompt, all of one size: means per group, [P].
+    """Measures of P groups of pictures, one group per prompt, all groups of one size. Each is a mean per group, [P].
 
-    Names are those of APPEARANCE, and diversity: the mean of `pixel_distances` over the pairs of a group, NaN for a
+    Has the measures of APPEARANCE, and diversity: the mean of `pixel_distances` over the pairs of a group, NaN for a
     group of one picture. float64.
     """
     looks = appearances([image for group in groups for image in group])

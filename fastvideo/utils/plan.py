@@ -11,11 +11,11 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Plan:
-    """Steps, and everything that follows from them, computed once.
+    """The steps of a rollout and all numbers derived from the steps, computed once.
 
-    Each step starts from the result of an earlier step, its parent. A step's `branch` gives every row several
-    successors. Steps with one parent share its state and one velocity evaluation. A step from which no other step
-    starts is a leaf: its rows are pictures. `positions` are indices into `steps`; −1 means the initial noise.
+    Each step starts from the result of an earlier step, its parent. Steps with the same parent share its state and one
+    velocity evaluation. `branch` is the number of successors per row. A step without children is a leaf: its rows are
+    pictures. A position is an index into `steps`; −1 means the initial noise.
 
     Attributes:
         steps: all transitions. start: rows per prompt at the beginning.
@@ -28,7 +28,7 @@ class Plan:
         """The plan itself, if it can be executed and trained.
 
         Raises:
-            ValueError: steps leave a gap, don't run from σ 1 to 0, train or branch without noise, or train nothing.
+            ValueError: steps leave a gap, don't run from σ = 1 to 0, train or branch without noise, or none is trained.
         """
         for i, (step, parent) in enumerate(zip(self.steps, self.parents, strict=True)):
             if not -1 <= parent < i:
@@ -38,7 +38,7 @@ class Plan:
             if parent >= 0 and self.steps[parent].sigma_next != step.sigma:
                 before = self.steps[parent]
                 raise ValueError(
-                    f"step {before.index} ends at sigma {before.sigma_next}, the next starts at {step.sigma}"
+                    f"step {before.index} ends at sigma {before.sigma_next}, but the next starts at {step.sigma}"
                 )
             if step.kind not in KINDS:
                 raise ValueError(f"step {step.index}: unknown kind {step.kind!r}; choose from {list(KINDS)}")
@@ -68,11 +68,11 @@ class Plan:
 
     @cached_property
     def parents(self) -> list[int]:
-        """Position from which each step starts."""
+        """Position of each step's parent."""
         return [i - 1 if step.parent is None else step.parent for i, step in enumerate(self.steps)]
 
     def path(self, position: int) -> list[int]:
-        """Positions from the plan's start to `position`, which is the last."""
+        """Positions of the steps from the initial noise to `position`, inclusive."""
         found: list[int] = []
         while position >= 0:
             found.insert(0, position)
@@ -90,8 +90,8 @@ class Plan:
 
     @cached_property
     def leaves(self) -> list[int]:
-        """Positions of the steps that end in pictures, in the pictures' order. Leaves without a trained step on their
-        path (E-GRPO's anchors) come last."""
+        """Positions of the leaves, in the order of their pictures. Leaves without a trained step on their path
+        (E-GRPO's anchors) come last."""
         followed = set(self.parents)
         found = [i for i in range(len(self.steps)) if i not in followed]
         return sorted(found, key=lambda leaf: not self.trained_path(leaf))
@@ -100,7 +100,7 @@ class Plan:
 
     @cached_property
     def coefficients(self) -> list[Coefficients]:
-        """The numbers of every step."""
+        """Coefficients of every step."""
         earlier = [[self.steps[i].sigma for i in reversed(self.path(p)[:-1])] for p in range(len(self.steps))]
         return [KINDS[step.kind].coefficients(step, sigmas) for step, sigmas in zip(self.steps, earlier, strict=True)]
 
@@ -121,7 +121,7 @@ class Plan:
 
     @cached_property
     def columns(self) -> dict[int, slice]:
-        """Leaf -> the place of its pictures among the pictures of a prompt."""
+        """Leaf -> the columns of its pictures among the pictures of a prompt."""
         found, end = {}, 0
         for leaf in self.leaves:
             found[leaf] = slice(end, end + self.rows[leaf])
@@ -135,30 +135,30 @@ class Plan:
 
     @cached_property
     def trained_pictures(self) -> int:
-        """Pictures per prompt that come from a trained step; they are the first ones."""
+        """Pictures per prompt that come from a trained step. These pictures come first."""
         return sum(self.rows[leaf] for leaf in self.leaves if self.trained_path(leaf))
 
     def group_places(self, group: int) -> np.ndarray:
-        """Place of each picture of a prompt in its group of `group` samples, from 0 to below `group`: [pictures]."""
+        """Place of each picture of a prompt in its group, 0 ≤ place < `group`: [pictures]."""
         return np.concatenate([np.arange(self.rows[leaf]) * group / self.rows[leaf] for leaf in self.leaves])
 
     # --- cost and training ------------------------------------------------------------------------------------------
 
     @cached_property
     def evaluations(self) -> int:
-        """Velocity evaluations (NFE) per prompt in the rollout: the rows of every state from which a step starts."""
+        """Velocity evaluations (NFE) per prompt in the rollout: one per row of every state that a step starts from."""
         return sum(self.rows[parent] if parent >= 0 else self.start for parent in set(self.parents))
 
     @property
     def evaluations_without_sharing(self) -> int:
-        """NFE per prompt if every picture were made on its own."""
+        """NFE per prompt if every picture were sampled separately."""
         return sum(self.rows[leaf] * len(self.path(leaf)) for leaf in self.leaves)
 
     def updates(self, samples: int, k: int) -> list[tuple[slice, list[int]]]:
-        """The optimizer steps of an iteration, each with its samples of every group and the positions it trains.
+        """The optimizer steps of an iteration: for each, its samples of every group and the plan positions it trains.
 
-        Each step takes k of the `samples` of a group. Trained steps on one path are updated together; those on
-        different paths (E-GRPO's active steps) have optimizer steps of their own.
+        Each optimizer step takes k of a group's `samples`. Trained steps on one path share an optimizer step; trained
+        steps on different paths (E-GRPO's active steps) have separate optimizer steps.
         """
         paths: dict[int, list[int]] = {}
         for position in self.trained:
@@ -166,7 +166,7 @@ class Plan:
         return [(slice(s, s + k), positions) for positions in paths.values() for s in range(0, samples, k)]
 
     def describe(self) -> str:
-        """One line per step: index, sigmas, kind, rows per prompt, and what happens there."""
+        """One line per step: index, sigmas, kind, rows per prompt, noise, splits, whether it is trained."""
         lines = []
         for i, (step, parent, numbers) in enumerate(zip(self.steps, self.parents, self.coefficients, strict=True)):
             notes = [f"std {numbers.std:.4f}, e^h {entropy(numbers.std):.2f}"] if numbers.std else []

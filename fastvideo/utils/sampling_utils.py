@@ -1,4 +1,4 @@
-"""What rollout and training compute alike in float32: the mean of a transition, its density, and the noise."""
+"""Float32 computations that rollout and training share: a transition's mean and density, and the noise."""
 
 import math
 from collections.abc import Sequence
@@ -12,37 +12,37 @@ import torch
 
 
 def transition_mean(latents: torch.Tensor, velocity: torch.Tensor, x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Mean of a step without history. latents, velocity: [N, L, C]; x, v: their coefficients, [N, 1, 1] or scalars."""
+    """Mean of a step without history. latents, velocity: [N, L, C]. x, v: coefficients, [N, 1, 1] or scalars."""
     return x * latents + v * velocity
 
 
 def log_prob(sample: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-    """Gaussian log-density of `sample`, its mean over all elements but the batch's: [N]. std broadcasts against mean.
+    """Gaussian log-density of `sample`, averaged over all elements of a row: [N]. std broadcasts against mean.
 
-    The mean, not the sum, over elements is why clip ranges are about 1e-4.
+    Clip ranges are about 1e-4 because this is the mean over elements, not the sum.
     """
     density = -((sample - mean) ** 2) / (2 * std**2) - torch.log(std) - 0.5 * math.log(2 * math.pi)
     return density.flatten(1).mean(1)
 
 
 def transition_table(plan: Plan, device: torch.device) -> torch.Tensor:
-    """Coefficients of x and v, std and σ of each step, [steps, 4]: the float32 numbers rollout and training share."""
+    """Coefficients of x and v, std and σ of each step, float32 [steps, 4]. Rollout and training share this table."""
     rows = [(c.x, c.v, c.std, step.sigma) for c, step in zip(plan.coefficients, plan, strict=True)]
     return torch.tensor(rows, dtype=torch.float32, device=device)
 
 
 def to_device(values: Sequence[float] | torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The numbers as a tensor on `device`. The CPU doesn't wait for the GPU, as it would in a plain copy."""
+    """The numbers as a tensor on `device`. Unlike a plain copy, the CPU doesn't wait for the GPU."""
     tensor = torch.as_tensor(values)
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
 class Noise:
-    """Standard normal noise, a function of (seed, iteration, prompt slot, row, stream) alone.
+    """Standard normal noise that depends only on (seed, iteration, prompt slot, row, stream).
 
     Attributes:
-        slots: places of the prompts among the prompts of all processes. shape: of the latents. device: of the result.
+        slots: indices of the prompts among the prompts of all processes. shape: of the latents. device: of the result.
     """
 
     seed: int
@@ -52,9 +52,9 @@ class Noise:
     device: torch.device = torch.device("cpu")
 
     def __call__(self, stream: int, rows: int) -> torch.Tensor:
-        """[prompts · rows, L, C]. Stream 0 is the initial noise, stream i + 1 belongs to position i of the plan.
+        """Noise [prompts · rows, L, C]. Stream 0 is the initial noise; plan position i uses stream i + 1.
 
-        One generator per row, on the CPU: the numbers depend neither on rank, world size and micro-batch nor on the
+        Each row has its own generator on the CPU, so the numbers don't depend on rank, world size, micro-batch or
         device.
         """
         noise = torch.empty(len(self.slots) * rows, self.shape.tokens, self.shape.channels)

@@ -1,8 +1,8 @@
-"""Steps of a rollout and the kinds of transition: what one step from noise level σ to σ' does, as a few numbers.
+"""Steps of a rollout and the kinds of transition: the coefficients of one step from noise level σ to σ'.
 
-The transformer predicts the velocity v at noise level σ, and x0 = x − σ·v is the picture it expects. Δ = σ − σ'. Every
-kind has a mean that is linear in x, v and earlier x0 predictions. So a step is a handful of numbers, computed once in
-double precision. Rollout and training apply the same numbers, which makes the first probability ratio exactly 1.
+The transformer predicts the velocity v at noise level σ, and x0 = x − σ·v is the predicted picture. Δ = σ − σ'. Every
+kind has a mean that is linear in x, v and earlier x0 predictions. So a few coefficients describe a step. They are
+computed once in double precision. Rollout and training share them, so the first probability ratio is exactly 1.
 
 A new kind is a function here and an entry in KINDS: `--sde_type`, the planners and the tests of all kinds follow.
 """
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 
 def shift_time(t: float, shift: float) -> float:
-    """σ of the unshifted time t (1 noise, 0 data): σ = s·t / (1 + (s − 1)·t)."""
+    """Noise level of the unshifted time t (1: noise, 0: data): σ = s·t / (1 + (s − 1)·t)."""
     return shift * t / (1 + (shift - 1) * t)
 
 
@@ -26,10 +26,10 @@ def sigma_schedule(num_steps: int, shift: float) -> list[float]:
 class Step:
     """One transition of a rollout, from noise level sigma to sigma_next.
 
-    branch: number of successors of every row, each with its own noise. train: whether the policy loss covers the step.
-    sigma_max: σ_1 of the base schedule, which replaces σ where 1 − σ would be 0.
-    parent: position in the plan of the step whose result this step starts from; −1: the initial noise; None: the step
-    before. span: number of base-schedule steps that it covers.
+    branch: number of successors per row, each with its own noise. train: whether the policy loss covers the step.
+    sigma_max: σ_1 of the base schedule; replaces σ where 1 − σ would be 0.
+    parent: plan position of the step whose result this step starts from; −1: the initial noise; None: the step before.
+    span: number of base-schedule steps that this step covers.
     """
 
     index: int
@@ -87,7 +87,7 @@ def dance_sde(step: Step, earlier: Sequence[float]) -> Coefficients:
 def cps(step: Step, earlier: Sequence[float]) -> Coefficients:
     """Coefficients-preserving sampling (MixGRPO v7): mean = (1−σ')·x0 + √(σ'²−s²)·(x + (1−σ)·v), s = σ'·sin(ηπ/2).
 
-    noise_scale multiplies s. The noise level σ' stays, because less of the predicted noise is kept.
+    noise_scale multiplies s. The noise level stays σ', because the predicted noise shrinks as s grows.
     """
     sigma, std = step.sigma, step.sigma_next * math.sin(step.eta * math.pi / 2) * step.noise_scale
     kept = math.sqrt(step.sigma_next**2 - std**2)
@@ -141,8 +141,8 @@ def dpmpp(step: Step, earlier: Sequence[float]) -> Coefficients:
 class Kind:
     """A kind of transition.
 
-    coefficients: (step, noise levels σ of the earlier steps on its path, latest first) -> its numbers.
-    sde_type: name in `--sde_type`; None: the kind has no noise, so it can't be trained.
+    coefficients: (step, noise levels σ of the earlier steps on its path, latest first) -> coefficients of the step.
+    sde_type: name in `--sde_type`. None: the kind has no noise, so it can't be trained.
     """
 
     coefficients: Callable[[Step, Sequence[float]], Coefficients]
@@ -160,5 +160,5 @@ SDE_KINDS = {kind.sde_type: name for name, kind in KINDS.items() if kind.sde_typ
 
 
 def entropy(std: float) -> float:
-    """e^h of a stochastic step per dimension, √(2πe)·std (E-GRPO, arXiv 2601.00423)."""
+    """e^h = √(2πe)·std of a stochastic step, where h is the entropy per dimension (E-GRPO, arXiv 2601.00423)."""
     return math.sqrt(2 * math.pi * math.e) * std

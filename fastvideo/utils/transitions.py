@@ -1,4 +1,4 @@
-"""What an optimizer step trains: the transitions of a plan that its samples went through, in micro-batches."""
+"""Deals out transitions: each optimizer step trains the transitions of its samples, in micro-batches."""
 
 import math
 from dataclasses import dataclass
@@ -9,14 +9,14 @@ from fastvideo.utils.plan import Plan
 
 import numpy as np
 
-# What a random stream of a prompt is for: the last entry of its seed. 0 is noise (sampling_utils.Noise).
+# The last entry of a prompt's random seed says what the numbers are for. 0 is noise (sampling_utils.Noise).
 STEP_SUBSET, ORDER = 1, 2
 
 
 @dataclass(frozen=True)
 class Transition:
-    """A trained transition of this rank: step position in the plan, row before it, row after it, its advantage, and
-    its weight in the loss of its optimizer step.
+    """A trained transition of this rank: plan position of its step, rows before and after the step (parent, child),
+    prompt, advantage, and weight in the loss of its optimizer step.
     """
 
     position: int
@@ -30,16 +30,16 @@ class Transition:
 def slice_transitions(
     plan: Plan, order: np.ndarray, trained: np.ndarray, advantages: dict[int, np.ndarray]
 ) -> list[Transition]:
-    """The transitions of one optimizer step, sorted so that those leaving one row stand together. Weights make their
-    loss the mean over prompts of the mean over a prompt's transitions.
+    """The transitions of one optimizer step, sorted by the row they leave. Their weights make the loss the mean over
+    prompts of the mean over a prompt's transitions.
 
     Args:
-        order: [P, k] samples of this step. trained: [P, G, n] plan positions.
-        advantages: position that this step trains -> [P, rows after it], NaN where the transition is pruned.
+        order: [P, k] samples of this optimizer step. trained: [P, G, n] plan positions that each sample trains.
+        advantages: trained plan position -> [P, rows after the step], NaN where the transition is pruned.
     """
     group, rows, found = trained.shape[1], plan.rows, []
     for prompt, samples in enumerate(order):
-        edges = {}  # samples that still are one row share a transition
+        edges = {}  # samples that share a row share its transition
         for sample in samples:
             for position in advantages.keys() & trained[prompt, sample].tolist():
                 row = int(sample) * rows[position] // group
@@ -53,8 +53,8 @@ def slice_transitions(
 
 
 def micro_batches(transitions: list[Transition], size: int) -> list[list[Transition]]:
-    """As few parts of at most `size` distinct rows as there can be, about equally long: one forward and backward pass
-    serves all transitions that leave a row.
+    """As few parts as possible, about equally long, each with at most `size` distinct rows. All transitions that leave
+    one row stay together: they share one forward and backward pass.
     """
     rows = {row: i for i, row in enumerate(dict.fromkeys((t.position, t.parent) for t in transitions))}
     parts = math.ceil(len(rows) / size)
@@ -65,12 +65,12 @@ def micro_batches(transitions: list[Transition], size: int) -> list[list[Transit
 
 
 def prompt_rng(config: GRPOConfig, number: int, slot: int, purpose: int) -> np.random.Generator:
-    """Random choices of one prompt, a function of (seed, iteration, prompt slot) and what they are for."""
+    """Random generator of one prompt, seeded with (seed, iteration, prompt slot, purpose)."""
     return np.random.default_rng([config.seed, number, slot, purpose])
 
 
 def trained_positions(config: GRPOConfig, plan: Plan, number: int, slots: range) -> np.ndarray:
-    """Plan positions that each sample trains, [P, G, n]: all trained steps, or a random share for each sample."""
+    """Plan positions that each sample trains, [P, G, n]: all trained steps, or a random share per sample."""
     positions, group = np.array(plan.trained), config.num_generations
     if config.training_strategy == "part" or config.frozen_init_timesteps:
         return np.broadcast_to(positions, (len(slots), group, len(positions)))
@@ -86,15 +86,15 @@ def deal_out(
 ) -> list[list[list[Transition]]]:
     """The micro-batches of each optimizer step of iteration `number`, for the prompts in `slots`.
 
-    Step s trains samples [ks, ks+k) of every prompt's group, after --advantage_rerange_strategy has put them in order.
+    Optimizer step s trains samples [ks, ks+k) of every group, in the order of --advantage_rerange_strategy.
 
     Args:
-        advantages: position -> [P of all ranks, rows after it]; here they are clamped to ± adv_clip_max.
+        advantages: plan position -> [P of all ranks, rows after the step]. Clamped to ± adv_clip_max here.
     """
     most = config.adv_clip_max
     own = {position: np.clip(values[slots.start : slots.stop], -most, most) for position, values in advantages.items()}
     whole = np.nan_to_num(own[max(own)])
-    whole = whole.repeat(config.num_generations // whole.shape[1], axis=1)  # samples may still be one row there
+    whole = whole.repeat(config.num_generations // whole.shape[1], axis=1)  # samples may share a row
     rngs = [prompt_rng(config, number, slot, ORDER) for slot in slots]
     pairs = zip(whole, rngs, strict=True)
     order = np.stack([sample_order(values, config.advantage_rerange_strategy, rng) for values, rng in pairs])
