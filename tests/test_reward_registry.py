@@ -228,8 +228,8 @@ def test_the_download_script_gets_what_an_entry_needs_to_where_its_flags_point(k
 
 
 NEW_REWARD = """
-class Redness:
-    name = "Redness"
+class MadeUp:
+    name = "MadeUp"
 
     def __init__(self, path, scale=2.0, batch_size=1, evaluation=False):
         self.settings = open(path).read(), scale, batch_size, evaluation
@@ -240,21 +240,21 @@ class Redness:
 
 
 def test_a_new_reward_is_one_file_and_one_entry(tmp_path, monkeypatch):
-    (tmp_path / "redness.py").write_text(NEW_REWARD)
+    (tmp_path / "made_up.py").write_text(NEW_REWARD)
     monkeypatch.setattr(reward_model, "__path__", [*reward_model.__path__, str(tmp_path)])
-    files = (File("red_path", "the list of reds", mode=None),)
-    entry = Reward("redness:Redness", {"path": "red_path"}, weight="red_weight", files=files)
-    monkeypatch.setitem(REWARDS, "redness", entry)
-    given = {"reward_model": "shapes,redness", "red_path": str(tmp_path / "reds.txt"), "red_weight": 3.0}
+    files = (File("red_path", "the list of reds"),)
+    entry = Reward("made_up:MadeUp", {"path": "red_path"}, weight="red_weight", files=files)
+    monkeypatch.setitem(REWARDS, "made_up", entry)
+    given = {"reward_model": "shapes,made_up", "red_path": str(tmp_path / "reds.txt"), "red_weight": 3.0}
     with pytest.raises(ValueError, match=r"red_path .*reds.txt: no such file; the list of reds belongs there$"):
         check_reward_files(config(**given))
     (tmp_path / "reds.txt").write_text("carmine")
     models, weights = build_reward_models(config(**given), "cpu", evaluation=True)
-    assert weights == {"ShapesRewardModel": 0.25, "Redness": 0.75}
-    assert models["Redness"].settings == ("carmine", 2.0, 4, True)
-    assert models["Redness"]([Image.new("RGB", (2, 2), (7, 0, 0))], ["x"]) == [7]
+    assert weights == {"ShapesRewardModel": 0.25, "MadeUp": 0.75}
+    assert models["MadeUp"].settings == ("carmine", 2.0, 4, True)
+    assert models["MadeUp"]([Image.new("RGB", (2, 2), (7, 0, 0))], ["x"]) == [7]
     del given["red_weight"]  # as in an evaluation, whose settings have no weights
-    assert resolve_reward_spec(config(**given)) == {"shapes": 0.5, "redness": 0.5}
+    assert resolve_reward_spec(config(**given)) == {"shapes": 0.5, "made_up": 0.5}
 
 
 def test_another_setting_can_name_the_rewards_and_errors_name_it():

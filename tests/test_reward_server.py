@@ -17,6 +17,7 @@ from fastvideo.models.reward_model import remote
 from fastvideo.models.reward_model.jpeg import JpegCompressibilityRewardModel
 from fastvideo.models.reward_model.remote import check_limits, to_base64_png
 from fastvideo.models.reward_model.server import ServerConfig, build_app
+from fastvideo.models.reward_model.server import main as server_main
 from fastvideo.models.reward_model.shapes import all_scenes, draw
 from fastvideo.models.reward_model.spec import RewardSpecConfig, reward_settings
 from fastvideo.models.reward_model.utils import build_reward_models, compute_reward
@@ -133,7 +134,7 @@ def refusal(capsys, run, *arguments, **given):
 def test_training_with_a_server_writes_the_same_metrics(train, process, progress, mix):
     flags = dict(reward_model=SPEC, granular_schedule="cosine", granular_progress=progress, granular_mix=mix)
     here = train(**flags)
-    there = train(**flags, reward_server=process, reward_batch_size=3)  # two requests a model and iteration
+    there = train(**flags, reward_server=process, reward_batch_size=3)  # two requests per model and iteration
     assert there.numbers() == here.numbers()
     for line in there.metrics:
         assert line["failed_rewards"] == line["failed_brightness"] == line["failed_ShapesRewardModel"] == 0
@@ -446,6 +447,24 @@ def test_bad_requests_are_refused_and_good_ones_answered(serve):
         assert httpx.post(f"{url}/score", content=body, headers={"Content-Type": "application/json"}).status_code == 400
     assert httpx.post(f"{url}/score", content=json.dumps(request())).status_code == 415
     assert post(url, request(images=[SMALL] * 2, prompts=["a"] * 2)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        ("--reward_model hpsv2 --hps_path /no/where.pt", "--hps_path /no/where.pt: no such file"),
+        ("--reward_model hps", "--reward_model 'hps': unknown reward"),
+        (
+            "--reward_model shapes --reward_server http://here:1",
+            "--reward_server http://here:1: a server scores",
+        ),
+        ("--reward_model shapes --port 65536", "--port 65536: must be at least 0 and below 65536"),
+        ("--reward_model shapes --reward_batch_size 0", "--reward_batch_size 0: must be at least 1"),
+        ("--reward_model shapes --max_images 0", "--max_images 0: must be at least 1"),
+    ],
+)
+def test_a_server_of_wrong_settings_does_not_start(capsys, flags, message):
+    assert f": error: {message}" in refusal(capsys, server_main, flags.split())
 
 
 @pytest.mark.parametrize("declared", [True, False])

@@ -21,7 +21,7 @@ from PIL import Image
 
 logger = logging.getLogger(__name__)
 
-# Names on a hub ("hf-hub:owner/name", "owner/name", "ImageReward-v1.0") are no such paths.
+# Matches paths of files and folders, but no names on a hub: "hf-hub:owner/name", "owner/name", "ImageReward-v1.0".
 _LOCAL_PATH = re.compile(r"^[./~]|/.*/|\.(pt|pth|bin|safetensors|json|ckpt)$")
 
 

@@ -10,8 +10,9 @@ the loopback and asks for no password, so reach it from other machines through a
     POST /score    {"settings", "model", "images": [base64 PNG or JPEG], "prompts", "curr_step", "total_steps"}
                    -> {"scores": {name: [number, or null for failed], f"{name}_{component or check}": [...]}}
 
-400: not such a request; 409: other settings; 413: over a limit; 415: not JSON; 500: the model raised an error.
+400: malformed request; 409: settings differ; 413: over a limit; 415: not JSON; 500: the model raised an error.
 """
+# ruff: noqa: E402  (torch and the rewards are imported after the command line is read)
 
 import asyncio
 import base64
@@ -24,24 +25,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from fastvideo.cli import FlagError, check_fields, flag, flag_errors, parse_dataclass
-from fastvideo.io.devices import resolve_device
-from fastvideo.models.reward_model.granular import RewardModel
+from fastvideo.cli import FlagError, check_fields, flag, flag_errors, parse_dataclass, parse_first
 from fastvideo.models.reward_model.spec import RewardSpecConfig, resolve_reward_spec, reward_settings
-from fastvideo.models.reward_model.utils import build_reward_models, check_reward_files, compute_reward
-
-import numpy as np
-import uvicorn
-from PIL import Image
-from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
-
-logger = logging.getLogger(__name__)
-
-FORMATS = ("PNG", "JPEG")  # of pictures; a training run sends PNG, which loses nothing
 
 
 @dataclass
@@ -60,7 +45,28 @@ class ServerConfig(RewardSpecConfig):
         if self.reward_server:
             raise FlagError("reward_server", self.reward_server, "a server scores by itself; leave it out")
         check_fields(self)
-        check_reward_files(self, self.evaluation)
+        resolve_reward_spec(self)
+
+
+if __name__ == "__main__":  # before torch, which takes seconds: --help and a refused flag answer at once
+    parse_first(ServerConfig, doc=__doc__)
+
+from fastvideo.io.devices import resolve_device
+from fastvideo.models.reward_model.granular import RewardModel
+from fastvideo.models.reward_model.utils import build_reward_models, check_reward_files, compute_reward
+
+import numpy as np
+import uvicorn
+from PIL import Image
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+logger = logging.getLogger(__name__)
+
+FORMATS = ("PNG", "JPEG")  # of pictures; a training run sends PNG, which loses nothing
 
 
 def _need(condition: bool, status: int, detail: str) -> None:
@@ -166,15 +172,16 @@ def build_app(config: ServerConfig, models: dict[str, RewardModel]) -> Starlette
     return Starlette(routes=[Route("/health", health), Route("/score", score, methods=["POST"])])
 
 
+@flag_errors("server.py")
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line: loads the rewards, prints the address and serves until it is stopped."""
     config = parse_dataclass(ServerConfig, argv, __doc__)
+    check_reward_files(config, config.evaluation)
     # The port is bound before the slow part, so that a port in use is an error at once. Until the server listens,
     # clients are refused.
     web = uvicorn.Config(None, host=config.host, port=config.port, log_level="warning", access_log=False)
     listener = web.bind_socket()
-    with flag_errors("server.py"):
-        models, weights = build_reward_models(config, resolve_device(config.device), config.evaluation)
+    models, weights = build_reward_models(config, resolve_device(config.device), config.evaluation)
     web.app = build_app(config, models)
     host = f"[{config.host}]" if ":" in config.host else config.host
     print(f"rewards: {', '.join(f'{name} {weight:.4g}' for name, weight in weights.items())}")
