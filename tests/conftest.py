@@ -34,6 +34,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 from make_tiny_flux import build_tiny_flux  # noqa: E402  (a script, in no package)
 
 TINY = ROOT / "data/tiny_flux"
+TRAINER = "fastvideo/train_grpo_flux.py"
 PROMPTS = (  # training scenes with all words; red is in the first alone, circles in the first and the fourth
     "a red circle left of a blue square on a black background",
     "a green square above a yellow triangle on a black background",
@@ -182,22 +183,28 @@ def assert_same_update(a: Run, b: Run, rounding: float = ROUNDING) -> None:
 def torchrun(
     argv: Sequence[object],
     environment: dict[str, str],
-    script: str = "fastvideo/train_grpo_flux.py",
+    script: str = TRAINER,
     processes: int = 2,
+    file_limit: int | None = None,
 ) -> subprocess.CompletedProcess:
-    """What `torchrun --nproc_per_node PROCESSES SCRIPT ARGUMENTS` does, in forked processes: see forked.py."""
-    return run_together(script, argv, environment, processes, TIME_LIMIT)
+    """What `torchrun --nproc_per_node PROCESSES SCRIPT ARGUMENTS` does, in forked processes: see forked.py.
+
+    file_limit: bytes beyond which the operating system refuses to write a file.
+    """
+    return run_together(script, argv, environment, processes, TIME_LIMIT, file_limit)
 
 
-@pytest.fixture
-def flags(tiny_flux, embedded_prompts, tmp_path) -> Callable[..., list[str]]:
-    """flags(name=value, ...) -> command line of a small fast run; True and False become `--name` and `--no_name`."""
+@pytest.fixture(scope="session")
+def small_flags(tiny_flux, embedded_prompts) -> Callable[..., list[str]]:
+    """small_flags(output_dir=folder, name=value, ...) -> command line of a small fast run.
+
+    True and False become `--name` and `--no_name`.
+    """
 
     def make(**given: Any) -> list[str]:
         small = {
             "pretrained_model_name_or_path": tiny_flux,
             "data_json_path": None if "prompts_file" in given else embedded_prompts,
-            "output_dir": tmp_path / "run",
             "h": 32,
             "w": 32,
             "sampling_steps": 6,
@@ -223,6 +230,12 @@ def flags(tiny_flux, embedded_prompts, tmp_path) -> Callable[..., list[str]]:
         return argv
 
     return make
+
+
+@pytest.fixture
+def flags(small_flags, tmp_path) -> Callable[..., list[str]]:
+    """small_flags with an output_dir in tmp_path."""
+    return lambda **given: small_flags(**{"output_dir": tmp_path / "run", **given})
 
 
 @pytest.fixture

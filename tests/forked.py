@@ -93,7 +93,12 @@ class Script:
 
 
 def run_together(
-    script: str, argv: Sequence[object], environment: Mapping[str, str], processes: int, timeout: float
+    script: str,
+    argv: Sequence[object],
+    environment: Mapping[str, str],
+    processes: int,
+    timeout: float,
+    file_limit: int | None = None,
 ) -> subprocess.CompletedProcess:
     """Runs a script as torchrun on one machine does: when a process fails the others are ended, and the status is 1."""
     with socket.socket() as probe:
@@ -107,7 +112,7 @@ def run_together(
         started = []
         for rank in range(processes):
             variables = {name: str(value) for name, value in {**place, "RANK": rank, "LOCAL_RANK": rank}.items()}
-            started.append(Script(script, argv, {**environment, **variables}, *files))
+            started.append(Script(script, argv, {**environment, **variables}, *files, file_limit))
         try:
             while any(one.poll() is None for one in started):
                 if any(one.poll() for one in started):

@@ -5,7 +5,6 @@ import json
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -18,11 +17,12 @@ from pathlib import Path
 from fastvideo.io.processes import ONE_REQUEST
 from fastvideo.runtime import resume
 from fastvideo.runtime.log import Log
-from fastvideo.train_grpo_flux import Trainer
+from fastvideo.train_grpo_flux import Trainer, main
 
 import pytest
 import torch
-from conftest import ROOT, Run, relative_difference, same_weights, torchrun
+from conftest import ROOT, TIME_LIMIT, TRAINER, Run, forget_accelerator, relative_difference, same_weights, torchrun
+from forked import Script
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.filesystem import FileSystem
 
@@ -40,6 +40,21 @@ def refuse(train, capsys) -> Callable[..., str]:
         return capsys.readouterr().err.splitlines()[-1]
 
     return run
+
+
+@pytest.fixture(scope="module")
+def saved(small_flags, tmp_path_factory) -> Path:
+    """The folder of a run of SETTINGS; `out` is a copy of it."""
+    folder = tmp_path_factory.mktemp("saved") / "run"
+    forget_accelerator()
+    main(small_flags(output_dir=folder, **SETTINGS))
+    return folder
+
+
+@pytest.fixture
+def out(saved, tmp_path) -> Run:
+    """A finished run of SETTINGS, in the folder that train("out") and refuse("out") mean."""
+    return Run(shutil.copytree(saved, tmp_path / "out", symlinks=True))
 
 
 # --- which checkpoint -------------------------------------------------------------------------------------------------
@@ -86,9 +101,8 @@ def test_resuming_from_an_earlier_checkpoint_sets_later_ones_aside(train, capsys
     assert [line["step"] for line in run.metrics] == [1, 2, 3, 4, 5, 6]
 
 
-def test_leftovers_that_fill_the_disk_are_removed_before_anything_is_written(train, monkeypatch):
-    run = train("out", **SETTINGS)
-    before, leftover, write_bytes = run.numbers(), run.folder / ".checkpoint-6-0.part", resume.write_bytes
+def test_leftovers_that_fill_the_disk_are_removed_before_anything_is_written(out, train, monkeypatch):
+    before, leftover, write_bytes = out.numbers(), out.folder / ".checkpoint-6-0.part", resume.write_bytes
     leftover.mkdir()
 
     def write(path, data):
@@ -97,8 +111,8 @@ def test_leftovers_that_fill_the_disk_are_removed_before_anything_is_written(tra
         write_bytes(path, data)
 
     monkeypatch.setattr(resume, "write_bytes", write)
-    train("out", **SETTINGS, resume_from_checkpoint=run.checkpoints[0])
-    assert run.numbers() == before and not leftover.exists()
+    train("out", **SETTINGS, resume_from_checkpoint=out.checkpoints[0])
+    assert out.numbers() == before and not leftover.exists()
 
 
 DAMAGE = {
@@ -110,30 +124,27 @@ DAMAGE = {
 
 @pytest.mark.parametrize("how", DAMAGE)
 @pytest.mark.parametrize("name", ["diffusion_pytorch_model.safetensors", "optimizer/__0_0.distcp", "config.json"])
-def test_a_damaged_checkpoint_is_refused_with_what_is_wrong(train, refuse, how, name):
-    run = train("out", **SETTINGS)
-    before, lines = run.metrics, run.numbers()
+def test_a_damaged_checkpoint_is_refused_with_what_is_wrong(out, train, refuse, how, name):
+    before, lines = out.metrics, out.numbers()
     damage, message = DAMAGE[how]
-    damage(run.checkpoints[-1] / name)
+    damage(out.checkpoints[-1] / name)
     error = refuse("out", resume_from_checkpoint="latest")
-    assert str(run.checkpoints[-1]) in error and name in error and message in error
-    assert run.metrics == before
-    train("out", **SETTINGS, resume_from_checkpoint=run.checkpoints[0])
-    assert run.numbers() == lines
+    assert str(out.checkpoints[-1]) in error and name in error and message in error
+    assert out.metrics == before
+    train("out", **SETTINGS, resume_from_checkpoint=out.checkpoints[0])
+    assert out.numbers() == lines
 
 
-def test_a_record_that_is_no_json_or_of_another_format_is_refused(train, refuse):
-    run = train("out", **SETTINGS)
-    record = run.checkpoints[-1] / "checkpoint.json"
+def test_a_record_that_is_no_json_or_of_another_format_is_refused(out, train, refuse):
+    record = out.checkpoints[-1] / "checkpoint.json"
     whole = json.loads(record.read_text())
     for text, message in (("{", "can't be read"), (json.dumps({**whole, "format": 99}), "format 99"), ("[]", "read")):
         record.write_text(text)
         assert message in refuse("out", resume_from_checkpoint="latest")
 
 
-def test_a_record_that_lacks_something_is_refused_with_what_it_lacks(train, refuse):
-    run = train("out", **SETTINGS)
-    record = run.checkpoints[-1] / "checkpoint.json"
+def test_a_record_that_lacks_something_is_refused_with_what_it_lacks(out, train, refuse):
+    record = out.checkpoints[-1] / "checkpoint.json"
     whole = json.loads(record.read_text())
     record.write_text('{"format": 1, "files": {}}')
     error = refuse("out", resume_from_checkpoint="latest")
@@ -147,18 +158,16 @@ def test_a_record_that_lacks_something_is_refused_with_what_it_lacks(train, refu
     "given,message",
     [({"iteration": "x"}, "iteration in checkpoint.json is 'x'"), ({"iteration": 2}, "is that of checkpoint-2-0")],
 )
-def test_a_record_of_another_checkpoint_is_refused_before_anything_is_moved(train, refuse, given, message):
-    run = train("out", **SETTINGS)
-    before = run.checkpoints
+def test_a_record_of_another_checkpoint_is_refused_before_anything_is_moved(out, train, refuse, given, message):
+    before = out.checkpoints
     record = before[-1] / "checkpoint.json"
     record.write_text(json.dumps(json.loads(record.read_text()) | given))
     assert message in refuse("out", resume_from_checkpoint="latest")
-    assert run.checkpoints == before and latest(run.folder) == before[-1]
+    assert out.checkpoints == before and latest(out.folder) == before[-1]
 
 
-def test_a_checkpoint_of_another_base_model_or_kind_is_refused(train, refuse, random_flux):
-    run = train("out", **SETTINGS)
-    path = run.checkpoints[0]
+def test_a_checkpoint_of_another_base_model_or_kind_is_refused(out, train, refuse, random_flux):
+    path = out.checkpoints[0]
     assert "another base model" in refuse(pretrained_model_name_or_path=random_flux, resume_from_checkpoint=path)
     assert "--use_lora True" in refuse(use_lora=True, resume_from_checkpoint=path)
 
@@ -166,9 +175,8 @@ def test_a_checkpoint_of_another_base_model_or_kind_is_refused(train, refuse, ra
 # --- what goes on -----------------------------------------------------------------------------------------------------
 
 
-def test_changed_versions_are_listed_and_a_finished_run_says_so(train, capsys):
-    run = train("out", **SETTINGS)
-    record = run.checkpoints[-1] / "checkpoint.json"
+def test_changed_versions_are_listed_and_a_finished_run_says_so(out, train, capsys):
+    record = out.checkpoints[-1] / "checkpoint.json"
     whole = json.loads(record.read_text())
     record.write_text(json.dumps(whole | {"versions": whole["versions"] | {"torch": "1.0"}}))
     capsys.readouterr()
@@ -178,26 +186,18 @@ def test_changed_versions_are_listed_and_a_finished_run_says_so(train, capsys):
     assert "nothing to do: 4 of --max_train_steps 4 iterations are done" in told
 
 
-def test_changed_settings_are_listed_and_count(train, capsys):
-    run = train("out", **SETTINGS)
+def test_changed_settings_are_listed_and_count(out, train, capsys):
     capsys.readouterr()
     changed = {"learning_rate": 5e-4, "weight_decay": 0.5, "eta": 0.5}
-    rest = train("rest", **{**SETTINGS, **changed}, resume_from_checkpoint=run.checkpoints[0])
+    rest = train("rest", **{**SETTINGS, **changed}, resume_from_checkpoint=out.checkpoints[0])
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("resuming"))
     for text in ("learning_rate: 0.0001 -> 0.0005", "weight_decay: 0.0001 -> 0.5", "eta: 0.7 -> 0.5"):
         assert text in line
     assert "output_dir" not in line and "seed" not in line
     assert [line["lr"] for line in rest.metrics] == [5e-4, 5e-4]
-    assert not same_weights(rest.weights(), run.weights())
+    assert not same_weights(rest.weights(), out.weights())
     saved = json.loads((rest.checkpoints[-1] / "checkpoint.json").read_text())
     assert saved["settings"]["learning_rate"] == 5e-4 and saved["versions"]["torch"] == torch.__version__
-
-
-def test_a_schedule_goes_on_where_it_was(train):
-    settings = {**SETTINGS, "lr_scheduler": "linear", "lr_warmup_steps": 3}
-    run = train(**settings)
-    rest = train(**settings, resume_from_checkpoint=run.checkpoints[0])
-    assert [line["lr"] for line in rest.metrics] == [line["lr"] for line in run.metrics[2:]]
 
 
 def test_a_run_saved_before_its_first_optimizer_step_goes_on_as_if_never_stopped(train):
@@ -261,7 +261,7 @@ def test_a_checkpoint_holds_its_iteration_although_training_went_on(train, monke
     went_on, open_file, iteration = threading.Event(), FileSystem.create_stream, Trainer.iteration
 
     def open_late(self, path, mode):
-        assert mode != "wb" or went_on.wait(20), "training waited for the disk"
+        assert mode != "wb" or went_on.wait(TIME_LIMIT), "training waited for the disk"
         return open_file(self, path, mode)
 
     def iterate(self, *args):
@@ -289,18 +289,23 @@ def files(folder: Path) -> dict[str, dict]:
 
 @pytest.fixture
 def start(flags, tmp_path, subprocess_environment):
-    """start(name, processes, flag=value, ...) -> a training run in the background, in a process group of its own."""
+    """start(name, processes, flag=value, ...) -> a training run in the background, in a session of its own.
+
+    Several processes are started by the real torchrun.
+    """
     running = []
 
-    def run(name: str, processes: int = 1, limit: int | None = None, **given) -> subprocess.Popen:
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        argv = ["fastvideo/train_grpo_flux.py", *flags(output_dir=tmp_path / name, **given)]
-        with open(tmp_path / f"{name}.log", "a") as log:
-            process = subprocess.Popen(
-                [sys.executable, *(torchrun if processes > 1 else []), *argv],
-                cwd=ROOT, env=subprocess_environment, stdout=log, stderr=log, start_new_session=True,
-                preexec_fn=(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))) if limit else None,
-            )  # fmt: skip
+    def run(name: str, processes: int = 1, **given) -> Script | subprocess.Popen:
+        argv, log = flags(output_dir=tmp_path / name, **given), tmp_path / f"{name}.log"
+        if processes == 1:
+            process = Script(TRAINER, argv, subprocess_environment, log, log)
+        else:
+            torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+            with open(log, "a") as file:
+                process = subprocess.Popen(
+                    [sys.executable, *torchrun, TRAINER, *argv],
+                    cwd=ROOT, env=subprocess_environment, stdout=file, stderr=file, start_new_session=True,
+                )  # fmt: skip
         running.append(process)
         return process
 
@@ -311,9 +316,9 @@ def start(flags, tmp_path, subprocess_environment):
             process.wait()
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen, log: Path) -> None:
+def wait_for(condition: Callable[[], bool], process: Script | subprocess.Popen, log: Path) -> None:
     """Fails with the log's end when the run ends before the condition holds."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + TIME_LIMIT
     while not condition():
         assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
         time.sleep(0.005)
@@ -331,7 +336,7 @@ def test_a_signal_ends_the_run_after_saving(start, train, run_at, tmp_path, numb
     process, log = start("cut", **settings), tmp_path / "cut.log"
     wait_for(lambda: lines(tmp_path / "cut") >= 2, process, tmp_path / "cut.log")
     process.send_signal(number)
-    assert process.wait(60) == 128 + number
+    assert process.wait(TIME_LIMIT) == 128 + number
     assert "Traceback" not in log.read_text() and "--resume_from_checkpoint latest" in log.read_text()
     done = len(run_at("cut").metrics)
     expected = [str(step) for step in range(1, done + 1) if step % saves == 0 or step == done]
@@ -353,7 +358,7 @@ def test_a_signal_to_torchrun_ends_all_processes_after_saving(start, run_at, tmp
     assert len(workers) == 4
     for victim in [process.pid, *trainers, *workers] if whom == "everybody" else [process.pid]:
         os.kill(victim, signal.SIGTERM)
-    assert process.wait(60) == 1  # torchrun's own way to end after a signal
+    assert process.wait(TIME_LIMIT) == 1  # torchrun's own way to end after a signal
     (saved,) = run_at("cut").checkpoints
     assert saved.name.split("-")[1] == str(len(run_at("cut").metrics))
     assert log.read_text().count("stopped: by a signal") == 2
@@ -373,7 +378,7 @@ def test_a_second_signal_ends_a_run_at_once_unless_it_comes_with_the_first(start
     wait_for(lambda: bool(list(cut.glob(".checkpoint-*.part"))), process, log)  # it goes on as after one
     time.sleep(ONE_REQUEST)
     process.terminate()
-    assert process.wait(20) == -signal.SIGTERM
+    assert process.wait(TIME_LIMIT) == -signal.SIGTERM
     assert not run_at("cut").checkpoints
 
 
@@ -390,7 +395,7 @@ def kill_at_random_moments(start, train, run_at, tmp_path, kills: int, processes
         victims = [process.pid] if processes == 1 else children(process.pid)
         for victim in victims if kill % 2 else victims[-1:]:  # all, or the last alone
             os.kill(victim, signal.SIGKILL)
-        assert process.wait(90) != 0, "the run was too fast to be killed"
+        assert process.wait(TIME_LIMIT) != 0, "the run was too fast to be killed"
         if cut.folder.exists() and not cut.checkpoints:
             shutil.rmtree(cut.folder)  # killed before the first checkpoint
     train("cut", **settings, **({"resume_from_checkpoint": "latest"} if cut.checkpoints else {}))
@@ -429,18 +434,18 @@ def test_a_run_killed_at_twenty_random_moments_ends_alike(start, train, run_at, 
     ],
 )
 def test_a_run_goes_on_after_a_kill_of_one_or_all_processes_in_rollout_and_training(
-    start, run_at, tmp_path, subprocess_environment, place, ranks, engine
+    flags, run_at, tmp_path, subprocess_environment, place, ranks, engine
 ):
     settings = {**SETTINGS, "prompts_per_iteration": 2, "train_micro_batch_size": 100, "parallel": engine}
     settings |= {"reward_model": "deadly_rewards:rough_brightness", "checkpointing_steps": 1}
-    whole = start("whole", 2, **settings)
-    assert whole.wait(120) == 0
-    subprocess_environment |= {"DIE_IN": place, "DIE_RANKS": ranks}
-    assert start("cut", 2, **settings).wait(120) != 0
+
+    def train_on_two(name: str, environment: dict[str, str], **given) -> int:
+        return torchrun(flags(output_dir=tmp_path / name, **settings, **given), environment).returncode
+
+    assert train_on_two("whole", subprocess_environment) == 0
+    assert train_on_two("cut", {**subprocess_environment, "DIE_IN": place, "DIE_RANKS": ranks}) != 0
     assert [line["step"] for line in run_at("cut").metrics] == [1, 2]
-    assert "SIGKILL" in (tmp_path / "cut.log").read_text()
-    del subprocess_environment["DIE_IN"], subprocess_environment["DIE_RANKS"]
-    assert start("cut", 2, **settings, resume_from_checkpoint="latest").wait(120) == 0
+    assert train_on_two("cut", subprocess_environment, resume_from_checkpoint="latest") == 0
     assert run_at("cut").numbers() == run_at("whole").numbers()
     assert same_weights(run_at("cut").weights(), run_at("whole").weights())
 
@@ -451,7 +456,7 @@ def test_a_process_that_raises_ends_all_within_a_minute_with_its_traceback_last(
     given["reward_model"] = "failing_rewards:raises_on_rank_1"
     process, log = start("out", 2, **given), tmp_path / "out.log"
     wait_for(lambda: "on purpose" in log.read_text(), process, log)
-    assert process.wait(60) != 0
+    assert process.wait(TIME_LIMIT) != 0
     summary = log.read_text().rpartition("Root Cause")[2]
     assert "rank      : 1" in summary and "Traceback" in summary and "RuntimeError: on purpose" in summary
 
@@ -502,7 +507,7 @@ def test_a_kill_in_the_middle_of_a_save_leaves_whole_checkpoints(start, train, r
         with open(pipe, "wb"):
             pipe.unlink()
             pipe.touch()
-    assert process.wait(90) != 0
+    assert process.wait(TIME_LIMIT) != 0
     assert [path.name.split("-")[1] for path in cut.checkpoints] == (["2"] if processes == 1 else ["2", "4"])
     assert latest(cut.folder) == cut.checkpoints[-1]
     settings |= {"max_train_steps": 6, "pretrained_model_name_or_path": base}
@@ -512,7 +517,9 @@ def test_a_kill_in_the_middle_of_a_save_leaves_whole_checkpoints(start, train, r
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(start, train, run_at, tmp_path, processes):
+def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(
+    train, flags, run_at, tmp_path, subprocess_environment, processes
+):
     """The operating system refuses files above a limit, which is below the size of the weights from the second on."""
     settings = {**SETTINGS, "max_train_steps": 2, "reward_model": "jpeg_compressibility", "prompts_per_iteration": 2}
     settings |= {"checkpoints_total_limit": 1}
@@ -521,13 +528,19 @@ def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(start, train, 
     train("cut", **{**settings, "max_train_steps": 1})
     first = run_at("cut").checkpoints
     longer = {**settings, "max_train_steps": 50, "resume_from_checkpoint": "latest"}
-    process, log = start("cut", processes, limit=weights // 2, **longer), tmp_path / "cut.log"
-    assert process.wait(120) == 1
-    messages = re.findall(r"checkpoint-2-0 can't be written, with [\d.]+ GiB free there: .+", log.read_text())
+    argv, log = flags(output_dir=tmp_path / "cut", **longer), tmp_path / "cut.log"
+    if processes == 1:
+        assert Script(TRAINER, argv, subprocess_environment, log, log, weights // 2).wait(TIME_LIMIT) == 1
+        told = log.read_text()
+    else:
+        done = torchrun(argv, subprocess_environment, file_limit=weights // 2)
+        assert done.returncode == 1
+        told = done.stderr
+    messages = re.findall(r"checkpoint-2-0 can't be written, with [\d.]+ GiB free there: .+", told)
     assert len(messages) == processes
     if processes == 1:
-        assert log.read_text().splitlines()[-1].endswith(messages[0]) and "File too large" in messages[0]
-        assert "Traceback" not in log.read_text()
+        assert told.splitlines()[-1].endswith(messages[0]) and "File too large" in messages[0]
+        assert "Traceback" not in told
     assert lines(tmp_path / "cut") <= 4  # it was noticed while training went on, or by the next save
     assert run_at("cut").checkpoints == first and not list((tmp_path / "cut").glob(".*"))
     train("cut", **settings, resume_from_checkpoint="latest")
