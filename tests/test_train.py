@@ -2,10 +2,6 @@
 
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -19,7 +15,7 @@ import custom_rewards
 import numpy as np
 import pytest
 import torch
-from conftest import PROMPTS, ROOT, Run, assert_same_update, base_weights, relative_difference, same_weights, torchrun
+from conftest import PROMPTS, Run, assert_same_update, base_weights, relative_difference, same_weights, torchrun
 from diffusers import FluxTransformer2DModel
 from diffusers.models.transformers.transformer_flux import FluxTransformerBlock
 from PIL import Image
@@ -617,27 +613,6 @@ def test_a_checkpoint_that_is_not_there_is_refused(train, capsys, value, message
     assert stop.value.code == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert "--resume_from_checkpoint" in error and message in error
-
-
-@pytest.mark.slow
-def test_a_killed_run_resumes_to_the_same_end(train, run_at, flags, tmp_path, subprocess_environment):
-    settings = {**STATEFUL, "max_train_steps": 12, "checkpointing_steps": 3}
-    whole = train("whole", **settings)
-    metrics = tmp_path / "cut/metrics.jsonl"
-    with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen(
-            [sys.executable, "fastvideo/train_grpo_flux.py", *flags(output_dir=tmp_path / "cut", **settings)],
-            cwd=ROOT, env=subprocess_environment, stdout=log, stderr=log,
-        )  # fmt: skip
-        deadline = time.monotonic() + 90
-        while not (metrics.exists() and metrics.read_text().count("\n") >= 5):
-            assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
-            time.sleep(0.01)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-    assert len(run_at("cut").metrics) < 12, "the run was too fast to be killed"
-    train("cut", **settings, resume_from_checkpoint="latest")
-    assert_same_run(run_at("cut"), whole)
 
 
 # --- settings that change what is trained -----------------------------------------------------------------------------
