@@ -15,7 +15,16 @@ import custom_rewards
 import numpy as np
 import pytest
 import torch
-from conftest import PROMPTS, Run, assert_same_update, base_weights, relative_difference, same_weights, torchrun
+from conftest import (
+    PROMPTS,
+    Run,
+    assert_same_update,
+    base_weights,
+    forget_accelerator,
+    relative_difference,
+    same_weights,
+    torchrun,
+)
 from diffusers import FluxTransformer2DModel
 from diffusers.models.transformers.transformer_flux import FluxTransformerBlock
 from PIL import Image
@@ -52,8 +61,8 @@ def test_the_first_deviation_covers_the_first_optimizer_step_alone(train):
     assert all(line["ratio_first_deviation"] <= 1e-6 < line["ratio_max_deviation"] for line in run.metrics)
 
 
-@pytest.fixture
-def reference(train) -> tuple[Run, dict]:
+@pytest.fixture(scope="module")
+def reference(small_flags, tmp_path_factory) -> tuple[Run, dict]:
     """A run of two iterations on four prompts, with windows and an order that are drawn at random."""
     settings = {
         "sample_strategy": "random",
@@ -62,7 +71,10 @@ def reference(train) -> tuple[Run, dict]:
         "learning_rate": 1e-6,
         "reward_model": "custom_rewards:rough_brightness",
     }
-    return train("reference", train_batch_size=4, train_micro_batch_size=2, **settings), settings
+    run = Run(tmp_path_factory.mktemp("reference") / "run")
+    forget_accelerator()
+    train_grpo_flux.main(small_flags(output_dir=run.folder, train_batch_size=4, train_micro_batch_size=2, **settings))
+    return run, settings
 
 
 def test_micro_batches_and_rollout_batches_change_nothing_but_speed(train, reference):
@@ -76,7 +88,7 @@ def test_micro_batches_and_rollout_batches_change_nothing_but_speed(train, refer
 def test_compiled_blocks_change_nothing_but_speed(train, reference):
     run, settings = reference
     # Sampled and trained two rows at a time: float32 graphs of two and of three rows round differently on some CPUs.
-    settings |= {"train_micro_batch_size": 2, "gradient_checkpointing": True}
+    settings = settings | {"train_micro_batch_size": 2, "gradient_checkpointing": True}
     compiled = train(compile="true", train_batch_size=4, **settings)
     assert_same_update(compiled, run)
     assert [line["ratio_first_deviation"] for line in compiled.metrics] == [0, 0]
@@ -728,10 +740,11 @@ def test_pictures_are_scored_while_the_next_prompts_are_sampled(train, monkeypat
     assert len(begun) == 2 and run.metrics[0]["failed_rewards"] == 0
 
 
-@pytest.mark.parametrize("rows", [2, 4, 9])  # less than a group; one group; two, so that the last part is smaller
-def test_prompts_sampled_and_scored_in_parts_train_the_same(rows, train):
+def test_prompts_sampled_and_scored_in_parts_train_the_same(train):
     flags = dict(reward_model="custom_rewards:rough_brightness", train_batch_size=3)
-    assert_same_update(train(**flags, rollout_batch_size=rows), train(**flags))
+    whole = train(**flags)
+    for rows in (2, 4, 9):  # less than a group; one group; two, so that the last part is smaller
+        assert_same_update(train(**flags, rollout_batch_size=rows), whole)
 
 
 def test_a_run_ended_by_failed_scores_repeats_that_iteration_when_it_is_resumed(train, run_at, monkeypatch):
