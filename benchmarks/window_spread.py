@@ -10,13 +10,12 @@ beside the picture.
 """
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from fastvideo.cli import FlagError, flag, parse_dataclass
+from fastvideo.cli import FlagError, flag, flag_errors, parse_dataclass
 from fastvideo.config import GRPOConfig
 from fastvideo.eval.plots import INK, SERIES, STYLE
 from fastvideo.io.files import read_prompts, write_json
@@ -130,6 +129,7 @@ def sample_windows(config: SpreadConfig) -> tuple[list[str], dict[int, torch.Ten
     return prompts, windows, sample(noise_free_plan(training))[:, 0]
 
 
+@flag_errors("window_spread.py")
 def main(argv: Sequence[str] | None = None) -> dict:
     """The command line; returns what the JSON file holds."""
     config = parse_dataclass(SpreadConfig, argv, __doc__)
@@ -165,8 +165,4 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    main()

@@ -6,7 +6,8 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -284,3 +285,18 @@ def subprocess_environment() -> dict[str, str]:
     """Of a child process that trains: one thread, no network, custom rewards of the tests importable."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
+
+
+@pytest.fixture
+def refused(capsys):
+    """refused(regex): the command line in this context ends with status 2 and a last line on stderr that matches."""
+
+    @contextmanager
+    def expect(message: str) -> Iterator[None]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            yield
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert stop.value.code == 2 and re.search(f"error: {message}", last), last
+
+    return expect

@@ -30,8 +30,8 @@ def test_early_windows_spread_samples_more_than_late_ones(tiny_flux, prompts_fil
         assert part["mean_distance"] == pytest.approx(other["mean_distance"], rel=1e-4)
 
 
-def test_a_tuned_model_that_is_not_there_is_named(tiny_flux, tmp_path):
-    with pytest.raises(ValueError, match="--model_path nope: no such folder"):
+def test_a_tuned_model_that_is_not_there_is_named(tiny_flux, refused):
+    with refused("--model_path nope: no such folder"):
         window_spread.main(["--pretrained_model_name_or_path", tiny_flux, "--model_path", "nope"])
 
 

@@ -12,24 +12,74 @@ under another caption however the prompt file is edited, a second run embeds onl
 finds the embeddings of the first.
 """
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastvideo.cli import flag, parse_dataclass
+from fastvideo.cli import check_fields, flag, flag_errors, parse_dataclass, parse_first
+from fastvideo.io.devices import DTYPES
+
+
+@dataclass
+class PreprocessConfig:
+    """Embeds prompts for training."""
+
+    model_path: str = flag("data/tiny_flux", "FLUX pipeline that has the text encoders: a folder or a hub id")
+    prompt_dir: str = flag("data/prompts.txt", "text file with one prompt per line (the name is the reference's)")
+    output_dir: str = flag("data/rl_embeddings", "where embeddings and prompt.json go")
+    batch_size: int = flag(8, "prompts embedded at a time", at_least=1)
+    max_sequence_length: int = flag(512, "T5 tokens; cut to what the model's tokenizer declares", at_least=1)
+    dtype: str = flag(
+        "auto",
+        "number format of the encoders and the stored embeddings; auto: bf16 on a GPU, fp32 on the CPU",
+        choices=["auto", *DTYPES],
+    )
+    device: str = flag("auto", "cpu, cuda (the process's own), cuda:1, ... or auto")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+if __name__ == "__main__":  # before the slow imports: --help and a refused flag answer at once
+    parse_first(PreprocessConfig, doc=__doc__)
+
 from fastvideo.dataset.latent_flux_rl_datasets import FOLDERS
-from fastvideo.io.devices import DTYPES, resolve_dtype
+from fastvideo.io.devices import resolve_dtype, torch_dtype
 from fastvideo.io.files import is_tensor_file, read_prompts, write_json, write_tensor
 from fastvideo.io.fingerprint import model_fingerprint
-from fastvideo.io.processes import barrier, processes
+from fastvideo.io.processes import Processes, processes
+from fastvideo.io.resumable import Store, digest, finish
 from fastvideo.models.flux import encode_prompts, load_text_encoders
 
 import torch
-from tqdm import tqdm
 
 ENCODERS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+
+
+class Embeddings(Store[str, tuple[torch.Tensor, ...]]):
+    """Files of a caption's embeddings, one in each of FOLDERS, named by a hash of what they are made of."""
+
+    def __init__(self, folder: Path, settings: tuple[str, int, str]) -> None:
+        """settings: all that decides an embedding besides its caption: model, length, number format."""
+        self.folder, self.settings = folder, settings
+        for name in FOLDERS.values():
+            (folder / name).mkdir(parents=True, exist_ok=True)
+
+    def file_name(self, caption: str) -> str:
+        """The name of the caption's file in each folder."""
+        model, length, dtype = self.settings
+        return digest([model, caption, length, dtype], 32) + ".pt"
+
+    def paths(self, caption: str) -> list[Path]:
+        """The caption's files, in the order of FOLDERS."""
+        return [self.folder / folder / self.file_name(caption) for folder in FOLDERS.values()]
+
+    def has(self, caption: str) -> bool:
+        return all(is_tensor_file(path) for path in self.paths(caption))
+
+    def keep(self, caption: str, tensors: tuple[torch.Tensor, ...]) -> None:
+        for path, tensor in zip(self.paths(caption), tensors, strict=True):
+            write_tensor(path, tensor)
 
 
 def embed_prompts(
@@ -58,10 +108,6 @@ def embed_prompts(
     Raises:
         ValueError: one line, for a missing, empty or badly encoded prompt file, or a model that can't be loaded.
     """
-    if batch_size < 1:
-        raise ValueError(f"--batch_size {batch_size}: must be at least 1")
-    if max_sequence_length < 1:
-        raise ValueError(f"--max_sequence_length {max_sequence_length}: must be at least 1")
     dtype = resolve_dtype(dtype, device)
     if world_size > 1 and not torch.distributed.is_initialized():
         raise ValueError(f"{world_size} processes need a process group to wait on; start them with torchrun")
@@ -71,60 +117,35 @@ def embed_prompts(
     pipe, model_path = None, str(model_path)
     model = model_fingerprint(model_path, ENCODERS)
     if model is None:
-        pipe = load_text_encoders(model_path, DTYPES[dtype])
+        pipe = load_text_encoders(model_path, torch_dtype(dtype))
         model = model_fingerprint(model_path, ENCODERS) or model_path
 
-    def file_name(caption: str) -> str:
-        return (
-            hashlib.sha256(json.dumps([model, caption, max_sequence_length, dtype]).encode()).hexdigest()[:32] + ".pt"
-        )
+    store = Embeddings(output_dir, (model, max_sequence_length, dtype))
+    here = Processes(rank, world_size, device)
 
-    def paths(caption: str) -> list[Path]:
-        return [output_dir / folder / file_name(caption) for folder in FOLDERS.values()]
-
-    for folder in FOLDERS.values():
-        (output_dir / folder).mkdir(parents=True, exist_ok=True)
-    batches = [captions[i : i + batch_size] for i in range(0, len(captions), batch_size)][rank::world_size]
-    made = 0
-    for batch in tqdm(batches, desc="embedding prompts", unit="batch", disable=rank != 0):
-        missing = [caption for caption in batch if not all(is_tensor_file(path) for path in paths(caption))]
-        if not missing:
-            continue
-        # A restart with all embeddings there loads no encoders: T5-XXL has 9 GB.
-        pipe = (pipe or load_text_encoders(model_path, DTYPES[dtype])).to(device)
+    def embed(batch: Sequence[str]) -> list[tuple[torch.Tensor, ...]]:
+        nonlocal pipe
+        # A run that finds all embeddings loads no encoders: T5-XXL has 9 GB.
+        pipe = (pipe or load_text_encoders(model_path, torch_dtype(dtype))).to(device)
         prompt_embeds, pooled, text_ids = encode_prompts(pipe, batch, max_sequence_length)
-        for row, caption in enumerate(batch):
-            if caption in missing:
-                for path, tensor in zip(paths(caption), (prompt_embeds[row], pooled[row], text_ids), strict=True):
-                    write_tensor(path, tensor)
-                made += 1
-    barrier()
+        return [(*row, text_ids) for row in zip(prompt_embeds, pooled, strict=True)]
 
+    made, there = store.complete(captions, batch_size, embed, here, "embedding prompts")
     index_path = output_dir / "prompt.json"
-    if rank == 0:
-        lost = [path for caption in captions for path in paths(caption) if not path.exists()]
+
+    def write() -> None:
+        lost = [path for caption in captions for path in store.paths(caption) if not path.exists()]
         if lost:
             raise RuntimeError(f"{len(lost)} embeddings are missing after all processes finished, such as {lost[0]}")
-        write_json(index_path, [dict.fromkeys(FOLDERS, file_name(c)) | {"caption": c} for c in captions])
+        write_json(index_path, [dict.fromkeys(FOLDERS, store.file_name(c)) | {"caption": c} for c in captions])
         print(f"{prompts_file}: {prompt_file}; embeddings in {dtype}; {index_path}")
-    print(f"rank {rank}: {made} embedded, {sum(map(len, batches)) - made} were there")
-    barrier()
+
+    print(f"rank {rank}: {made} embedded, {there} were there")
+    finish(here, write)
     return index_path
 
 
-@dataclass
-class PreprocessConfig:
-    """Embeds prompts for training."""
-
-    model_path: str = flag("data/tiny_flux", "FLUX pipeline that has the text encoders: a folder or a hub id")
-    prompt_dir: str = flag("data/prompts.txt", "text file with one prompt a line (the name is the reference's)")
-    output_dir: str = flag("data/rl_embeddings", "where embeddings and prompt.json go")
-    batch_size: int = flag(8, "prompts embedded at a time")
-    max_sequence_length: int = flag(512, "T5 tokens; cut to what the model's tokenizer declares")
-    dtype: str = flag("auto", "precision of the encoders and the stored embeddings: fp32, bf16, fp16 or auto")
-    device: str = flag("auto", "cpu, cuda, cuda:1, ... or auto")
-
-
+@flag_errors("preprocess_flux_embedding.py")
 def main(argv: Sequence[str] | None = None) -> Path:
     """The command line; returns the path of prompt.json."""
     config = parse_dataclass(PreprocessConfig, argv, __doc__)
@@ -144,7 +165,4 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
+    main()

@@ -1,21 +1,23 @@
-"""The layout of the HPSv2 benchmark (arXiv 2306.09341): four styles, 800 prompts each.
+"""The layout of the HPSv2 benchmark (arXiv 2306.09341): four styles with 800 prompts each.
 
-Prompts lie in {folder}/{style}.json, a JSON list each. The picture of a style's prompt i is {style}/{i:05d}.jpg in the
-folder of the pictures.
+{style}.json in the folder of the prompts is a JSON list. The picture of a style's prompt i is {style}/{i:05d}.jpg in
+the folder of the pictures.
 """
 
 import json
 import os
 from pathlib import Path
 
+from fastvideo.cli import FlagError
+
 STYLES = ("anime", "concept-art", "paintings", "photo")
 SUFFIXES = (".jpg", ".png", ".jpeg", ".webp")
 
 
-def read_benchmark(folder: Path, flag: str) -> dict[str, list[str]]:
-    """{style: prompts} of the styles that are there.
+def read_benchmark(folder: Path, field: str) -> dict[str, list[str]]:
+    """The prompts of the styles that are in the folder, by style.
 
-    Raises ValueError, one line that names --`flag`, for a folder with none, and a file that is no list of prompts.
+    Raises FlagError about the setting `field` for a folder without styles, and a file that is no list of prompts.
     """
     prompts = {}
     for style in STYLES:
@@ -25,18 +27,18 @@ def read_benchmark(folder: Path, flag: str) -> dict[str, list[str]]:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise ValueError(f"--{flag} {path}: not a readable JSON file: {error}") from error
+            raise FlagError(field, path, f"not a readable JSON file: {error}") from error
         if not isinstance(found, list) or not found or not all(isinstance(prompt, str) for prompt in found):
-            raise ValueError(f"--{flag} {path}: expected a list of prompts")
+            raise FlagError(field, path, "expected a list of prompts")
         prompts[style] = found
     if not prompts:
         files = ", ".join(f"{style}.json" for style in STYLES)
-        raise ValueError(f"--{flag} {folder}: a folder of benchmark prompts holds {files}; found none of them")
+        raise FlagError(field, folder, f"a folder of benchmark prompts holds {files}; found none of them")
     return prompts
 
 
 def benchmark_entries(images: Path, prompts: dict[str, list[str]]) -> list[dict]:
-    """Entries of a manifest for pictures in this layout; `path` is the .jpg where there is no picture of any suffix."""
+    """Entries of a manifest for pictures in this layout. Where no suffix has a picture, `path` is the missing .jpg."""
     entries = []
     for style, texts in prompts.items():
         for i, prompt in enumerate(texts):

@@ -27,36 +27,19 @@ docs/evaluation.md has more.
 """
 
 import csv
-import fcntl
 import io
 import json
 import math
 import os
-import sys
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, fields
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from fastvideo.cli import flag, flag_errors, parse_dataclass
-from fastvideo.eval.benchmark import benchmark_entries, read_benchmark
-from fastvideo.eval.hacking import MIN_PROMPTS, diversity, signs
-from fastvideo.eval.statistics import RIGHT, bootstrap_interval, mean_and_error, win_rate
-from fastvideo.io.files import process_name, write_bytes, write_json
-from fastvideo.io.processes import Processes, barrier, processes
-from fastvideo.io.scores import companion, reward_schema, score_names, write_scores
-from fastvideo.models.reward_model.clip_base import CLIPReward
-from fastvideo.models.reward_model.granular import RewardModel
+from fastvideo.cli import FlagError, check_fields, flag, flag_errors, parse_dataclass, parse_first
 from fastvideo.models.reward_model.spec import RewardConfig, resolve_reward_spec
-from fastvideo.models.reward_model.utils import build_reward_models, compute_reward
-from fastvideo.utils.picture_measures import appearance
-
-import numpy as np
-import torch.distributed as dist
-from PIL import Image
-from tqdm import tqdm
 
 # Flags of the reference, and what they are called here.
 OTHER_NAMES = {
@@ -103,15 +86,15 @@ class EvalConfig(RewardConfig):
             if getattr(self, other) is not None:
                 setattr(self, name, getattr(self, other))
         if (self.manifest is None) == (self.image is None):
-            raise ValueError("--manifest, --image: give one of them")
+            raise FlagError("manifest", self.manifest, "give either --manifest or --image")
         if (self.image is None) != (self.prompt is None):
-            raise ValueError("--image, --prompt: they go together")
+            given = "image" if self.prompt is None else "prompt"
+            raise FlagError(given, getattr(self, given), "--image and --prompt go together")
         if self.baseline_manifest is not None and self.manifest is None:
-            raise ValueError("--baseline_manifest: needs --manifest")
+            raise FlagError("baseline_manifest", self.baseline_manifest, "needs --manifest")
         if self.benchmark_prompts is not None and self.manifest is None:
-            raise ValueError("--benchmark_prompts: needs --manifest, the folder of the pictures")
-        if self.reward_batch_size < 1:
-            raise ValueError(f"--reward_batch_size {self.reward_batch_size}: must be at least 1")
+            raise FlagError("benchmark_prompts", self.benchmark_prompts, "needs --manifest, the folder of the pictures")
+        check_fields(self)
         resolve_reward_spec(self, "reward_model_type")
         self.trained_keys()
 
@@ -125,6 +108,26 @@ class EvalConfig(RewardConfig):
     @property
     def granular_end_weights(self) -> list[float]:
         return self.granular_start_weights
+
+
+if __name__ == "__main__":  # before the slow imports: --help and a refused flag answer at once
+    parse_first(EvalConfig, doc=__doc__)
+
+from fastvideo.eval.benchmark import benchmark_entries, read_benchmark
+from fastvideo.eval.hacking import MIN_PROMPTS, diversity, signs
+from fastvideo.eval.statistics import RIGHT, bootstrap_interval, mean_and_error, win_rate
+from fastvideo.io.files import write_bytes, write_json
+from fastvideo.io.processes import Processes, processes
+from fastvideo.io.resumable import Journal, digest, finish
+from fastvideo.io.scores import companion, reward_schema, score_names, write_scores
+from fastvideo.models.reward_model.clip_base import CLIPReward
+from fastvideo.models.reward_model.granular import RewardModel
+from fastvideo.models.reward_model.utils import build_reward_models, compute_reward
+from fastvideo.utils.picture_measures import appearance
+
+import numpy as np
+import torch.distributed as dist
+from PIL import Image
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,7 @@ class Scores:
         return [entry for entry in self.entries if all(entry["reward"][model] is not None for model in self.models)]
 
 
-def read_manifest(path: Path, flag_name: str) -> list[dict[str, Any]]:
+def read_manifest(path: Path, field: str) -> list[dict[str, Any]]:
     """The entries of a manifest with `path` (of the picture), `prompt` and `index` (the position where it has none).
 
     Pictures are looked for relative to the manifest, then, as the reference writes them, to the working directory.
@@ -151,26 +154,26 @@ def read_manifest(path: Path, flag_name: str) -> list[dict[str, Any]]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"--{flag_name} {path}: {error.strerror or error}") from error
+        raise FlagError(field, path, error.strerror or str(error)) from error
     except ValueError as error:
-        raise ValueError(f"--{flag_name} {path}: not a JSON file: {error}") from error
+        raise FlagError(field, path, f"not a JSON file: {error}") from error
     if not isinstance(found, list) or not found:
-        raise ValueError(f"--{flag_name} {path}: expected a list with at least one entry")
+        raise FlagError(field, path, "expected a list with at least one entry")
     entries = []
     for position, entry in enumerate(found):
         keys = entry if isinstance(entry, dict) else {}
         if not isinstance(keys.get("image"), str) or not isinstance(keys.get("prompt"), str):
-            raise ValueError(f'--{flag_name} {path}: entry {position} has no text under "image" and "prompt"')
+            raise FlagError(field, path, f'entry {position} has no text under "image" and "prompt"')
         index = keys.get("index", position)
         if not isinstance(index, int):
-            raise ValueError(f"--{flag_name} {path}: entry {position} has the index {index!r}, not a whole number")
+            raise FlagError(field, path, f"entry {position} has the index {index!r}, not a whole number")
         places = [path.parent / keys["image"], Path(keys["image"])]
         found_at = next(filter(os.path.isfile, places), places[0])  # unlike is_file() it raises for no path
         entries.append({"index": index, "prompt": keys["prompt"], "path": found_at})
         if isinstance(keys.get("style"), str):
             entries[-1]["style"] = keys["style"]
     if len({entry["index"] for entry in entries}) < len(entries):
-        raise ValueError(f"--{flag_name} {path}: an index comes twice")
+        raise FlagError(field, path, "an index comes twice")
     return entries
 
 
@@ -186,88 +189,39 @@ def _open(path: Path) -> Image.Image | str:
         return f"not a readable picture: {error}"
 
 
-class Journal:
-    """What was scored so far, in a hidden file beside the scores, so that a killed evaluation can go on.
+@dataclass(eq=False)
+class Batch:
+    """Pictures that are scored together."""
 
-    One JSON line a batch, under a hash of the pictures, their prompts and `settings`: other pictures or settings find
-    nothing. Every process has a file of its own, locked as long as it lives, and reads those of all, whatever became of
-    them.
-    """
+    entries: Sequence[dict[str, Any]]
 
-    def __init__(self, output: Path | None, settings: str, purpose: str) -> None:
-        """output: the file of the scores; None: nothing is kept. purpose: all that decides what the scores' files hold.
+    @cached_property
+    def content(self) -> list[list[str]]:
+        """A hash of each picture's file, empty where it can't be read, and the picture's prompt."""
+        return [[_file_hash(entry["path"]), entry["prompt"]] for entry in self.entries]
 
-        Raises ValueError, one line, when a process is scoring with another purpose for the same files.
-        """
-        self.output, self.settings = output, settings
-        self.done: dict[str, dict[str, Any]] = {}
-        if output is None:
-            return
-        output.parent.mkdir(parents=True, exist_ok=True)
-        end = f".{sha256(purpose.encode()).hexdigest()[:8]}"
-        self.own = output.with_name(f".{output.name}.{process_name()}{end}.part")
-        self.file = os.open(self.own, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(self.file, fcntl.LOCK_EX)
-        if any(self._lives(path) for path in self._files() if not path.stem.endswith(end)):
-            self.withdraw()
-            raise ValueError(
-                f"--output_json {output}: an evaluation of other pictures or with other flags is under way for it; "
-                "choose another file, or wait"
-            )
-        for path in self._files():
-            try:
-                lines = path.read_bytes().splitlines()
-            except FileNotFoundError:  # another process has just ended, and removed it
-                continue
-            for line in lines:
-                try:
-                    record = json.loads(line)
-                    self.done[record["key"]] = record["found"]
-                except (ValueError, KeyError, TypeError):
-                    continue  # half a line, of the killed process
 
-    def _files(self) -> list[Path]:
-        start = f".{self.output.name}."
-        return [p for p in self.output.parent.iterdir() if p.name.startswith(start) and p.suffix == ".part"]
+def _file_hash(path: Path) -> str:
+    try:
+        return sha256(path.read_bytes()).hexdigest()
+    except (OSError, ValueError):  # no such file; a name that no file can have
+        return ""
 
-    @staticmethod
-    def _lives(path: Path) -> bool:
-        """Whether the process that writes this file is at work."""
-        try:
-            with open(path, "rb") as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: others may be asking, too
-        except BlockingIOError:
-            return True
-        except OSError:  # it has just been removed, or the file system has no locks
-            return False
-        return False
 
-    def key(self, entries: Sequence[dict[str, Any]]) -> str:
-        """The hash of a batch."""
-        digest = sha256(self.settings.encode())
-        for entry in entries:
-            digest.update(sha256(entry["path"].read_bytes()).digest() + sha256(entry["prompt"].encode()).digest())
-        return digest.hexdigest()
+class ScoreJournal(Journal[Batch, list[dict[str, Any]]]):
+    """The results of batches, one per picture: {"reward": {name: score}, "measures": {name: value}} or {"problem"}."""
 
-    def add(self, key: str, found: dict[str, Any]) -> None:
-        """Keeps a batch's result."""
-        self.done[key] = found
-        if self.output is not None:
-            os.write(self.file, b"\n" + json.dumps({"key": key, "found": found}).encode())
+    def __init__(self, output: Path | None, settings: str, purpose: list[Any]) -> None:
+        """settings: text of all that decides a score, besides picture and prompt."""
+        self.settings = settings
+        super().__init__(output, purpose)
 
-    def withdraw(self) -> None:
-        """Removes this process's file."""
-        if self.output is not None:
-            self.own.unlink(missing_ok=True)
-            os.close(self.file)
+    def key(self, batch: Batch) -> str:
+        return digest([self.settings, batch.content], 64)
 
-    def remove(self) -> None:
-        """When the scores are written: removes what this process and those killed before it have kept."""
-        self.withdraw()
-        for path in self._files() if self.output is not None else ():
-            if not self._lives(path):
-                path.unlink(missing_ok=True)
+    def lasts(self, result: list[dict[str, Any]]) -> bool:
+        """A score that failed may succeed next time."""
+        return all(math.isfinite(value) for found in result for value in found.get("reward", {}).values())
 
 
 def _gather(value: Any, here: Processes) -> list[Any]:
@@ -282,42 +236,43 @@ def score(
     entries: Sequence[dict[str, Any]],
     models: dict[str, RewardModel],
     batch_size: int,
-    journal: Journal,
+    journal: ScoreJournal,
     here: Processes,
     measure: bool,
 ) -> Scores:
-    """Scores pictures in batches, dealt out to the processes; those that can't be read are named and left out.
+    """Scores pictures in batches, dealt out to the processes. Pictures that can't be read are named and left out.
 
-    measure: also what shows reward hacking. All processes return the same.
+    measure: also take the measures that show reward hacking. All processes return the same.
     """
     weights = dict.fromkeys(models, 1.0)  # only the single scores are used, not their sum
+
+    def score_batch(batch: Batch) -> list[dict[str, Any]]:
+        opened = [_open(entry["path"]) for entry in batch.entries]
+        readable = [row for row, image in enumerate(opened) if not isinstance(image, str)]
+        images, prompts = [opened[row] for row in readable], [batch.entries[row]["prompt"] for row in readable]
+        rewards = compute_reward(images, prompts, models, weights)[2] if images else {}
+        result = [{"problem": problem} for problem in opened]
+        for i, row in enumerate(readable):
+            result[row] = {
+                "reward": {name: float(values[i]) for name, values in rewards.items()},
+                "measures": appearance(images[i]) if measure else {},
+            }
+        return result
+
+    batches = [Batch(entries[start : start + batch_size]) for start in range(0, len(entries), batch_size)]
+    journal.complete(batches, 1, lambda single: list(map(score_batch, single)), here, "scoring")
     scored: dict[int, dict[str, Any]] = {}  # by place in entries
     skipped: dict[int, dict[str, str]] = {}
-    starts = range(0, len(entries), batch_size)[here.rank :: here.world_size]
-    for start in tqdm(starts, desc="scoring", unit="batch", disable=here.rank != 0):
-        batch = [(place, _open(entries[place]["path"])) for place in range(len(entries))[start : start + batch_size]]
-        for place, problem in batch:
-            if isinstance(problem, str):
-                path = entries[place]["path"]
-                skipped[place] = {"image": str(path), "problem": problem}
-                print(f"skipped {path}: {problem}")
-        batch = [(place, image) for place, image in batch if not isinstance(image, str)]
-        if not batch:
-            continue
-        key = journal.key([entries[place] for place, _ in batch])
-        found = journal.done.get(key)
-        if found is None:
-            images = [image for _, image in batch]
-            _, _, rewards, _ = compute_reward(images, [entries[place]["prompt"] for place, _ in batch], models, weights)
-            found = {
-                "reward": {name: values.tolist() for name, values in rewards.items()},
-                "measures": [appearance(image) for image in images] if measure else [{}] * len(images),
-            }
-            if all(np.isfinite(values).all() for values in rewards.values()):  # else it is asked again
-                journal.add(key, found)
-        for row, (place, _) in enumerate(batch):
-            reward = {name: _number(values[row]) for name, values in found["reward"].items()}
-            scored[place] = {**entries[place], "reward": reward, "measures": dict(found["measures"][row])}
+    for number in range(len(batches))[here.rank :: here.world_size]:
+        result = journal.results[journal.key(batches[number])]
+        for place, found in enumerate(result, number * batch_size):
+            path = entries[place]["path"]
+            if "problem" in found:
+                skipped[place] = {"image": str(path), "problem": found["problem"]}
+                print(f"skipped {path}: {found['problem']}")
+            else:
+                reward = {name: _number(value) for name, value in found["reward"].items()}
+                scored[place] = {**entries[place], "reward": reward, "measures": dict(found["measures"])}
     for theirs, left_out in _gather((scored, skipped), here):
         scored |= theirs
         skipped |= left_out
@@ -388,12 +343,14 @@ def pair_up(entries: Sequence[dict], others: Sequence[dict]) -> list[tuple[dict,
     pairs = [(entry, there[entry["index"]]) for entry in entries if entry["index"] in there]
     for entry, other in pairs:
         if entry["prompt"] != other["prompt"]:
-            raise ValueError(
-                f"--baseline_manifest: index {entry['index']} is {other['prompt']!r} there, {entry['prompt']!r} here; "
-                "sample both with one prompt file"
+            raise FlagError(
+                "baseline_manifest",
+                None,
+                f"index {entry['index']} is {other['prompt']!r} there, {entry['prompt']!r} here; sample both with one "
+                "prompt file",
             )
     if not pairs:
-        raise ValueError("--baseline_manifest: no index in common with --manifest")
+        raise FlagError("baseline_manifest", None, "no index in common with --manifest")
     return pairs
 
 
@@ -486,11 +443,11 @@ def table(summary: dict[str, Any]) -> str:
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
-def _entries(config: EvalConfig, path: str, flag_name: str) -> list[dict[str, Any]]:
+def _entries(config: EvalConfig, path: str, field: str) -> list[dict[str, Any]]:
     if config.benchmark_prompts is None:
-        return read_manifest(Path(path), flag_name)
+        return read_manifest(Path(path), field)
     if not Path(path).is_dir():
-        raise ValueError(f"--{flag_name} {path}: with --benchmark_prompts it must be a folder of pictures")
+        raise FlagError(field, path, "with --benchmark_prompts it must be a folder of pictures")
     return benchmark_entries(Path(path), read_benchmark(Path(config.benchmark_prompts), "benchmark_prompts"))
 
 
@@ -532,22 +489,20 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         settings = _settings(config)
         paths = [config.manifest, config.baseline_manifest, config.benchmark_prompts]
         purpose = [settings, *(path and os.path.abspath(path) for path in paths), config.trained_rewards]
-        journal = Journal(output, settings, json.dumps(purpose))
+        journal = ScoreJournal(output, settings, purpose)
         rest = (models, config.reward_batch_size, journal, here, config.hacking_measures)
         scores = score(entries, *rest)
         if not scores.entries:
             journal.withdraw()
-            given = f"--manifest {config.manifest}" if config.manifest else f"--image {config.image}"
-            raise ValueError(f"{given}: not one picture could be read")
+            field = "manifest" if config.manifest else "image"
+            raise FlagError(field, getattr(config, field), "not one picture could be read")
         baseline = score(before, *rest) if before else None
         trained = config.trained_keys()
         if trained is not None:  # the models have the spec's order
             keys = resolve_reward_spec(config, "reward_model_type")
             trained = {name for key, name in zip(keys, models, strict=True) if key in trained}
         summary = summarize(scores, baseline, trained)
-        if here.rank == 0:
-            _report(output, scores, baseline, summary)
-        barrier()
+        finish(here, lambda: _report(output, scores, baseline, summary))
         journal.remove()
     return summary
 
@@ -574,6 +529,7 @@ def _report(output: Path | None, scores: Scores, baseline: Scores | None, summar
     )
 
 
+@flag_errors("eval_reward.py")
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 1 when a picture or a score is missing."""
     summary = evaluate(parse_dataclass(EvalConfig, argv, __doc__))
@@ -581,9 +537,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        with flag_errors("eval_reward.py"):
-            raise SystemExit(main())
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    raise SystemExit(main())

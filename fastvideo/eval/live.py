@@ -1,6 +1,6 @@
 """--serve_report PORT: the report of a running training at http://127.0.0.1:PORT/, refreshed as metrics.jsonl grows.
 
-Only this machine can reach it. From another one: ssh -L PORT:127.0.0.1:PORT machine, then the same address.
+Only this machine can reach it. From another machine: ssh -L PORT:127.0.0.1:PORT machine, then the same address.
 """
 
 import html
@@ -13,6 +13,8 @@ from contextlib import AbstractContextManager, nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from fastvideo.cli import FlagError
+
 WAITING = '<!DOCTYPE html><meta http-equiv="refresh" content="5"><title>report</title><p>%s</p>'
 
 
@@ -21,7 +23,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         host = self.headers.get("Host", "").rsplit(":", 1)[0]
-        if host not in ("127.0.0.1", "localhost"):  # a page elsewhere whose name was made to mean this machine
+        if host not in ("127.0.0.1", "localhost"):  # a page of another site, whose name was pointed at this machine
             self.send_error(403)
         elif self.path == "/":
             self._answer("text/html", self.server.page())
@@ -39,7 +41,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *_: object) -> None:
-        """Nothing: the terminal is the training's."""
+        """Writes nothing: the terminal belongs to the training."""
 
 
 class LiveReport(ThreadingHTTPServer):
@@ -48,28 +50,28 @@ class LiveReport(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, run_dir: str | Path, port: int) -> None:
-        """Raises ValueError, one line, for a port that is taken."""
+        """Raises FlagError for a port that is taken."""
         try:
             super().__init__(("127.0.0.1", port), _Handler)
         except (OSError, OverflowError) as error:
-            raise ValueError(f"--serve_report {port}: {getattr(error, 'strerror', None) or error}") from error
+            raise FlagError("serve_report", port, getattr(error, "strerror", None) or str(error)) from error
         self.run_dir, self._drawing = Path(run_dir), threading.Lock()
-        self._page, self._version = b"", ""  # the last one that was drawn, and the metrics.jsonl it was drawn from
+        self._page, self._version = b"", ""  # the newest page, and which metrics.jsonl it shows
         print(f"report: http://127.0.0.1:{self.server_port}/", flush=True)
 
     def page(self) -> bytes:
-        """The report as last drawn. The first one is waited for; then open pages ask for the `version`."""
+        """The newest page. The first page is waited for; afterwards open pages ask for the `version`."""
         problem = "" if self._page else self._draw()
         return self._page or (WAITING % html.escape(problem)).encode()
 
     def version(self) -> str:
-        """Of the report as last drawn. Begins to draw it anew if the metrics have changed."""
+        """The version of the newest page. If the metrics have changed since, a new page is begun."""
         if not self._drawing.locked():
             threading.Thread(target=self._draw, daemon=True).start()
         return self._version
 
     def _draw(self) -> str:
-        """Returns why there is no new report, if there is none."""
+        """Draws a page if the metrics have changed. Returns why there is no page, or nothing."""
         with self._drawing:
             metrics = self.run_dir / "metrics.jsonl"
             if not metrics.exists():
@@ -94,6 +96,6 @@ class LiveReport(ThreadingHTTPServer):
 
 
 def live_report(run_dir: str | Path, port: int | None) -> AbstractContextManager:
-    """To be entered: serves meanwhile, on the first of all processes, if there is a port."""
+    """A context in which the first of all processes serves the report at the port, if there is one."""
     first = os.environ.get("RANK", "0") == "0"
     return LiveReport(run_dir, port) if port is not None and first else nullcontext()

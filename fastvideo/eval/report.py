@@ -22,7 +22,38 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastvideo.cli import FlagError, flag, flag_errors, parse_dataclass
+from fastvideo.cli import FlagError, check_fields, flag, flag_errors, parse_dataclass, parse_first
+
+
+@dataclass
+class ReportConfig:
+    """Settings of a report."""
+
+    run_dir: list[Path] = flag([], "output directory of the training run; several are compared", metavar="DIR")
+    baseline_scores: str | None = flag(None, "scores JSON of the base model's pictures (fastvideo.eval.eval_reward)")
+    tuned_scores: str | None = flag(None, "scores JSON of the tuned model's pictures, same prompts and seeds")
+    output_dir: str | None = flag(None, "folder of the report; None: {run_dir}/report, of the first run")
+    title: str | None = flag(None, "title of the page; None: the run's experiment name")
+    max_gallery: int = flag(
+        60, "most before/after pairs shown, spread evenly over the ranking by score change", at_least=0
+    )
+    serve_report: int | None = flag(None, "show it at this port of this machine, refreshed while the run goes on")
+    schedules: str | None = flag(None, "only draw the granular weight schedules to this image file, then exit")
+
+    def __post_init__(self) -> None:
+        if not self.run_dir and self.schedules is None:
+            raise FlagError("run_dir", None, "give the output directory of a training run")
+        if (self.baseline_scores is None) != (self.tuned_scores is None):
+            field = "baseline_scores" if self.tuned_scores is None else "tuned_scores"
+            raise FlagError(field, getattr(self, field), "give both --baseline_scores and --tuned_scores, or neither")
+        if self.serve_report is not None and len(self.run_dir) != 1:
+            raise FlagError("serve_report", self.serve_report, "give one --run_dir")
+        check_fields(self)
+
+
+if __name__ == "__main__":  # before the slow imports: --help and a refused flag answer at once
+    parse_first(ReportConfig, doc=__doc__)
+
 from fastvideo.eval.live import LiveReport
 from fastvideo.eval.plots import (
     STYLE,
@@ -45,31 +76,6 @@ from fastvideo.io.scores import read_signs
 
 import matplotlib
 import numpy as np
-
-
-@dataclass
-class ReportConfig:
-    """Settings of a report."""
-
-    run_dir: list[Path] = flag([], "output directory of the training run; several are compared", metavar="DIR")
-    baseline_scores: str | None = flag(None, "scores JSON of the base model's pictures (fastvideo.eval.eval_reward)")
-    tuned_scores: str | None = flag(None, "scores JSON of the tuned model's pictures, same prompts and seeds")
-    output_dir: str | None = flag(None, "folder of the report; None: {run_dir}/report, of the first run")
-    title: str | None = flag(None, "title of the page; None: the run's experiment name")
-    max_gallery: int = flag(60, "most before/after pairs shown, spread evenly over the ranking by score change")
-    serve_report: int | None = flag(None, "show it at this port of this machine, refreshed while the run goes on")
-    schedules: str | None = flag(None, "only draw the granular weight schedules to this image file, then exit")
-
-    def __post_init__(self) -> None:
-        if not self.run_dir and self.schedules is None:
-            raise FlagError("run_dir", None, "give the output directory of a training run")
-        if (self.baseline_scores is None) != (self.tuned_scores is None):
-            field = "baseline_scores" if self.tuned_scores is None else "tuned_scores"
-            raise FlagError(field, getattr(self, field), "give both --baseline_scores and --tuned_scores, or neither")
-        if self.serve_report is not None and len(self.run_dir) != 1:
-            raise FlagError("serve_report", self.serve_report, "give one --run_dir")
-        if self.max_gallery < 0:
-            raise FlagError("max_gallery", self.max_gallery, "must be at least 0")
 
 
 def summary_of(runs: list[Run], comparison: Comparison) -> dict[str, Any]:
@@ -169,6 +175,7 @@ def write_report(
     return output_dir / "report.html", comparison
 
 
+@flag_errors("report.py")
 def main(argv: Sequence[str] | None = None) -> Path | None:
     """The command line; returns the path of report.html."""
     config = parse_dataclass(ReportConfig, argv, __doc__)
@@ -191,5 +198,4 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
 
 
 if __name__ == "__main__":
-    with flag_errors("report.py"):
-        main()
+    main()

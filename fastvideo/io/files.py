@@ -1,4 +1,4 @@
-"""Files that survive a kill, and prompt files that say what is wrong with them."""
+"""Files that are written as a whole or not at all, and prompt files, whose errors name the lines."""
 
 import io
 import json
@@ -6,18 +6,21 @@ import os
 import socket
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+from fastvideo.cli import FlagError
+
+if TYPE_CHECKING:
+    import torch
 
 
 def process_name() -> str:
-    """Names this process among all that may share a folder, also from other machines."""
+    """A name that no other process has, not even on another machine that shares the folder."""
     return f"{socket.gethostname()}.{os.getpid()}"
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Writes all of `data` or nothing: whoever opens `path`, also after a kill -9, finds the old or the new content."""
+    """Writes all of `data` or nothing. Whoever opens `path`, also after a kill -9, finds the old or the new content."""
     part = path.with_name(f".{path.name}.{process_name()}.tmp")
     try:
         with open(part, "wb") as file:
@@ -30,19 +33,23 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Readable UTF-8 JSON, atomically. A NaN is refused: it is no JSON, write None."""
+    """Writes readable UTF-8 JSON, as a whole or not at all. Raises ValueError for a NaN, which is no JSON: use None."""
     write_bytes(path, (json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) + "\n").encode())
 
 
-def write_tensor(path: Path, tensor: torch.Tensor) -> None:
-    """torch.save of one plain CPU tensor, atomically."""
+def write_tensor(path: Path, tensor: "torch.Tensor") -> None:
+    """Writes one tensor with torch.save, on the CPU, as a whole or not at all."""
+    import torch
+
     buffer = io.BytesIO()
-    torch.save(tensor.detach().cpu().clone(), buffer)  # the clone: a row of a batch would carry the whole batch along
+    torch.save(tensor.detach().cpu().clone(), buffer)  # without the clone a row would carry its whole batch along
     write_bytes(path, buffer.getvalue())
 
 
 def is_tensor_file(path: Path) -> bool:
-    """Whether a tensor can be read from `path`. Only maps the file, so that many large ones are checked quickly."""
+    """Whether a tensor can be read from `path`. The file is mapped, not read: many large files are checked quickly."""
+    import torch
+
     try:
         return isinstance(torch.load(path, weights_only=True, mmap=True, map_location="cpu"), torch.Tensor)
     except Exception:  # torch raises half a dozen types for a damaged file
@@ -51,28 +58,27 @@ def is_tensor_file(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class PromptFile:
-    """The prompts of a text file, one a line, and what was left out."""
+    """The prompts of a text file, one per line, and how many lines were left out."""
 
     prompts: list[str]
     empty: int  # blank lines
-    duplicates: int  # repeated lines, dropped where `unique`
+    duplicates: int  # repeated lines
 
     def __str__(self) -> str:
         return f"{len(self.prompts)} prompts ({self.empty} empty lines and {self.duplicates} duplicates left out)"
 
 
-def read_prompts(path: str | Path, flag: str, unique: bool = True) -> PromptFile:
-    """Reads a UTF-8 file with one prompt a line, in order; a repeated prompt is kept once where `unique`.
+def read_prompts(path: str | Path, field: str, unique: bool = True) -> PromptFile:
+    """Reads a UTF-8 file with one prompt per line, in order. `unique`: a repeated prompt is kept once.
 
-    Raises ValueError, one line that names --`flag`, for a missing file, one without prompts, and bytes that aren't
-    UTF-8 (with their line numbers: a skipped line would be a prompt that nobody misses).
+    Raises FlagError about the setting `field` for a missing file, a file without prompts, and bytes that aren't UTF-8.
+    The message names the bad lines, as nobody would miss the prompt of a line that is left out.
     """
+    advice = "give a text file with one prompt per line"
     try:
         data = Path(path).read_bytes()
     except OSError as error:
-        raise ValueError(
-            f"--{flag} {path}: {error.strerror or error}; give a text file with one prompt a line"
-        ) from error
+        raise FlagError(field, path, f"{error.strerror or error}; {advice}") from error
     lines, bad = [], []
     # Split at line feeds only: str.splitlines also breaks at U+2028 and would shift the numbers.
     for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
@@ -82,11 +88,11 @@ def read_prompts(path: str | Path, flag: str, unique: bool = True) -> PromptFile
             bad.append(f"line {number} (byte 0x{line[error.start]:02x} at position {error.start + 1})")
     if bad:
         more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
-        raise ValueError(f"--{flag} {path}: not UTF-8 text: {', '.join(bad[:5])}{more}")
+        raise FlagError(field, path, f"not UTF-8 text: {', '.join(bad[:5])}{more}")
     if lines and not lines[-1]:
         lines.pop()  # what follows the last line feed is no line
     found = [line for line in lines if line]
     if not found:
-        raise ValueError(f"--{flag} {path}: no prompts in it; give a text file with one prompt a line")
+        raise FlagError(field, path, f"no prompts in it; {advice}")
     kept = list(dict.fromkeys(found)) if unique else found
     return PromptFile(kept, empty=len(lines) - len(found), duplicates=len(found) - len(kept))

@@ -18,46 +18,16 @@ all pictures are there.
 docs/evaluation.md has more.
 """
 
-import hashlib
 import io
 import json
 import os
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from fastvideo.cli import flag, parse_dataclass
-from fastvideo.eval.benchmark import read_benchmark
-from fastvideo.io.devices import DTYPES, resolve_dtype
-from fastvideo.io.files import process_name, read_prompts, write_bytes, write_json
-from fastvideo.io.fingerprint import model_fingerprint, sample_file
-from fastvideo.io.processes import Processes, barrier, processes
-from fastvideo.models.flux import (
-    LORA_FILE,
-    LatentShape,
-    ModelNotFoundError,
-    is_lora,
-    load_text_encoders,
-    load_transformer,
-    load_vae,
-    load_with_lora,
-    meta_transformer,
-)
-
-import numpy as np
-import torch
-from accelerate import cpu_offload_with_hook
-from accelerate.hooks import CpuOffload, UserCpuOffloadHook
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
-from PIL import Image, PngImagePlugin
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from tqdm import tqdm
-
-PIPELINE_FOLDERS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae")
+from fastvideo.cli import FlagError, check_fields, flag, flag_errors, parse_dataclass, parse_first
+from fastvideo.io.devices import DTYPES
 
 
 @dataclass
@@ -74,32 +44,34 @@ class SampleConfig:
     baseline: bool = flag(False, "sample the base model even if model_path is given")
     prompts_file: str = flag(
         "data/prompts.txt",
-        "text file with one prompt a line, or a folder of HPSv2 benchmark prompts (anime.json, ...)",
+        "text file with one prompt per line, or a folder of HPSv2 benchmark prompts (anime.json, ...)",
     )
     output_dir: str = flag("outputs/samples", "folder for the pictures")
     output_json: str | None = flag(None, "manifest to write (None: manifest.json in output_dir; sweep.json of a sweep)")
     image_format: str = flag("png", "file format; jpg loses detail", choices=["png", "jpg"])
-    seed: int = flag(42, "seed of the initial noise")
-    images_per_prompt: int = flag(1, "pictures of each prompt, each with its own noise")
-    batch_size: int = flag(1, "pictures sampled at a time; speed and memory only")
-    h: int = flag(1024, "picture height in pixels")
-    w: int = flag(1024, "picture width in pixels")
+    seed: int = flag(42, "seed of the initial noise", at_least=0)
+    images_per_prompt: int = flag(1, "pictures of each prompt, each with its own noise", at_least=1)
+    batch_size: int = flag(1, "pictures sampled at a time; changes speed and memory only", at_least=1)
+    h: int = flag(1024, "picture height in pixels", at_least=1)
+    w: int = flag(1024, "picture width in pixels", at_least=1)
     guidance_scale: float = flag(3.5, "distilled guidance; only for models with guidance embeds (FLUX.1-dev)")
-    total_sampling_steps: int = flag(50, "denoising steps")
+    total_sampling_steps: int = flag(50, "denoising steps", at_least=1)
     mix_sampling_steps: int | None = flag(
         None, "steps the tuned model takes before the base model goes on (None or -1: all)"
     )
     mix_fraction: list[float] = flag(
         [], "the same as a share of all steps (the paper recommends 0.8); several are sampled one after the other"
     )
-    shift: float | None = flag(None, "static shift of the sigma schedule (None: the base pipeline's own scheduler)")
-    max_sequence_length: int = flag(512, "T5 tokens; cut to what the model's tokenizer declares")
+    shift: float | None = flag(
+        None, "static shift of the sigma schedule (None: the base pipeline's own scheduler)", above=0
+    )
+    max_sequence_length: int = flag(512, "T5 tokens; cut to what the model's tokenizer declares", at_least=1)
     dtype: str = flag("auto", "number format; auto: bf16 on a GPU, fp32 on the CPU", choices=["auto", *DTYPES])
     device: str = flag("auto", "cpu, cuda (the process's own), cuda:1, ... or auto")
     compile: bool = flag(False, "compile the transformers' blocks: a slow start, then faster steps")
     cpu_offload: str = flag(
         "none",
-        "keep in GPU memory only the model at work, or (sequential, slow) only the layer",
+        "keep in GPU memory only the model at work (model) or only the layer at work (sequential, slow)",
         choices=["none", "model", "sequential"],
     )
     overwrite: bool = flag(False, "replace the pictures of other settings or prompts in the folder")
@@ -109,49 +81,32 @@ class SampleConfig:
             self.pretrained_model_name_or_path = self.flux_baseline_model_dir
         if self.mix_sampling_steps == -1:
             self.mix_sampling_steps = None
-        for name in ("images_per_prompt", "batch_size", "h", "w", "total_sampling_steps", "max_sequence_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
-        if self.seed < 0:
-            raise ValueError(f"--seed {self.seed}: must not be negative")
-        if self.shift is not None and not self.shift > 0:
-            raise ValueError(f"--shift {self.shift}: must be above 0")
-        choices = {
-            "dtype": ("auto", *DTYPES),
-            "image_format": ("png", "jpg"),
-            "cpu_offload": ("none", "model", "sequential"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"--{name} {getattr(self, name)}: choose from {', '.join(allowed)}")
+        check_fields(self)
         if self.compile and self.cpu_offload == "sequential":
-            raise ValueError("--compile: its graphs can't move layers; choose --cpu_offload none or model")
+            raise FlagError("compile", None, "its graphs can't move layers; choose --cpu_offload none or model")
         self._check_mix()
 
     def _check_mix(self) -> None:
+        needs_model = "needs --model_path, the tuned model that takes these steps"
         if self.mix_fraction:
             shares = ",".join(f"{fraction:g}" for fraction in self.mix_fraction)
             if self.mix_sampling_steps is not None:
-                raise ValueError(f"--mix_fraction {shares}, --mix_sampling_steps: give one of them")
+                raise FlagError("mix_fraction", shares, "give either this or --mix_sampling_steps")
             if not all(0 <= fraction <= 1 for fraction in self.mix_fraction):
-                raise ValueError(f"--mix_fraction {shares}: must be between 0 and 1")
+                raise FlagError("mix_fraction", shares, "must be between 0 and 1")
             if len(set(self._mix_steps())) < len(self.mix_fraction):
-                raise ValueError(
-                    f"--mix_fraction {shares}: two shares are the same number of --total_sampling_steps "
-                    f"{self.total_sampling_steps}"
-                )
+                problem = f"two shares are the same number of --total_sampling_steps {self.total_sampling_steps}"
+                raise FlagError("mix_fraction", shares, problem)
             if self.baseline and len(self.mix_fraction) > 1:
-                raise ValueError(f"--baseline: takes no share of --mix_fraction {shares}")
+                raise FlagError("baseline", None, f"takes no share of --mix_fraction {shares}")
             if self.model_path is None and not self.baseline and any(self.mix_fraction):
-                raise ValueError("--mix_fraction: needs --model_path, the tuned model that takes these steps")
+                raise FlagError("mix_fraction", None, needs_model)
         if self.mix_sampling_steps is not None:
             if not 0 <= self.mix_sampling_steps <= self.total_sampling_steps:
-                raise ValueError(
-                    f"--mix_sampling_steps {self.mix_sampling_steps}: must be between 0 and --total_sampling_steps "
-                    f"{self.total_sampling_steps}"
-                )
+                problem = f"must be between 0 and --total_sampling_steps {self.total_sampling_steps}"
+                raise FlagError("mix_sampling_steps", self.mix_sampling_steps, problem)
             if self.model_path is None and not self.baseline and self.mix_sampling_steps > 0:
-                raise ValueError("--mix_sampling_steps: needs --model_path, the tuned model that takes these steps")
+                raise FlagError("mix_sampling_steps", None, needs_model)
 
     def _mix_steps(self) -> list[int]:
         return [int(fraction * self.total_sampling_steps + 0.5) for fraction in self.mix_fraction]
@@ -188,6 +143,40 @@ class SampleConfig:
         return Path(self.output_json) if self.output_json else default
 
 
+if __name__ == "__main__":  # before the slow imports: --help and a refused flag answer at once
+    parse_first(SampleConfig, doc=__doc__)
+
+from fastvideo.eval.benchmark import read_benchmark
+from fastvideo.io.devices import resolve_dtype, torch_dtype
+from fastvideo.io.files import read_prompts, write_bytes, write_json
+from fastvideo.io.fingerprint import model_fingerprint, sample_file
+from fastvideo.io.processes import Processes, barrier, processes
+from fastvideo.io.resumable import Claims, Store, digest, finish
+from fastvideo.models.flux import (
+    LORA_FILE,
+    LatentShape,
+    ModelNotFoundError,
+    is_lora,
+    load_text_encoders,
+    load_transformer,
+    load_vae,
+    load_with_lora,
+    meta_transformer,
+)
+
+import numpy as np
+import torch
+from accelerate import cpu_offload_with_hook
+from accelerate.hooks import CpuOffload, UserCpuOffloadHook
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from PIL import Image, PngImagePlugin
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+PIPELINE_FOLDERS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae")
+
+
 @dataclass(frozen=True)
 class Picture:
     """One picture to make."""
@@ -221,34 +210,48 @@ def plan_pictures(config: SampleConfig, prompts: Sequence[tuple[str, str | None]
     return found
 
 
-def _record(picture: Picture, settings_hash: str) -> dict[str, str]:
-    """What a picture's file says about it."""
-    return {"prompt": picture.prompt, "seed": str(picture.seed), "settings": settings_hash}
+class Pictures(Store[Picture, Image.Image]):
+    """The files of pictures. Each says what it was made of: its prompt, its seed and the hash of the settings."""
+
+    def __init__(self, settings_hash: str) -> None:
+        self.settings_hash = settings_hash
+
+    def record(self, picture: Picture) -> dict[str, str]:
+        """The text that a picture's file carries."""
+        return {"prompt": picture.prompt, "seed": str(picture.seed), "settings": self.settings_hash}
+
+    def has(self, picture: Picture) -> bool:
+        try:
+            with Image.open(picture.path) as image:
+                image.load()
+                record = image.text if image.format == "PNG" else json.loads(image.info["comment"])
+                return record == self.record(picture)
+        # missing, truncated, broken, in another format
+        except (OSError, SyntaxError, ValueError, KeyError, AttributeError):
+            return False
+
+    def keep(self, picture: Picture, image: Image.Image) -> None:
+        record, buffer = self.record(picture), io.BytesIO()
+        if picture.path.suffix == ".jpg":
+            image.save(buffer, "JPEG", quality=95, comment=json.dumps(record))
+        else:
+            info = PngImagePlugin.PngInfo()
+            for key, text in record.items():
+                info.add_itxt(key, text)
+            image.save(buffer, "PNG", pnginfo=info)
+        write_bytes(picture.path, buffer.getvalue())
 
 
-def is_done(picture: Picture, settings_hash: str) -> bool:
-    """Whether the file is there, can be read to its end, and was made of this prompt and seed with these settings."""
-    try:
-        with Image.open(picture.path) as image:
-            image.load()
-            record = image.text if image.format == "PNG" else json.loads(image.info["comment"])
-            return record == _record(picture, settings_hash)
-    except (OSError, SyntaxError, ValueError, KeyError, AttributeError):  # missing, truncated, broken, another format
-        return False
-
-
-def save_picture(picture: Picture, image: Image.Image, settings_hash: str) -> None:
-    """Writes the file, atomically, with what `is_done` asks for."""
-    record = _record(picture, settings_hash)
-    buffer = io.BytesIO()
-    if picture.path.suffix == ".jpg":
-        image.save(buffer, "JPEG", quality=95, comment=json.dumps(record))
-    else:
-        info = PngImagePlugin.PngInfo()
-        for key, text in record.items():
-            info.add_itxt(key, text)
-        image.save(buffer, "PNG", pnginfo=info)
-    write_bytes(picture.path, buffer.getvalue())
+def claim_folder(
+    config: SampleConfig, settings: dict[str, object], pictures: Sequence[Picture], here: Processes
+) -> Pictures:
+    """Claims the pictures in sampling.json, see `Claims`; returns their store."""
+    folder, unnamed = Path(config.output_dir), Pictures("")
+    made_of = {_relative(picture.path, folder): digest(unnamed.record(picture)) for picture in pictures}
+    names = ("pretrained_model_name_or_path", "model_path", "prompts_file")
+    sources = {name: getattr(config, name) for name in names}
+    outdated = [config.manifest, folder / "manifest.json"] if config.overwrite else None
+    return Pictures(Claims(folder).claim(settings, made_of, sources, here, outdated))
 
 
 def _weight_file(model_path: str) -> Path | None:
@@ -287,10 +290,8 @@ def load_tuned(base: str, model_path: str, dtype: torch.dtype) -> FluxTransforme
             str(error).replace(f"--pretrained_model_name_or_path {model_path}", f"--model_path {model_path}")
         ) from error
     except (RuntimeError, SafetensorError) as error:  # torch's and peft's, of other names or shapes
-        problem = " ".join(str(error).split())[:300]
-        raise ValueError(
-            f"--model_path {model_path}: doesn't fit --pretrained_model_name_or_path {base}: {problem}"
-        ) from error
+        problem = f"doesn't fit --pretrained_model_name_or_path {base}: {' '.join(str(error).split())[:300]}"
+        raise FlagError("model_path", model_path, problem) from error
 
 
 class HybridPipeline:
@@ -395,78 +396,6 @@ def _settings(config: SampleConfig, dtype: str) -> dict[str, object] | None:
     }
 
 
-def _claimed(folder: Path) -> tuple[dict[str, object] | None, dict[str, str], Path]:
-    """A folder's claims: settings (None: no claim), a hash of what each picture is made of, and the next claim's file.
-
-    Raises ValueError, one line, for claims that can't be read.
-    """
-    settings, pictures, number, path = None, {}, 0, folder / "sampling.json"
-    while path.exists():
-        try:
-            claim = json.loads(path.read_text(encoding="utf-8"))
-            settings, pictures = claim["settings"], pictures | claim["pictures"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"--output_dir {folder}: unreadable {path.name}: {error!r}; choose another folder, or --overwrite it"
-            ) from error
-        number += 1
-        path = folder / f"sampling.{number}.json"
-    return settings, pictures, path
-
-
-def _next_claim(folder: Path, settings: dict[str, object], pictures: dict[str, str]) -> Path | None:
-    """Where these pictures are to be claimed; None if they are. Raises ValueError for a folder that holds others."""
-    there, taken, path = _claimed(folder)
-    if there is None:
-        return path
-    other = "--output_dir {}: holds pictures of other {}; choose another folder, or --overwrite them"
-    if changed := [f"{k} ({there.get(k)} there, {v} now)" for k, v in settings.items() if there.get(k) != v]:
-        raise ValueError(other.format(folder, f"settings: {', '.join(changed)}"))
-    if changed := [name for name, made_of in pictures.items() if taken.get(name, made_of) != made_of]:
-        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-        raise ValueError(other.format(folder, f"prompts: {', '.join(changed[:3])}{more}"))
-    return path if pictures.keys() - taken.keys() else None
-
-
-def _claim_folder(
-    config: SampleConfig, settings: dict[str, object], pictures: Sequence[Picture], here: Processes
-) -> str:
-    """Claims the pictures in sampling.json, or those that it lacks in a file beside it; returns the settings' hash.
-
-    Raises ValueError for a folder with pictures of other settings, or of other prompts at the same places, so that they
-    can't be taken for these.
-    """
-    folder = Path(config.output_dir)
-    made_of = {
-        _relative(picture.path, folder): hashlib.sha256(json.dumps(_record(picture, "")).encode()).hexdigest()[:16]
-        for picture in pictures
-    }
-    if here.rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        names = ("pretrained_model_name_or_path", "model_path", "prompts_file")
-        sources = {name: getattr(config, name) for name in names}
-        own = folder / f".sampling.{process_name()}.json"
-        write_json(own, {"settings": settings, "pictures": made_of, "sources": sources})
-        try:
-            if config.overwrite:  # manifests first: they must never name pictures of both runs
-                for path in (config.manifest, folder / "manifest.json", *folder.glob("sampling.[0-9]*.json")):
-                    path.unlink(missing_ok=True)
-                os.replace(own, folder / "sampling.json")
-            with suppress(ValueError):  # every process raises it, below
-                while path := _next_claim(folder, settings, made_of):
-                    try:
-                        os.link(own, path)  # unlike a replacement it fails when there is one, also of this very moment
-                    except FileExistsError:
-                        continue  # of a run that claims other pictures, or the same
-                    except OSError:  # a file system without links
-                        os.replace(own, path)
-        finally:
-            own.unlink(missing_ok=True)
-    barrier()
-    _next_claim(folder, settings, made_of)
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-
-
 def _relative(path: Path, folder: Path) -> str:
     return Path(os.path.relpath(path.absolute(), folder.absolute())).as_posix()
 
@@ -474,32 +403,21 @@ def _relative(path: Path, folder: Path) -> str:
 def _sample_run(
     config: SampleConfig,
     pictures: Sequence[Picture],
-    settings_hash: str,
+    store: Pictures,
     load: Callable[[], HybridPipeline],
     here: Processes,
 ) -> None:
-    """Makes the pictures of one configuration of `runs` that aren't there yet, and its manifest."""
+    """Makes the missing pictures of one configuration of `runs`, and its manifest."""
     if here.rank == 0:
         for folder in {picture.path.parent for picture in pictures}:
             folder.mkdir(exist_ok=True)
     barrier()
-    # Batches are fixed by the plan: one with a picture missing is sampled as a whole, so that a restart computes in the
-    # same shapes as an uninterrupted run.
-    batches = [pictures[i : i + config.batch_size] for i in range(0, len(pictures), config.batch_size)]
-    made = 0
-    mine = batches[here.rank :: here.world_size]
-    for batch in tqdm(mine, desc="sampling", unit="batch", disable=here.rank != 0):
-        missing = [picture for picture in batch if not is_done(picture, settings_hash)]
-        if not missing:
-            continue
-        for picture, image in zip(batch, load()(batch, config.tuned_steps), strict=True):
-            if picture in missing:
-                save_picture(picture, image, settings_hash)
-                made += 1
-    print(f"rank {here.rank}: {made} pictures sampled, {sum(map(len, mine)) - made} were there")
-    barrier()
+    made, there = store.complete(
+        pictures, config.batch_size, lambda batch: load()(batch, config.tuned_steps), here, "sampling"
+    )
+    print(f"rank {here.rank}: {made} pictures sampled, {there} were there")
 
-    if here.rank == 0:
+    def write() -> None:
         folder = config.manifest.parent
         folder.mkdir(parents=True, exist_ok=True)
         entries = []
@@ -509,7 +427,8 @@ def _sample_run(
             entries.append(entry)
         write_json(config.manifest, entries)
         print(f"{len(entries)} pictures of {len(entries) // config.images_per_prompt} prompts: {config.manifest}")
-    barrier()
+
+    finish(here, write)
 
 
 def sample(config: SampleConfig) -> Path:
@@ -529,20 +448,19 @@ def sample(config: SampleConfig) -> Path:
 
         @cache
         def load() -> HybridPipeline:
-            return HybridPipeline(config, [run.tuned_steps for run in runs], vae, here.device, DTYPES[dtype])
+            return HybridPipeline(config, [run.tuned_steps for run in runs], vae, here.device, torch_dtype(dtype))
 
         settings = [_settings(run, dtype) for run in runs]
         if None in settings:  # a hub id for the first time, or a wrong path, of which loading complains
             load()
             settings = [_settings(run, dtype) for run in runs]
         if None in settings:
-            raise ValueError(
-                "--pretrained_model_name_or_path, --model_path: not found in the hub's cache after loading"
-            )
+            problem = "it or --model_path was not found in the hub's cache after loading"
+            raise FlagError("pretrained_model_name_or_path", config.pretrained_model_name_or_path, problem)
         plans = [plan_pictures(run, prompts) for run in runs]
-        hashes = [_claim_folder(*claim, here) for claim in zip(runs, settings, plans, strict=True)]
-        for run, pictures, settings_hash in zip(runs, plans, hashes, strict=True):
-            _sample_run(run, pictures, settings_hash, load, here)
+        stores = [claim_folder(*claim, here) for claim in zip(runs, settings, plans, strict=True)]
+        for run, pictures, store in zip(runs, plans, stores, strict=True):
+            _sample_run(run, pictures, store, load, here)
         if config.is_sweep and here.rank == 0:
             path = config.manifest
             shares = zip(config.mix_fraction, runs, strict=True)
@@ -559,13 +477,11 @@ def sample(config: SampleConfig) -> Path:
     return config.manifest
 
 
+@flag_errors("sample_flux.py")
 def main(argv: Sequence[str] | None = None) -> Path:
     """The command line; returns the path of the manifest, or of sweep.json."""
     return sample(parse_dataclass(SampleConfig, argv, __doc__))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
+    main()

@@ -1,4 +1,4 @@
-"""Writes the index of a folder of prompt embeddings again, under any name, from those embeddings that are there.
+"""Writes the index of a folder of prompt embeddings again, under any name, with the embeddings that are there.
 
     python scripts/preprocess/generate_json_index.py --embedding_dir data/rl_embeddings \\
         --output_path data/rl_embeddings/videos2caption.json
@@ -12,6 +12,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from fastvideo.cli import FlagError, flag_errors
 from fastvideo.dataset.latent_flux_rl_datasets import FOLDERS
 from fastvideo.io.files import is_tensor_file, read_prompts, write_json
 
@@ -19,21 +20,21 @@ from fastvideo.io.files import is_tensor_file, read_prompts, write_json
 def make_index(folder: Path, output: Path, prompt_file: str | None = None) -> int:
     """Writes the entries of folder/prompt.json whose three files are whole; returns how many.
 
-    prompt_file: only these captions. Raises ValueError, one line, if there is no prompt.json, nothing is left, or the
-    index would lie apart from the embeddings, which training looks for beside it.
+    prompt_file: only these captions. Raises FlagError if there is no prompt.json, if nothing is left, or if the index
+    would lie apart from the embeddings, which training looks for beside it.
     """
     if output.resolve().parent != folder.resolve():
-        raise ValueError(f"--output_path {output}: must lie in --embedding_dir {folder}")
+        raise FlagError("output_path", output, f"must lie in --embedding_dir {folder}")
     try:
         entries = json.loads((folder / "prompt.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"--embedding_dir {folder}: no prompt.json that can be read in it: {error}") from error
+        raise FlagError("embedding_dir", folder, f"no prompt.json that can be read in it: {error}") from error
     if prompt_file is not None:
         wanted = set(read_prompts(prompt_file, "prompt_file").prompts)
         entries = [entry for entry in entries if entry["caption"] in wanted]
     whole = [e for e in entries if all(is_tensor_file(folder / name / e[key]) for key, name in FOLDERS.items())]
     if not whole:
-        raise ValueError(f"--embedding_dir {folder}: none of {len(entries)} embeddings is there")
+        raise FlagError("embedding_dir", folder, f"none of {len(entries)} embeddings is there")
     write_json(output, whole)
     return len(whole)
 
@@ -46,10 +47,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--prompt_file", help="text file: index only these prompts")
     given = parser.parse_args(argv)
     output = given.output_path or given.embedding_dir / given.output_name
-    try:
+    with flag_errors("generate_json_index.py"):
         count = make_index(given.embedding_dir, output, given.prompt_file)
-    except ValueError as error:
-        raise SystemExit(f"generate_json_index.py: error: {error}") from None
     print(f"{output}: {count} prompts")
 
 

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
-from fastvideo.io.devices import DTYPES
+from fastvideo.io.devices import torch_dtype
 from fastvideo.models.reward_model.loading import cosine, in_batches, prepare, scoring
 
 import numpy as np
@@ -44,7 +44,7 @@ class CLIPReward(ABC):
         return cosines
 
     def _score(self, images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
-        pixels = self._pixels(images).to(self.device, DTYPES[self.dtype])
+        pixels = self._pixels(images).to(self.device, torch_dtype(self.dtype))
         with scoring(self.device, self.dtype):
             return self._finish(cosine(self._encode_image(pixels), prompts, self._encode_text))
 
@@ -52,7 +52,7 @@ class CLIPReward(ABC):
         """Features of N pictures, not normalised, float64 [N, d]."""
 
         def encode(batch: list[Image.Image], _: list[str]) -> torch.Tensor:
-            pixels = self._pixels(batch).to(self.device, DTYPES[self.dtype])
+            pixels = self._pixels(batch).to(self.device, torch_dtype(self.dtype))
             with scoring(self.device, self.dtype):
                 return self._encode_image(pixels)
 

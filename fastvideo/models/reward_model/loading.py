@@ -12,7 +12,7 @@ from typing import Any
 
 import fastvideo.torchvision_repair  # noqa: F401  (before transformers and open_clip)
 from fastvideo.cli import FlagError
-from fastvideo.io.devices import DTYPES
+from fastvideo.io.devices import DTYPES, torch_dtype
 from fastvideo.models.reward_model.spec import REWARDS, File
 
 import numpy as np
@@ -169,14 +169,14 @@ def prepare(module: torch.nn.Module, device: str, dtype: str) -> torch.nn.Module
     for part in module.modules():
         if not isinstance(part, torch.nn.LayerNorm):
             for parameter in part.parameters(recurse=False):
-                parameter.data = parameter.data.to(DTYPES[dtype])
+                parameter.data = parameter.data.to(torch_dtype(dtype))
     return module.to(device).eval().requires_grad_(False)
 
 
 @contextmanager
 def scoring(device: str, dtype: str) -> Iterator[None]:
     """Inference mode, with autocast if the weights aren't fp32."""
-    with torch.inference_mode(), torch.autocast(torch.device(device).type, DTYPES[dtype], enabled=dtype != "fp32"):
+    with torch.inference_mode(), torch.autocast(torch.device(device).type, torch_dtype(dtype), enabled=dtype != "fp32"):
         yield
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastvideo.cli import FlagError, flag
+from fastvideo.io.devices import DTYPES
 
 SCHEDULES = ("linear", "exponential", "logarithmic", "cosine")
 MODES = ("granular", "overall")  # of a reward with components: their weighted sum, or one plain score
@@ -44,7 +45,7 @@ class RewardConfig:
     granular_start_weights: list[float] = flag([0.5, 0.3, 0.2], "component weights at the start", metavar="W")
     reward_batch_size: int = flag(12, "images per forward pass of a reward model", at_least=1)
     reward_device: str | None = flag(None, "device of the reward models (None: the rank's own)")
-    reward_dtype: str = flag("fp32", "number format of the reward models", choices=["fp32", "bf16", "fp16"])
+    reward_dtype: str = flag("fp32", "number format of the reward models", choices=list(DTYPES))
     reward_server: str | None = flag(
         None, "score at these reward servers (server.py), comma-separated, shared over the ranks; None: in this process"
     )
