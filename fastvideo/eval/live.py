@@ -45,7 +45,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class LiveReport(ThreadingHTTPServer):
-    """Serves the report of a run's folder on the loopback. Another process draws it, so training keeps its thread."""
+    """Serves the report of a run's folder on the loopback. A separate process draws it, to not slow training."""
 
     daemon_threads = True
 

@@ -90,7 +90,7 @@ def read_prompts(path: str | Path, field: str, unique: bool = True) -> PromptFil
         more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
         raise FlagError(field, path, f"not UTF-8 text: {', '.join(bad[:5])}{more}")
     if lines and not lines[-1]:
-        lines.pop()  # what follows the last line feed is no line
+        lines.pop()  # nothing follows the last line feed
     found = [line for line in lines if line]
     if not found:
         raise FlagError(field, path, f"no prompts in it; {advice}")
