@@ -1,6 +1,6 @@
-"""What the settings `device` and `dtype` mean: names of devices and number formats, and what `auto` chooses.
+"""The meaning of the settings `device` and `dtype`, and the choices of `auto`.
 
-torch is imported only when it is asked: command lines that know these names answer --help at once.
+torch is imported inside functions only, so that command lines answer --help at once.
 """
 
 import os
