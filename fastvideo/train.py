@@ -7,12 +7,13 @@
         sampling.height=512 sampling.width=512 reward.hps_path=hps_ckpt/HPS_v2.1_compressed.pt \\
         wandb.enabled=true wandb.project=my-project output_dir=outputs/e_grpo
 
-Groups: algorithm is one of the trainer's, or grpo (flow_grpo); reward is hps, clip, combined, or one of the trainer's.
-Weighted and other rewards are values, 'reward.reward_model="hpsv2:0.7,pick_score:0.3"': Hydra wants a text with commas,
-brackets or = in quotes of its own, inside those of the shell. A value wins over a group's choice. Lists are [1,2].
-Sections: model, data, training, grpo, sampling, reward, distributed, wandb. A key is a flag of the trainer, alone or in
-a section (`data.json_path` is --data_json_path; ALIASES names what is called differently). The last one given counts.
-`fastvideo/train_grpo_flux.py --help` lists the flags. Hydra's own keys don't exist: it writes no folder and no log.
+Groups: algorithm is one of the trainer's algorithms, or grpo (flow_grpo); reward is hps, clip, combined, or a reward of
+the trainer. Any other mix is a value, 'reward.reward_model="hpsv2:0.7,pick_score:0.3"': Hydra wants its own quotes
+around a text with commas, brackets or =, inside the quotes of the shell. A value counts more than a group's choice.
+Lists are [1,2]. Sections: model, data, training, grpo, sampling, reward, distributed, wandb. A key is a flag of the
+trainer, alone or in a section (`data.json_path` is --data_json_path; ALIASES names the keys that are called
+differently). If a key is given twice, the last value counts. `fastvideo/train_grpo_flux.py --help` lists the flags.
+Hydra's own keys don't exist: Hydra writes no folder and no log.
 """
 
 import difflib
@@ -22,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import field, fields, make_dataclass
 from typing import Any
 
-from fastvideo.cli import parse_first
+from fastvideo.cli import flag_errors, parse_first
 from fastvideo.config import ALGORITHMS, IGNORED_FLAGS, GRPOConfig
 from fastvideo.models.reward_model.spec import MIXES, REWARDS
 
@@ -56,7 +57,7 @@ KEYS |= {f"{section}.{name}": name for section in SECTIONS for name in FLAGS} | 
 
 
 def register() -> None:
-    """Gives Hydra GRPOConfig's fields and types, without values: defaults are config.py's, by what is given."""
+    """Gives Hydra GRPOConfig's fields and types, without values: config.py has the defaults."""
     store = ConfigStore.instance()
     members: list[tuple[str, Any, Any]] = [(name, kind, MISSING) for name, kind in FLAGS.items()]
     for section in SECTIONS:
@@ -74,7 +75,7 @@ register()
 
 
 def readable(argument: str) -> str:
-    """The argument as Hydra shall read it. Raises ValueError, one line, for what Hydra would explain in several."""
+    """The argument as Hydra shall read it. Raises ValueError, one line, where Hydra would write several lines."""
     key, equals, text = argument.partition("=")
     if not equals:
         raise ValueError(f"{argument}: expected key=value, such as training.learning_rate=1e-6")
@@ -107,7 +108,7 @@ def readable(argument: str) -> str:
 
 
 def to_flags(overrides: Sequence[str]) -> list[str]:
-    """The trainer's command line for `key=value` arguments: just what was given. Raises ValueError, one line."""
+    """The trainer's command line for `key=value` arguments, only what was given. Raises ValueError, one line."""
     try:
         with initialize(version_base="1.3", config_path=None):
             config = compose("trainer", [readable(argument) for argument in overrides])
@@ -127,25 +128,34 @@ def to_flags(overrides: Sequence[str]) -> list[str]:
     return argv
 
 
-def main(overrides: Sequence[str] | None = None) -> None:
-    """Translates the command line and runs the trainer. Bad input ends it with one line and status 2."""
-    overrides = list(sys.argv[1:] if overrides is None else overrides)
+def read(overrides: Sequence[str]) -> None:
+    """Translates the command line and parses it for the trainer, whose main() gets the result.
+
+    --help and bad input end the program here, before the trainer is imported, which takes seconds.
+    """
     if {"-h", "--help"} & set(overrides):
         print(__doc__)
-        return
-    try:
-        argv = to_flags(overrides)
-    except ValueError as error:
-        without_login = re.sub(r"[^\s/=,\"'\[]+@", "", str(error))
-        print(f"train.py: error: {without_login}", file=sys.stderr)
-        raise SystemExit(2) from error
+        raise SystemExit
+    with flag_errors("train.py"):
+        try:
+            argv = to_flags(overrides)
+        except ValueError as error:
+            without_login = re.sub(r"[^\s/=,\"'\[]+@", "", str(error))
+            raise ValueError(without_login) from error
     parse_first(GRPOConfig, argv, __doc__, IGNORED_FLAGS)
-    # Here, not above: these imports take seconds.
+
+
+def main(overrides: Sequence[str]) -> None:
+    """Runs the trainer in this process. Bad input ends it with one line and status 2."""
+    read(overrides)
+    from fastvideo.train_grpo_flux import main as train
+
+    train()
+
+
+if __name__ == "__main__":
+    read(sys.argv[1:])
     from fastvideo.io.processes import entry_point
     from fastvideo.train_grpo_flux import main as train
 
     entry_point(train)
-
-
-if __name__ == "__main__":
-    main()

@@ -192,5 +192,5 @@ def test_a_pipeline_without_a_tokenizer_s_vocabulary_is_refused(part, tmp_path):
     for path in (model / part).iterdir():
         if path.name != "tokenizer_config.json":
             path.unlink()
-    with pytest.raises(ValueError, match=f"--pretrained_model_name_or_path {model}: no vocabulary in its {part}"):
+    with pytest.raises(ValueError, match=f"pretrained_model_name_or_path {model}: no vocabulary in its {part}"):
         load_text_encoders(str(model))

@@ -536,7 +536,7 @@ def test_a_killed_run_finished_by_two_runs_at_once_leaves_the_files_of_an_uninte
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--h", 33), "--h 33 --w 32: height and width must be multiples of 8"),
+        (("--h", 33), "--h 33: must be a multiple of 8"),
         (("--model_path", "/nowhere/checkpoint-1-0"), "--model_path /nowhere/checkpoint-1-0: no such folder"),
         (("--model_path", str(ROOT / "docs")), "--model_path .*docs: no folder transformer/ in it"),
         (

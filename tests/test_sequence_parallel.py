@@ -138,7 +138,7 @@ def test_processes_that_do_not_make_whole_groups_are_refused(train, capsys, monk
 )
 def test_what_can_not_be_dealt_out_is_refused(tiny_flux, height, text_tokens, parts, named):
     check_sequence_split(tiny_flux, 32, 32, 16, 4)
-    with pytest.raises(ValueError, match=f"--sp_size {parts}: must divide the {re.escape(named)}"):
+    with pytest.raises(ValueError, match=f"sp_size {parts}: must divide the {re.escape(named)}"):
         check_sequence_split(tiny_flux, height, height, text_tokens, parts)
 
 

@@ -49,7 +49,7 @@ from fastvideo.io.files import is_tensor_file, read_prompts, write_json, write_t
 from fastvideo.io.fingerprint import model_fingerprint
 from fastvideo.io.processes import Processes, processes
 from fastvideo.io.resumable import Store, digest, finish
-from fastvideo.models.flux import encode_prompts, load_text_encoders
+from fastvideo.models.flux import BASE, encode_prompts, load_text_encoders
 
 import torch
 
@@ -145,7 +145,7 @@ def embed_prompts(
     return index_path
 
 
-@flag_errors("preprocess_flux_embedding.py")
+@flag_errors("preprocess_flux_embedding.py", {BASE: "model_path"})
 def main(argv: Sequence[str] | None = None) -> Path:
     """The command line; returns the path of prompt.json."""
     config = parse_dataclass(PreprocessConfig, argv, __doc__)

@@ -1,4 +1,4 @@
-"""The prompt embeddings that `preprocess_flux_embedding.py` has cached, and the order in which training reads them:
+"""The prompt embeddings that `preprocess_flux_embedding.py` has cached, and the order in which training reads them.
 
 dataset = LatentFluxRLDataset("data/rl_embeddings/prompt.json")
 sampler = PromptSampler(len(dataset), prompts_per_iteration=8, rank=0, world_size=1, seed=7144)
@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fastvideo.cli import FlagError
 from fastvideo.io.files import is_tensor_file
 
 import numpy as np
@@ -29,7 +30,7 @@ TENSORS = ("prompt_embeds", "pooled_prompt_embeds", "text_ids")  # in the order 
 
 
 class Draw(NamedTuple):
-    """One prompt of the training stream: which one, and its place in the stream of all ranks (from 0)."""
+    """One prompt of the training stream: index in prompt.json, and place in the stream of all ranks (from 0)."""
 
     index: int
     position: int
@@ -40,25 +41,23 @@ class LatentFluxRLDataset(torch.utils.data.Dataset):
 
     Args:
         json_path: prompt.json, with the three folders beside it.
-        cfg_rate: the share of draws whose embeddings are replaced by zeros, 0 to 1. Which ones depends only on `seed`
-            and the draw's position in the stream, not on ranks, workers or a restart. An item asked for by a plain
-            index is never replaced.
+        cfg_rate: the share of draws whose embeddings are replaced by zeros, 0 to 1. Whether a draw's embeddings are
+            replaced depends only on `seed` and the draw's position in the stream, not on ranks, workers or a restart.
+            An item asked for by a plain index is never replaced.
 
     Raises:
-        ValueError: one line, for a missing or malformed file, an empty list, or an embedding that isn't there.
+        FlagError: a missing or malformed file, an empty list, or an embedding that isn't there.
     """
 
     def __init__(self, json_path: str | Path, cfg_rate: float = 0.0, seed: int = 0) -> None:
         self.json_path, self.cfg_rate, self.seed = Path(json_path), cfg_rate, seed
         if not 0 <= cfg_rate <= 1:
-            raise ValueError(f"--cfg {cfg_rate}: must be between 0 and 1")
+            raise FlagError("cfg", cfg_rate, "must be between 0 and 1")
         self.entries = self._read()
 
-    def _error(self, problem: str) -> ValueError:
-        return ValueError(
-            f"--data_json_path {self.json_path}: {problem} "
-            "(scripts/preprocess/preprocess_flux_rl_embeddings.sh makes it from a prompt file)"
-        )
+    def _error(self, problem: str) -> FlagError:
+        hint = "(scripts/preprocess/preprocess_flux_rl_embeddings.sh makes it from a prompt file)"
+        return FlagError("data_json_path", self.json_path, f"{problem} {hint}")
 
     def _read(self) -> list[dict[str, str]]:
         try:
@@ -83,7 +82,7 @@ class LatentFluxRLDataset(torch.utils.data.Dataset):
         return [self.json_path.parent / folder / entry[key] for key, folder in FOLDERS.items()]
 
     def check_files(self) -> None:
-        """Raises ValueError, one line, for the first embedding that can't be read. Maps files without reading them."""
+        """Raises FlagError for the first embedding that can't be read. Maps files without reading them."""
         for entry in self.entries:
             for path in self._paths(entry):
                 if not is_tensor_file(path):
@@ -95,7 +94,7 @@ class LatentFluxRLDataset(torch.utils.data.Dataset):
     def __getitem__(self, draw: "int | Draw") -> dict[str, Any]:
         """One prompt: prompt_embeds [L, D], pooled_prompt_embeds [D'], text_ids [L, 3], caption, index.
 
-        Raises ValueError naming the file for one that can't be read or has another shape.
+        Raises FlagError, naming the file, for an embedding that can't be read or has another shape.
         """
         index, position = draw if isinstance(draw, tuple) else (draw, None)
         entry = self.entries[index]
@@ -121,15 +120,16 @@ class LatentFluxRLDataset(torch.utils.data.Dataset):
 class PromptSampler(torch.utils.data.Sampler):
     """Batch sampler: for each iteration, from `start_iteration` on and without end, this rank's list of draws.
 
-    The stream of all ranks is one random permutation of the prompts an epoch, from (seed, epoch), one after the other.
-    Each iteration takes the next `prompts_per_iteration` of it, rank r the r-th contiguous block of those. So a prompt
-    comes once an epoch, nothing is padded, and neither the number of ranks nor a resume changes the stream.
+    The stream of all ranks is one random permutation of the prompts per epoch, drawn from (seed, epoch). Each iteration
+    takes the next `prompts_per_iteration` prompts, and rank r the r-th contiguous block of them. So each prompt comes
+    once per epoch, nothing is padded, and neither the number of ranks nor a resume changes the stream.
 
     Args:
-        prompts_before: those of it that iterations before `start_iteration` took; None: as many as these take.
+        prompts_before: prompts of the stream that iterations before `start_iteration` took. None: as many per iteration
+            as from now on.
 
     Raises:
-        ValueError: when the prompts of an iteration can't be dealt out evenly.
+        FlagError: the prompts of an iteration can't be dealt out evenly to the ranks.
     """
 
     def __init__(
@@ -145,9 +145,8 @@ class PromptSampler(torch.utils.data.Sampler):
         if num_prompts < 1 or start_iteration < 1 or not 0 <= rank < world_size:
             raise ValueError(f"{num_prompts=} {start_iteration=} {rank=} {world_size=}: impossible")
         if prompts_per_iteration < 1 or prompts_per_iteration % world_size:
-            raise ValueError(
-                f"--prompts_per_iteration {prompts_per_iteration}: must be a multiple of the {world_size} processes"
-            )
+            problem = f"must be a multiple of the {world_size} processes"
+            raise FlagError("prompts_per_iteration", prompts_per_iteration, problem)
         self.num_prompts, self.prompts_per_iteration = num_prompts, prompts_per_iteration
         self.rank, self.world_size, self.seed, self.start_iteration = rank, world_size, seed, start_iteration
         self.prompts_before = (
@@ -159,11 +158,11 @@ class PromptSampler(torch.utils.data.Sampler):
         return np.random.default_rng([self.seed, epoch]).permutation(self.num_prompts)
 
     def epoch_of(self, iteration: int) -> int:
-        """The epoch, from 0, in which iteration `iteration` (from 1) begins; that of the first for 0."""
+        """The epoch, from 0, in which iteration `iteration` (from 1) begins; also for iteration 0, the start."""
         return max(self.position(iteration), 0) // self.num_prompts
 
     def position(self, iteration: int) -> int:
-        """How many prompts of the stream are taken when iteration `iteration` begins."""
+        """Number of prompts of the stream that earlier iterations took when iteration `iteration` begins."""
         return self.prompts_before + (iteration - self.start_iteration) * self.prompts_per_iteration
 
     def draws(self, iteration: int) -> list[Draw]:
@@ -184,17 +183,15 @@ def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Stacks P items.
 
     Returns prompt_embeds [P, L, D], pooled_prompt_embeds [P, D'], text_ids [P, L, 3], index [P], caption (list of P).
-    Raises ValueError when their embeddings differ in shape.
+    Raises FlagError if their embeddings differ in shape.
     """
     first = items[0]
     for name in TENSORS:
         for item in items[1:]:
             if item[name].shape != first[name].shape:
-                raise ValueError(
-                    f"--data_json_path: {name} of {first['caption']!r} has shape {tuple(first[name].shape)}, that of "
-                    f"{item['caption']!r} {tuple(item[name].shape)}; preprocess all prompts with one model and one "
-                    "--max_sequence_length"
-                )
+                shapes = " and ".join(f"{tuple(x[name].shape)} for {x['caption']!r}" for x in (first, item))
+                same = "preprocess all prompts with one model and one --max_sequence_length"
+                raise FlagError("data_json_path", None, f"{name} has the shapes {shapes}; {same}")
     return {
         **{name: torch.stack([item[name] for item in items]) for name in TENSORS},
         "index": torch.tensor([item["index"] for item in items]),
@@ -203,10 +200,10 @@ def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def outlive_signals(_worker: int) -> None:
-    """A DataLoader's worker_init_fn: SIGTERM and SIGINT that reach all processes of a run leave the worker alone.
+    """A DataLoader's worker_init_fn: the worker ignores SIGTERM and SIGINT, except SIGTERM from the trainer.
 
-    torchrun and Slurm send them to every process, but the trainer still needs prompts to end its iteration. Only the
-    trainer's own SIGTERM, which ends a worker that doesn't end by itself, counts.
+    torchrun and Slurm send signals to every process, but the trainer still needs prompts to end its iteration. The
+    trainer's own SIGTERM ends a worker that doesn't end by itself.
     """
     trainer = os.getppid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)

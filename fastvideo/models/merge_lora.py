@@ -1,23 +1,15 @@
-"""Merges the adapters of a LoRA checkpoint into a full transformer: W becomes W + alpha / rank · B A.
+"""Merges the adapters of a LoRA checkpoint into a whole transformer: W becomes W + alpha / rank · B A.
 
     python -m fastvideo.models.merge_lora --model_path outputs/mixgrpo/checkpoint-300-0 --output_dir outputs/merged
 
-The result loads with FluxTransformer2DModel.from_pretrained, and as --model_path wherever a full checkpoint does.
+The result loads with FluxTransformer2DModel.from_pretrained and wherever a full checkpoint does (--model_path).
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastvideo.cli import flag, parse_dataclass
-from fastvideo.models.flux import LORA_FILE, is_lora, load_with_lora
-from fastvideo.runtime.checkpoint import RECORD, read_record
-from fastvideo.runtime.resume import check_base_model
-
-import torch
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+from fastvideo.cli import FlagError, check_fields, flag, flag_errors, parse_dataclass, parse_first
 
 
 @dataclass
@@ -25,45 +17,58 @@ class MergeConfig:
     """What to merge."""
 
     pretrained_model_name_or_path: str | None = flag(
-        None, "base FLUX pipeline: a folder or a hub id (None: the base model of the checkpoint)"
+        None, "base FLUX pipeline: a folder or a hub id (None: the one that the checkpoint was trained from)"
     )
     model_path: str = flag("outputs/lora", "LoRA checkpoint, or its ema/ folder")
-    output_dir: str = flag("outputs/merged", "folder for the full transformer; must be empty or new")
-    dtype: str = flag("bf16", "number format of the result; the sum is computed in fp32", choices=list(DTYPES))
+    output_dir: str = flag("outputs/merged", "folder for the whole transformer; must not hold anything yet")
+    dtype: str = flag("bf16", "number format of the result; the sum is made in fp32", choices=["fp32", "bf16"])
 
     def __post_init__(self) -> None:
-        if not is_lora(self.model_path):
-            raise ValueError(f"--model_path {self.model_path}: no {LORA_FILE} in it; give a LoRA checkpoint folder")
+        check_fields(self)
         if Path(self.output_dir).exists() and any(Path(self.output_dir).iterdir()):
-            raise ValueError(f"--output_dir {self.output_dir}: is not empty; choose another folder")
-        checkpoint = next(
-            (p for p in (Path(self.model_path), Path(self.model_path).parent) if (p / RECORD).exists()), None
-        )
-        if self.pretrained_model_name_or_path is None:
-            if checkpoint is None:
-                raise ValueError(f"--pretrained_model_name_or_path: needed, as {self.model_path} has no {RECORD}")
-            self.pretrained_model_name_or_path = read_record(checkpoint)["settings"]["pretrained_model_name_or_path"]
-        if checkpoint is not None:
-            check_base_model(checkpoint, self.pretrained_model_name_or_path, "model_path")
+            raise FlagError("output_dir", self.output_dir, "is not empty; choose another folder")
+
+
+if __name__ == "__main__":  # before the slow imports: --help and a refused flag answer at once
+    parse_first(MergeConfig, doc=__doc__)
+
+from fastvideo.io.devices import torch_dtype
+from fastvideo.models.flux import BASE, LORA_FILE, is_lora, load_with_lora
+from fastvideo.runtime.checkpoint import RECORD, read_record
+from fastvideo.runtime.resume import check_base_model
+
+
+def base_model(config: MergeConfig) -> str:
+    """The base model: the given one, or the one that the checkpoint names.
+
+    Raises FlagError if `model_path` holds no adapters, and for adapters of another or an unknown base model.
+    """
+    if not is_lora(config.model_path):
+        raise FlagError("model_path", config.model_path, f"no {LORA_FILE} in it; give a LoRA checkpoint folder")
+    folders = (Path(config.model_path), Path(config.model_path).parent)  # the checkpoint, or of its ema/
+    checkpoint = next((folder for folder in folders if (folder / RECORD).exists()), None)
+    if checkpoint is None and config.pretrained_model_name_or_path is None:
+        raise FlagError(BASE, None, f"needed, as {config.model_path} has no {RECORD}")
+    if checkpoint is None:
+        return config.pretrained_model_name_or_path
+    base = config.pretrained_model_name_or_path or read_record(checkpoint)["settings"][BASE]
+    check_base_model(checkpoint, base, "model_path")
+    return base
 
 
 def merge(config: MergeConfig) -> Path:
-    """Writes config.json and diffusion_pytorch_model.safetensors. Raises ValueError if the base can't be loaded."""
-    transformer = load_with_lora(config.pretrained_model_name_or_path, config.model_path)
+    """Writes config.json and diffusion_pytorch_model.safetensors. Raises FlagError if a model can't be used."""
+    transformer = load_with_lora(base_model(config), config.model_path)
     transformer.fuse_lora(safe_fusing=True)
     transformer.unload_lora()
-    transformer.to(DTYPES[config.dtype]).save_pretrained(config.output_dir, max_shard_size="1TB")
+    transformer.to(torch_dtype(config.dtype)).save_pretrained(config.output_dir, max_shard_size="1TB")
     return Path(config.output_dir)
 
 
+@flag_errors("merge_lora.py")
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
-    config = parse_dataclass(MergeConfig, argv, __doc__)
-    try:
-        print(f"merged transformer: {merge(config)}")
-    except ValueError as error:
-        sys.stderr.write(f"merge_lora.py: error: {error}\n")
-        raise SystemExit(2) from error
+    """The command line. Bad input ends it with one line and status 2."""
+    print(f"merged transformer: {merge(parse_dataclass(MergeConfig, argv, __doc__))}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Resumes a run: finds a checkpoint, checks that it is complete and fits the run, and loads its state."""
+"""The way back into a run: which checkpoint to resume from, whether it fits, and its state."""
 
 import json
 import os
@@ -34,7 +34,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from diffusers.training_utils import EMAModel
 
-# Keys that resuming needs in RECORD, and in its settings.
+# What resuming reads from RECORD, and from the settings in it.
 NEEDED = ("iteration", "epoch", "optimizer_steps", "ema_optimization_step", "wandb_id", "settings", "base_model_hash")
 NEEDED += ("files",)
 NEEDED_SETTINGS = ("use_lora", "lora_rank", "lora_alpha", "lora_target_modules", "pretrained_model_name_or_path")
@@ -43,13 +43,14 @@ NEEDED_SETTINGS += ("engine", "processes", "zero_stage")
 
 @dataclass
 class Progress:
-    """The progress of a run. A checkpoint stores all fields except the last two.
+    """Where a run is. A checkpoint keeps all but the last two fields.
 
     Attributes:
-        iteration: iterations done. optimizer_steps: optimizer steps taken, without skipped ones.
-        prompts: prompts that the run used before this process started. None: unknown (new run, or an old checkpoint).
+        iteration: iterations done. optimizer_steps: steps done that weren't skipped.
+        prompts: prompts of the training stream that were used before this process started; None: unknown, in a new run
+            and in checkpoints of old versions.
         wandb_id: id of the run in wandb. best: iteration, value and `measure` of the best evaluation so far.
-        skipped_in_a_row: optimizer steps skipped since the last one that was taken.
+        skipped_in_a_row: optimizer steps that were skipped since the last one that wasn't.
         too_many_failures: whether the last iteration had more failed scores than --max_reward_failures allows.
     """
 
@@ -68,16 +69,16 @@ class Progress:
         return cls(**{n: record[n] for n in names}, prompts=record.get("prompts"), best=record.get("best"))
 
     def record(self, epoch: int, prompts: int) -> dict[str, Any]:
-        """The entries of checkpoint.json. prompts: number of prompts of the training stream used so far."""
+        """What checkpoint.json says of it. prompts: those of the stream that were used until now."""
         found = {"iteration": self.iteration, "epoch": epoch, "optimizer_steps": self.optimizer_steps}
         return found | {"prompts": prompts, "wandb_id": self.wandb_id, "best": self.best}
 
 
 def find_checkpoint(value: str, output_dir: Path) -> Path:
-    """The checkpoint folder of `--resume_from_checkpoint`; `latest` means the highest iteration in output_dir.
+    """The folder that `--resume_from_checkpoint` means: `latest` is the one of the highest iteration in output_dir.
 
     Raises:
-        FlagError: there is no checkpoint, or it is damaged, or another program wrote it.
+        FlagError: there is none, or it is damaged, or not one of this trainer.
     """
     if value == "latest":
         found = checkpoints(output_dir)
@@ -96,7 +97,7 @@ def find_checkpoint(value: str, output_dir: Path) -> Path:
 
 
 def _damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint's files; None if nothing is."""
+    """What is wrong with a checkpoint's files."""
     try:
         record = read_record(path)
         if record["format"] != FORMAT:
@@ -111,13 +112,13 @@ def _damage(path: Path) -> str | None:
                 return f"{name} in {RECORD} is {record[name]!r}"
         own = f"checkpoint-{record['iteration']}-{record['epoch']}"
         if is_checkpoint(path.resolve()) and path.resolve().name != own:
-            return f"{RECORD} belongs to {own}"
+            return f"{RECORD} is that of {own}"
         for name, expected in record["files"].items():
             if not (path / name).is_file():
                 return f"{name} is missing"
             found = sample_file(path / name)
             if found["bytes"] != expected["bytes"]:
-                return f"{name} has {found['bytes']} bytes instead of {expected['bytes']}"
+                return f"{name} has {found['bytes']} bytes, {expected['bytes']} were written"
             if found != expected:
                 return f"the content of {name} has changed"
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -126,19 +127,19 @@ def _damage(path: Path) -> str | None:
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The trained parameters in a checkpoint or its ema/, named as in the transformer."""
+    """The trained parameters of a checkpoint or its ema/, named as in the transformer."""
     return read_lora(folder) if is_lora(folder) else load_transformer(str(folder)).state_dict()
 
 
 def load_trained(config: GRPOConfig, engine: Engine, checkpoint: Path | None) -> FluxTransformer2DModel:
-    """The model to train, full or with adapters, with the weights of the base model or of a checkpoint."""
+    """The model with its trained parameters, all of them or adapters, as the base model or a checkpoint has them."""
     base = config.pretrained_model_name_or_path
     source = base if config.use_lora or checkpoint is None else str(checkpoint)
     master = torch.bfloat16 if config.master_weight_type == "bf16" else torch.float32
     dtype = engine.frozen_dtype if config.use_lora else master
     transformer = engine.load(source, dtype)
     if checkpoint is not None:
-        check_base_model(checkpoint, config.pretrained_model_name_or_path)  # it may have been downloaded just now
+        check_base_model(checkpoint, config.pretrained_model_name_or_path)  # which may have been downloaded just now
     if config.quantize_base:
         quantize_blocks(transformer, engine.accelerator.device)
     if config.use_lora:
@@ -151,7 +152,7 @@ def load_trained(config: GRPOConfig, engine: Engine, checkpoint: Path | None) ->
 
 
 def load_ema(checkpoint: Path, engine: Engine, ema: EMAModel) -> None:
-    """Loads the averaged weights of a checkpoint, if any, into `ema`, which is sharded like the parameters."""
+    """Puts the average of a checkpoint, if it has one, into `ema`, which is split like the parameters."""
     if not engine.any_process(engine.accelerator.is_main_process and (checkpoint / "ema").is_dir()):
         return
     weights = read_weights(checkpoint / "ema") if engine.accelerator.is_main_process else {}
@@ -162,14 +163,14 @@ def load_ema(checkpoint: Path, engine: Engine, ema: EMAModel) -> None:
 
 
 def changed_settings(record: dict[str, Any], settings: dict[str, Any]) -> list[str]:
-    """One `name: old -> new` per setting that a resumed run changes."""
+    """`name: then -> now` for every setting that a resumed run changes."""
     then = record["settings"]
     names = sorted((then.keys() | settings.keys()) - set(PLACES))
     return [f"{n}: {then.get(n)} -> {settings.get(n)}" for n in names if then.get(n) != settings.get(n)]
 
 
 def set_aside_later(checkpoint: Path, output_dir: Path) -> list[Path]:
-    """Moves later checkpoints into superseded/, so that `latest` means the resumed run. Returns their new paths."""
+    """Moves checkpoints after `checkpoint` into superseded/, so that `latest` means the resumed run. Returns them."""
     later = [p for p in checkpoints(output_dir) if int(p.name.split("-")[1]) > read_record(checkpoint)["iteration"]]
     moved = []
     for path in later:
@@ -183,13 +184,13 @@ def set_aside_later(checkpoint: Path, output_dir: Path) -> list[Path]:
 
 
 def remove_leftovers(output_dir: Path) -> None:
-    """Deletes incomplete checkpoints of a killed run."""
+    """Parts of checkpoints that a kill cut off."""
     for path in output_dir.glob(".checkpoint-*.part"):
         shutil.rmtree(path)
 
 
 def open_output(config: GRPOConfig, processes: int) -> Path | None:
-    """Prepares the output folder and returns the checkpoint to resume from. Never mixes two runs in one folder."""
+    """Makes the output folder ready; returns the checkpoint to resume from. Never mixes two runs in one folder."""
     output = Path(config.output_dir)
     used = (output / "metrics.jsonl").exists() or bool(checkpoints(output))
     checkpoint = None
@@ -199,13 +200,13 @@ def open_output(config: GRPOConfig, processes: int) -> Path | None:
             raise FlagError("output_dir", output, f"holds another run than --resume_from_checkpoint {checkpoint}")
         check_resumable(checkpoint, config, processes)
     elif used:
-        problem = "holds a run already; choose another folder or --resume_from_checkpoint latest"
+        problem = "holds a run already; choose another folder, or --resume_from_checkpoint latest"
         raise FlagError("output_dir", output, problem)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FlagError("output_dir", output, f"can't be made: {error.strerror}") from error
-    remove_leftovers(output)  # first of all, because they may fill the disk
+    remove_leftovers(output)  # before anything is written: they may have filled the disk
     if checkpoint is not None:
         for moved in set_aside_later(checkpoint, output):
             print(f"warning: a checkpoint after {checkpoint.name} was moved to {moved}", file=sys.stderr)
@@ -215,10 +216,10 @@ def open_output(config: GRPOConfig, processes: int) -> Path | None:
 
 
 def check_resumable(checkpoint: Path, config: GRPOConfig, processes: int) -> None:
-    """Prints how the settings differ from the checkpoint's. The command line's values count.
+    """Lists what differs between a checkpoint's run and this one. The command line's values are used.
 
     Raises:
-        FlagError: the settings can't continue from the checkpoint.
+        FlagError: these settings can't go on from the checkpoint.
     """
     record = read_record(checkpoint)
     then, now = record["settings"], run_settings(config, processes)
@@ -238,8 +239,8 @@ def check_resumable(checkpoint: Path, config: GRPOConfig, processes: int) -> Non
         raise FlagError(
             "resume_from_checkpoint",
             checkpoint,
-            f"DeepSpeed's optimizer state can't be converted: it was saved by {then['engine']} "
-            f"(ZeRO-{then['zero_stage']}) on {then['processes']} processes, this run is {engine} on {processes}",
+            f"DeepSpeed's optimizer state can't change hands: it is of {then['engine']} (ZeRO-{then['zero_stage']}) on "
+            f"{then['processes']} processes, this run is {engine} on {processes}",
         )
     used, installed = record.get("versions", {}), versions()
     other = [f"{name} {used[name]} -> {installed.get(name)}" for name in used if used[name] != installed.get(name)]
@@ -250,7 +251,7 @@ def check_resumable(checkpoint: Path, config: GRPOConfig, processes: int) -> Non
 
 
 def check_base_model(checkpoint: Path, base_model: str, field: str = "resume_from_checkpoint") -> None:
-    """Raises FlagError about the setting `field` if the checkpoint is known to have another base model."""
+    """Raises FlagError, about the setting `field`, when the checkpoint is known to be of another base model."""
     record, now = read_record(checkpoint), base_model_hash(base_model)
     if None not in (now, record["base_model_hash"]) and now != record["base_model_hash"]:
         raise FlagError(
@@ -262,7 +263,7 @@ def check_base_model(checkpoint: Path, base_model: str, field: str = "resume_fro
 
 
 def truncate_metrics(path: Path, last_step: int) -> None:
-    """Removes the lines of metrics.jsonl after iteration `last_step`, atomically. A resumed run writes them again."""
+    """Drops the lines of metrics.jsonl after iteration `last_step`, which a resumed run writes again, atomically."""
     if not path.exists():
         return
     kept = []
@@ -271,5 +272,5 @@ def truncate_metrics(path: Path, last_step: int) -> None:
             if json.loads(line)["step"] <= last_step:
                 kept.append(line + "\n")
         except ValueError:
-            break  # a killed run left half a line
+            break  # a line cut off by a kill
     write_bytes(path, "".join(kept).encode())

@@ -155,7 +155,6 @@ from fastvideo.io.resumable import Claims, Store, digest, finish
 from fastvideo.models.flux import (
     LORA_FILE,
     LatentShape,
-    ModelNotFoundError,
     is_lora,
     load_text_encoders,
     load_transformer,
@@ -284,11 +283,7 @@ def load_tuned(base: str, model_path: str, dtype: torch.dtype) -> FluxTransforme
             weights = {name: tensor.to(dtype, copy=True) for name, tensor in load_file(file).items()}
             transformer.load_state_dict(weights, assign=True)
             return transformer
-        return load_transformer(model_path, dtype)
-    except ModelNotFoundError as error:
-        raise ValueError(
-            str(error).replace(f"--pretrained_model_name_or_path {model_path}", f"--model_path {model_path}")
-        ) from error
+        return load_transformer(model_path, dtype, field="model_path")
     except (RuntimeError, SafetensorError) as error:  # torch's and peft's, of other names or shapes
         problem = f"doesn't fit --pretrained_model_name_or_path {base}: {' '.join(str(error).split())[:300]}"
         raise FlagError("model_path", model_path, problem) from error

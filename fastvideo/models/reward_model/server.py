@@ -12,7 +12,6 @@ the loopback and asks for no password, so reach it from other machines through a
 
 400: malformed request; 409: settings differ; 413: over a limit; 415: not JSON; 500: the model raised an error.
 """
-# ruff: noqa: E402  (torch and the rewards are imported after the command line is read)
 
 import asyncio
 import base64
