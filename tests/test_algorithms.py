@@ -3,8 +3,6 @@
 import itertools
 import json
 import math
-import subprocess
-import sys
 from dataclasses import replace
 from itertools import islice
 
@@ -26,7 +24,7 @@ import pytest
 import torch
 from conftest import ROOT, relative_difference
 from PIL import Image
-from test_config import RECIPES
+from test_config import RECIPES, recipe_command
 from test_train import assert_same_update, base_weights, same_weights, torchrun
 
 SHAPE = LatentShape(6, 8, 4, 6)
@@ -800,18 +798,15 @@ def test_a_dry_run_shows_merges_entropies_and_inactive_steps(capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", RECIPES, ids=lambda path: path.stem.removeprefix("finetune_flux_grpo_"))
-def test_a_recipe_trains_the_tiny_model_and_saves(
-    script, run_at, tiny_flux, embedded_prompts, tmp_path, subprocess_environment
-):
-    """With its own number of steps and samples."""
+def test_a_recipe_trains_the_tiny_model_and_saves(script, run_at, tiny_flux, embedded_prompts, tmp_path):
+    """With its own number of steps and samples: the command line that bash makes of it runs in this process."""
     small = "--h 32 --w 32 --reward_model shapes --mixed_precision no --no_gradient_checkpointing --no_use_wandb"
     where = ["--pretrained_model_name_or_path", tiny_flux, "--data_json_path", str(embedded_prompts)]
     where += ["--output_dir", str(tmp_path / "run"), "--max_train_steps", "2", "--train_micro_batch_size", "8"]
-    done = subprocess.run(
-        ["bash", script, *where, *small.split(), "--dataloader_num_workers", "0"],
-        env={**subprocess_environment, "PYTHON_BIN": sys.executable}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    given = [*where, *small.split(), "--dataloader_num_workers", "0"]
+    program, *argv = recipe_command(script, tmp_path, *given)
+    assert program == "fastvideo/train_grpo_flux.py"
+    train_grpo_flux.main(argv)
     run = run_at("run")
     assert [line["step"] for line in run.metrics] == [1, 2]
     assert all(line["grad_norm"] > 0 for line in run.metrics)

@@ -156,7 +156,7 @@ def test_a_record_that_lacks_something_is_refused_with_what_it_lacks(out, train,
 
 @pytest.mark.parametrize(
     "given,message",
-    [({"iteration": "x"}, "iteration in checkpoint.json is 'x'"), ({"iteration": 2}, "is that of checkpoint-2-0")],
+    [({"iteration": "x"}, "iteration in checkpoint.json is 'x'"), ({"iteration": 2}, "belongs to checkpoint-2-0")],
 )
 def test_a_record_of_another_checkpoint_is_refused_before_anything_is_moved(out, train, refuse, given, message):
     before = out.checkpoints

@@ -9,8 +9,8 @@ from fastvideo.cli import parse_dataclass
 from fastvideo.config import ALGORITHMS, IGNORED_FLAGS, GRPOConfig
 
 import pytest
-from conftest import ROOT
-from test_config import recipe_commands
+from conftest import ROOT, torchrun
+from test_config import recipe_command, recipe_commands
 from test_train import base_weights, same_weights
 
 # The command of E-GRPO's README, with values in the places it leaves open.
@@ -151,11 +151,8 @@ def test_it_trains_what_the_flags_train(train, tiny_flux, embedded_prompts, tmp_
     }  # fmt: skip
     names = ("sampling_steps", "num_generations", "max_train_steps", "mixed_precision", "dataloader_num_workers")
     given |= {f"training.{name}": saved[name] for name in (*names, "group_size", "image_log_steps")}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1"]
-    done = subprocess.run(
-        [*command, "fastvideo/train.py", *(f"{key}={value}" for key, value in given.items())],
-        cwd=ROOT, env=subprocess_environment, timeout=120, capture_output=True, text=True,
-    )  # fmt: skip
+    argv = [f"{key}={value}" for key, value in given.items()]
+    done = torchrun(argv, subprocess_environment, script="fastvideo/train.py", processes=1)
     assert done.returncode == 0, done.stderr
     other = type(run)(tmp_path / "other")
     assert other.numbers() == run.numbers() and same_weights(other.weights(), run.weights())
@@ -190,17 +187,14 @@ def test_every_script_passes_a_dry_run(tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_a_script_trains_the_tiny_model_and_saves(
-    name, run_at, tiny_flux, embedded_prompts, tmp_path, subprocess_environment
-):
+def test_a_script_trains_the_tiny_model_and_saves(name, run_at, tiny_flux, embedded_prompts, tmp_path):
+    """The command line that bash makes of it runs in this process."""
     small = "sampling.height=32 sampling.width=32 reward.reward_model=shapes training.mixed_precision=no "
     small += f"training.gradient_checkpointing=false training.dataloader_num_workers=0 output_dir={tmp_path / 'run'}"
-    given = {"MODEL_PATH": tiny_flux, "DATA_PATH": str(embedded_prompts), "PYTHON_BIN": sys.executable}
-    done = subprocess.run(
-        ["bash", ROOT / f"scripts/finetune/{name}.sh", "training.max_train_steps=2", *small.split()],
-        env={**subprocess_environment, **given}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    given = {"MODEL_PATH": tiny_flux, "DATA_PATH": str(embedded_prompts)}
+    argv = ["training.max_train_steps=2", *small.split()]
+    _, *overrides = recipe_command(ROOT / f"scripts/finetune/{name}.sh", tmp_path, *argv, **given)
+    front_door.main(overrides)
     run = run_at("run")
     assert [line["grad_norm"] > 0 for line in run.metrics] == [True, True]
     assert not same_weights(run.weights(), base_weights(tiny_flux))

@@ -423,7 +423,7 @@ def refused(environment: dict[str, str], **given: str) -> str:
     [
         ("", "names no host"),
         ("# nobody\n\n", "names no host"),
-        ("node1\nnode2\nnode1 slots=4\n", "line 3: node1 is there twice"),
+        ("node1\nnode2\nnode1 slots=4\n", "line 3: node1 is listed twice"),
         ("node1 slots=x\n", "line 1: slots=x"),
         ("node1\n\nnode2 slots=0\n", "line 3: slots=0"),
         ("node1 slots=\n", "line 1: slots="),

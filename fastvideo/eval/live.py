@@ -45,7 +45,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class LiveReport(ThreadingHTTPServer):
-    """Serves the report of a run's folder on the loopback. Another process draws it, so training keeps its thread."""
+    """Serves the report of a run's folder on the loopback. A separate process draws it, to not slow training."""
 
     daemon_threads = True
 
@@ -60,18 +60,18 @@ class LiveReport(ThreadingHTTPServer):
         print(f"report: http://127.0.0.1:{self.server_port}/", flush=True)
 
     def page(self) -> bytes:
-        """The newest page. The first page is waited for; afterwards open pages ask for the `version`."""
+        """The newest page. Waits until the first page is drawn; later, open pages ask for the `version`."""
         problem = "" if self._page else self._draw()
         return self._page or (WAITING % html.escape(problem)).encode()
 
     def version(self) -> str:
-        """The version of the newest page. If the metrics have changed since, a new page is begun."""
+        """The version of the newest page. Starts to draw a new page if the metrics have changed."""
         if not self._drawing.locked():
             threading.Thread(target=self._draw, daemon=True).start()
         return self._version
 
     def _draw(self) -> str:
-        """Draws a page if the metrics have changed. Returns why there is no page, or nothing."""
+        """Draws a page if the metrics have changed. Returns the reason if there is no page, else an empty string."""
         with self._drawing:
             metrics = self.run_dir / "metrics.jsonl"
             if not metrics.exists():

@@ -1,6 +1,6 @@
-"""What the settings `device` and `dtype` mean: names of devices and number formats, and what `auto` chooses.
+"""The meaning of the settings `device` and `dtype`, and the choices of `auto`.
 
-torch is imported only when it is asked: command lines that know these names answer --help at once.
+torch is imported inside functions only, so that command lines answer --help at once.
 """
 
 import os
@@ -22,9 +22,9 @@ def torch_dtype(name: str) -> "torch.dtype":
 
 
 def resolve_device(name: str = "auto") -> str:
-    """The torch device that `name` means: auto is a GPU where there is one, else the CPU.
+    """The torch device for `name`. auto: a GPU if there is one, else the CPU.
 
-    cuda, also as chosen by auto, is this process's own GPU: torchrun numbers its processes on a machine by LOCAL_RANK.
+    cuda (also chosen by auto) is this process's own GPU: torchrun numbers the processes of a machine by LOCAL_RANK.
     """
     import torch
 
@@ -34,7 +34,7 @@ def resolve_device(name: str = "auto") -> str:
 
 
 def resolve_dtype(name: str, device: str) -> str:
-    """The key of DTYPES that `name` means: auto is bf16 on a GPU and fp32 on the CPU, where bf16 is slow.
+    """The key of DTYPES for `name`. auto: bf16 on a GPU, and fp32 on the CPU, where bf16 is slow.
 
     device: where the model computes, a torch device. Raises FlagError for another name.
     """

@@ -1,4 +1,4 @@
-"""Files that are written as a whole or not at all, and prompt files, whose errors name the lines."""
+"""Atomic writing of files, and reading of prompt files."""
 
 import io
 import json
@@ -20,7 +20,7 @@ def process_name() -> str:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Writes all of `data` or nothing. Whoever opens `path`, also after a kill -9, finds the old or the new content."""
+    """Writes `data` atomically: a reader of `path` finds the old or the new content, also after a kill -9."""
     part = path.with_name(f".{path.name}.{process_name()}.tmp")
     try:
         with open(part, "wb") as file:
@@ -33,12 +33,12 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes readable UTF-8 JSON, as a whole or not at all. Raises ValueError for a NaN, which is no JSON: use None."""
+    """Writes readable UTF-8 JSON, atomically. Raises ValueError for NaN, which JSON lacks: use None."""
     write_bytes(path, (json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) + "\n").encode())
 
 
 def write_tensor(path: Path, tensor: "torch.Tensor") -> None:
-    """Writes one tensor with torch.save, on the CPU, as a whole or not at all."""
+    """Writes one tensor with torch.save, on the CPU and atomically."""
     import torch
 
     buffer = io.BytesIO()
@@ -72,7 +72,7 @@ def read_prompts(path: str | Path, field: str, unique: bool = True) -> PromptFil
     """Reads a UTF-8 file with one prompt per line, in order. `unique`: a repeated prompt is kept once.
 
     Raises FlagError about the setting `field` for a missing file, a file without prompts, and bytes that aren't UTF-8.
-    The message names the bad lines, as nobody would miss the prompt of a line that is left out.
+    The message names the bad lines: if they were skipped, nobody would notice the missing prompts.
     """
     advice = "give a text file with one prompt per line"
     try:
@@ -90,7 +90,7 @@ def read_prompts(path: str | Path, field: str, unique: bool = True) -> PromptFil
         more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
         raise FlagError(field, path, f"not UTF-8 text: {', '.join(bad[:5])}{more}")
     if lines and not lines[-1]:
-        lines.pop()  # what follows the last line feed is no line
+        lines.pop()  # nothing follows the last line feed
     found = [line for line in lines if line]
     if not found:
         raise FlagError(field, path, f"no prompts in it; {advice}")

@@ -1,4 +1,4 @@
-"""Whether a model on disk is still the one that files were made with."""
+"""Hashes of models and files on disk, to find out whether they have changed."""
 
 import hashlib
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from huggingface_hub.errors import HFValidationError
 
 
 def local_folder(model_path: str) -> Path | None:
-    """The folder of a model: a path, or the newest downloaded snapshot of a hub id; None when there is none yet."""
+    """The folder of a model: a path, or the newest downloaded snapshot of a hub id. None: nothing is downloaded yet."""
     if Path(model_path).is_dir():
         return Path(model_path)
     try:
@@ -17,15 +17,15 @@ def local_folder(model_path: str) -> Path | None:
             model_path, "config.json"
         )
     except HFValidationError:
-        return None  # neither a folder nor a possible hub id; loading it says so
+        return None  # neither a folder nor a valid hub id; loading the model will say so
     return Path(index).parent if isinstance(index, str) else None
 
 
 def model_fingerprint(model_path: str, folders: Sequence[str] = (".",)) -> str | None:
-    """A hash of the configs, tokenizers and safetensors in `folders`: every file's name, size and 1 MiB of its content.
+    """A hash of the configs, tokenizers and weights in `folders`: every file's name, size and 1 MiB of its content.
 
-    The content, not the path, so that a moved model is recognised and a retrained one is not mistaken for the old one.
-    None when there are no such files: a wrong path, or a hub id that hasn't been downloaded.
+    The hash depends on content, not on the path: it recognises a moved model, and tells a retrained model from the old.
+    None if there are no such files: a wrong path, or a hub id that isn't downloaded.
     """
     root = local_folder(model_path)
     if root is None:
@@ -42,7 +42,7 @@ def model_fingerprint(model_path: str, folders: Sequence[str] = (".",)) -> str |
 
 
 def _add_samples(path: Path, digest: "hashlib._Hash", samples: int = 16, length: int = 1 << 16) -> None:
-    """`samples` pieces of `length` bytes, evenly spaced; the whole file when it is no longer than they are together."""
+    """Hashes `samples` pieces of `length` bytes, evenly spaced; the whole file if it is not longer than all pieces."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         if size <= samples * length:
@@ -54,7 +54,7 @@ def _add_samples(path: Path, digest: "hashlib._Hash", samples: int = 16, length:
 
 
 def sample_file(path: Path) -> dict[str, int | str]:
-    """Size and hash of a file; above 256 MiB, of 256 MiB evenly spread over it, so that it is quick."""
+    """Size and hash of a file. Above 256 MiB, hashes only 256 MiB evenly spread over the file, to be quick."""
     digest = hashlib.sha256()
     _add_samples(path, digest, 1 << 12, 1 << 16)
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}

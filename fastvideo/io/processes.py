@@ -1,4 +1,4 @@
-"""Processes started by torchrun (or one plain process) that share files, and the signals that end them."""
+"""Processes started by torchrun (or one plain process), and the signals that stop them."""
 
 import datetime
 import os
@@ -14,7 +14,7 @@ from fastvideo.io.devices import resolve_device
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
-# Seconds in which signals are one request: Slurm signals every process of a step, and torchrun then those it started.
+# Signals within so many seconds are one request: Slurm signals every process of a step, and torchrun signals again.
 ONE_REQUEST = 5
 
 
@@ -28,19 +28,19 @@ class Processes:
 
 
 def barrier() -> None:
-    """Waits for the other processes; nothing to wait for in a single one."""
+    """Waits for the other processes, if there are any."""
     if dist.is_initialized():
         dist.barrier()
 
 
 def write_whole_lines() -> None:
-    """Lets processes share a pipe: unbuffered Python writes a line and its end apart."""
+    """Keeps lines whole where processes share a pipe. Unbuffered Python writes a line and its line feed separately."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True, write_through=False)
 
 
 def entry_point(main: Callable[[], None]) -> None:
-    """Runs a program that torchrun starts: torchrun ends with the traceback of the process that failed first."""
+    """Runs a program that torchrun starts. torchrun's last lines are the traceback of the process that failed first."""
     write_whole_lines()
     record(main)()
     if dist.is_initialized():
@@ -49,7 +49,7 @@ def entry_point(main: Callable[[], None]) -> None:
 
 @contextmanager
 def processes(device: str = "auto") -> Iterator[Processes]:
-    """The process's place from torchrun's variables, with a gloo group to wait on when there are several.
+    """Rank and world size from torchrun's variables. With several processes, also makes a gloo group for `barrier`.
 
     device: as in `resolve_device`.
     """
@@ -57,8 +57,8 @@ def processes(device: str = "auto") -> Iterator[Processes]:
     started = world_size > 1 and not dist.is_initialized()
     if started:
         write_whole_lines()
-        # The only collective is a barrier, and a slow rank may be hours behind: wait rather than time out. When a
-        # process dies torchrun ends the others.
+        # A slow rank may reach the barrier hours later, so wait and don't time out. When a process dies, torchrun ends
+        # the others.
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
     try:
         yield Processes(rank, world_size, resolve_device(device))
@@ -69,7 +69,7 @@ def processes(device: str = "auto") -> Iterator[Processes]:
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """A list that the first SIGTERM or SIGINT puts its number into; one more than ONE_REQUEST later acts as usual."""
+    """Yields a list. The first SIGTERM or SIGINT adds its number; ONE_REQUEST seconds later signals act as usual."""
     asked: list[int] = []
     first = 0.0
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -85,8 +85,8 @@ def stop_signals() -> Iterator[list[int]]:
             first = time.monotonic()
             if os.environ.get("RANK", "0") == "0":
                 print(
-                    f"\n{signal.Signals(number).name}: this iteration ends, then a checkpoint is saved; once more, "
-                    f"{ONE_REQUEST} seconds from now or later, stops at once",
+                    f"\n{signal.Signals(number).name}: this iteration ends, then a checkpoint is saved; another one, "
+                    f"at least {ONE_REQUEST} seconds from now, stops at once",
                     file=sys.stderr,
                 )
         elif time.monotonic() > first + ONE_REQUEST:

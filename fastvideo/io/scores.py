@@ -1,11 +1,11 @@
-"""Files of scores, and what the names of scores mean.
+"""Files of scores, and the meaning of scores' names.
 
 A file of scores X.json is a list with one entry per picture:
 
     {"index", "image", "prompt", "reward": {score: number}, "measures": {measure: number}, "style"}
 
-`image` is a path relative to the file. A score that failed is null. `measures` and `style` may be missing. An
-evaluation writes X_baseline.json, X_summary.json and other files beside X.json. The evaluations of a training lie in
+`image` is a path relative to the file. A failed score is null. `measures` and `style` may be missing. An evaluation
+writes X_baseline.json, X_summary.json and other files beside X.json. Evaluations during training are in
 evaluation/{iteration}/scores.json of the run's folder.
 
 A reward model named M has the score M, and one score M_{part} for each component and each check. A check answers yes
@@ -25,7 +25,7 @@ from fastvideo.io.files import write_json
 
 
 def write_scores(path: Path, entries: Iterable[Mapping[str, Any]]) -> None:
-    """Writes a file of scores. Entries are those of `read_scores`; scores that aren't finite become null."""
+    """Writes a file of scores. entries: as `read_scores` returns them. Scores that aren't finite become null."""
     folder = path.absolute().parent
     found = []
     for entry in entries:
@@ -37,7 +37,7 @@ def write_scores(path: Path, entries: Iterable[Mapping[str, Any]]) -> None:
 
 
 def read_scores(path: Path, field: str) -> list[dict[str, Any]]:
-    """The entries of a file of scores: index, path (of the picture), prompt, reward, and measures and style if there.
+    """The entries of a file of scores: index, path (of the picture), prompt, reward; measures and style if present.
 
     A failed score is None. Raises FlagError about the setting `field` for a file that is missing or malformed.
     """
@@ -69,7 +69,7 @@ def companion(path: Path, ending: str) -> Path:
 
 
 def read_signs(scores: Path) -> list[str]:
-    """The signs of reward hacking in X_summary.json beside the scores X.json; none where there is no such summary."""
+    """The signs of reward hacking in X_summary.json beside the scores X.json. Empty if there is no summary."""
     try:
         summary = json.loads(companion(scores, "_summary.json").read_text(encoding="utf-8"))
         return list(map(str, summary["signs"]))
@@ -92,9 +92,9 @@ class ScoreName:
 
 
 def reward_schema(models: Mapping[str, Any], weights: Mapping[str, float]) -> dict[str, dict[str, Any]]:
-    """What args.json says of a run's rewards: {name: {"components": [part, …], "checks": [part, …], "weight": share}}.
+    """The rewards' entry of args.json: {name: {"components": [part, …], "checks": [part, …], "weight": share}}.
 
-    models: name -> reward model. weights: share of each model in the reward; a model without one has weight 0.
+    models: name -> reward model. weights: name -> share of the model in the reward; missing names have weight 0.
     """
     return {
         name: {
@@ -109,8 +109,8 @@ def reward_schema(models: Mapping[str, Any], weights: Mapping[str, float]) -> di
 def score_names(names: Sequence[str], schema: Mapping[str, Mapping[str, Any]]) -> dict[str, ScoreName]:
     """The meaning of each name, by `reward_schema`.
 
-    Files of older runs have no schema (an empty one here), and scores may come from rewards that it doesn't hold. Such
-    a name M_part belongs to the shortest other name M that fits, and M_right is a check.
+    Older runs have an empty schema, and a schema may lack some rewards. A name M_part that the schema lacks belongs to
+    the shortest other name M that fits; M_right is a check.
     """
     known = {}
     for model, parts in schema.items():

@@ -1,4 +1,4 @@
-"""All that knows FLUX: loading, prompt embeddings, the velocity prediction, decoding. Everything is read from configs.
+"""FLUX models: loading, LoRA, prompt embeddings, velocity prediction, decoding. All sizes come from config files.
 
 Shapes: N rows, L = (height / f / 2) · (width / f / 2) packed latent tokens of C = 4 · latent_channels values, where f
 is the VAE's down-scaling factor (8 in FLUX.1).
@@ -31,7 +31,7 @@ class ModelNotFoundError(FlagError):
 
 
 def _load(cls: type, path: str, field: str = BASE, **kwargs):
-    """`cls.from_pretrained` with one clear line for what usually goes wrong. field: the setting that `path` is from."""
+    """`cls.from_pretrained`. Raises ModelNotFoundError, one clear line about `field`, for the usual mistakes."""
     if Path(path).is_dir() and kwargs.get("subfolder") and not (Path(path) / kwargs["subfolder"]).is_dir():
         raise ModelNotFoundError(field, path, f"no folder {kwargs['subfolder']}/ in it")
     if not Path(path).exists() and (path.count("/") != 1 or path.startswith((".", "/", "data/", "outputs/"))):
@@ -49,13 +49,13 @@ def _load(cls: type, path: str, field: str = BASE, **kwargs):
         raise ModelNotFoundError(
             field,
             path,
-            "the hub did not give it. A gated repository (FLUX.1-dev is one) needs its licence accepted on its page "
-            f"and a token in HF_TOKEN; without a network give a local folder. Cause: {error}",
+            "the hub did not give it. For a gated repository such as FLUX.1-dev, accept the licence on its page and "
+            f"set HF_TOKEN; without a network give a local folder. Cause: {error}",
         ) from error
 
 
 def _transformer_place(path: str) -> dict[str, str]:
-    """Where from_pretrained finds the transformer: in a pipeline, or in a checkpoint that holds nothing else."""
+    """Arguments with which from_pretrained finds the transformer, in a pipeline or in a checkpoint folder."""
     return {} if any(Path(path).glob("diffusion_pytorch_model*.safetensors")) else {"subfolder": "transformer"}
 
 
@@ -65,28 +65,28 @@ def load_transformer(path: str, dtype: torch.dtype = torch.float32, field: str =
     Raises ModelNotFoundError about the setting `field`.
     """
     transformer = _load(FluxTransformer2DModel, path, field, dtype=dtype, **_transformer_place(path))
-    # Weights of an unconverted file are views into it, at whatever alignment they have there; CPU kernels round
-    # differently on those, and a resumed run would differ from an uninterrupted one.
+    # Without a dtype conversion, weights are views of the file with any alignment. CPU kernels round differently on
+    # unaligned tensors, so a resumed run would differ from an uninterrupted run.
     for parameter in transformer.parameters():
         parameter.data = parameter.data.clone()
     return transformer
 
 
 def meta_transformer(path: str, dtype: torch.dtype = torch.float32) -> FluxTransformer2DModel:
-    """The transformer without weights, on the meta device: costs neither time nor memory."""
+    """The transformer without weights, on the meta device. Costs neither time nor memory."""
     config = _load(_Config, path, **_transformer_place(path))
     with torch.device("meta"):
         return torch.nn.Module.to(FluxTransformer2DModel.from_config(config), dtype)  # ModelMixin.to would warn
 
 
 def random_transformer(path: str, dtype: torch.dtype, seed: int, device: torch.device | str) -> FluxTransformer2DModel:
-    """The transformer with random weights, equal for equal seeds on one kind of device. Only config.json is read."""
+    """The transformer with random weights, equal for equal seeds on one kind of device. Reads only config.json."""
     transformer = meta_transformer(path, dtype).to_empty(device=device)
     on = "cuda" if torch.cuda.is_available() else "cpu"  # a CPU would take minutes for 12 B numbers
     generator = torch.Generator(on).manual_seed(seed)
     for name, parameter in transformer.named_parameters():
         if parameter.ndim == 1:
-            parameter.data.fill_(name.endswith("weight"))  # of a norm; else a bias
+            parameter.data.fill_(name.endswith("weight"))  # weight of a norm: 1; bias: 0
         else:
             values = torch.randn(parameter.shape, generator=generator, device=on)
             parameter.data.copy_(values / math.sqrt(3 * parameter.shape[1]))  # as wide as torch's own initialisation
@@ -94,7 +94,7 @@ def random_transformer(path: str, dtype: torch.dtype, seed: int, device: torch.d
 
 
 class _Config:
-    """Gives `_load` a configuration alone."""
+    """Lets `_load` read only the configuration."""
 
     @staticmethod
     def from_pretrained(path: str, **kwargs) -> dict:
@@ -107,7 +107,7 @@ LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that FluxPipeline.loa
 
 
 def check_lora_targets(transformer: FluxTransformer2DModel, targets: Sequence[str]) -> None:
-    """Raises FlagError, naming the choices, unless each target is the end of a linear layer's name."""
+    """Raises FlagError with the choices, unless every target is the end of a linear layer's name."""
     linear = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in linear):
@@ -117,10 +117,10 @@ def check_lora_targets(transformer: FluxTransformer2DModel, targets: Sequence[st
 
 
 def add_lora(transformer: FluxTransformer2DModel, rank: int, alpha: int, targets: Sequence[str], seed: int) -> None:
-    """Freezes the transformer and adds float32 adapters that change nothing yet: W + alpha / rank · B A with B = 0."""
+    """Freezes the transformer and adds float32 adapters, W + alpha / rank · B A. B is 0, so outputs stay the same."""
     check_lora_targets(transformer, targets)
     transformer.requires_grad_(False)
-    with torch.random.fork_rng(devices=[]):  # the adapters are made on the CPU
+    with torch.random.fork_rng(devices=[]):  # adapters are initialised on the CPU
         torch.manual_seed(seed)
         transformer.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets)))
     for parameter in transformer.parameters():
@@ -129,7 +129,7 @@ def add_lora(transformer: FluxTransformer2DModel, rank: int, alpha: int, targets
 
 
 def save_lora(folder: Path, weights: dict[str, torch.Tensor], transformer: FluxTransformer2DModel) -> None:
-    """Writes adapters, named as in the transformer, as a file that FluxPipeline.load_lora_weights reads."""
+    """Writes adapters to a file that FluxPipeline.load_lora_weights reads. weights: named as in the transformer."""
     FluxPipeline.save_lora_weights(
         folder,
         transformer_lora_layers={name.replace(".default.", "."): tensor for name, tensor in weights.items()},
@@ -138,13 +138,13 @@ def save_lora(folder: Path, weights: dict[str, torch.Tensor], transformer: FluxT
 
 
 def read_lora(folder: Path) -> dict[str, torch.Tensor]:
-    """The adapters that `save_lora` wrote, named as in a transformer with one adapter, `default`."""
+    """The adapters that `save_lora` wrote, named as in a transformer whose adapter is `default`."""
     stored = load_file(folder / LORA_FILE)
     return {re.sub(r"\.(lora_[AB])\.", r".\1.default.", k.removeprefix("transformer.")): v for k, v in stored.items()}
 
 
 def load_with_lora(base: str, lora: str, dtype: torch.dtype = torch.float32) -> FluxTransformer2DModel:
-    """The transformer of the pipeline `base` with the adapters of the folder `lora` switched on."""
+    """The transformer of the pipeline `base` with the adapters of the folder `lora`."""
     transformer = load_transformer(base, dtype)
     transformer.load_lora_adapter(lora, weight_name=LORA_FILE, prefix="transformer")
     return transformer
@@ -152,9 +152,9 @@ def load_with_lora(base: str, lora: str, dtype: torch.dtype = torch.float32) -> 
 
 @contextmanager
 def without_lora(transformer: FluxTransformer2DModel) -> Iterator[None]:
-    """The transformer without its adapters, if it has any.
+    """Switches the transformer's adapters off, if it has any.
 
-    peft's public switch changes requires_grad too, of the whole or the split parameters, whichever FSDP2 shows then.
+    peft's public switch would also change requires_grad of the parameters that FSDP2 shows at that moment.
     """
     layers = [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
     for layer in layers:
@@ -182,9 +182,9 @@ def meta_vae(path: str) -> AutoencoderKL:
 
 
 def load_text_encoders(path: str, dtype: torch.dtype = torch.float32) -> FluxPipeline:
-    """The pipeline without transformer and VAE: enough to embed prompts.
+    """The pipeline without transformer and VAE, for embedding prompts.
 
-    Raises FlagError if a tokenizer lacks its vocabulary: transformers 5 makes an empty one, and all prompts look alike.
+    Raises FlagError if a tokenizer has no vocabulary: transformers 5 then makes one that encodes all prompts alike.
     """
     pipe = _load(FluxPipeline, path, transformer=None, vae=None, dtype=dtype)
     for part in ("tokenizer", "tokenizer_2"):
@@ -196,16 +196,16 @@ def load_text_encoders(path: str, dtype: torch.dtype = torch.float32) -> FluxPip
 
 @torch.no_grad()
 def encode_prompts(pipe: FluxPipeline, prompts: Sequence[str], max_sequence_length: int = 512) -> tuple:
-    """T5 embeddings [N, L, D], pooled CLIP embeddings [N, D'] and text ids [L, 3], as FluxPipeline makes them.
+    """T5 embeddings [N, L, D], pooled CLIP embeddings [N, D'] and text ids [L, 3], computed by FluxPipeline.
 
-    `max_sequence_length` is cut to what the T5 tokenizer declares (512 for FLUX.1-dev, less for tiny models).
+    `max_sequence_length` is limited to the T5 tokenizer's own limit (512 for FLUX.1-dev, less for tiny models).
     """
     length = min(max_sequence_length, pipe.tokenizer_2.model_max_length)
     return pipe.encode_prompt(prompt=list(prompts), prompt_2=None, max_sequence_length=length)
 
 
 def vae_scale_factor(vae: AutoencoderKL) -> int:
-    """Pixels per latent cell, along one side."""
+    """Pixels per latent cell and side."""
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
@@ -235,7 +235,7 @@ class LatentShape:
 
 @dataclass
 class Conditioning:
-    """What the transformer sees besides latents and σ, for the P prompts of one rank."""
+    """The transformer's inputs other than latents and σ, for the P prompts of one rank."""
 
     prompt_embeds: torch.Tensor  # [P, text length, D]
     pooled_prompt_embeds: torch.Tensor  # [P, D']
@@ -244,7 +244,7 @@ class Conditioning:
     guidance_scale: float
 
     def of(self, begin: int, end: int) -> "Conditioning":
-        """That of the prompts from `begin` to before `end`."""
+        """The conditioning of prompts `begin` to `end` − 1."""
         return replace(
             self,
             prompt_embeds=self.prompt_embeds[begin:end],
@@ -281,10 +281,10 @@ def predict_velocity(
 
 
 def forward_flops(transformer: FluxTransformer2DModel, image_tokens: int, text_tokens: int) -> float:
-    """Floating point operations of one row's forward pass: the blocks' matrix products, two operations a product.
+    """Floating point operations of one row's forward pass. Counts the blocks' matrix products, 2 per multiply-add.
 
-    A double block's tokens each pass 12 d² weights of their own stream, a single block's 12 d²; attention over all S
-    tokens adds 4 S² d. Embedders, modulation and the last layer are below 1 % at FLUX's size and left out.
+    Each token passes 12 d² weights per block, double or single. Attention over all S tokens adds 4 S² d per block.
+    Embedders, modulation and the last layer are below 1 % at FLUX's size and left out.
     """
     config = transformer.config
     width, tokens = config.num_attention_heads * config.attention_head_dim, image_tokens + text_tokens
@@ -295,9 +295,9 @@ def forward_flops(transformer: FluxTransformer2DModel, image_tokens: int, text_t
 def decode_latents(
     vae: AutoencoderKL, latents: torch.Tensor, height: int, width: int, batch_size: int
 ) -> list[Image.Image]:
-    """Packed latents [N, L, C] to N PIL pictures of height × width pixels, `batch_size` at a time.
+    """Decodes packed latents [N, L, C] to N PIL pictures of height × width pixels, `batch_size` pictures at a time.
 
-    From the first time on that these don't fit into memory, one at a time and large ones in tiles, with blended seams.
+    After the first out-of-memory error, decodes one picture at a time, large ones in tiles with blended seams.
     """
     factor = vae_scale_factor(vae)
     unpacked = FluxPipeline._unpack_latents(latents, height, width, factor)
@@ -311,16 +311,16 @@ def decode_latents(
         try:
             pixels = decode(batch_size)
         except torch.OutOfMemoryError:
-            warnings.warn(f"{batch_size} pictures don't fit into memory: decoding single ones, in tiles", stacklevel=2)
+            warnings.warn(f"{batch_size} pictures don't fit into memory: decoding one at a time in tiles", stacklevel=2)
             vae.enable_tiling()
-    pixels = pixels or decode(1)  # outside of the handler, which holds on to what filled the memory
-    # VaeImageProcessor's own rounding, before the copy to the CPU, which then is a quarter of the size.
+    pixels = pixels or decode(1)  # outside the except block, because the exception keeps the full memory alive
+    # VaeImageProcessor's rounding, but on the GPU: the copy to the CPU is a quarter of the size.
     rounded = (VaeImageProcessor.denormalize(torch.cat(pixels)) * 255).round().to(torch.uint8)
     return [Image.fromarray(picture) for picture in rounded.permute(0, 2, 3, 1).cpu().numpy()]
 
 
 def check_sequence_split(path: str, height: int, width: int, text_tokens: int, parts: int) -> None:
-    """Raises FlagError unless the heads and tokens of the pipeline at `path` can be dealt out to `parts` processes."""
+    """Raises FlagError unless `parts` divides the numbers of heads and tokens of the pipeline at `path`."""
     counts = {
         "attention heads": meta_transformer(path).config.num_attention_heads,
         f"image tokens (--h {height} --w {width})": LatentShape.of(meta_vae(path), height, width).tokens,

@@ -1,4 +1,4 @@
-"""What makes FLUX fast: compiled blocks, attention, a sequence split over processes, activations recomputed."""
+"""Speed and memory of FLUX: compiled blocks, attention, sequence parallelism, gradient checkpointing."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -18,12 +18,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def rotary_embedding(x: torch.Tensor, frequencies: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """diffusers' apply_rotary_emb for FLUX, in graphs in a form whose compiled kernel is faster, bit for bit the same.
+    """diffusers' apply_rotary_emb for FLUX, in a form that compiles to a faster kernel. Results are bit for bit equal.
 
-    A pair is swapped by its index: stacking its two halves compiles to loads that are masked. Uncompiled, it is slower.
+    It swaps a pair by index, because stacking the two halves compiles to masked loads. Uncompiled, it would be slower.
 
     Args:
-        x: [N, S, heads, D]. frequencies: cosine and sine, each [S, D], alike in both places of a pair.
+        x: [N, S, heads, D]. frequencies: cosine and sine, each [S, D], equal for both members of a pair.
     """
     if not torch.compiler.is_compiling():
         return apply_rotary_emb(x, frequencies, sequence_dim=1)
@@ -46,15 +46,15 @@ class _ContiguousGradient(torch.autograd.Function):
 
 
 class StreamwiseAttnProcessor(FluxAttnProcessor):
-    """diffusers' attention of FLUX, the same numbers, with fewer passes over memory when it is compiled.
+    """diffusers' attention for FLUX with the same results, but fewer passes over memory when compiled.
 
-    Text and picture get their rotary embeddings before they are put together, so that each compiles to one kernel with
-    the norm before it. cuDNN's attention reads heads where they are; diffusers transposes copies for it.
+    Text and picture get their rotary embeddings before they are joined, so that the norm and the embedding of each
+    compile to one kernel. cuDNN's attention reads heads without the transposed copies that diffusers makes.
 
     Attributes:
         cudnn: whether to use cuDNN's attention, twice as fast as FlashAttention-2 on Hopper. Its backward pass reads
-            past the end of a gradient with gaps (illegal memory access; torch 2.11, cuDNN 9.19), and in a single block
-            that of the attention is a slice of the gradient of [attention, MLP]; so it is made contiguous.
+            past the end of a gradient with gaps (illegal memory access; torch 2.11, cuDNN 9.19). In a single block the
+            attention's gradient is a slice of the gradient of [attention, MLP], so it is made contiguous.
     """
 
     cudnn = False
@@ -98,7 +98,7 @@ class StreamwiseAttnProcessor(FluxAttnProcessor):
 
 @contextmanager
 def cudnn_attention() -> Iterator[None]:
-    """Lets transformers with our attention use cuDNN's, in backward passes with recomputation too."""
+    """Context in which StreamwiseAttnProcessor uses cuDNN's attention, also where a backward pass recomputes it."""
     before, StreamwiseAttnProcessor.cudnn = StreamwiseAttnProcessor.cudnn, True
     try:
         yield
@@ -110,27 +110,27 @@ _single_block_forward = FluxSingleTransformerBlock.forward  # Dynamo can't trace
 
 
 def _forward_without_views(block: FluxSingleTransformerBlock, *args, **kwargs) -> tuple[torch.Tensor, ...]:
-    """The block's outputs as tensors of their own.
+    """The block's outputs as separate tensors.
 
-    Views of one tensor would get their gradients outside of the compiled block, from zeros, copies and a sum. (A hook
-    would be compiled by itself, and copy.)
+    If they were views of one tensor, their gradients would be assembled outside the compiled block, from zeros, copies
+    and a sum. (A forward hook would be compiled separately, and would copy.)
     """
     return tuple(part.clone() for part in _single_block_forward(block, *args, **kwargs))
 
 
-# With these a row's rounding doesn't depend on how many rows, from 2 on, its graph has: sampled in a part of 4 and
-# trained in one of 3, its first ratio is 1. Otherwise Inductor chooses how norms sum, and whether products are padded,
-# by timing them for each number of rows; and how a kernel's loops are laid out can change how it rounds between
-# operations, by casts that are left out and by products and sums that become one operation.
+# With these options a row rounds alike in graphs of any number of rows from 2 on: sampled in a part of 4 and trained in
+# a part of 3, its first ratio is 1. `deterministic`: otherwise Inductor times, for each number of rows, how norms sum
+# and whether products are padded. `emulate_precision_casts`: otherwise the layout of a kernel's loops can decide which
+# casts between operations are left out and which products and sums are fused.
 ROUNDING_OF_ROWS = {"deterministic": True, "emulate_precision_casts": True}
 
 
 def compile_transformer(transformer: FluxTransformer2DModel) -> None:
-    """Compiles one graph for all blocks of a kind, and the parts around them that are slow uncompiled."""
-    # A graph each shape, with gradients and without, with adapters and without: more than Dynamo's limit, beyond which
-    # it would leave blocks uncompiled.
+    """Compiles one graph for all blocks of a kind, and the parts around the blocks that are slow uncompiled."""
+    # One graph per shape, with and without gradients, with and without adapters: more than Dynamo's default limit,
+    # above which it leaves blocks uncompiled.
     torch._dynamo.config.recompile_limit = 64
-    # Autocast makes norms float32. Each linear layer behind them would write a copy of its own in the compute format.
+    # Autocast makes norms return float32. Without the hook, each linear layer after a norm would write a bf16 copy.
     norms = [norm for block in transformer.transformer_blocks for norm in (block.norm1, block.norm1_context)]
     for norm in [*norms, *(block.norm for block in transformer.single_transformer_blocks)]:
         norm.register_forward_hook(lambda module, inputs, output: (output[0].to(output[1].dtype), *output[1:]))
@@ -142,9 +142,9 @@ def compile_transformer(transformer: FluxTransformer2DModel) -> None:
 
 
 def split_sequence(transformer: FluxTransformer2DModel, mesh: DeviceMesh) -> None:
-    """Every process of the mesh's dimension `ulysses` then computes its share of the tokens, and returns all of them.
+    """Makes every process of the mesh's dimension `ulysses` compute its share of the tokens and return all tokens.
 
-    All give the same rows and use the output alike; the gradient of a parameter is the sum over these processes.
+    The processes must pass the same rows. The gradient of a parameter is the sum over these processes.
     """
     split = ContextParallelConfig(ulysses_degree=mesh["ulysses"].size(), mesh=mesh)
 
@@ -157,15 +157,15 @@ def split_sequence(transformer: FluxTransformer2DModel, mesh: DeviceMesh) -> Non
 
     transformer._resolve_parallel_config = resolve
     transformer.enable_parallelism(config=ParallelConfig(context_parallel_config=split))
-    # CUDA's autocast makes norms return float32: queries and keys would meet bf16 values in attention's backward pass,
-    # where nothing casts them, and travel at twice the size.
+    # CUDA's autocast makes norms return float32. Such queries and keys would meet bf16 values in the backward pass of
+    # attention, where nothing casts them, and would double the size of the exchange.
     for name, module in transformer.named_modules():
         if name.rpartition(".")[2] in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
             module.register_forward_hook(lambda module, inputs, output: output.to(inputs[0].dtype))
 
 
 def enable_gradient_checkpointing(transformer: FluxTransformer2DModel, share: float = 1.0) -> None:
-    """Recompute activations of a `share` (0 to 1] of the blocks, spread evenly, in the backward pass."""
+    """Recomputes activations in the backward pass, for a `share` (0 to 1] of the blocks, spread evenly."""
     blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
     kept = {id(block) for i, block in enumerate(blocks) if int((i + 1) * share) > int(i * share)}
 

@@ -1,6 +1,6 @@
-"""Linear layers whose frozen weights are held in 8 bit: a byte a weight and one scale an output row.
+"""Linear layers with frozen 8-bit weights: one byte per weight and one scale per output row.
 
-docs/deviations.md says why this isn't torchao's or bitsandbytes'.
+docs/deviations.md says why torchao and bitsandbytes don't fit.
 """
 
 import fastvideo.torchvision_repair  # noqa: F401  (before diffusers)
@@ -10,9 +10,9 @@ from diffusers import FluxTransformer2DModel
 
 
 class _Product(torch.autograd.Function):
-    """x Wᵀ with W = scale · weight. From forward to backward pass the bytes are kept, not W.
+    """x Wᵀ with W = scale · weight. Keeps the int8 weight, not W, for the backward pass.
 
-    Scaling W, not the product, is on purpose: from the other form torch's compiler makes a kernel for single tokens.
+    W is scaled on purpose: if the product were scaled, torch's compiler would make a kernel for single tokens.
     """
 
     @staticmethod
@@ -30,15 +30,15 @@ def _whole(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> tor
 
 
 class Int8Linear(torch.nn.Linear):
-    """A linear layer with `weight` int8 [out, in] and `scale` [out], rounded from those of `linear`; not trained.
+    """A frozen linear layer with `weight` int8 [out, in] and `scale` [out], rounded from the weight of `linear`.
 
-    A weight moves by at most half a step, 1/254 of the largest in its row.
+    Rounding moves a weight by at most half a step, 1/254 of the largest weight in its row.
     """
 
     def __init__(self, linear: torch.nn.Linear) -> None:
         super().__init__(linear.in_features, linear.out_features, device="meta")
         weight = linear.weight.detach()
-        # In the weights' own format before it divides them: what multiplies in the end is exactly that.
+        # Rounded to the weights' own format before the division, so that the forward pass uses the same number.
         scale = (weight.abs().amax(1) / 127).clamp(min=torch.finfo(weight.dtype).tiny)
         levels = (weight.float() / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
         self.weight, self.scale = (torch.nn.Parameter(tensor, requires_grad=False) for tensor in (levels, scale))
@@ -52,7 +52,7 @@ class Int8Linear(torch.nn.Linear):
 
 
 def quantize_blocks(transformer: FluxTransformer2DModel, device: torch.device | str) -> None:
-    """Puts `Int8Linear` on `device` in the place of all linear layers in the blocks, one after the other."""
+    """Replaces all linear layers in the blocks by `Int8Linear` on `device`, one after the other."""
     for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
         for name, module in list(block.named_modules()):
             if isinstance(module, torch.nn.Linear):

@@ -1,8 +1,8 @@
-"""Merges the adapters of a LoRA checkpoint into a whole transformer: W becomes W + alpha / rank · B A.
+"""Merges the adapters of a LoRA checkpoint into a full transformer: W becomes W + alpha / rank · B A.
 
     python -m fastvideo.models.merge_lora --model_path outputs/mixgrpo/checkpoint-300-0 --output_dir outputs/merged
 
-The result loads with FluxTransformer2DModel.from_pretrained and wherever a full checkpoint does (--model_path).
+The result loads with FluxTransformer2DModel.from_pretrained, and as --model_path wherever a full checkpoint does.
 """
 
 from collections.abc import Sequence
@@ -17,11 +17,11 @@ class MergeConfig:
     """What to merge."""
 
     pretrained_model_name_or_path: str | None = flag(
-        None, "base FLUX pipeline: a folder or a hub id (None: the one that the checkpoint was trained from)"
+        None, "base FLUX pipeline: a folder or a hub id (None: the base model of the checkpoint)"
     )
     model_path: str = flag("outputs/lora", "LoRA checkpoint, or its ema/ folder")
-    output_dir: str = flag("outputs/merged", "folder for the whole transformer; must not hold anything yet")
-    dtype: str = flag("bf16", "number format of the result; the sum is made in fp32", choices=["fp32", "bf16"])
+    output_dir: str = flag("outputs/merged", "folder for the full transformer; must be empty or new")
+    dtype: str = flag("bf16", "number format of the result; the sum is computed in fp32", choices=["fp32", "bf16"])
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -1,13 +1,13 @@
-"""Checkpoints that are whole or absent. resume.py leads back into a run.
+"""Writes checkpoints. A checkpoint is complete or absent. resume.py reads checkpoints.
 
 checkpoint-{step}-{epoch}/
     config.json, diffusion_pytorch_model.safetensors   loads with FluxTransformer2DModel.from_pretrained
-    pytorch_lora_weights.safetensors                   instead, with --use_lora: FluxPipeline.load_lora_weights
-    ema/                                               the same for the average of the weights, with --ema_decay
-    optimizer/                                         only resuming needs it; split over the processes
+    pytorch_lora_weights.safetensors                   with --use_lora instead: FluxPipeline.load_lora_weights
+    ema/                                               with --ema_decay: the average of the weights, same files
+    optimizer/                                         optimizer state, only for resuming; one share per process
     checkpoint.json                                    iteration, settings, versions, sizes and hashes of all files
-latest                                                 a link to the newest checkpoint
-best                                                   a link to the checkpoint of the best evaluation (--eval_steps)
+latest                                                 link to the newest checkpoint
+best                                                   link to the checkpoint of the best evaluation (--eval_steps)
 """
 
 import functools
@@ -42,12 +42,12 @@ FORMAT = 1
 
 
 class CheckpointNotWritten(RuntimeError):
-    """The disk is full or gone. The earlier checkpoints are untouched."""
+    """Raised when the disk is full or gone. Earlier checkpoints stay complete."""
 
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Versions of the packages that decide what a run computes; packages that are not installed are left out."""
+    """Versions of Python and of the installed packages that affect a run's numbers."""
     found = {"python": platform.python_version()}
     for name in ("torch", "diffusers", "transformers", "accelerate", "peft", "deepspeed"):
         with suppress(importlib.metadata.PackageNotFoundError):
@@ -56,7 +56,7 @@ def versions() -> dict[str, str]:
 
 
 def base_model_hash(path: str) -> str | None:
-    """A hash of the base transformer's files. None: unknown, because not all files of a hub id are on this machine."""
+    """A hash of the base transformer's files. None: some files of a hub id are not on this machine."""
     folder = (local_folder(path) or Path(path)) / "transformer"
     index = folder / f"{WEIGHTS}.index.json"
     names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values() if index.exists() else [WEIGHTS]
@@ -69,7 +69,7 @@ def read_record(checkpoint: Path) -> dict[str, Any]:
 
 
 def run_settings(config: GRPOConfig, processes: int) -> dict[str, object]:
-    """What a checkpoint records of its run, and a resumed run is compared with."""
+    """The settings that a checkpoint records. A resumed run compares its own settings with them."""
     return config.to_public_dict() | {
         "engine": choose_engine(config, processes),
         "processes": processes,
@@ -87,7 +87,7 @@ def _write_weights(folder: Path, weights: dict[str, torch.Tensor], engine: Engin
 
 
 def _sync(path: Path) -> None:
-    """Waits until a file's content, or a folder's list of names, is on the disk."""
+    """Waits until the disk has a file's content, or a folder's list of names."""
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)
@@ -96,7 +96,7 @@ def _sync(path: Path) -> None:
 
 
 def swap_in(ema: EMAModel, parameters: list[torch.nn.Parameter]) -> None:
-    """Exchanges the average and the parameters; a second call undoes it."""
+    """Swaps the averaged and the current parameters. A second call swaps them back."""
     for parameter, average in zip(parameters, ema.shadow_params, strict=True):
         keep = parameter.detach().clone()
         parameter.data.copy_(average)
@@ -104,30 +104,30 @@ def swap_in(ema: EMAModel, parameters: list[torch.nn.Parameter]) -> None:
 
 
 class CheckpointWriter:
-    """Writes checkpoints while training goes on. All processes have one and call it at the same places.
+    """Writes checkpoints while training continues. All processes have a writer and call its methods together.
 
-    `save` copies the state to the CPU. Threads write the copy beside its final place, and the first process renames it
-    when all have written their share: a kill leaves the old checkpoints and no half one.
+    `save` copies the state to the CPU. Threads write the copy to a temporary folder. When all processes have written
+    their share, the first process renames the folder. So a killed run leaves complete checkpoints only.
     """
 
     def __init__(self, engine: Engine, ema: EMAModel | None) -> None:
         self.engine, self.ema = engine, ema
         self.thread = ThreadPoolExecutor(1, "checkpoint")
-        self.final: Path | None = None  # of the checkpoint that is being written
-        self.pending: Future | None = None  # this process's share of it, if it has one
+        self.final: Path | None = None  # final folder of the checkpoint that is being written
+        self.pending: Future | None = None  # this process's share of that checkpoint, if any
 
     def save(self, place: dict[str, Any]) -> None:
-        """Begins a checkpoint, after the one before is whole.
+        """Starts to write a checkpoint, after the previous checkpoint is complete.
 
-        place: where the run is, JSON values; `iteration` and `epoch` name the folder.
+        place: the run's progress as JSON values; `iteration` and `epoch` name the folder.
 
         Raises:
-            CheckpointNotWritten: the one before can't be written, or this one by an engine that doesn't wait with it.
+            CheckpointNotWritten: the previous checkpoint, or DeepSpeed's part of this one, can't be written.
         """
         self.finish()
         engine, ema, main = self.engine, self.ema, self.engine.accelerator.is_main_process
         final = Path(engine.config.output_dir) / f"checkpoint-{place['iteration']}-{place['epoch']}"
-        if engine.any_process(main and final.exists()):  # the one resumed from, and no iteration since
+        if engine.any_process(main and final.exists()):  # the run resumed from it, and no iteration followed
             return
         part = _part_of(final)
         try:
@@ -147,10 +147,10 @@ class CheckpointWriter:
     def _write(
         self, final: Path, place: dict[str, Any], weights: dict[str, dict[str, torch.Tensor]], optimizer: Future | None
     ) -> None:
-        """The first process's thread: all but the optimizer's state, and the rename."""
+        """Runs in the first process's thread: writes all except the optimizer's state, then renames the folder."""
         config, part = self.engine.config, _part_of(final)
         if optimizer is not None:
-            optimizer.result()  # of all processes
+            optimizer.result()  # waits for all processes
         part.mkdir(exist_ok=True)
         for name, tensors in weights.items():
             _write_weights(part / name, tensors, self.engine)
@@ -173,14 +173,14 @@ class CheckpointWriter:
 
     @property
     def failed(self) -> bool:
-        """Whether it is known here that the checkpoint which was begun can't be written; `finish` says why."""
+        """Whether this process already knows that the current checkpoint can't be written. `finish` says why."""
         return self.pending is not None and self.pending.done() and self.pending.exception() is not None
 
     def finish(self) -> None:
-        """Waits until the checkpoint that was begun, if any, is whole.
+        """Waits until the current checkpoint, if any, is complete.
 
         Raises:
-            CheckpointNotWritten: on all processes: it can't be written. The part that was is removed.
+            CheckpointNotWritten: on all processes, when any process can't write. Removes the temporary folder.
         """
         if self.final is None:
             return
@@ -193,12 +193,12 @@ class CheckpointWriter:
 
 
 def _part_of(final: Path) -> Path:
-    """Where a checkpoint is while it isn't whole: nothing there passes for a checkpoint."""
+    """The temporary folder of an incomplete checkpoint. Its name doesn't match a checkpoint's."""
     return final.with_name(f".{final.name}.part")
 
 
 def _cause(error: BaseException) -> BaseException:
-    """The disk's error behind `error`, else the error itself. torch.save raises one of its own after the disk's."""
+    """The disk's error behind `error`, else `error` itself. torch.save raises its own error after the disk's."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
     chain = [error]
@@ -210,7 +210,7 @@ def _cause(error: BaseException) -> BaseException:
 def _not_written(final: Path, error: BaseException) -> CheckpointNotWritten:
     free = shutil.disk_usage(next(folder for folder in final.parents if folder.exists())).free
     shutil.rmtree(_part_of(final), ignore_errors=True)
-    cause = _cause(error)  # if another process's, without the disk's error
+    cause = _cause(error)  # the disk's error is unknown here if another process failed
     reason = f"{type(cause).__name__}: {cause}".splitlines()[0]
     return CheckpointNotWritten(f"{final} can't be written, with {free / 2**30:.1f} GiB free there: {reason}")
 
@@ -226,9 +226,9 @@ def checkpoints(output_dir: Path) -> list[Path]:
 
 
 def point_to(output_dir: Path, best: dict[str, Any] | None) -> None:
-    """Makes `latest` and `best` links to the newest checkpoint and that of the best evaluation, each in one step.
+    """Links `latest` to the newest checkpoint and `best` to the checkpoint of the best evaluation, atomically.
 
-    Removes them where there is none.
+    Removes a link whose checkpoint doesn't exist.
     """
     found = {int(path.name.split("-")[1]): path for path in checkpoints(output_dir)}
     for name, iteration in {"latest": max(found, default=None), "best": best and best["iteration"]}.items():
@@ -236,7 +236,7 @@ def point_to(output_dir: Path, best: dict[str, Any] | None) -> None:
         if iteration not in found:
             link.unlink(missing_ok=True)
             continue
-        part.unlink(missing_ok=True)  # left by a kill
+        part.unlink(missing_ok=True)  # left by a killed run
         part.symlink_to(found[iteration].name)
         os.replace(part, link)
 
@@ -244,5 +244,5 @@ def point_to(output_dir: Path, best: dict[str, Any] | None) -> None:
 def _rotate(output_dir: Path, limit: int | None) -> None:
     best = (output_dir / "best").resolve()
     for path in [p for p in checkpoints(output_dir)[: -limit if limit else 0] if p.resolve() != best]:
-        os.replace(path, _part_of(path))  # before it is half deleted
+        os.replace(path, _part_of(path))  # so that a half deleted folder isn't taken for a checkpoint
         shutil.rmtree(_part_of(path))

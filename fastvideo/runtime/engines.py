@@ -1,7 +1,7 @@
-"""How the transformer lies on the processes: one process, DDP, FSDP2 or DeepSpeed, all through Accelerate.
+"""Distributes the transformer over processes: one process, DDP, FSDP2 or DeepSpeed, all through Accelerate.
 
-The trainer sees one interface: `prepare`, a model to call, `sampling_model`, `backward` for a micro-batch,
-`step` for an optimizer step, and state that goes to disk and back. docs/distributed.md explains the flags.
+The trainer uses one interface: `prepare`, `model`, `sampling_model`, `backward` per micro-batch, `step` per optimizer
+step, and methods that save and load state. docs/distributed.md explains the flags.
 """
 
 import math
@@ -43,9 +43,9 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
-# What Accelerate must report for each engine.
+# The types that Accelerate may report for each engine.
 EXPECTED = {
-    # Under torchrun Accelerate speaks of several processes even if there is one, as --parallel none has made sure.
+    # Under torchrun Accelerate reports a type for several processes, even for the one process of --parallel none.
     "none": {DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU},
     "ddp": {DistributedType.MULTI_GPU, DistributedType.MULTI_CPU},
     "fsdp": {DistributedType.FSDP},
@@ -57,7 +57,7 @@ def choose_engine(config: GRPOConfig, world_size: int) -> str:
     """The engine's name. Without --parallel: ddp for several processes, else none.
 
     Raises:
-        FlagError: the processes don't fit the engine asked for.
+        FlagError: the number of processes or a setting doesn't fit the engine.
     """
     sharded = config.fsdp_sharding_startegy not in (None, "none") and world_size > 1
     name = config.parallel or ("fsdp" if sharded else "ddp" if world_size > 1 else "none")
@@ -66,7 +66,7 @@ def choose_engine(config: GRPOConfig, world_size: int) -> str:
     if name in ("fsdp", "deepspeed") and config.master_weight_type != "fp32":
         raise FlagError("master_weight_type", config.master_weight_type, f"--parallel {name} knows only fp32")
     if name in ("none", "ddp") and config.use_cpu_offload:
-        raise FlagError("use_cpu_offload", None, f"goes with --parallel fsdp or deepspeed; this run is {name}")
+        raise FlagError("use_cpu_offload", None, f"needs --parallel fsdp or deepspeed; this run is {name}")
     if name == "fsdp" and (config.fsdp_sharding_startegy or "").startswith("hybrid"):
         per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
         nodes = int(os.environ.get("GROUP_WORLD_SIZE", world_size // per_node))
@@ -77,7 +77,7 @@ def choose_engine(config: GRPOConfig, world_size: int) -> str:
                 f"needs the same number of processes on every node, at least 2; here are {world_size} on {nodes} "
                 f"nodes, {per_node} of them on this one",
             )
-    if config.dry_run:  # which says what the engine would take, before anybody starts processes
+    if config.dry_run:  # describes the run of an engine without its processes
         return name
     if name == "ddp" and world_size == 1:
         raise FlagError("parallel", name, "only one process was started; use torchrun, or --parallel none")
@@ -90,7 +90,7 @@ def build_accelerator(config: GRPOConfig, name: str) -> Accelerator:
     """The Accelerator of engine `name`.
 
     Raises:
-        FlagError: Accelerate set up something else.
+        FlagError: Accelerate set up another type.
     """
     cpu = not torch.cuda.is_available()
     if config.use_cpu_offload and cpu:
@@ -105,23 +105,23 @@ def build_accelerator(config: GRPOConfig, name: str) -> Accelerator:
             reshard_after_forward=config.fsdp_sharding_startegy != "hybrid_zero2",
             cpu_offload=config.use_cpu_offload,
             cpu_ram_efficient_loading=True,  # the first process alone reads the weights
-            # Inputs stay float32: the time step would lose digits in bf16. Autocast does the rest, as without FSDP.
+            # Inputs stay float32, because the timestep would lose digits in bf16. Autocast casts as without FSDP.
             mixed_precision_policy=MixedPrecisionPolicy(
                 param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False
             ),
         )
         if config.use_cpu_offload:
-            os.environ["FSDP_OFFLOAD_PARAMS"] = "true"  # Accelerate then connects the CPUs too, to clip gradients there
+            os.environ["FSDP_OFFLOAD_PARAMS"] = "true"  # Accelerate then adds a CPU backend, to clip gradients there
         per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         nodes = int(os.environ.get("WORLD_SIZE", "1")) // per_node
         if nodes > 1 and (config.fsdp_sharding_startegy or "").startswith("hybrid"):
             settings["parallelism_config"] = ParallelismConfig(dp_replicate_size=nodes, dp_shard_size=per_node)
-        # Uncompiled, FLUX's single blocks return views, which nothing changes in place.
+        # Uncompiled single blocks of FLUX return views. The warning is harmless: nothing changes the views in place.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
-        if cpu:  # Accelerate skips FSDP there without a word
+        if cpu:  # on a CPU Accelerate silently skips FSDP
             PartialState(cpu=True)
             PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    elif name == "ddp":  # gradients live in the buckets that are exchanged, not beside them
+    elif name == "ddp":  # gradients are views of DDP's buckets, not copies
         settings["kwargs_handlers"] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
     elif name == "deepspeed":
         offload = "cpu" if config.use_cpu_offload else "none"
@@ -138,7 +138,7 @@ def build_accelerator(config: GRPOConfig, name: str) -> Accelerator:
                 "communication_data_type": "fp32",
             }
         )
-        settings["cpu"] = False  # True would drop the plugin without a word
+        settings["cpu"] = False  # True would silently drop the plugin
         if cpu:
             settings["kwargs_handlers"] = [InitProcessGroupKwargs(backend="gloo")]
     accelerator = Accelerator(**settings)
@@ -148,43 +148,43 @@ def build_accelerator(config: GRPOConfig, name: str) -> Accelerator:
 
 
 def add_in_float32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a + b, in the place of `a` if that is float32."""
+    """a + b in float32. Overwrites `a` if it is float32."""
     return a.float().add_(b)
 
 
 class ComputeCopy:
-    """bf16 copies that take the place of one process's float32 parameters in forward and backward passes.
+    """bf16 copies that replace the float32 parameters of a single process in forward and backward passes.
 
-    What FSDP2 does on several: parameters are cast once a part of the rollout and once an optimizer step instead of in
-    every call, and the gradients of micro-batches are summed in float32.
+    Does what FSDP2 does for several processes: casts parameters once per part of the rollout and once per optimizer
+    step, not in every call, and sums the gradients of micro-batches in float32.
     """
 
     def __init__(self, parameters: list[torch.nn.Parameter], compiled: bool) -> None:
         self.parameters = parameters
-        self.masters: list[torch.Tensor] = []  # while copies are in their place
+        self.masters: list[torch.Tensor] = []  # float32 parameters, while copies replace them
         self.gradients: list[torch.Tensor | None] = [None] * len(parameters)  # flat
-        # Compiled, the first two gradients are read in bf16 and their sum is written, nothing else. A graph each size:
-        # with a variable size the kernel reads number by number, in three times the time.
+        # The compiled kernel reads two bf16 gradients and writes only their sum. One graph per size: a kernel for
+        # variable sizes reads number by number and takes three times as long.
         self.add = torch.compile(add_in_float32, dynamic=False) if compiled else add_in_float32
 
     def take(self) -> None:
-        """Puts copies of the parameters as they are now in their place, unless they are there."""
+        """Replaces the parameters by bf16 copies, unless copies are in place already."""
         if not self.masters:
             self.masters = [parameter.data for parameter in self.parameters]
             for parameter in self.parameters:
                 parameter.data = parameter.data.bfloat16()
 
     def add_gradients(self) -> None:
-        """After a backward pass. (Hooks in it run in a thread of autograd's, with torch's own limit of graphs.)"""
+        """Call after each backward pass. (Autograd's hooks run in a thread where torch's own limit of graphs holds.)"""
         for i, parameter in enumerate(self.parameters):
             if parameter.grad is not None:
                 new, so_far = parameter.grad.flatten(), self.gradients[i]
-                # The first stays in bf16 until there is a second, while activations take the most memory.
+                # The first gradient stays in bf16 until the second, because activations take the most memory then.
                 self.gradients[i] = new if so_far is None else self.add(so_far, new)
                 parameter.grad = None
 
     def drop(self) -> None:
-        """Puts the parameters back, with the gradients summed since `take`, unless they are back."""
+        """Restores the float32 parameters, with the gradients summed since `take`, unless they are restored already."""
         if self.masters:
             for i, (parameter, master) in enumerate(zip(self.parameters, self.masters, strict=True)):
                 gradient, self.gradients[i] = self.gradients[i], None
@@ -197,39 +197,39 @@ class Engine:
     """One process, DDP or FSDP2.
 
     Attributes:
-        transformer: the FluxTransformer2DModel itself, sharded in place under FSDP2. model: what to call. optimizer.
-        data_rank, data_ranks: this process's sequence group, whose --sp_size consecutive processes share prompts, noise
-            and scores, and how many groups there are. place_in_group: of this process.
+        transformer: the FluxTransformer2DModel itself, sharded in place under FSDP2. model: the wrapped model to call.
+        data_rank, data_ranks: index of this process's sequence group, and number of groups. A group is --sp_size
+            consecutive processes that share prompts, noise and scores. place_in_group: index of this process in it.
     """
 
     def __init__(self, config: GRPOConfig, name: str) -> None:
         self.config, self.name = config, name
         self.accelerator = build_accelerator(config, name)
-        # For threads that write checkpoints: training goes on beside them with collectives of its own.
+        # For the threads that write checkpoints, so that their collectives don't mix with the training's.
         self.disk_group = dist.new_group(backend="gloo") if dist.is_initialized() else None
-        # torch.distributed.checkpoint, in such a thread too, warns that one process is only one.
+        # torch.distributed.checkpoint warns when there is only one process.
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         self.data_ranks = config.data_ranks(self.accelerator.num_processes)
         self.data_rank, self.place_in_group = divmod(self.accelerator.process_index, config.sp_size)
 
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Rows of all data ranks, in their order."""
+        """Rows of all data ranks, sorted by data rank."""
         processes = self.accelerator.gather(tensor).unflatten(0, (-1, len(tensor)))
         return processes[:: self.config.sp_size].flatten(0, 1)
 
     def _split_sequence(self, transformer: FluxTransformer2DModel) -> None:
-        """With --sp_size, lets the processes of a sequence group compute each row together."""
+        """With --sp_size, makes the processes of a sequence group compute each row together."""
         if self.config.sp_size > 1:
             shape = (self.data_ranks, 1, self.config.sp_size)
             mesh = init_device_mesh(self.accelerator.device.type, shape, mesh_dim_names=("data", "ring", "ulysses"))
             split_sequence(transformer, mesh)
 
     def load(self, source: str, dtype: torch.dtype) -> FluxTransformer2DModel:
-        """The model at `source`; with --init_random_flux, instead of the base model, one like it."""
+        """The model at `source`. --init_random_flux replaces the base model by random weights of the same shapes."""
         if not self.loads_weights:
             return meta_transformer(source, dtype).to_empty(device="cpu")
         if self.config.init_random_flux and source == self.config.pretrained_model_name_or_path:
-            wait = self.name == "fsdp" or self.config.quantize_base  # there is less to be put on the GPU later
+            wait = self.name == "fsdp" or self.config.quantize_base  # less will go to the GPU later
             device = "cpu" if wait else self.accelerator.device
             return random_transformer(source, dtype, self.config.seed, device)
         return load_transformer(source, dtype)
@@ -243,28 +243,28 @@ class Engine:
         return self.config.compile == "true"
 
     def uses_cudnn(self, training: bool) -> bool:
-        """Whether cuDNN's attention is used, in steps that are trained or in the others."""
+        """Whether cuDNN's attention is used. training: in trained steps; else in the other steps."""
         fits = self.accelerator.device.type == "cuda" and self.config.mixed_precision == "bf16"
         fits = fits and self.config.sp_size == 1  # its backward pass crashes there (torch 2.11, H200)
         return fits and self.config.cudnn_attention in (("always",) if training else ("always", "rollout"))
 
     def attention(self, training: bool) -> AbstractContextManager:
-        """Context of calls of the model, and of a backward pass, in which gradient checkpointing calls it again."""
+        """Context for model calls, and for backward passes, where gradient checkpointing calls the model again."""
         return cudnn_attention() if self.uses_cudnn(training) else nullcontext()
 
     @property
     def loads_weights(self) -> bool:
-        """Whether this process must read the weights; under FSDP2 the first one hands them out."""
+        """Whether this process reads the weights. Under FSDP2 only the first reads, and sends to the others."""
         return self.name != "fsdp" or self.accelerator.is_main_process
 
     @property
     def frozen_dtype(self) -> torch.dtype:
-        """Of weights that aren't trained."""
+        """Number format of weights that aren't trained."""
         on_gpu = self.accelerator.device.type == "cuda"
         return torch.bfloat16 if on_gpu and self.config.mixed_precision == "bf16" else torch.float32
 
     def prepare(self, transformer: FluxTransformer2DModel, optimizer_settings: dict) -> None:
-        """Takes the transformer, its trained parameters marked by requires_grad, and makes AdamW for those."""
+        """Prepares the transformer and makes AdamW for its trained parameters, the ones with requires_grad."""
         self.transformer = transformer
         if self.name != "fsdp":
             transformer.to(self.accelerator.device)
@@ -283,20 +283,20 @@ class Engine:
         return self.accelerator.prepare(self.transformer, self.raw_optimizer)
 
     def prepare_frozen(self, transformer: FluxTransformer2DModel) -> torch.nn.Module:
-        """A second model that is only evaluated, split like the trained one under FSDP2."""
+        """Prepares a second model that is not trained. FSDP2 shards it like the trained model."""
         transformer.requires_grad_(False).eval()
         transformer.set_attn_processor(StreamwiseAttnProcessor())
         self._split_sequence(transformer)
         if self.name == "fsdp":
             return fsdp2_prepare_model(self.accelerator, transformer)
-        if self.compute_copy.parameters:  # the trained one computes with weights in bf16, on a CPU too
+        if self.compute_copy.parameters:  # the trained model computes in bf16 too, also on a CPU
             transformer = transformer.to(torch.bfloat16)
         return transformer.to(self.accelerator.device)
 
     def _choose_memory(self) -> None:
-        """Decides what FSDP2 holds whole, not split: parameters in the rollout, parameters and gradients in training.
+        """Decides what FSDP2 keeps unsharded: parameters in the rollout, parameters and gradients in training.
 
-        Each is then exchanged once, before the rollout or in an optimizer step, however many steps or micro-batches.
+        Unsharded tensors are exchanged only once per rollout or optimizer step, not per step or micro-batch.
         """
         self.keep_gathered, self.defer_sync = False, True
         if self.name != "fsdp":
@@ -312,11 +312,11 @@ class Engine:
         self.reshard = self.config.fsdp_sharding_startegy != "hybrid_zero2"
         if choice != "false" and self._fits(4 * trained + compute * everything):
             self.reshard = False
-            self.transformer.set_reshard_after_backward(False)  # `step` does it
+            self.transformer.set_reshard_after_backward(False)  # `step` reshards
         self.transformer.set_reshard_after_forward(self.reshard)
 
     def _fits(self, size: int) -> bool:
-        """Whether `size` bytes more take at most half of what every GPU has left for them and for activations."""
+        """Whether `size` more bytes take at most half of the free memory of every GPU. Activations need the rest."""
         if self.accelerator.device.type != "cuda":
             return True
         trained = sum(p.to_local().numel() for p in self.trained_parameters())
@@ -324,7 +324,7 @@ class Engine:
         return not self.any_process(size > left / 2)
 
     def any_process(self, value: bool) -> bool:
-        """Whether `value` holds on any process; all must ask."""
+        """Whether `value` is true on any process. All processes must call it."""
         flag = torch.tensor(float(value), device=self.accelerator.device)
         return bool(self.accelerator.reduce(flag, "sum") > 0)
 
@@ -336,19 +336,19 @@ class Engine:
 
     @contextmanager
     def sampling_model(self) -> Iterator[torch.nn.Module]:
-        """The model to sample with. FSDP2 then gathers each block once, not once a step, if memory allows."""
+        """The model to sample with. FSDP2 gathers each block once per rollout, not once per step, if memory allows."""
         if self.name == "fsdp":
             self.transformer.set_reshard_after_forward(not self.keep_gathered)
         self.compute_copy.take()
-        # DDP would synchronise buffers at every call; DeepSpeed's engine gathers what ZeRO-3 has split.
+        # DDP's wrapper would synchronise buffers in every call. DeepSpeed's wrapper gathers ZeRO-3's shards.
         yield self.model if self.name == "deepspeed" else self.transformer
         if self.name == "fsdp":
             self.transformer.set_reshard_after_forward(self.reshard)
         self.drop_gathered()
 
     def drop_gathered(self) -> None:
-        """Drops whole parameters that FSDP2 still holds, and copies in bf16: the optimizer and the average work on the
-        split and float32 ones, and the others would be out of date after a step."""
+        """Drops FSDP2's unsharded parameters and the bf16 copies. The optimizer and the average use the sharded float32
+        parameters, and a step would leave copies out of date."""
         self.compute_copy.drop()
         for module in self.transformer.modules():
             if isinstance(module, FSDPModule):
@@ -357,28 +357,28 @@ class Engine:
     def backward(self, loss: torch.Tensor) -> None:
         """Adds the gradient of a micro-batch.
 
-        Gradients are averaged over all processes, but belong summed over those of a sequence group.
+        Multiplies by sp_size: engines average gradients over all processes, but a sequence group needs the sum.
         """
         with self.attention(training=True):
             self.accelerator.backward(loss * self.config.sp_size)
         self.compute_copy.add_gradients()
 
     def micro_batch(self, last: bool) -> AbstractContextManager:
-        """Context of a micro-batch's forward and backward pass: gradients are exchanged in the last one alone."""
+        """Context of a micro-batch's forward and backward pass. Only the last micro-batch exchanges gradients."""
         self.compute_copy.take()
         return nullcontext() if last or not self.defer_sync else self.accelerator.no_sync(self.model)
 
     def step(self, loss: torch.Tensor) -> None:
-        """Clips, and steps unless the loss or gradient of any process isn't finite. `gradient_norm` tells."""
+        """Clips gradients and steps, unless a loss or gradient of any process isn't finite. See `gradient_norm`."""
         accelerator = self.accelerator
-        self.drop_gathered()  # the gradients belong to the split parameters
+        self.drop_gathered()  # moves the gradients to the sharded parameters
         parameters = self.trained_parameters()
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         norm = norm.detach().to(loss.device)  # from the CPU with --use_cpu_offload
         both = torch.stack([norm, accelerator.reduce(loss + norm, "sum")])
-        # The fused AdamW divides gradients by grad_scale as it reads them, and changes nothing if found_inf is 1: that
-        # saves a pass over all gradients, and the CPU needn't wait. torch's own GradScaler sets both.
+        # The fused AdamW divides gradients by grad_scale as it reads them, and changes nothing if found_inf is 1. This
+        # saves a pass over all gradients and a wait of the CPU. torch's GradScaler sets both attributes too.
         place = parameters[0].device
         self.raw_optimizer.grad_scale = (norm / self.config.max_grad_norm).clamp(min=1).float().to(place)
         self.raw_optimizer.found_inf = (~torch.isfinite(both[1])).float().to(place)
@@ -390,8 +390,8 @@ class Engine:
             self._known.record()
 
     def gradient_norm(self) -> float | None:
-        """The last step's, on all processes; None: it was skipped. Waits for that step alone, not for what is queued
-        behind it."""
+        """Gradient norm of the last step, equal on all processes; None: skipped. Waits only for this step, not for work
+        queued after it."""
         if self._known:
             self._known.synchronize()
         norm, both = self._outcome.tolist()
@@ -400,29 +400,29 @@ class Engine:
     # --- to disk and back -------------------------------------------------------------------------------------------
 
     def trained_weights(self) -> dict[str, torch.Tensor]:
-        """A copy of the whole trained parameters on the CPU, by name, on the first process; elsewhere empty.
+        """Copies of the full trained parameters on the CPU, by name, on the first process; empty on the others.
 
-        All must call it.
+        All processes must call it.
         """
         self.drop_gathered()
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
         weights = get_model_state_dict(self.model, options=options)
         if next(self.transformer.parameters()).device.type != "cpu":
             return weights
-        # These may be the parameters themselves. One by one, so as not to hold gathered ones twice.
+        # On a CPU these may be the parameters themselves. Clones one by one, so as not to hold gathered ones twice.
         return {name: weights.pop(name).clone() for name in list(weights)}
 
     def set_trained_weights(self, weights: dict[str, torch.Tensor]) -> None:
-        """The reverse. Only the first process's `weights` count."""
+        """Loads the result of `trained_weights` on all processes. Only the first process's `weights` count."""
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.is_initialized(), strict=False)
         set_model_state_dict(self.model, weights, options=options)
 
     def save_optimizer(self, folder: Path) -> Future | None:
-        """Copies the optimizer's state, of which a thread of every process writes its share.
+        """Copies the optimizer's state. On every process, a thread writes the process's share.
 
-        Returns what ends when all have written, or with what went wrong on any; None: nothing is left to write.
+        Returns a future that ends when all processes have written, or with the error of any. None: nothing to wait for.
         """
-        if not self.raw_optimizer.state:  # without a step there is none, and asking for it would make one
+        if not self.raw_optimizer.state:  # before the first step there is no state, and reading it would create one
             return None
         state = {"optimizer": get_optimizer_state_dict(self.model, self.raw_optimizer)["state"]}
         return dcp.async_save(
@@ -430,7 +430,7 @@ class Engine:
         )
 
     def load_optimizer(self, folder: Path) -> None:
-        """The reverse, also for another number of processes. Learning rate and the like stay those of the flags."""
+        """Loads the optimizer's state, also for another number of processes. Keeps learning rate etc. of the flags."""
         if not self.any_process(self.accelerator.is_main_process and folder.is_dir()):
             return
         template = get_optimizer_state_dict(self.model, self.raw_optimizer)
@@ -442,11 +442,11 @@ class DeepSpeedEngine(Engine):
     """DeepSpeed ZeRO-2 or -3, which clips, steps and skips bad steps itself."""
 
     def _wrap(self) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-        # DeepSpeed turns autocast off around the model, and the float32 latents would meet bf16 weights.
+        # DeepSpeed turns autocast off around the model; without it float32 latents would meet bf16 weights.
         device, mixed = self.accelerator.device.type, self.config.mixed_precision == "bf16"
         self.transformer.forward = torch.autocast(device, torch.bfloat16, enabled=mixed)(self.transformer.forward)
         model, optimizer = super()._wrap()
-        self.raw_optimizer = model.optimizer.optimizer  # another one than ours with CPU offload
+        self.raw_optimizer = model.optimizer.optimizer  # with CPU offload, DeepSpeed replaces the optimizer
         return model, optimizer
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -455,7 +455,7 @@ class DeepSpeedEngine(Engine):
 
     def micro_batch(self, last: bool) -> AbstractContextManager:
         self.model.set_gradient_accumulation_boundary(last)
-        return nullcontext()  # ZeRO splits gradients as they come
+        return nullcontext()  # ZeRO exchanges gradients in every micro-batch
 
     def step(self, loss: torch.Tensor) -> None:
         self.model.step()
@@ -475,10 +475,10 @@ class DeepSpeedEngine(Engine):
         return weights
 
     def save_optimizer(self, folder: Path) -> None:
-        """Writes it before training goes on: DeepSpeed can't otherwise."""
+        """Writes the optimizer's state before training continues; DeepSpeed can't write it in a thread."""
         try:
             self.model.save_checkpoint(folder, tag="state", save_latest=False, exclude_frozen_parameters=True)
-        except RuntimeError as error:  # what torch.save makes of a full disk, for one
+        except RuntimeError as error:  # torch.save raises it for a full disk, for example
             raise OSError(f"DeepSpeed's part: {error}") from error
 
     def load_optimizer(self, folder: Path) -> None:
@@ -491,7 +491,7 @@ class DeepSpeedEngine(Engine):
 
 
 def build_engine(config: GRPOConfig, world_size: int) -> Engine:
-    """The engine that the flags choose; its `config` has the smallest --train_micro_batch_size of all processes.
+    """The engine that the flags choose. Its `config` has the smallest --train_micro_batch_size of all processes.
 
     Raises:
         FlagError: the processes or the machine don't allow the engine.
@@ -512,7 +512,7 @@ def build_engine(config: GRPOConfig, world_size: int) -> Engine:
 
 
 def main_process_first(accelerator: Accelerator, work: Callable[[], object]) -> object:
-    """Result of `work`, done by the main process alone; its FlagError is raised on all processes."""
+    """Runs `work` on the main process only, and returns its result or raises its FlagError on all processes."""
     answer = [None, None]
     if accelerator.is_main_process:
         try:

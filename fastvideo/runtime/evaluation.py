@@ -1,10 +1,10 @@
 """Evaluation during training: fixed prompts with fixed seeds, sampled without noise and scored.
 
---eval_steps N writes evaluation/{iteration}/ in the run's folder: a picture a prompt and scores.json, which
-fastvideo.eval.report pairs with those of iteration 0, the model before training; the link `best` in that folder points
-to the checkpoint of the highest score. Noise comes from --seed and the prompt's place in --eval_prompts, each picture
-is sampled on its own, and nothing of it enters training: neither the number of processes nor a restart changes a
-picture, and training goes on as if there had been no evaluation.
+--eval_steps N writes evaluation/{iteration}/ in the run's folder: one picture per prompt, and scores.json.
+fastvideo.eval.report compares the pictures with iteration 0, the model before training. The link `best` in the run's
+folder points to the checkpoint with the highest score. Noise depends on --seed and the prompt's place in
+--eval_prompts, and each picture is sampled separately. So the number of processes and restarts don't change a picture,
+and an evaluation doesn't change the training.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ import torch
 from accelerate.utils import gather_object
 from PIL import Image
 
-# draw(plan, batch of one prompt, its slot) -> its pictures; none on processes that don't decode.
+# draw(plan, batch of one prompt, slot of the prompt) -> pictures; empty on processes that don't decode.
 Draw = Callable[[Plan, dict, int], list[Image.Image]]
 
 
@@ -43,7 +43,7 @@ def noise_free_plan(config: GRPOConfig) -> Plan:
 
 
 def check_evaluation(config: GRPOConfig) -> None:
-    """Raises ValueError, one line, for prompts or files of held-out rewards that aren't there. Loads nothing."""
+    """Raises ValueError, one line, if prompts or files of held-out rewards are missing. Loads no model."""
     if config.eval_steps:
         read_prompts(config.eval_prompts, "eval_prompts")
     if config.eval_reward:
@@ -51,19 +51,19 @@ def check_evaluation(config: GRPOConfig) -> None:
 
 
 def build_held_out(config: GRPOConfig, device: torch.device) -> tuple[dict[str, RewardModel], dict[str, float]] | None:
-    """The reward models of --eval_reward, if given, and their weights."""
+    """The reward models of --eval_reward and their weights; None without --eval_reward."""
     return build_reward_models(config.held_out(), str(device), evaluation=True) if config.eval_reward else None
 
 
 class Evaluation:
-    """The prompts of --eval_prompts, embedded, and the rewards of their pictures.
+    """Samples and scores the prompts of --eval_prompts.
 
-    models: those in training, at their start weights, and the held-out ones of --eval_reward; `weights`: name -> share
-    in what decides the best checkpoint, which is --eval_reward, or without it the reward in training.
+    models: name -> reward model: the training rewards with their start weights, and the held-out --eval_reward models.
+    weights: name -> share in the reward that decides the best checkpoint: --eval_reward, else the training reward.
     """
 
     def __init__(self, config: GRPOConfig, index: Path, scoring: Scoring, held_out: tuple[dict, dict] | None) -> None:
-        """index: prompt.json of the embedded prompts. held_out: see `build_held_out`."""
+        """index: the prompt.json of the embedded prompts. held_out: see `build_held_out`."""
         self.config = config
         self.dataset = LatentFluxRLDataset(index)
         self.prompts = [entry["caption"] for entry in self.dataset.entries]
@@ -76,20 +76,20 @@ class Evaluation:
         self.measure = hashlib.sha256(json.dumps(measure).encode()).hexdigest()[:16]
 
     def due(self, iteration: int) -> bool:
-        """Whether the iteration is followed by an evaluation."""
+        """Whether an evaluation follows the iteration."""
         return iteration % self.config.eval_steps == 0 or iteration == self.config.max_train_steps
 
     def run(self, iteration: int, draw: Draw, engine: Engine, progress: Progress) -> dict[str, float]:
-        """Samples and scores the prompts. All processes call it and get the metrics `evaluation_…`.
+        """Samples and scores the prompts. All processes must call it; all get the metrics `evaluation_…`.
 
-        Puts the iteration into `progress.best` if it is the best so far.
+        Records the iteration in `progress.best` if its reward is the highest so far.
         """
         start = time.perf_counter()
         path = evaluation_scores(self.config.output_dir, iteration)
         path.parent.mkdir(parents=True, exist_ok=True)
         indices, images = [], []
         for turn in range(0, len(self.prompts), engine.data_ranks):
-            # All ranks run the model equally often; in the last turn some draw the last prompt for nothing.
+            # All ranks must run the model equally often: in the last turn, spare ranks draw the last prompt again.
             index = min(turn + engine.data_rank, len(self.prompts) - 1)
             pictures = draw(self.plan, collate([self.dataset[index]]), index)
             if turn + engine.data_rank == index and pictures:
@@ -115,7 +115,7 @@ class Evaluation:
         return metrics | {"seconds_evaluation": time.perf_counter() - start}
 
     def _compare(self, iteration: int, metrics: dict[str, float], progress: Progress) -> None:
-        """Failed scores leave a mean of other pictures, which can't be compared and so can't be the best."""
+        """Updates `progress.best`. A mean without the failed scores is over other pictures, so it can't be the best."""
         best, value = progress.best, metrics["reward"]
         if iteration == 0 or metrics["failed_rewards"]:
             return

@@ -1,8 +1,8 @@
 """The files that a run writes while it trains: args.json, metrics.jsonl, image grids, and wandb's files on request.
 
-args.json has the settings, and under `reward_names` the names of the scores (see io/scores.py). wandb gets the numbers
-under their names in metrics.jsonl, the grids as `samples`, and the pictures of an evaluation, in the order of the
-prompts, as `evaluation_samples`. wandb.json says where wandb's files lie and how to upload them later.
+args.json holds the settings, and under `reward_names` the names of the scores (see io/scores.py). wandb gets the
+metrics under the same names, the grids as `samples`, and the pictures of an evaluation, in the order of the prompts,
+as `evaluation_samples`. wandb.json says where wandb's files are and how to upload them later.
 """
 
 import io
@@ -41,7 +41,7 @@ class Log:
                 id=wandb_id,
                 resume="allow",
             )
-            # A resumed run adds a folder under the same id; --append lets the parts follow one another.
+            # A resumed run adds a folder with the same id; --append uploads it as a continuation.
             folders = sorted(map(str, (self.folder / "wandb").glob(f"*run-*-{wandb_id}")))
             sync = shlex.join(["wandb", "sync", "--append", *folders]) if self.run.offline else None
             record = {"id": wandb_id, "project": config.wandb_project, "folders": folders, "sync": sync}

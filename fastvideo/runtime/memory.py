@@ -1,4 +1,4 @@
-"""How much GPU memory a run will take, from its flags and the models' config.json alone, before anything is loaded."""
+"""Predicts the GPU memory of a run from its flags and the models' config.json, before any weights are loaded."""
 
 import math
 import os
@@ -14,21 +14,21 @@ from fastvideo.utils.grpo_states import windows
 import torch
 
 TEXT_TOKENS, ROWS_ON_A_CPU = 512, 8
-# Bytes a token and unit of width, measured in bf16 on an H100 (benchmarks/results/h100_iteration.txt).
+# Bytes per token and unit of width, measured in bf16 on an H100 (benchmarks/results/h100_iteration.txt).
 KEPT_BY_A_BLOCK = 40  # from forward to backward pass
-KEPT_WITH_LORA = 26  # by a block whose own weights need no gradient
+KEPT_WITH_LORA = 26  # the same in a block whose own weights need no gradient
 KEPT_AT_A_CHECKPOINT = 2  # a block's input
-IN_FLIGHT = 30  # in a block without gradient
-DECODED_PIXEL = 1000  # bytes, the VAE's last level
+IN_FLIGHT = 30  # during a forward pass without gradient
+DECODED_PIXEL = 1000  # bytes per pixel in the VAE's last level
 
 
 def predict_memory(config: GRPOConfig, world_size: int) -> dict[str, float]:
-    """GiB a GPU: weights, gradients, moments, activations, and their peak; reward models on the same GPU come on top.
+    """GiB per GPU: weights, gradients, moments, activations, and their peak. Reward models on the GPU are not included.
 
-    `rows` isn't GiB but --train_micro_batch_size, or what it is without a value.
+    `rows` isn't GiB: it is --train_micro_batch_size, or its default value.
 
-    Within a tenth of what was measured with one process, and of LoRA. FSDP2 may take more where there is more: it then
-    holds gradients whole between micro-batches (80.9 GiB on each of four H200 for FLUX.1, predicted 68.7).
+    Within a tenth of the measurements with one process, and with LoRA. FSDP2 uses more where memory allows: it then
+    keeps gradients whole between micro-batches (80.9 GiB on each of four H200 for FLUX.1, predicted 68.7).
 
     Raises:
         ValueError: a model's config.json can't be read.
@@ -54,7 +54,7 @@ def predict_memory(config: GRPOConfig, world_size: int) -> dict[str, float]:
 
     weights = (master * trained + frozen) / split_weights
     gradients, moments = master * trained / split, 2 * master * trained / split
-    if config.use_cpu_offload:  # they wait on the CPU
+    if config.use_cpu_offload:  # the CPU's memory holds them
         weights, gradients, moments = 0 if split_weights > 1 else weights, 0, 0
     gathered = split_weights > 1 or (master != compute and not config.use_lora)
     if gathered and (engine != "fsdp" or config.rollout_keep_gathered != "false"):
@@ -87,12 +87,12 @@ def predict_memory(config: GRPOConfig, world_size: int) -> dict[str, float]:
 
 
 def gpu_sizes() -> list[int]:
-    """Bytes of each GPU here."""
+    """Bytes of memory of each GPU on this machine."""
     return [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
 
 
 def describe_memory(config: GRPOConfig, world_size: int) -> str:
-    """A line with the prediction, and a warning below it when this machine's GPUs are smaller."""
+    """The prediction as one line, and a second line with a warning if this machine's GPUs are too small."""
     if local_folder(config.pretrained_model_name_or_path) is None:
         return "predicted peak memory: unknown until the model is here"
     found = predict_memory(config, world_size)

@@ -1,4 +1,4 @@
-"""The way back into a run: which checkpoint to resume from, whether it fits, and its state."""
+"""Resumes a run: finds a checkpoint, checks that it is complete and fits the run, and loads its state."""
 
 import json
 import os
@@ -34,7 +34,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from diffusers.training_utils import EMAModel
 
-# What resuming reads from RECORD, and from the settings in it.
+# Keys that resuming needs in RECORD, and in its settings.
 NEEDED = ("iteration", "epoch", "optimizer_steps", "ema_optimization_step", "wandb_id", "settings", "base_model_hash")
 NEEDED += ("files",)
 NEEDED_SETTINGS = ("use_lora", "lora_rank", "lora_alpha", "lora_target_modules", "pretrained_model_name_or_path")
@@ -43,14 +43,13 @@ NEEDED_SETTINGS += ("engine", "processes", "zero_stage")
 
 @dataclass
 class Progress:
-    """Where a run is. A checkpoint keeps all but the last two fields.
+    """The progress of a run. A checkpoint stores all fields except the last two.
 
     Attributes:
-        iteration: iterations done. optimizer_steps: steps done that weren't skipped.
-        prompts: prompts of the training stream that were used before this process started; None: unknown, in a new run
-            and in checkpoints of old versions.
+        iteration: iterations done. optimizer_steps: optimizer steps taken, without skipped ones.
+        prompts: prompts that the run used before this process started. None: unknown (new run, or an old checkpoint).
         wandb_id: id of the run in wandb. best: iteration, value and `measure` of the best evaluation so far.
-        skipped_in_a_row: optimizer steps that were skipped since the last one that wasn't.
+        skipped_in_a_row: optimizer steps skipped since the last one that was taken.
         too_many_failures: whether the last iteration had more failed scores than --max_reward_failures allows.
     """
 
@@ -69,16 +68,16 @@ class Progress:
         return cls(**{n: record[n] for n in names}, prompts=record.get("prompts"), best=record.get("best"))
 
     def record(self, epoch: int, prompts: int) -> dict[str, Any]:
-        """What checkpoint.json says of it. prompts: those of the stream that were used until now."""
+        """The entries of checkpoint.json. prompts: number of prompts of the training stream used so far."""
         found = {"iteration": self.iteration, "epoch": epoch, "optimizer_steps": self.optimizer_steps}
         return found | {"prompts": prompts, "wandb_id": self.wandb_id, "best": self.best}
 
 
 def find_checkpoint(value: str, output_dir: Path) -> Path:
-    """The folder that `--resume_from_checkpoint` means: `latest` is the one of the highest iteration in output_dir.
+    """The checkpoint folder of `--resume_from_checkpoint`; `latest` means the highest iteration in output_dir.
 
     Raises:
-        FlagError: there is none, or it is damaged, or not one of this trainer.
+        FlagError: there is no checkpoint, or it is damaged, or another program wrote it.
     """
     if value == "latest":
         found = checkpoints(output_dir)
@@ -97,7 +96,7 @@ def find_checkpoint(value: str, output_dir: Path) -> Path:
 
 
 def _damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint's files."""
+    """What is wrong with a checkpoint's files; None if nothing is."""
     try:
         record = read_record(path)
         if record["format"] != FORMAT:
@@ -112,13 +111,13 @@ def _damage(path: Path) -> str | None:
                 return f"{name} in {RECORD} is {record[name]!r}"
         own = f"checkpoint-{record['iteration']}-{record['epoch']}"
         if is_checkpoint(path.resolve()) and path.resolve().name != own:
-            return f"{RECORD} is that of {own}"
+            return f"{RECORD} belongs to {own}"
         for name, expected in record["files"].items():
             if not (path / name).is_file():
                 return f"{name} is missing"
             found = sample_file(path / name)
             if found["bytes"] != expected["bytes"]:
-                return f"{name} has {found['bytes']} bytes, {expected['bytes']} were written"
+                return f"{name} has {found['bytes']} bytes instead of {expected['bytes']}"
             if found != expected:
                 return f"the content of {name} has changed"
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -127,19 +126,19 @@ def _damage(path: Path) -> str | None:
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The trained parameters of a checkpoint or its ema/, named as in the transformer."""
+    """The trained parameters in a checkpoint or its ema/, named as in the transformer."""
     return read_lora(folder) if is_lora(folder) else load_transformer(str(folder)).state_dict()
 
 
 def load_trained(config: GRPOConfig, engine: Engine, checkpoint: Path | None) -> FluxTransformer2DModel:
-    """The model with its trained parameters, all of them or adapters, as the base model or a checkpoint has them."""
+    """The model to train, full or with adapters, with the weights of the base model or of a checkpoint."""
     base = config.pretrained_model_name_or_path
     source = base if config.use_lora or checkpoint is None else str(checkpoint)
     master = torch.bfloat16 if config.master_weight_type == "bf16" else torch.float32
     dtype = engine.frozen_dtype if config.use_lora else master
     transformer = engine.load(source, dtype)
     if checkpoint is not None:
-        check_base_model(checkpoint, config.pretrained_model_name_or_path)  # which may have been downloaded just now
+        check_base_model(checkpoint, config.pretrained_model_name_or_path)  # it may have been downloaded just now
     if config.quantize_base:
         quantize_blocks(transformer, engine.accelerator.device)
     if config.use_lora:
@@ -152,7 +151,7 @@ def load_trained(config: GRPOConfig, engine: Engine, checkpoint: Path | None) ->
 
 
 def load_ema(checkpoint: Path, engine: Engine, ema: EMAModel) -> None:
-    """Puts the average of a checkpoint, if it has one, into `ema`, which is split like the parameters."""
+    """Loads the averaged weights of a checkpoint, if any, into `ema`, which is sharded like the parameters."""
     if not engine.any_process(engine.accelerator.is_main_process and (checkpoint / "ema").is_dir()):
         return
     weights = read_weights(checkpoint / "ema") if engine.accelerator.is_main_process else {}
@@ -163,14 +162,14 @@ def load_ema(checkpoint: Path, engine: Engine, ema: EMAModel) -> None:
 
 
 def changed_settings(record: dict[str, Any], settings: dict[str, Any]) -> list[str]:
-    """`name: then -> now` for every setting that a resumed run changes."""
+    """One `name: old -> new` per setting that a resumed run changes."""
     then = record["settings"]
     names = sorted((then.keys() | settings.keys()) - set(PLACES))
     return [f"{n}: {then.get(n)} -> {settings.get(n)}" for n in names if then.get(n) != settings.get(n)]
 
 
 def set_aside_later(checkpoint: Path, output_dir: Path) -> list[Path]:
-    """Moves checkpoints after `checkpoint` into superseded/, so that `latest` means the resumed run. Returns them."""
+    """Moves later checkpoints into superseded/, so that `latest` means the resumed run. Returns their new paths."""
     later = [p for p in checkpoints(output_dir) if int(p.name.split("-")[1]) > read_record(checkpoint)["iteration"]]
     moved = []
     for path in later:
@@ -184,13 +183,13 @@ def set_aside_later(checkpoint: Path, output_dir: Path) -> list[Path]:
 
 
 def remove_leftovers(output_dir: Path) -> None:
-    """Parts of checkpoints that a kill cut off."""
+    """Deletes incomplete checkpoints of a killed run."""
     for path in output_dir.glob(".checkpoint-*.part"):
         shutil.rmtree(path)
 
 
 def open_output(config: GRPOConfig, processes: int) -> Path | None:
-    """Makes the output folder ready; returns the checkpoint to resume from. Never mixes two runs in one folder."""
+    """Prepares the output folder and returns the checkpoint to resume from. Never mixes two runs in one folder."""
     output = Path(config.output_dir)
     used = (output / "metrics.jsonl").exists() or bool(checkpoints(output))
     checkpoint = None
@@ -200,13 +199,13 @@ def open_output(config: GRPOConfig, processes: int) -> Path | None:
             raise FlagError("output_dir", output, f"holds another run than --resume_from_checkpoint {checkpoint}")
         check_resumable(checkpoint, config, processes)
     elif used:
-        problem = "holds a run already; choose another folder, or --resume_from_checkpoint latest"
+        problem = "holds a run already; choose another folder or --resume_from_checkpoint latest"
         raise FlagError("output_dir", output, problem)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FlagError("output_dir", output, f"can't be made: {error.strerror}") from error
-    remove_leftovers(output)  # before anything is written: they may have filled the disk
+    remove_leftovers(output)  # first of all, because they may fill the disk
     if checkpoint is not None:
         for moved in set_aside_later(checkpoint, output):
             print(f"warning: a checkpoint after {checkpoint.name} was moved to {moved}", file=sys.stderr)
@@ -216,10 +215,10 @@ def open_output(config: GRPOConfig, processes: int) -> Path | None:
 
 
 def check_resumable(checkpoint: Path, config: GRPOConfig, processes: int) -> None:
-    """Lists what differs between a checkpoint's run and this one. The command line's values are used.
+    """Prints how the settings differ from the checkpoint's. The command line's values count.
 
     Raises:
-        FlagError: these settings can't go on from the checkpoint.
+        FlagError: the settings can't continue from the checkpoint.
     """
     record = read_record(checkpoint)
     then, now = record["settings"], run_settings(config, processes)
@@ -239,8 +238,8 @@ def check_resumable(checkpoint: Path, config: GRPOConfig, processes: int) -> Non
         raise FlagError(
             "resume_from_checkpoint",
             checkpoint,
-            f"DeepSpeed's optimizer state can't change hands: it is of {then['engine']} (ZeRO-{then['zero_stage']}) on "
-            f"{then['processes']} processes, this run is {engine} on {processes}",
+            f"DeepSpeed's optimizer state can't be converted: it was saved by {then['engine']} "
+            f"(ZeRO-{then['zero_stage']}) on {then['processes']} processes, this run is {engine} on {processes}",
         )
     used, installed = record.get("versions", {}), versions()
     other = [f"{name} {used[name]} -> {installed.get(name)}" for name in used if used[name] != installed.get(name)]
@@ -251,7 +250,7 @@ def check_resumable(checkpoint: Path, config: GRPOConfig, processes: int) -> Non
 
 
 def check_base_model(checkpoint: Path, base_model: str, field: str = "resume_from_checkpoint") -> None:
-    """Raises FlagError, about the setting `field`, when the checkpoint is known to be of another base model."""
+    """Raises FlagError about the setting `field` if the checkpoint is known to have another base model."""
     record, now = read_record(checkpoint), base_model_hash(base_model)
     if None not in (now, record["base_model_hash"]) and now != record["base_model_hash"]:
         raise FlagError(
@@ -263,7 +262,7 @@ def check_base_model(checkpoint: Path, base_model: str, field: str = "resume_fro
 
 
 def truncate_metrics(path: Path, last_step: int) -> None:
-    """Drops the lines of metrics.jsonl after iteration `last_step`, which a resumed run writes again, atomically."""
+    """Removes the lines of metrics.jsonl after iteration `last_step`, atomically. A resumed run writes them again."""
     if not path.exists():
         return
     kept = []
@@ -272,5 +271,5 @@ def truncate_metrics(path: Path, last_step: int) -> None:
             if json.loads(line)["step"] <= last_step:
                 kept.append(line + "\n")
         except ValueError:
-            break  # a line cut off by a kill
+            break  # a killed run left half a line
     write_bytes(path, "".join(kept).encode())

@@ -1,4 +1,4 @@
-"""The reward models of a run in a thread of their own, what each score weighs in the advantage, and what is logged."""
+"""Runs the reward models in a separate thread, and computes the scores' weights in the advantage and their metrics."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,7 +17,7 @@ Arguments, Result = ParamSpec("Arguments"), TypeVar("Result")
 
 
 class Scoring:
-    """Attributes: models, weights: of the run, name -> reward model and name -> its share in the reward."""
+    """Attributes: models, name -> reward model; weights, name -> share of the model in the reward."""
 
     def __init__(self, config: GRPOConfig, device: torch.device) -> None:
         self.config = config
@@ -28,10 +28,10 @@ class Scoring:
     def begin(
         self, work: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
     ) -> "Future[Result]":
-        """Begins work(...) in the scoring thread and on its CUDA stream, while the next prompts are sampled."""
+        """Starts work(...) in the scoring thread and on its CUDA stream, while the next prompts are sampled."""
 
         def in_stream() -> Result:
-            with torch.cuda.stream(self._stream):  # which does nothing for None
+            with torch.cuda.stream(self._stream):  # does nothing for None
                 return work(*args, **kwargs)
 
         return self._thread.submit(in_stream)
@@ -39,8 +39,8 @@ class Scoring:
     def progress(self, plan: Plan, prompts: int, iteration: int) -> tuple[int | np.ndarray, int]:
         """curr_step and total_steps of the granular weights.
 
-        With --granular_progress train_step the iteration and --max_train_steps; with batch_index the place of each of
-        the prompts' pictures in its group, [prompts · pictures], and the group's size.
+        With --granular_progress train_step: the iteration and --max_train_steps. With batch_index: the place of each
+        picture in its group, [prompts · pictures], and the group size.
         """
         if self.config.granular_progress == "batch_index":
             group = self.config.num_generations
@@ -48,9 +48,9 @@ class Scoring:
         return iteration, self.config.max_train_steps
 
     def advantage_weights(self, plan: Plan, iteration: int) -> dict[str, np.ndarray]:
-        """Weight of each score in the advantage, [pictures of a prompt].
+        """Weight of each score in the advantage: name -> [pictures of a prompt].
 
-        With `--granular_mix advantage` the components of a granular model replace their model.
+        With `--granular_mix advantage` a granular model is replaced by its components.
         """
         found: dict[str, np.ndarray] = {}
         for name, weight in self.weights.items():
@@ -65,10 +65,10 @@ class Scoring:
     def metrics(
         self, plan: Plan, scores: dict[str, np.ndarray], looks: dict[str, np.ndarray], iteration: int
     ) -> dict[str, float]:
-        """Means of the weighted reward, of every model and component and of the pictures' looks (as hacking_…), and
-        the granular weights of this iteration.
+        """Means of the weighted reward, of every model and component, and of the looks (hacking_…); and the granular
+        weights of this iteration.
 
-        Pictures that train nothing (E-GRPO's anchors, the samples without noise) are reported apart, as eval_reward….
+        Pictures that train nothing (E-GRPO's noise-free anchors) have separate means, eval_reward….
 
         Args:
             scores: name -> [P, pictures], NaN where failed. looks: name -> [P].

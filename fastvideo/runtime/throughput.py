@@ -1,4 +1,4 @@
-"""Seconds of an iteration by phase, and the share of the device's matrix-product rate that each phase reaches."""
+"""Seconds per phase of an iteration, and the share of the device's matrix-product rate that each phase reaches."""
 
 import time
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from diffusers import FluxTransformer2DModel
 
 
 class Stopwatch:
-    """Adds up the seconds of pieces of work on the device, without waiting for the device in between."""
+    """Sums the seconds of laps of work on the device, without waiting for the device between laps."""
 
     def __init__(self, device: torch.device) -> None:
         self.on_gpu, self.rows, self.laps = device.type == "cuda", 0, []
@@ -26,14 +26,14 @@ class Stopwatch:
 
     @contextmanager
     def lap(self, rows: int) -> Iterator[None]:
-        """Times a piece of work on `rows` rows."""
+        """Times one lap, work on `rows` rows."""
         begin = self._now()
         yield
         self.laps.append((begin, self._now()))
         self.rows += rows
 
     def read(self) -> tuple[int, float]:
-        """Rows and seconds since the last reading. The device must have finished the work."""
+        """Rows and seconds since the last `read`. The device must have finished the work."""
         rows, laps = self.rows, self.laps
         self.rows, self.laps = 0, []
         return rows, sum(begin.elapsed_time(end) / 1e3 if self.on_gpu else end - begin for begin, end in laps)
@@ -43,7 +43,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Floating point operations per second of a large matrix product, measured now."""
     repeats = 20
     size, wait = (8192, torch.cuda.synchronize) if device.type == "cuda" else (512, lambda: None)
-    # Not zeros: a GPU multiplies zeros at a higher clock.
+    # Random numbers, because a GPU multiplies zeros at a higher clock.
     a = torch.randn(size, size, device=device, generator=torch.Generator(device).manual_seed(0)).to(dtype)
     for timed in (False, True):  # the first products of a process are slow
         wait()
@@ -55,7 +55,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 class Throughput:
-    """The times of the current iteration. `prefix` times rollout steps that have one row per prompt."""
+    """Times of the current iteration. `prefix` times the rollout steps that have one row per prompt."""
 
     def __init__(self, config: GRPOConfig, device: torch.device, transformer: FluxTransformer2DModel) -> None:
         self.config, self.device, self.transformer = config, device, transformer
@@ -65,14 +65,14 @@ class Throughput:
         self.begin()
 
     def begin(self) -> None:
-        """An iteration begins."""
+        """Resets all times at the start of an iteration."""
         self.seconds: dict[str, float] = {}
         self.start = time.perf_counter()
-        self.prefix.read()  # forgets what an evaluation has sampled
+        self.prefix.read()  # drops the laps of an evaluation
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Adds the time of a phase. The CPU waits for the GPU at its end and nowhere else."""
+        """Adds the time of a phase. The CPU waits for the GPU only at the end of the phase."""
         start = time.perf_counter()
         with torch.profiler.record_function(name):
             yield
@@ -82,15 +82,15 @@ class Throughput:
         self.seconds[key] = self.seconds.get(key, 0.0) + time.perf_counter() - start
 
     def metrics(self, tokens: tuple[int, int], rollout_rows: int, trained_rows: int) -> dict[str, float]:
-        """Seconds by phase, and per process TFLOP/s by phase with their share of `matmul_rate`.
+        """Seconds per phase; TFLOP/s of this process per phase, and their share of `matmul_rate`.
 
-        Rows that are recomputed, or that only fill a batch, count nothing. Training costs three forward passes per
-        row; with LoRA two, because the base model's weights get no gradient.
+        Rows that are recomputed, or that only pad a batch, don't count. Training costs three forward passes per row;
+        with LoRA two, because the base model's weights get no gradient.
 
         Args:
             tokens: of the picture and of the text. rollout_rows, trained_rows: rows of this process in each phase.
         """
-        prefix, self.seconds["seconds_prefix"] = self.prefix.read()  # a part of the rollout's
+        prefix, self.seconds["seconds_prefix"] = self.prefix.read()  # part of seconds_rollout
         flops = forward_flops(self.transformer, *tokens) / self.config.sp_size
         rows = {"rollout": rollout_rows - prefix, "prefix": prefix, "train": trained_rows}
         passes = {"rollout": 1, "prefix": 1, "train": 2 if self.config.use_lora else 3}
@@ -104,7 +104,7 @@ class Throughput:
         return metrics | self.seconds | {"seconds_total": time.perf_counter() - self.start} | self._peak_memory()
 
     def _peak_memory(self) -> dict[str, float]:
-        """`gib_peak`, the most memory that tensors took on this GPU since the last call; nothing on the CPU."""
+        """`gib_peak`: peak memory of tensors on this GPU since the last call. Empty on the CPU."""
         if self.device.type != "cuda":
             return {}
         peak = torch.cuda.max_memory_allocated() / 2**30

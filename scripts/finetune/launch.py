@@ -2,8 +2,8 @@
 
     HOSTFILE=data/hosts/hostfile bash scripts/finetune/finetune_flux_grpo_MixGRPO.sh --parallel fsdp --dry_run
 
-`launch.py --node` runs on each node. It reads its command and environment as a line of JSON from standard input, then
-signals to pass on; so no key is in anybody's arguments, and a node that loses the launcher sees the end of its input
+`launch.py --node` runs on each node. From standard input it reads a line of JSON with the command and environment, then
+signals to pass on. So no key is in a process's arguments, and a node that loses the launcher sees the end of its input
 and stops. Variables: docs/distributed.md, "Several nodes".
 """
 
@@ -35,10 +35,10 @@ PASSED = (
     "NCCL_* GLOO_* TORCH_* TORCHELASTIC_* PYTORCH_* CUDA_* OMP_* HF_* TOKENIZERS_* WANDB_* PYTHONPATH "
     "UNIFIED_REWARD_API_KEY"
 )
-JOB = "FASTVIDEO_LAUNCH"  # an environment variable that marks all processes of a node, whoever their parent is
-PATIENCE = 5  # seconds that the other nodes have to end by themselves after one has failed
+JOB = "FASTVIDEO_LAUNCH"  # environment variable that marks all processes of a node, whatever their parent is
+PATIENCE = 5  # seconds in which the other nodes may end by themselves after one has failed
 DRY_RUN = r"--dry[-_]run|dry_run=[Tt]rue"
-PIPE_SIZE = 2**16  # what a pipe holds before anybody reads it
+PIPE_SIZE = 2**16  # bytes that a pipe holds before anybody reads
 
 
 class Node(NamedTuple):
@@ -52,7 +52,7 @@ class Node(NamedTuple):
         return self.host in ("localhost", "127.0.0.1", socket.gethostname())
 
     def argv(self, *command: str) -> list[str]:
-        """What runs `command` on the node."""
+        """Arguments that run `command` on the node."""
         return list(command) if self.is_here else [*remote_shell(), self.host, f"exec {shlex.join(command)}"]
 
 
@@ -61,10 +61,10 @@ def remote_shell() -> list[str]:
 
 
 def read_hostfile(path: str, default_slots: str) -> list[Node]:
-    """One host a line, `slots=N` after it or not; # begins a comment.
+    """Reads one host per line, with an optional `slots=N`; # starts a comment.
 
     Raises:
-        ValueError: what is wrong, and where.
+        ValueError: with the mistake and its line.
     """
     try:
         lines = (ROOT / path).read_text(encoding="utf-8").splitlines()
@@ -84,10 +84,10 @@ def read_hostfile(path: str, default_slots: str) -> list[Node]:
             raise ValueError(f"{where}: {host} is no host name")
         if slots is None or len(more) > 1:
             raise ValueError(
-                f"{where}: {' '.join(words[1:])}; after a host can stand slots=N, N at least 1, or nothing"
+                f"{where}: {' '.join(words[1:])}; after a host write slots=N with N at least 1, or nothing"
             )
         if host in (node.host for node in nodes):
-            raise ValueError(f"{where}: {host} is there twice; slots=N gives it several processes")
+            raise ValueError(f"{where}: {host} is listed twice; use slots=N for several processes")
         nodes.append(Node(host, int(slots[1])))
     if not nodes:
         raise ValueError(f"HOSTFILE {path}: names no host")
@@ -98,7 +98,7 @@ def read_hostfile(path: str, default_slots: str) -> list[Node]:
 
 
 def torchrun(nodes: list[Node], rank: int, port: str, args: list[str]) -> list[str]:
-    """The command of a node. args: a script or -m MODULE, and its arguments."""
+    """The torchrun command of node `rank`. args: a script or -m MODULE, and its arguments."""
     place = {"nnodes": len(nodes), "nproc_per_node": nodes[rank].slots, "node_rank": rank}
     place |= {"master_addr": nodes[0].host, "master_port": port}
     flags = [word for name, value in place.items() for word in (f"--{name}", str(value))]
@@ -106,13 +106,13 @@ def torchrun(nodes: list[Node], rank: int, port: str, args: list[str]) -> list[s
 
 
 def passed_environment() -> dict[str, str]:
-    """The variables that nodes get: those that PASSED and PASS_ENV name, where * stands for anything."""
+    """The environment variables for the nodes: all that match a pattern in PASSED or PASS_ENV (* matches any text)."""
     patterns = [*PASSED.split(), *re.split(r"[\s,]+", os.environ.get("PASS_ENV", ""))]
     return {k: v for k, v in os.environ.items() if any(fnmatch.fnmatchcase(k, pattern) for pattern in patterns)}
 
 
 def free_port() -> int:
-    """Below those that the system gives to outgoing connections, lest one takes it before torchrun does."""
+    """A free port below the system's range for outgoing connections, so that none takes it before torchrun does."""
     while True:
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("", port := random.randrange(20000, 32000)))
@@ -127,7 +127,7 @@ def say(text: str) -> None:
 
 
 def choose_launcher(nodes: list[Node]) -> str:
-    """pdsh or ssh, from LAUNCHER; here when no other machine takes part."""
+    """The launcher: pdsh or ssh, from LAUNCHER; `here` if all nodes are this machine."""
     if all(node.is_here for node in nodes):
         return "here"
     chosen = os.environ.get("LAUNCHER") or ("pdsh" if shutil.which("pdsh") else "ssh")
@@ -153,7 +153,7 @@ def ask_for_port(master: Node) -> str:
 
 
 def make_orders(nodes: list[Node], port: str, args: list[str]) -> list[bytes]:
-    """What each node reads first: its name, command, environment, and the mark of its processes, as a line of JSON."""
+    """The first line that each node reads: JSON with name, command, environment, and the mark of its processes."""
     job, environment = uuid.uuid4().hex, passed_environment()
     orders = [
         {"name": node.host, "command": torchrun(nodes, i, port, args), "environment": environment, "job": f"{job}-{i}"}
@@ -166,7 +166,7 @@ def make_orders(nodes: list[Node], port: str, args: list[str]) -> list[bytes]:
 
 
 def start(nodes: list[Node], launcher: str, folder: Path) -> list[subprocess.Popen]:
-    """`launch.py --node` on all nodes. Node i reads the fifo folder/i; folder/status gets `i STATUS` at its end."""
+    """Starts `launch.py --node` on all nodes. Node i reads the fifo folder/i, at its end it writes to folder/status."""
     cases = " ".join(f"{i}) {shlex.join(node.argv(*SELF, '--node'))};;" for i, node in enumerate(nodes))
     script, quoted = folder / "node.sh", shlex.quote(str(folder))
     script.write_text(f"""cd {quoted}
@@ -174,17 +174,17 @@ def start(nodes: list[Node], launcher: str, folder: Path) -> list[subprocess.Pop
 status=$?
 if kill -0 {os.getpid()} 2>/dev/null; then echo $1 $status 1<>status; else rm -rf {quoted}; fi
 """)  # <> because opening a fifo with > would wait for a reader
-    if launcher == "pdsh":  # its exec module runs a command here for every host, %n being the host's index
+    if launcher == "pdsh":  # its exec module runs a local command per host; %n is the host's index
         hosts = ",".join(node.host for node in nodes)
         commands = [["pdsh", "-R", "exec", "-N", "-f", str(len(nodes)), "-w", hosts, "sh", str(script), "%n"]]
     else:
         commands = [["sh", str(script), str(i)] for i in range(len(nodes))]
-    # In sessions of their own: a terminal's Ctrl-C reaches only this process, which passes it on.
+    # In new sessions, so that a terminal's Ctrl-C reaches only this process, which passes it on.
     return [subprocess.Popen(c, stdin=subprocess.DEVNULL, start_new_session=True) for c in commands]
 
 
 def run_nodes(nodes: list[Node], launcher: str, orders: list[bytes]) -> int:
-    """Runs all nodes to their end; when one fails or a signal comes, stops all. Returns the status to exit with."""
+    """Runs all nodes to their end. Stops all nodes when one fails or a signal comes. Returns the exit status."""
     running = dict(enumerate(nodes))
     signals: list[int] = []
     first, deadline = None, math.inf
@@ -204,7 +204,7 @@ def run_nodes(nodes: list[Node], launcher: str, orders: list[bytes]) -> int:
         def on_signal(number: int, _frame: object) -> None:
             signals.append(number)
             if len(signals) == 1:
-                say(f"{signal.Signals(number).name}: all nodes are told to end; once more ends them at once")
+                say(f"{signal.Signals(number).name}: all nodes are told to end; a second signal ends them at once")
                 tell(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
 
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -215,7 +215,7 @@ def run_nodes(nodes: list[Node], launcher: str, orders: list[bytes]) -> int:
             readable = select.select([status], [], [], 0.5)[0]
             ended = [map(int, line.split()) for line in os.read(status, PIPE_SIZE).splitlines()] if readable else []
             if not readable and all(process.poll() is not None for process in processes):
-                ended = [(i, 255) for i in running]  # somebody else has killed them
+                ended = [(i, 255) for i in running]  # killed from outside
             for i, code in ended:
                 host = running.pop(i).host
                 if code and first is None:
@@ -244,7 +244,7 @@ def run_nodes(nodes: list[Node], launcher: str, orders: list[bytes]) -> int:
 
 
 def run_node() -> int:
-    """Runs the command that standard input brings, until its end or that of the input. Returns its status."""
+    """Runs the command read from standard input until it ends, or until the input ends. Returns its exit status."""
     orders = open(0, "rb", buffering=0)  # noqa: SIM115  (unbuffered: a thread waits in it when this process ends)
     order = json.loads(orders.readline())
     environment = {**os.environ, **order["environment"], JOB: order["job"]}
@@ -253,7 +253,7 @@ def run_node() -> int:
     first = threading.Lock()
 
     def stop(number: int) -> None:
-        """Once, whoever asks for it: at a third signal torchrun ends without waiting for its processes to save."""
+        """Signals torchrun once only: at a third signal torchrun ends without waiting for its processes to save."""
         if first.acquire(blocking=False):
             child.send_signal(number)
 
@@ -278,20 +278,20 @@ def run_node() -> int:
     for thread in pumps:
         thread.start()
     if status := child.wait():
-        kill(order["job"])  # what torchrun has left when it was killed itself
+        kill(order["job"])  # the processes that a killed torchrun leaves behind
     for thread in pumps:
         thread.join(PATIENCE)  # not for ever: a daemon may have inherited the output
     return status if status >= 0 else 128 - status
 
 
 def pump(source: IO[bytes], target: int, prefix: bytes) -> None:
-    """Copies lines to a file descriptor, a prefix before each; progress bars, which begin by \\r, become lines too."""
+    """Copies lines to a file descriptor, each with a prefix. Progress bars, which start with \\r, become lines too."""
     rest = b""
     while chunk := os.read(source.fileno(), PIPE_SIZE):
         *lines, rest = re.split(rb"[\r\n]+", rest + chunk)
         if chunk.startswith(b"\r"):
             lines, rest = [*lines, rest], b""
-        with contextlib.suppress(BrokenPipeError):  # without a launcher the command still ends in order
+        with contextlib.suppress(BrokenPipeError):  # without a launcher the command still ends normally
             os.write(target, b"".join(prefix + line + b"\n" for line in lines if line))
     with contextlib.suppress(BrokenPipeError):
         os.write(target, prefix + rest + b"\n" if rest else b"")
@@ -310,20 +310,20 @@ def kill(job: str) -> None:
 
 
 def run_on_each(nodes: list[Node], script: str) -> int:
-    """A shell script on every node, one after the other (they may share a home); $1 is the node's index."""
+    """Runs a shell script on one node after the other (nodes may share a home); $1 is the node's index."""
     runs = [subprocess.run(n.argv("sh", "-s", str(i)), input=script, text=True) for i, n in enumerate(nodes)]
     return max(run.returncode for run in runs)
 
 
 def launch(nodes: list[Node], args: list[str]) -> int:
-    """All nodes; this one alone when INDEX_CUSTOM says which it is; none with --dry_run."""
+    """Starts all nodes. With INDEX_CUSTOM, starts only this machine's node; with --dry_run, none."""
     index, port = os.environ.get("INDEX_CUSTOM"), os.environ.get("MASTER_PORT")
     if index and index not in map(str, range(len(nodes))):
         raise ValueError(f"INDEX_CUSTOM {index}: the hostfile has nodes 0 to {len(nodes) - 1}")
     launcher = "by hand" if index else choose_launcher(nodes)
     if index:
         port = port or "29500"  # nodes started by hand can't ask the first one
-        say(f"INDEX_CUSTOM={index}: this is only node {index} of {len(nodes)}; unset it to start all from here")
+        say(f"INDEX_CUSTOM={index}: starts only node {index} of {len(nodes)}; unset it to start all nodes from here")
     if any(re.fullmatch(DRY_RUN, arg) for arg in args):
         world = {"WORLD_SIZE": str(sum(node.slots for node in nodes)), "LOCAL_WORLD_SIZE": str(nodes[0].slots)}
         world["GROUP_WORLD_SIZE"] = str(len(nodes))
@@ -345,7 +345,7 @@ def launch(nodes: list[Node], args: list[str]) -> int:
 
 
 def main(args: list[str]) -> int:
-    """args: what torchrun shall run; or --node, --free_port, or --each with a shell script on standard input."""
+    """args: a script and its arguments for torchrun; or --node, --free_port, or --each (a shell script is on stdin)."""
     if args == ["--node"]:
         return run_node()
     if args == ["--free_port"]:
