@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import TIME_LIMIT
 
 QUIET = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
 QUIET += " --disable-component-update --disable-sync --hide-scrollbars"
@@ -94,7 +95,7 @@ class Browser:
 
     def wait(self, condition: str) -> None:
         """Until what happens after an event has happened."""
-        end = time.monotonic() + 180
+        end = time.monotonic() + TIME_LIMIT
         while time.monotonic() < end:
             if self.evaluate(condition):
                 return

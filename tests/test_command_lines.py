@@ -7,7 +7,7 @@ import sys
 from fastvideo.config import GRPOConfig
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, TIME_LIMIT
 from diffusers.optimization import SchedulerType
 from test_layers import imports, modules
 
@@ -33,7 +33,7 @@ print("\\n", status, *sorted({"torch", "diffusers", "transformers", "accelerate"
 @pytest.mark.parametrize(("argument", "status"), [("--help", 0), ("--no_such_flag=1", 2)])
 def test_help_and_a_refused_flag_do_not_wait_for_slow_imports(program, argument, status):
     command = [sys.executable, "-c", RUN, str(ROOT / f"fastvideo/{program}.py"), argument]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=TIME_LIMIT)
     assert done.stdout.splitlines()[-1].split() == [str(status)], done.stderr
     if status:
         assert "no_such_flag" in done.stderr and len(done.stderr.splitlines()) == 1

@@ -17,7 +17,7 @@ from fastvideo.models.reward_model.spec import REWARDS, SHARED
 from fastvideo.train_grpo_flux import main
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, TIME_LIMIT
 from diffusers import FluxTransformer2DModel
 
 MIX_GRPO = ROOT / "scripts/finetune/finetune_flux_grpo_MixGRPO.sh"
@@ -433,7 +433,7 @@ def test_a_dry_run_prints_arithmetic_and_plan_and_touches_nothing(flags, capsys,
 def test_a_recipe_tells_once_which_values_are_the_environment_s():
     command = ["bash", str(ROOT / "scripts/finetune/finetune_tiny_flux.sh"), "--dry_run"]
     given = {"PATH": os.environ["PATH"], "PYTHON_BIN": sys.executable, "SEED": "3", "H": "48"}
-    done = subprocess.run(command, env=given, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, env=given, capture_output=True, text=True, timeout=TIME_LIMIT)
     assert done.returncode == 0, done.stderr
     told = [line for line in done.stderr.splitlines() if "environment variable" in line]
     assert told == ["--seed 3, from the environment variable SEED", "--h 48, from the environment variable H"]
@@ -560,7 +560,8 @@ def test_the_tiny_recipe_gives_each_core_a_process_as_far_as_24_prompts_divide(c
 def test_a_recipe_runs_from_anywhere(recipe, tmp_path):
     done = subprocess.run(
         ["bash", str(ROOT / f"scripts/finetune/{recipe}.sh"), "--dry_run"],
-        cwd=tmp_path, env={**os.environ, "PYTHON_BIN": sys.executable}, capture_output=True, text=True, timeout=120,
+        cwd=tmp_path, env={**os.environ, "PYTHON_BIN": sys.executable}, capture_output=True, text=True,
+        timeout=TIME_LIMIT,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "plan of the first window [0, 1, 2, 3]" in done.stdout

@@ -13,6 +13,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+from conftest import TIME_LIMIT
 from reward_servers import QuietHandler
 
 ROOT = Path(__file__).parents[1]
@@ -114,7 +115,7 @@ def download(server, tmp_path):
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=120,
+            timeout=TIME_LIMIT,
         )
         return done.returncode, done.stdout
 

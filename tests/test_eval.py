@@ -21,6 +21,7 @@ from fastvideo.utils.picture_measures import appearance, mean_distances, pixel_d
 
 import numpy as np
 import pytest
+from conftest import TIME_LIMIT
 from PIL import Image, ImageFilter
 from reward_checkpoints import CLIP_SCORE_FOLDER, HPS_FILE, PICK_SCORE_FOLDER
 from test_checkpoints import wait_for
@@ -419,7 +420,7 @@ def test_a_killed_evaluation_goes_on_and_two_at_once_write_what_one_does(tmp_pat
     recipe = start("bash", "scripts/evaluate/eval_reward.sh", NPROC_PER_NODE="2")
     wait_for(lambda: len(list(folder.glob(".*.part"))) > 1 or (folder / "s.json").exists(), recipe, log)
     assert main([*argv, str(folder / "s.json")]) == 0
-    assert recipe.wait(100) == 0, log.read_text()[-3000:]
+    assert recipe.wait(TIME_LIMIT) == 0, log.read_text()[-3000:]
     assert main([*argv, str(tmp_path / "uninterrupted/s.json")]) == 0
     folders = (tmp_path / "uninterrupted", resumed, folder)
     expected, *found = ({path.name: path.read_bytes() for path in f.iterdir()} for f in folders)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import TIME_LIMIT
 from reward_servers import QuietHandler
 
 SECRET = "hf_notarealtokenbutsecret"
@@ -54,7 +55,7 @@ def train_on(flags, tmp_path, subprocess_environment) -> Callable:
         environment |= {"HF_HOME": str(tmp_path / machine), "no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1"}
         return subprocess.run(
             [sys.executable, "-m", "fastvideo.train_grpo_flux", *flags(output_dir=tmp_path / "out", **given)],
-            env=environment, capture_output=True, text=True, timeout=240,
+            env=environment, capture_output=True, text=True, timeout=TIME_LIMIT,
         )  # fmt: skip
 
     return run

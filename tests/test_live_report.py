@@ -12,14 +12,14 @@ from contextlib import closing
 
 import pytest
 from browser import Browser
-from conftest import PROMPTS, ROOT
+from conftest import PROMPTS, ROOT, TIME_LIMIT
 
 
 def get(url, **headers):
     """(status, text) of a request that no proxy sees."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(urllib.request.Request(url, headers=headers), timeout=60) as answer:
+        with opener.open(urllib.request.Request(url, headers=headers), timeout=TIME_LIMIT) as answer:
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
@@ -27,7 +27,7 @@ def get(url, **headers):
 
 def wait_for(condition):
     """Its first true value."""
-    end = time.monotonic() + 120
+    end = time.monotonic() + TIME_LIMIT
     while time.monotonic() < end:
         if value := condition():
             return value

@@ -22,6 +22,7 @@ import custom_rewards
 import numpy as np
 import pytest
 from browser import Browser, browser_command
+from conftest import TIME_LIMIT
 from matplotlib.colors import to_rgb
 from PIL import Image
 
@@ -535,7 +536,7 @@ def test_schedule_picture(tmp_path: Path):
 def chromium(url: str, profile: Path, *flags: str) -> str:
     """Runs a headless browser on a page and returns its standard output."""
     command = [*browser_command(profile), *flags, url]
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=TIME_LIMIT).stdout
 
 
 def test_browser_runs_our_script_and_no_prompt(run_dir: Path, tmp_path: Path):

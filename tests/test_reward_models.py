@@ -25,6 +25,7 @@ from fastvideo.models.reward_model.utils import build_reward_models
 import numpy as np
 import pytest
 import torch
+from conftest import TIME_LIMIT
 from PIL import Image
 from reward_checkpoints import (
     CLIP_SCORE_ARCHITECTURE,
@@ -401,7 +402,7 @@ def test_each_model_downloads_through_its_own_proxy_and_names_what_it_could_not_
     environment |= {"HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hub")}
     done = subprocess.run(
         [sys.executable, "-c", THROUGH_PROXIES, *(p.url for p in proxies), str(tmp_path / "folder")],
-        env=environment, capture_output=True, text=True, timeout=120, check=True,
+        env=environment, capture_output=True, text=True, timeout=TIME_LIMIT, check=True,
     )  # fmt: skip
     errors = dict(json.loads(line) for line in done.stdout.splitlines())
     for name, flag in {

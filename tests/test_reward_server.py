@@ -26,7 +26,7 @@ import httpx
 import numpy as np
 import pytest
 import uvicorn
-from conftest import ROOT, base_weights, same_weights
+from conftest import ROOT, TIME_LIMIT, base_weights, same_weights
 from PIL import Image
 from reward_checkpoints import HPS_FILE, PICK_SCORE_FOLDER, PROMPTS, pictures
 from reward_servers import QuietHandler
@@ -250,7 +250,7 @@ def test_health_tells_what_is_served_while_one_request_at_a_time_is_scored(serve
     def slow(images, prompts):
         busy.append(threading.current_thread().name)
         scored.release()
-        assert release.wait(20)
+        assert release.wait(TIME_LIMIT)
         return [0.5] * len(images)
 
     url = serve("shapes,custom_rewards:constant:0.5", {"ShapesRewardModel": None, "slow": slow})
@@ -259,8 +259,8 @@ def test_health_tells_what_is_served_while_one_request_at_a_time_is_scored(serve
     clients = [threading.Thread(target=lambda: answers.append(post(url, body))) for _ in range(2)]
     for client in clients:
         client.start()
-    assert scored.acquire(timeout=20)
-    health = httpx.get(f"{url}/health", timeout=10).json()
+    assert scored.acquire(timeout=TIME_LIMIT)
+    health = httpx.get(f"{url}/health", timeout=TIME_LIMIT).json()
     assert not scored.acquire(timeout=0.3) and len(busy) == 1  # the other one waits
     release.set()
     for client in clients:
@@ -407,7 +407,7 @@ def request(model="brightness", spec="custom_rewards:brightness", **changes):
 
 
 def post(url, body):
-    return httpx.post(f"{url}/score", json=body, timeout=20)
+    return httpx.post(f"{url}/score", json=body, timeout=TIME_LIMIT)
 
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8))

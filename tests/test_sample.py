@@ -22,6 +22,7 @@ from fastvideo.sample.sample_flux import SampleConfig, main, sample
 import numpy as np
 import pytest
 import torch
+from conftest import TIME_LIMIT
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from PIL import Image
 from safetensors.torch import save_file
@@ -440,7 +441,7 @@ def test_of_two_runs_that_claim_a_folder_at_once_with_other_pictures_one_is_refu
     for rival in rivals:
         rival.start()
     start.set()
-    found = [answers.get(timeout=30) for _ in rivals]
+    found = [answers.get(timeout=TIME_LIMIT) for _ in rivals]
     for rival in rivals:
         rival.join()
     winners = [answer for answer in found if isinstance(answer, tuple)]
@@ -526,7 +527,7 @@ def test_a_killed_run_finished_by_two_runs_at_once_leaves_the_files_of_an_uninte
     )
     wait_for(lambda: len(list(folder.glob("*.png"))) >= 10, recipe, log)
     main(argv)
-    assert recipe.wait(120) == 0
+    assert recipe.wait(TIME_LIMIT) == 0
 
     expected = main([*argv, "--output_dir", str(tmp_path / "uninterrupted")])
     files = [{p.name: p.read_bytes() for p in f.glob("[!.]*")} for f in (expected.parent, folder)]

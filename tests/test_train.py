@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import (
     PROMPTS,
+    TIME_LIMIT,
     Run,
     assert_same_update,
     base_weights,
@@ -536,7 +537,7 @@ def test_wandb_gets_what_metrics_jsonl_gets_offline_without_a_key(train, prompts
     record = json.loads((run.folder / "wandb.json").read_text())
     assert record["folders"] == [str(folder)] and record["sync"] == f"wandb sync --append {folder}"
     assert record["sync"] in capsys.readouterr().out
-    deadline = time.monotonic() + 60  # another process writes the file, on a busy machine a while later
+    deadline = time.monotonic() + TIME_LIMIT  # another process writes the file, on a busy machine a while later
     while len(wandb_history(file)) < len(run.metrics) and time.monotonic() < deadline:
         time.sleep(0.5)
     for line, logged in zip(run.metrics, wandb_history(file), strict=True):
@@ -731,7 +732,7 @@ def test_pictures_are_scored_while_the_next_prompts_are_sampled(train, monkeypat
 
     def patient(images, prompts):
         """Scores the first prompt's pictures only once the second prompt's are being sampled."""
-        assert threading.current_thread() not in begun and second.wait(timeout=60)
+        assert threading.current_thread() not in begun and second.wait(timeout=TIME_LIMIT)
         return custom_rewards.brightness(images, prompts)
 
     monkeypatch.setattr(train_grpo_flux, "rollout", counted)
