@@ -211,8 +211,8 @@ def test_hybrid_inference_runs_the_tuned_model_first_in_every_batch(tmp_path, tu
     calls = []
     load = sample_flux.load_transformer
 
-    def recorded(path, dtype):
-        transformer = load(path, dtype)
+    def recorded(path, dtype, field="pretrained_model_name_or_path"):
+        transformer = load(path, dtype, field)
         transformer.register_forward_pre_hook(lambda *_: calls.append("tuned" if path == tuned else "base"))
         return transformer
 
@@ -224,7 +224,9 @@ def test_hybrid_inference_runs_the_tuned_model_first_in_every_batch(tmp_path, tu
 def test_a_sweep_over_shares_loads_once_and_gives_the_pictures_of_single_runs(tmp_path, tuned, monkeypatch):
     loaded = []
     load = sample_flux.load_transformer
-    monkeypatch.setattr(sample_flux, "load_transformer", lambda *args: loaded.append(args) or load(*args))
+    monkeypatch.setattr(
+        sample_flux, "load_transformer", lambda *args, **more: loaded.append(args) or load(*args, **more)
+    )
     sweep = main(command(tmp_path, "sweep", "--model_path", tuned, "--mix_fraction", "0,0.5,1"))
     assert len(loaded) == 2  # base and tuned
     rows = json.loads(sweep.read_text())
@@ -271,8 +273,8 @@ def test_offloading_changes_no_picture_and_leaves_nothing_behind(tmp_path, tuned
 def test_offloading_on_a_gpu_leaves_the_base_model_alone_there(tmp_path, tuned, monkeypatch, pipelines):
     load, found = sample_flux.load_transformer, set()
 
-    def recorded(path, dtype):
-        transformer = load(path, dtype)
+    def recorded(path, dtype, field="pretrained_model_name_or_path"):
+        transformer = load(path, dtype, field)
         if path == TINY:
             transformer.register_forward_hook(lambda *_: found.add(where()))
         return transformer
