@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 from fastvideo.data_preprocess.preprocess_flux_embedding import embed_prompts
-from fastvideo.eval.eval_reward import Scores, main, summarize
+from fastvideo.eval.eval_reward import main
 from fastvideo.eval.hacking import LIMITS, MIN_PROMPTS, SCORE_LIMIT
+from fastvideo.eval.summary import Scores, summarize
 from fastvideo.models.reward_model.shapes import all_scenes, draw
 from fastvideo.utils.picture_measures import appearance, appearances, mean_distances, pixel_distances
 

@@ -1,4 +1,4 @@
-"""Prompts to cached text embeddings: what training reads instead of running T5 and CLIP.
+"""Embeds prompts and stores the text embeddings, so that training doesn't run T5 and CLIP.
 
     python -m fastvideo.data_preprocess.preprocess_flux_embedding \\
         --model_path black-forest-labs/FLUX.1-dev --prompt_dir data/prompts.txt --output_dir data/rl_embeddings
@@ -7,9 +7,9 @@
 Writes `prompt_embed/`, `pooled_prompt_embeds/`, `text_ids/` and, at the very end, `prompt.json`: a list of
 {"prompt_embed_path", "pooled_prompt_embeds_path", "text_ids", "caption"} whose file names lie in those folders.
 
-A file's name is a hash of the text encoders, the caption, the length and the precision. So an embedding can't end up
-under another caption however the prompt file is edited, a second run embeds only what is new, and another model never
-finds the embeddings of the first.
+A file's name is a hash of the text encoders, the caption, the length and the number format. So an embedding stays with
+its caption however the prompt file is edited, a second run embeds only new captions, and another model never finds the
+first model's embeddings.
 """
 
 from collections.abc import Sequence
@@ -95,11 +95,11 @@ def embed_prompts(
     world_size: int = 1,
     prompts_flag: str = "prompts_file",
 ) -> Path:
-    """Embeds the prompts of a text file into `output_dir`; every process calls it and gets the path of prompt.json.
+    """Embeds the prompts of a text file into `output_dir`; all processes call it and get the path of prompt.json.
 
-    Embeddings that are there already and can be read are kept. Batches are fixed by the prompt file and dealt out to
-    ranks, so neither the number of processes nor a restart changes a number. With several processes a process group
-    must be initialised: rank 0 writes prompt.json when all are done, and nobody returns before it is there.
+    Readable embeddings are kept. Neither the number of processes nor a restart changes a number (see `Store`). With
+    several processes a process group must be initialised: rank 0 writes prompt.json when all processes are done, and no
+    process returns earlier.
 
     Args:
         dtype: format of the encoders and of the stored embeddings, as in `resolve_dtype`.

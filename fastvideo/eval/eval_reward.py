@@ -1,4 +1,4 @@
-"""Scores of pictures: a manifest of sample_flux.py, or one picture, with any of the registered reward models.
+"""Scores the pictures of a manifest of sample_flux.py, or one picture, with any of the registered reward models.
 
     python -m fastvideo.eval.eval_reward --manifest outputs/tuned/manifest.json --reward_model_type hpsv2,pick_score
     python -m fastvideo.eval.eval_reward --manifest outputs/tuned/manifest.json \\
@@ -7,31 +7,29 @@
 
     torchrun --nproc_per_node 8 -m fastvideo.eval.eval_reward ...        (same flags)
 
-For a manifest it writes beside `--output_json` X.json
-    X.json            [{"index", "image", "prompt", "reward": {Model: score}, "measures": {name: value}}], image
-                      relative to it; null: failed
-    X_mean.txt        the means over the pictures that all models scored, one line a model
-    X.csv             a row a score: mean, standard error clustered by prompt, 95 % bootstrap interval; with a baseline
-                      manifest paired differences and win rate too; with benchmark styles rows for each
-    X_summary.json    the same, and what was left out
-    X_baseline.json   with a baseline manifest: its scores
-Granular models add their components as {Model}_{component}, and what they check as {Model}_right, 1 or 0 a picture:
-right in everything, which comes first wherever scores are listed. `measures` (see hacking.py) show reward hacking:
-appearance of each picture, and where prompts have several, their diversity. Pictures that can't be read are named and
-left out, failed scores are counted and never averaged in; either makes the exit status 1. Bad input makes it 2, or
-through torchrun 1.
+Writes, for `--output_json` X.json:
+    X.json            one entry per picture: scores and measures (io/scores.py describes the format)
+    X_mean.txt        one line per model: the mean over the pictures that all models scored
+    X.csv             one row per score: mean, standard error clustered by prompt, 95 % bootstrap interval; with a
+                      baseline manifest also paired differences and win rate; with benchmark styles also rows per style
+    X_summary.json    the content of X.csv, and which pictures were left out
+    X_baseline.json   the baseline's scores, with a baseline manifest
+Granular models add their components as {Model}_{component}. They also add the check {Model}_right, 1 or 0 per picture:
+right in everything. It comes first wherever scores are listed. `measures` (see hacking.py) show reward hacking: the
+appearance of each picture, and for prompts with several pictures the diversity.
 
-A killed evaluation goes on where it stopped: until its end X.json's folder has hidden .part files with what was scored.
-Meanwhile one of other pictures or with other flags for the same X.json is refused.
-docs/evaluation.md has more.
+Pictures that can't be read are named and left out. Failed scores are counted, and no mean includes them. Either makes
+the exit status 1. Bad input makes it 2, or 1 through torchrun.
+
+A killed evaluation goes on where it stopped: until the end, hidden .part files beside X.json hold what was scored.
+Meanwhile another evaluation for the same X.json is refused if its pictures or flags differ. docs/evaluation.md has
+more.
 """
 
-import csv
-import io
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from hashlib import sha256
@@ -70,7 +68,7 @@ class EvalConfig(RewardConfig):
         None, "folder of HPSv2 benchmark prompts (anime.json, ...): manifests are folders of {style}/{number:05d}.jpg"
     )
     trained_rewards: str | None = flag(None, "--reward_model of the training; the other rewards count as held out")
-    hacking_measures: bool = flag(True, "measure saturation, sharpness, high frequencies and diversity, too")
+    hacking_measures: bool = flag(True, "also measure saturation, sharpness, high frequencies and diversity")
     device: str = flag("auto", "cpu, cuda (the process's own), cuda:1, ... or auto; --reward_device goes before it")
     prompt_file: str | None = flag(None, "another name of --manifest")
     single_img: str | None = flag(None, "another name of --image")
@@ -78,7 +76,7 @@ class EvalConfig(RewardConfig):
     batch_size: int | None = flag(None, "another name of --reward_batch_size")
     reward_model: str | None = flag(None, "another name of --reward_model_type")
 
-    # The registry asks for these too, but they decide nothing here: training isn't under way.
+    # Settings of a training that granular rewards ask for; without a training they decide nothing.
     granular_schedule, granular_gamma = "linear", None
 
     def __post_init__(self) -> None:
@@ -99,7 +97,7 @@ class EvalConfig(RewardConfig):
         self.trained_keys()
 
     def trained_keys(self) -> set[str] | None:
-        """The registry's names of `--trained_rewards`, those of weight 0 left out; None where it isn't given."""
+        """The registry's names of the `--trained_rewards` with a weight above 0; None where the flag isn't given."""
         if self.trained_rewards is None:
             return None
         weights = resolve_reward_spec(self, "trained_rewards")
@@ -107,6 +105,7 @@ class EvalConfig(RewardConfig):
 
     @property
     def granular_end_weights(self) -> list[float]:
+        """Equal to the start weights, as weights don't move in an evaluation."""
         return self.granular_start_weights
 
 
@@ -114,42 +113,27 @@ if __name__ == "__main__":  # before the slow imports: --help and a refused flag
     parse_first(EvalConfig, doc=__doc__)
 
 from fastvideo.eval.benchmark import benchmark_entries, read_benchmark
-from fastvideo.eval.hacking import MIN_PROMPTS, diversity, signs
-from fastvideo.eval.statistics import RIGHT, bootstrap_interval, mean_and_error, win_rate
+from fastvideo.eval.hacking import MIN_PROMPTS, diversity
+from fastvideo.eval.summary import Scores, csv_lines, finite, mean_lines, pair_up, summarize, table
 from fastvideo.io.files import write_bytes, write_json
 from fastvideo.io.processes import Processes, processes
 from fastvideo.io.resumable import Journal, digest, finish
-from fastvideo.io.scores import companion, reward_schema, score_names, write_scores
+from fastvideo.io.scores import companion, reward_schema, write_scores
 from fastvideo.models.reward_model.clip_base import CLIPReward
 from fastvideo.models.reward_model.granular import RewardModel
 from fastvideo.models.reward_model.utils import build_reward_models, compute_reward
 from fastvideo.utils.picture_measures import appearance
 
-import numpy as np
 import torch.distributed as dist
 from PIL import Image
 
 
-@dataclass(frozen=True)
-class Scores:
-    """Scores of the readable pictures of a manifest."""
-
-    # index, prompt, path (of the picture), style (of a benchmark), reward {model or component: float or None}, measures
-    entries: list[dict[str, Any]]
-    skipped: list[dict[str, str]]  # image, problem
-    models: dict[str, dict[str, Any]]  # reward model -> its components and checks, see `reward_schema`
-
-    @property
-    def successful(self) -> list[dict[str, Any]]:
-        """Pictures that all models scored."""
-        return [entry for entry in self.entries if all(entry["reward"][model] is not None for model in self.models)]
-
-
 def read_manifest(path: Path, field: str) -> list[dict[str, Any]]:
-    """The entries of a manifest with `path` (of the picture), `prompt` and `index` (the position where it has none).
+    """The entries of a manifest: index, prompt, path (of the picture), and the style of a benchmark's prompt.
 
-    Pictures are looked for relative to the manifest, then, as the reference writes them, to the working directory.
-    Raises ValueError, one line, for a file that is missing, malformed or empty, and for an index that comes twice.
+    Without an index an entry's position is its index. A path is relative to the manifest or, as in the reference's
+    manifests, to the working directory. Raises FlagError about the setting `field` for a file that is missing,
+    malformed or empty, and for an index that comes twice.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -168,7 +152,7 @@ def read_manifest(path: Path, field: str) -> list[dict[str, Any]]:
         if not isinstance(index, int):
             raise FlagError(field, path, f"entry {position} has the index {index!r}, not a whole number")
         places = [path.parent / keys["image"], Path(keys["image"])]
-        found_at = next(filter(os.path.isfile, places), places[0])  # unlike is_file() it raises for no path
+        found_at = next(filter(os.path.isfile, places), places[0])  # Path.is_file raises for some names
         entries.append({"index": index, "prompt": keys["prompt"], "path": found_at})
         if isinstance(keys.get("style"), str):
             entries[-1]["style"] = keys["style"]
@@ -184,7 +168,7 @@ def _open(path: Path) -> Image.Image | str:
             return image.convert("RGB")
     except FileNotFoundError:
         return "no such file"
-    # no picture, a truncated one, a broken PNG, one that unpacks to gigabytes
+    # no picture, a truncated file, a broken PNG, a file that unpacks to gigabytes
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         return f"not a readable picture: {error}"
 
@@ -212,7 +196,7 @@ class ScoreJournal(Journal[Batch, list[dict[str, Any]]]):
     """The results of batches, one per picture: {"reward": {name: score}, "measures": {name: value}} or {"problem"}."""
 
     def __init__(self, output: Path | None, settings: str, purpose: list[Any]) -> None:
-        """settings: text of all that decides a score, besides picture and prompt."""
+        """settings: text of all that decides a score, except picture and prompt. output, purpose: see `Journal`."""
         self.settings = settings
         super().__init__(output, purpose)
 
@@ -220,7 +204,7 @@ class ScoreJournal(Journal[Batch, list[dict[str, Any]]]):
         return digest([self.settings, batch.content], 64)
 
     def lasts(self, result: list[dict[str, Any]]) -> bool:
-        """A score that failed may succeed next time."""
+        """False for a batch with a failed score, which may succeed next time."""
         return all(math.isfinite(value) for found in result for value in found.get("reward", {}).values())
 
 
@@ -271,7 +255,7 @@ def score(
                 skipped[place] = {"image": str(path), "problem": found["problem"]}
                 print(f"skipped {path}: {found['problem']}")
             else:
-                reward = {name: _number(value) for name, value in found["reward"].items()}
+                reward = {name: finite(value) for name, value in found["reward"].items()}
                 scored[place] = {**entries[place], "reward": reward, "measures": dict(found["measures"])}
     for theirs, left_out in _gather((scored, skipped), here):
         scored |= theirs
@@ -283,7 +267,10 @@ def score(
 
 
 def _measure_diversity(entries: list[dict[str, Any]], models: dict[str, RewardModel], here: Processes) -> None:
-    """Adds it to the measures of pictures whose prompt has others. A CLIP is CLIPScore's, else another reward's."""
+    """Adds diversity to the measures of pictures whose prompt has other pictures too.
+
+    Features come from CLIPScore's CLIP or, without CLIPScore, from another reward's.
+    """
     choices = [models.get("CLIPScoreRewardModel"), *models.values()]
     clip = next((model for model in choices if isinstance(model, CLIPReward)), None)
     groups: dict[str, list[int]] = {}
@@ -300,149 +287,6 @@ def _measure_diversity(entries: list[dict[str, Any]], models: dict[str, RewardMo
             entries[place]["measures"] |= values
 
 
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _interval(values: Sequence[float], prompts: Sequence[str]) -> list[float] | None:
-    low, high = bootstrap_interval(values, prompts)
-    return [low, high] if math.isfinite(low) else None
-
-
-def _rows(entries: Sequence[dict[str, Any]], pairs: Sequence[tuple[dict, dict]] | None, where: str) -> dict[str, dict]:
-    """{name: statistics} of everything under `where`, "reward" or "measures", of the entries and, if given, pairs."""
-    rows = {}
-    for name in dict.fromkeys(name for entry in entries for name in entry[where]):
-        known = [entry for entry in entries if entry[where].get(name) is not None]
-        values, prompts = [entry[where][name] for entry in known], [entry["prompt"] for entry in known]
-        mean, error = mean_and_error(values, prompts)
-        row = {"n": len(known), "failed": sum(name in e[where] and e[where][name] is None for e in entries)}
-        row |= {"mean": _number(mean), "standard_error": _number(error), "interval": _interval(values, prompts)}
-        if pairs is not None:
-            both = [(a, b) for a, b in pairs if None not in (a[where].get(name), b[where].get(name))]
-            before = np.array([b[where][name] for _, b in both], dtype=np.float64)
-            change = np.array([a[where][name] for a, _ in both], dtype=np.float64) - before
-            prompts = [a["prompt"] for a, _ in both]
-            row |= {"pairs": len(both), "pair_prompts": len(set(prompts))}
-            for part, values in (("baseline", before), ("difference", change)):
-                mean, error = mean_and_error(values, prompts)
-                row |= {f"{part}_mean": _number(mean), f"{part}_standard_error": _number(error)}
-            row["baseline_deviation"] = float(before.std()) if both else None  # of the pictures, for `signs`
-            row["difference_interval"] = _interval(change, prompts)
-            row["win_rate"] = win_rate(change) if both else None
-        rows[name] = row
-    return rows
-
-
-def pair_up(entries: Sequence[dict], others: Sequence[dict]) -> list[tuple[dict, dict]]:
-    """Entries with those of the baseline of the same index.
-
-    Raises ValueError, one line, when two of a pair have different prompts, or there is no pair at all.
-    """
-    there = {entry["index"]: entry for entry in others}
-    pairs = [(entry, there[entry["index"]]) for entry in entries if entry["index"] in there]
-    for entry, other in pairs:
-        if entry["prompt"] != other["prompt"]:
-            raise FlagError(
-                "baseline_manifest",
-                None,
-                f"index {entry['index']} is {other['prompt']!r} there, {entry['prompt']!r} here; sample both with one "
-                "prompt file",
-            )
-    if not pairs:
-        raise FlagError("baseline_manifest", None, "no index in common with --manifest")
-    return pairs
-
-
-def summarize(scores: Scores, baseline: Scores | None = None, trained: Iterable[str] | None = None) -> dict[str, Any]:
-    """Means, standard errors clustered by prompt, bootstrap intervals over prompts, and counts.
-
-    With a baseline the paired differences (this - baseline) and the share of pairs won, a tie counting half; a pair is
-    a picture of each side with the same index. trained: names of the models that were trained on; the others are held
-    out. Checks come first. Raises ValueError when there is no pair at all.
-    """
-    pairs = pair_up(scores.entries, baseline.entries) if baseline else []
-
-    def of(style: str | None) -> dict[str, dict[str, dict]]:
-        chosen = [entry for entry in scores.entries if style in (None, entry.get("style"))]
-        both = [pair for pair in pairs if style in (None, pair[0].get("style"))] if baseline else None
-        models = _rows(chosen, both, "reward")
-        for name, known in score_names(list(models), scores.models).items():
-            models[name] |= {"kind": known.kind, "held_out": None if trained is None else known.model not in trained}
-        models = dict(sorted(models.items(), key=lambda item: item[1]["kind"] != "check"))
-        measures = _rows(chosen, both, "measures")
-        for row in measures.values():
-            row |= {"kind": "measure", "held_out": None}
-        return {"models": models, "measures": measures}
-
-    sides = [side for side in (scores, baseline) if side]
-    whole = of(None)
-    rows = whole["models"] | whole["measures"]
-    return {
-        "images": len(scores.entries) + len(scores.skipped),
-        "successful": len(scores.successful),
-        "prompts": len({entry["prompt"] for entry in scores.entries}),
-        "skipped": [skip for side in sides for skip in side.skipped],
-        **whole,
-        "signs": signs(rows),
-        "too_few_prompts_for_signs": [k for k, row in rows.items() if 0 < row.get("pair_prompts", 0) < MIN_PROMPTS],
-        "styles": {style: of(style) for style in dict.fromkeys(e["style"] for e in scores.entries if "style" in e)},
-    }
-
-
-def mean_lines(scores: Scores) -> str:
-    """The content of *_mean.txt: how many pictures all models scored, and each model's mean over these."""
-    lines = [f"Total Successful Samples: {len(scores.successful)}"]
-    for model in scores.models:
-        values = [entry["reward"][model] for entry in scores.successful]
-        lines.append(f"{model} Mean Reward: {float(np.mean(values)) if values else math.nan}")
-    return "\n".join(lines) + "\n"
-
-
-def csv_lines(summary: dict[str, Any]) -> str:
-    """The content of *.csv: a row a score, of all pictures and of each style; empty where there is no number."""
-    names = "kind held_out n failed mean standard_error interval pairs baseline_mean baseline_standard_error".split()
-    names += "difference_mean difference_standard_error difference_interval win_rate".split()
-    header = ["style", "score"]
-    for name in names:
-        header += [f"{name}_low", f"{name}_high"] if name.endswith("interval") else [name]
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    for style, part in {"all": summary, **summary["styles"]}.items():
-        for score_name, row in (part["models"] | part["measures"]).items():
-            cells = [style, score_name]
-            for name in names:
-                value = row.get(name)
-                cells += (value or [None, None]) if name.endswith("interval") else [value]
-            writer.writerow(cells)
-    return text.getvalue()
-
-
-def table(summary: dict[str, Any]) -> str:
-    """The summary for reading."""
-
-    def cell(row: dict[str, Any], name: str) -> str:
-        mean, error = row[f"{name}mean"], row[f"{name}standard_error"]
-        digits = {"measure": ".3g", "check": ".2f"}.get(row["kind"], ".4f")
-        return "-" if mean is None else f"{mean:{digits}}" + ("" if error is None else f" ± {error:{digits}}")
-
-    rows = [["score", "n", "failed", "mean ± s.e.", "baseline", "difference", "wins"]]
-    for style, part in {"": summary, **summary["styles"]}.items():
-        for key, row in (part["models"] | part["measures"]).items():
-            if style and row["kind"] not in ("reward", "check"):
-                continue  # the CSV has them
-            paired = ["", "", ""]
-            if "pairs" in row:
-                wins = "-" if row["win_rate"] is None else f"{row['win_rate']:.0%}"
-                paired = [cell(row, "baseline_"), cell(row, "difference_"), wins]
-            name = RIGHT if row["kind"] == "check" else key
-            label = f"{style} {name}".strip() + " (held out)" * bool(row["held_out"])
-            rows.append([label, str(row["n"]), str(row["failed"]), cell(row, ""), *paired])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
-
-
 def _entries(config: EvalConfig, path: str, field: str) -> list[dict[str, Any]]:
     if config.benchmark_prompts is None:
         return read_manifest(Path(path), field)
@@ -452,7 +296,7 @@ def _entries(config: EvalConfig, path: str, field: str) -> list[dict[str, Any]]:
 
 
 def _settings(config: EvalConfig) -> str:
-    """All flags that decide a score; of files their size and date too."""
+    """All flags that decide a score, as text; for a flag that names a file also the file's size and date."""
     values = {field.name: getattr(config, field.name) for field in fields(RewardConfig)}
     values |= {"reward_model": config.reward_model_type, "hacking_measures": config.hacking_measures}
     files = {value: os.stat(value) for value in values.values() if isinstance(value, str) and os.path.isfile(value)}
@@ -469,12 +313,12 @@ def _output(config: EvalConfig) -> Path | None:
 
 
 def evaluate(config: EvalConfig) -> dict[str, Any]:
-    """Scores what `config` names, writes the files and prints a table; returns the summary (see `summarize`).
+    """Scores the pictures that `config` names, writes the files and prints a table; returns the summary.
 
     Under torchrun the batches are dealt out to the processes, and rank 0 writes and prints.
 
-    Raises:
-        ValueError: one line, for bad flags, a malformed manifest, missing reward files, or not one readable picture.
+    Raises FlagError for settings that can't be used, a malformed manifest, missing reward files, and if no picture can
+    be read.
     """
     if config.manifest:
         entries = _entries(config, config.manifest, "manifest")

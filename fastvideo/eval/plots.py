@@ -1,4 +1,4 @@
-"""Figures of a training run over its iterations: for PNG files and, as SVG in the colours of the page, for HTML."""
+"""Figures of a training run over its iterations, as PNG files and as SVG in the colours of the report's page."""
 
 import html
 import io
@@ -25,8 +25,8 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from PIL import Image
 
-# Colours of the light theme. In the page's SVGs each becomes var(--name), so that curves follow the reader's theme; the
-# dark values stand in report_template.html. The series colours stay apart for colour-blind readers.
+# Colours of the light theme. In the page's SVGs each becomes var(--name), so that curves follow the reader's theme. The
+# dark theme stands in report_template.html. Colour-blind readers can tell the series' colours apart.
 INK, MUTED, GRID = "#1d232b", "#667080", "#e4e7ec"
 SERIES = ("#2563c9", "#c8590c", "#0e8a70", "#8a4fd0", "#b83268", "#7a6a1f")
 CSS_COLOURS = {"ink": INK, "muted": MUTED, "grid": GRID} | {f"s{i}": c for i, c in enumerate(SERIES)}
@@ -62,25 +62,35 @@ PHASES = ("rollout", "decode", "reward", "train")
 
 @dataclass
 class Panel:
-    """One axes. series: label -> values, one a step of the plot; kind: line, stack (of areas) or window (of lists)."""
+    """One axes of a figure.
+
+    Attributes:
+        series: label -> values, one per step of the plot.
+        kind: line; stack, of areas; or window, whose values are lists of denoising steps.
+        spread: label -> half the width of a band around the line.
+        points: the values lie far apart; each gets a marker.
+        limit: label and value of a dashed line.
+        top: the upper end of a window's axis is at least this.
+        colour: index in SERIES of the first line.
+    """
 
     title: str
     series: dict[str, Sequence[Any]]
     kind: str = "line"
-    spread: dict[str, np.ndarray] = field(default_factory=dict)  # label -> half the width of a band around its line
+    spread: dict[str, np.ndarray] = field(default_factory=dict)
     smooth: bool = True
-    points: bool = False  # values here and there, each with a marker
+    points: bool = False
     log: bool = False
-    limit: tuple[str, float] | None = None  # a dashed line: label, value
-    top: float = 0  # the least upper end of the axis of a window
+    limit: tuple[str, float] | None = None
+    top: float = 0
     colour: int = 0
 
 
 @dataclass
 class Plot:
-    """A figure of stacked panels over the iterations: {name}.png, and an SVG in the page.
+    """A figure of panels above each other over the iterations: {name}.png, and an SVG in the page.
 
-    steps: [n], the x axis of every panel. runs: names of the compared ones, whose lines have one colour in all panels.
+    steps: [n], the x axis of every panel. runs: names of compared runs; a run has the same colour in all panels.
     """
 
     name: str
@@ -92,23 +102,23 @@ class Plot:
 
 
 def column(rows: list[dict], key: str) -> np.ndarray:
-    """Values of one key, float64 [rows]; NaN where it is missing or not a finite number."""
+    """Values of one key, float64 [rows]; NaN for a value that is missing or not a finite number."""
     values = [row.get(key) for row in rows]
     return np.array([float(v) if isinstance(v, int | float) and math.isfinite(v) else math.nan for v in values])
 
 
 def step_numbers(rows: list[dict]) -> np.ndarray:
-    """The iteration of every row, float64 [rows]."""
+    """The iteration of each row, float64 [rows]."""
     return np.array([float(row.get("step", i)) for i, row in enumerate(rows, 1)])
 
 
 def smoothing_width(n: int) -> int:
-    """Iterations in the moving mean: a tenth of the run, odd."""
+    """Number of iterations in a moving mean: a tenth of the run, odd."""
     return max(1, n // 10) | 1
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
-    """Centred moving mean over `smoothing_width`, shorter at both ends; NaNs are left out."""
+    """Centred moving mean over `smoothing_width` values, fewer at both ends; NaNs are left out."""
     window, known = np.ones(smoothing_width(len(values))), np.isfinite(values)
     count = np.convolve(known, window, "same")
     total = np.convolve(np.where(known, values, 0.0), window, "same")
@@ -116,14 +126,14 @@ def smoothed(values: np.ndarray) -> np.ndarray:
 
 
 def first_last(values: np.ndarray) -> tuple[float, float, int]:
-    """(mean of the first k known values, of the last k, k) with k a tenth of the run."""
+    """(mean of the first k known values, mean of the last k, k), where k is a tenth of the run."""
     known = values[np.isfinite(values)]
     k = max(1, len(known) // 10)
     return (known[:k].mean(), known[-k:].mean(), k) if len(known) else (math.nan, math.nan, 0)
 
 
 def evaluation_measure(settings: dict) -> str:
-    """The reward that decides a run's best checkpoint."""
+    """The name of the reward that decides a run's best checkpoint."""
     return str(settings.get("eval_reward") or settings.get("reward_model") or "–")
 
 
@@ -182,22 +192,22 @@ def plan_plots(rows: list[dict], settings: dict, schema: Mapping[str, Any] | Non
     mean = f" Thin: each iteration; thick: mean over {width} iterations." if width > 1 else ""
     planned = settings.get("sampling_steps")
     plots = [
-        Plot("right", RIGHT.capitalize(), "Share of the pictures that are right in everything, never trained on.",
+        Plot("right", RIGHT.capitalize(), "Share of pictures that are right in everything; nothing trains on it.",
              [Panel("training pictures", of_training),
               Panel("evaluation", of_evaluation, smooth=False, points=True, colour=1)]),
         Plot("evaluation", "Evaluation", "Fixed prompts with fixed seeds, sampled without noise.",
              measured),
         Plot("reward", "Reward", "Weighted total on the training prompts." + mean
-             + " Band: standard deviation of the pictures of all ranks, over the root of their number.",
+             + " Band: standard error over the pictures of all processes.",
              [Panel("weighted total", some("reward"), spread={"reward": error}),
               Panel("standard deviation", some("reward_std"), colour=3)]),
         Plot("components", "What the reward is made of", "Each on its own scale, unweighted.", rewards),
         Plot("hacking", "Signs of reward hacking", "What the training pictures look like. Glaring colours, hard edges, "
-             "fine texture and one picture over and over please a reward, not people." + mean,
+             "fine texture and one picture again and again please a reward, not people." + mean,
              [Panel(k.removeprefix("hacking_").replace("_", " "), {k: v}, colour=i) for i, (k, v) in enumerate(looks)]),
         Plot("granular_weights", "Granular weights", "Weight of each component in the reward; they sum to 1.",
              [Panel("weight", weights, smooth=False)]),
-        Plot("ratio", "Policy ratio and clipping", "How far new and old policy part, and the share of clipped terms.",
+        Plot("ratio", "Policy ratio and clipping", "How far new and old policy differ, and the share of clipped terms.",
              [Panel("max |ratio − 1|", deviation, log=log, limit=clip if log else None),
               Panel("mean ratio − 1", {k: v - 1 for k, v in some("ratio_mean").items()}, colour=4),
               Panel("clip fraction", some("clip_frac"), colour=1)]),
@@ -207,7 +217,7 @@ def plan_plots(rows: list[dict], settings: dict, schema: Mapping[str, Any] | Non
         Plot("window", "Trained denoising steps", "Step 0 is pure noise; the filled steps are stochastic and trained.",
              [Panel("denoising step", {"window": windows} if any(windows) else {}, kind="window",
                     top=planned if isinstance(planned, int) else 0)]),
-        Plot("seconds", "Time an iteration", "Wall-clock seconds of an iteration by phase.",
+        Plot("seconds", "Time per iteration", "Wall-clock seconds per iteration, by phase.",
              [Panel("seconds", phases, kind="stack"),
               Panel("evaluation", some("seconds_evaluation"), smooth=False, points=True, colour=4)]),
     ]  # fmt: skip
@@ -218,9 +228,10 @@ def plan_plots(rows: list[dict], settings: dict, schema: Mapping[str, Any] | Non
 
 
 def compare_plots(groups: dict[str, list[list[Plot]]]) -> list[Plot]:
-    """The plots of several runs in one: a line a group, the mean over its runs, and their standard deviation as a band.
+    """Merges the plots of several runs: one line per group, the mean of its runs, with their standard deviation as a
+    band.
 
-    groups: name -> the plots of each run in it, which differ in nothing but seeds.
+    groups: name -> the plots of each run. The runs of a group differ in nothing but seeds.
     """
     plots = [plot for runs in groups.values() for run in runs for plot in run]
     names = dict.fromkeys(plot.name for plot in plots)
@@ -235,7 +246,7 @@ def _compared(plots: list[Plot], groups: dict[str, list[list[Plot]]]) -> Plot:
         for plot in (plot for run in runs for plot in run if plot.name == plots[0].name):
             places = np.searchsorted(steps, plot.steps)
             for panel in plot.panels:
-                if panel.kind == "window":  # of the first run: a mean of windows is none
+                if panel.kind == "window":  # windows have no mean: the first run's are shown
                     windows = [[]] * len(steps)
                     for place, window in zip(places, panel.series["window"], strict=True):
                         windows[place] = window
@@ -258,6 +269,7 @@ def _compared(plots: list[Plot], groups: dict[str, list[list[Plot]]]) -> Plot:
 
 
 def draw(plot: Plot) -> Figure:
+    """The figure of a plot."""
     n, steps, names = len(plot.panels), plot.steps, [run[:60] for run in plot.runs]
     height = (2.7 if n == 1 else 0.6 + 1.35 * n) + 0.2 * len(names)
     figure = Figure(figsize=(4.7, height), layout="constrained")
@@ -294,11 +306,12 @@ def draw(plot: Plot) -> Figure:
 
 
 def line_style(i: int) -> dict[str, Any]:
-    """Of the i-th line: colours that stay apart, then the same ones dashed."""
+    """Colour and dashes of the i-th line: the colours of SERIES, then the same colours dashed."""
     return {"color": SERIES[i % len(SERIES)], "ls": ("-", (0, (4, 1.5)), ":")[i // len(SERIES) % 3]}
 
 
 def draw_lines(ax: Axes, steps: np.ndarray, panel: Panel, runs: Sequence[str] = ()) -> None:
+    """Draws a panel of lines, with bands, markers and the limit. runs: see `Plot`."""
     for i, (name, values) in enumerate(panel.series.items()):
         style = line_style(runs.index(name) if runs else panel.colour + i)
         label = name if len(panel.series) > 1 and not runs else None
@@ -324,7 +337,7 @@ def draw_lines(ax: Axes, steps: np.ndarray, panel: Panel, runs: Sequence[str] = 
 
 
 def draw_windows(ax: Axes, edges: np.ndarray, panel: Panel) -> None:
-    """A filled cell for each trained step of each iteration; equal neighbours become one rectangle."""
+    """Draws a filled cell for each trained step of each iteration. Equal neighbours become one rectangle."""
     start, windows, colour = 0, panel.series["window"], SERIES[panel.colour % len(SERIES)]
     for i in range(1, len(windows) + 1):
         if i < len(windows) and windows[i] == windows[start]:
@@ -338,7 +351,7 @@ def draw_windows(ax: Axes, edges: np.ndarray, panel: Panel) -> None:
 
 
 def describe(plot: Plot) -> str:
-    """Text for those who can't see the curves."""
+    """The plot as a sentence, for readers who can't see curves."""
     parts = []
     for panel in plot.panels:
         for label, values in panel.series.items():
@@ -354,7 +367,7 @@ def describe(plot: Plot) -> str:
 
 
 def inline_svg(figure: Figure, alt: str, name: str) -> str:
-    """The figure as SVG for the page: themed by CSS variables, ids unique in the page, no references outside."""
+    """The figure as SVG for the page: colours are CSS variables, ids are unique in the page, nothing is loaded."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True)
     svg = buffer.getvalue()
@@ -369,18 +382,18 @@ def inline_svg(figure: Figure, alt: str, name: str) -> str:
 
 
 def read_picture(path: Path) -> Image.Image | None:
-    """The picture in RGB, None where there is none to be read."""
+    """The picture in RGB; None where no picture can be read."""
     try:
         with Image.open(path) as file:
             return file.convert("RGB")
-    # missing, truncated, no picture; a PNG with a broken chunk; one that unpacks to gigabytes
+    # missing, truncated, no picture, a PNG with a broken chunk, a file that unpacks to gigabytes
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return None
 
 
 @dataclass
 class Column:
-    """A prompt's pictures before and after. wrong: which ones aren't right in everything; None: there is no check."""
+    """A prompt's pictures before and after. wrong: whether each isn't right in everything; None: there is no check."""
 
     prompt: str
     images: tuple[Path, Path]
@@ -388,11 +401,11 @@ class Column:
 
 
 def draw_pairs(path: Path, columns: Sequence[Column], labels: tuple[str, str], across: int = 6) -> None:
-    """A PNG of the pictures in the columns' order, `across` in a row: before above, after below, then the prompt.
+    """Writes a PNG of the pictures in the columns' order, `across` per row: before above, after below, then the prompt.
 
     Wrong pictures have a frame and a cross. A picture that can't be read leaves a blank cell.
     """
-    side, gap, left, top, line = 192, 16, 44, 52, 19  # pixels; 192 is a whole number of times 32 and 64
+    side, gap, left, top, line = 192, 16, 44, 52, 19  # pixels; 192 is a multiple of 32 and 64
     pitch = side + gap
     captions = [_caption(column.prompt) for column in columns]
     rows = range(0, len(columns), across)
@@ -429,7 +442,7 @@ def draw_pairs(path: Path, columns: Sequence[Column], labels: tuple[str, str], a
 
 
 def _text(text: str) -> str:
-    """Without what no font can draw."""
+    """The text without characters that no font can draw."""
     return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
 
 
@@ -439,11 +452,12 @@ def _caption(prompt: str) -> list[str]:
 
 
 def _draw_cell(ax: Axes, image: Image.Image | None, x: float, y: float, side: int, wrong: bool) -> None:
+    """Draws a picture, or a blank cell, into the square at (x, y) with this side."""
     if image is None:
         ax.add_patch(Rectangle((x, y), side, side, facecolor="none", edgecolor=GRID, lw=0.8, ls=(0, (4, 3))))
         ax.text(x + side / 2, y + side / 2, "no picture", va="center", ha="center", color=MUTED, fontsize=10.5)
         return
-    pixels = max(image.size) <= side / 2  # of a small picture the pixels stay visible
+    pixels = max(image.size) <= side / 2  # a small picture keeps its pixels visible
     scale = side / max(image.size)
     wide, high = (max(1, round(length * scale)) for length in image.size)
     image = image.resize((wide, high), Image.Resampling.NEAREST if pixels else Image.Resampling.LANCZOS)
@@ -456,9 +470,9 @@ def _draw_cell(ax: Axes, image: Image.Image | None, x: float, y: float, side: in
 
 
 def _mark(ax: Axes, x: float, y: float, wide: float, high: float) -> None:
-    """A frame around a picture, and a cross in its corner for those who don't see red."""
+    """Draws a frame around a picture, and a cross in its corner for readers who don't see red."""
     badge = 24
-    frame = {"facecolor": "none", "edgecolor": WRONG, "lw": 4.4}  # 6 pixels, of which the picture loses one
+    frame = {"facecolor": "none", "edgecolor": WRONG, "lw": 4.4}  # 6 pixels, one of them on the picture
     ax.add_patch(Rectangle((x - 2, y - 2), wide + 4, high + 4, **frame))
     corner = x + wide - badge
     ax.add_patch(Rectangle((corner, y), badge, badge, facecolor=WRONG, edgecolor="white", lw=1.2))
@@ -467,10 +481,10 @@ def _mark(ax: Axes, x: float, y: float, wide: float, high: float) -> None:
 
 
 def draw_schedules(path: str | Path) -> None:
-    """The granular schedules for the docs: how far a weight has moved from start to end, by progress of training."""
+    """Draws the granular schedules for the docs: how far a weight has moved from start to end, by training progress."""
 
     class Moved(GranularRewardModel):
-        component_names = ("start", "end")  # weights (1, 0) -> (0, 1): the second one is the share of the way
+        component_names = ("start", "end")  # weights (1, 0) -> (0, 1): the second weight is the share of the way
 
         def score_components(self, images: list, prompts: list[str]) -> dict:
             return {}  # nothing is scored here

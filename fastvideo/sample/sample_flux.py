@@ -1,21 +1,20 @@
-"""Prompts to pictures with the base model, a tuned one, or both in turn, through diffusers' own FluxPipeline.
+"""Draws pictures of prompts with the base model, a tuned model, or both in turn, through diffusers' FluxPipeline.
 
     python -m fastvideo.sample.sample_flux --pretrained_model_name_or_path black-forest-labs/FLUX.1-dev \\
         --model_path outputs/mixgrpo/checkpoint-300-0 --prompts_file data/prompts.txt --output_dir outputs/tuned
     torchrun --nproc_per_node 8 -m fastvideo.sample.sample_flux ...      (same flags)
 
 Hybrid inference (MixGRPO, arXiv 2507.21802): the tuned transformer takes the first `--mix_sampling_steps` of
-`--total_sampling_steps`, or the share `--mix_fraction` of them, and the base model the rest, which undoes some of what
-was learned only to please the reward. Several shares (`--mix_fraction 0.2,0.5,0.8`) load the models once; each has a
-folder mix_{steps}_{total}/ of its own, and sweep.json lists their manifests.
+`--total_sampling_steps`, or the share `--mix_fraction` of all steps, and the base model takes the rest. The base model
+undoes some of what was learned only to please the reward. Several shares (`--mix_fraction 0.2,0.5,0.8`) load the models
+once. Each share has its own folder mix_{steps}_{total}/, and sweep.json lists the manifests.
 
 A picture's noise depends on `--seed`, the prompt's place in the file and the picture's number, not on processes or
-batches. A restart keeps the pictures that are there: each carries its prompt, seed and a hash of the settings. The
-folder's sampling.json says what those were; other settings, and other prompts for pictures of the same names, are
-refused. Prompts may be added: then sampling.1.json, ... name the further pictures. Several runs may work on one folder
-at once. The manifest, a JSON list of {"image", "prompt", "seed", "index"} with `image` relative to it, is written when
-all pictures are there.
-docs/evaluation.md has more.
+batches. A restart keeps the pictures that are there: each file carries its prompt, its seed and a hash of the settings,
+and sampling.json in the folder holds the settings. Other settings in the same folder are refused, and other prompts for
+pictures of the same names. Prompts may be added: then sampling.1.json, ... name the new pictures. Several runs may work
+on one folder at once. The manifest is written when all pictures are there: a JSON list of {"image", "prompt", "seed",
+"index"}, with the path `image` relative to the manifest. docs/evaluation.md has more.
 """
 
 import io
@@ -113,10 +112,11 @@ class SampleConfig:
 
     @property
     def is_sweep(self) -> bool:
+        """Whether several shares are sampled, each in its own folder."""
         return len(self.mix_fraction) > 1
 
     def runs(self) -> list["SampleConfig"]:
-        """One configuration for every share of `--mix_fraction`, in the folder that a sweep gives it, or only this."""
+        """One configuration per share of `--mix_fraction`, each with the folder that it has in a sweep."""
         found = []
         for steps in self._mix_steps():
             places = {}
@@ -131,14 +131,14 @@ class SampleConfig:
 
     @property
     def tuned_steps(self) -> int:
-        """How many of the first steps the tuned transformer takes, in a configuration of `runs`."""
+        """Number of steps, from the first on, that the tuned transformer takes. For configurations of `runs`."""
         if self.baseline or self.model_path is None:
             return 0
         return self.total_sampling_steps if self.mix_sampling_steps is None else self.mix_sampling_steps
 
     @property
     def manifest(self) -> Path:
-        """What the run writes last; of a sweep, the list of its manifests."""
+        """The file that is written last: the manifest, or for a sweep the list of its manifests."""
         default = Path(self.output_dir) / ("sweep.json" if self.is_sweep else "manifest.json")
         return Path(self.output_json) if self.output_json else default
 
@@ -182,13 +182,16 @@ class Picture:
 
     path: Path
     prompt: str
-    seed: int  # of its own generator: torch.Generator("cpu").manual_seed(seed) reproduces it in a FluxPipeline
+    seed: int  # torch.Generator("cpu").manual_seed(seed) gives the same picture in a FluxPipeline
     index: int  # in the manifest
-    style: str | None = None  # of the benchmark
+    style: str | None = None  # if the prompt is from the HPSv2 benchmark
 
 
 def read_prompt_list(path: str) -> list[tuple[str, str | None]]:
-    """(prompt, style) of a text file, style None, or of a folder of benchmark prompts. Raises ValueError, one line."""
+    """(prompt, style) for all prompts of a text file, where the style is None, or of a folder of benchmark prompts.
+
+    Raises FlagError for a file or folder without prompts.
+    """
     if Path(path).is_dir():
         styles = read_benchmark(Path(path), "prompts_file")
         return [(prompt, style) for style, prompts in styles.items() for prompt in prompts]
@@ -196,12 +199,12 @@ def read_prompt_list(path: str) -> list[tuple[str, str | None]]:
 
 
 def plan_pictures(config: SampleConfig, prompts: Sequence[tuple[str, str | None]]) -> list[Picture]:
-    """All pictures of a run, in the manifest's order. Their seeds are hashed: no two values of --seed share noise."""
+    """All pictures of a run, in the manifest's order. Seeds are hashed, so that different --seed share no noise."""
     found, before = [], {}
     for place, (prompt, style) in enumerate(prompts):
         number_in_style = before[style] = before.get(style, -1) + 1
         for number in range(config.images_per_prompt):
-            # The benchmark has one picture a prompt, and no number in its name.
+            # The benchmark has one picture per prompt, and no number in its name.
             name = f"{number_in_style:05d}" + (f"_{number}" if style is None or config.images_per_prompt > 1 else "")
             path = Path(config.output_dir) / (style or "") / f"{name}.{config.image_format}"
             seed = int(np.random.SeedSequence([config.seed, place, number]).generate_state(1)[0])
@@ -210,9 +213,10 @@ def plan_pictures(config: SampleConfig, prompts: Sequence[tuple[str, str | None]
 
 
 class Pictures(Store[Picture, Image.Image]):
-    """The files of pictures. Each says what it was made of: its prompt, its seed and the hash of the settings."""
+    """The pictures' files. Each file says what it was made of: prompt, seed and the hash of the settings."""
 
     def __init__(self, settings_hash: str) -> None:
+        """settings_hash: see `Claims.claim`."""
         self.settings_hash = settings_hash
 
     def record(self, picture: Picture) -> dict[str, str]:
@@ -254,7 +258,7 @@ def claim_folder(
 
 
 def _weight_file(model_path: str) -> Path | None:
-    """The file of a model that comes without a config.json, and so has the base model's architecture."""
+    """The weights of a model without config.json, whose architecture is the base model's; None for other models."""
     path = Path(model_path)
     if path.is_file():
         return path
@@ -263,16 +267,16 @@ def _weight_file(model_path: str) -> Path | None:
 
 
 def _lora_folder(model_path: str) -> str | None:
-    """The folder of LoRA adapters that the path means, if it does; it may name their file."""
+    """The folder of LoRA adapters, if the path is that folder or the file in it; else None."""
     path = Path(model_path)
     folder = path.parent if path.name == LORA_FILE else path
     return str(folder) if is_lora(folder) else None
 
 
 def load_tuned(base: str, model_path: str, dtype: torch.dtype) -> FluxTransformer2DModel:
-    """The transformer that `--model_path` means; adapters are switched on in the transformer of the pipeline `base`.
+    """The transformer that `--model_path` names. LoRA adapters are put into the transformer of the pipeline `base`.
 
-    Raises ValueError, one line, for a model that isn't there or doesn't fit the base model.
+    Raises FlagError for a model that isn't there or doesn't fit the base model.
     """
     folder, file = _lora_folder(model_path), _weight_file(model_path)
     try:
@@ -284,20 +288,20 @@ def load_tuned(base: str, model_path: str, dtype: torch.dtype) -> FluxTransforme
             transformer.load_state_dict(weights, assign=True)
             return transformer
         return load_transformer(model_path, dtype, field="model_path")
-    except (RuntimeError, SafetensorError) as error:  # torch's and peft's, of other names or shapes
+    except (RuntimeError, SafetensorError) as error:  # from torch and peft: other names or shapes
         problem = f"doesn't fit --pretrained_model_name_or_path {base}: {' '.join(str(error).split())[:300]}"
         raise FlagError("model_path", model_path, problem) from error
 
 
 class HybridPipeline:
-    """The base pipeline, whose transformer is the tuned one for the first steps of every call."""
+    """The base pipeline. In the first steps of every call the tuned transformer takes the base transformer's place."""
 
     def __init__(
         self, config: SampleConfig, tuned_steps: Sequence[int], vae: AutoencoderKL, device: str, dtype: torch.dtype
     ) -> None:
-        """Loads what calls with these `tuned_steps` need besides the VAE: with LoRA adapters always one transformer.
+        """Loads what calls with these `tuned_steps` need besides the VAE. With LoRA adapters one transformer is enough.
 
-        Raises ValueError, one line, for a model that isn't there.
+        Raises FlagError for a model that isn't there.
         """
         base = config.pretrained_model_name_or_path
         self.config = config
@@ -315,7 +319,7 @@ class HybridPipeline:
                 self.pipe.scheduler.config, shift=config.shift, use_dynamic_shifting=False
             )
         self.first, self.base_hook = first, None
-        second = self.base if self.base is not first else None  # which the pipeline doesn't know
+        second = self.base if self.base is not first else None  # the pipeline doesn't know this one
         if config.cpu_offload == "none":
             self.pipe.to(device)
             if second:
@@ -323,7 +327,7 @@ class HybridPipeline:
         elif config.cpu_offload == "model":
             self.pipe.enable_model_cpu_offload(device=device)
             if second:
-                # At share 0 it runs right after the text encoders, the last of which the pipeline leaves there.
+                # At share 0 it runs right after the text encoders, and the pipeline leaves the last encoder on the GPU.
                 encoder = UserCpuOffloadHook(self.pipe.text_encoder_2, CpuOffload(device))
                 _, self.base_hook = cpu_offload_with_hook(second, device, prev_module_hook=encoder)
         else:
@@ -334,13 +338,13 @@ class HybridPipeline:
                 transformer.compile_repeated_blocks()
 
     def _use(self, transformer: FluxTransformer2DModel, tuned: bool) -> None:
-        """The transformer of the next steps; adapters are switched rather than models."""
+        """Chooses the transformer of the next steps. Adapters are switched on or off; then the model stays."""
         self.pipe.transformer = transformer
         if self.lora:
             (transformer.enable_adapters if tuned else transformer.disable_adapters)()
 
     def __call__(self, pictures: Sequence[Picture], tuned_steps: int) -> list[Image.Image]:
-        """Samples a batch; every picture from its own CPU generator, so that its noise doesn't depend on the others."""
+        """Samples a batch. Each picture has its own CPU generator, so its noise doesn't depend on other pictures."""
         config = self.config
 
         def after_step(pipe: FluxPipeline, step: int, _timestep: torch.Tensor, tensors: dict) -> dict:
@@ -375,7 +379,7 @@ def _tuned_fingerprint(model_path: str) -> str | None:
 
 
 def _settings(config: SampleConfig, dtype: str) -> dict[str, object] | None:
-    """All that decides what a picture looks like, besides its prompt and seed. None while a model isn't on disk."""
+    """All that decides what a picture looks like, except its prompt and seed. None while a model isn't on disk."""
     base = model_fingerprint(config.pretrained_model_name_or_path, PIPELINE_FOLDERS)
     tuned = _tuned_fingerprint(config.model_path) if config.tuned_steps else "none"
     if base is None or tuned is None:
@@ -427,12 +431,11 @@ def _sample_run(
 
 
 def sample(config: SampleConfig) -> Path:
-    """Makes all pictures of `config` that aren't there yet; returns the path of the manifest, or of sweep.json.
+    """Makes the missing pictures of `config`; returns the path of the manifest, or of sweep.json.
 
     Under torchrun the batches are dealt out to the processes, and rank 0 writes the manifest.
 
-    Raises:
-        ValueError: one line, for missing models or prompts, an impossible size, or a folder with other pictures.
+    Raises FlagError for missing models or prompts, an impossible size, or a folder with other pictures.
     """
     prompts = read_prompt_list(config.prompts_file)
     runs = config.runs()
@@ -446,7 +449,7 @@ def sample(config: SampleConfig) -> Path:
             return HybridPipeline(config, [run.tuned_steps for run in runs], vae, here.device, torch_dtype(dtype))
 
         settings = [_settings(run, dtype) for run in runs]
-        if None in settings:  # a hub id for the first time, or a wrong path, of which loading complains
+        if None in settings:  # a hub id that is new here, or a wrong path: loading tells
             load()
             settings = [_settings(run, dtype) for run in runs]
         if None in settings:
