@@ -1,4 +1,4 @@
-"""A headless chromium that a test drives by keys: the DevTools protocol through two pipes, without further packages."""
+"""A headless chromium that tests drive by keys, over the DevTools protocol through two pipes."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def browser_command(profile: Path) -> list[str]:
 
 
 class Browser:
-    """One page, as wide as a phone, without a network unless `online`. `requests`: the addresses that it asked for."""
+    """One page, as wide as a phone, without a network unless `online`. requests: the addresses that the page opened."""
 
     def __init__(self, profile: Path, online: bool = False) -> None:
         (theirs, self._to), (self._from, writing) = os.pipe(), os.pipe()
@@ -80,7 +80,7 @@ class Browser:
         return answer["result"].get("value")
 
     def press(self, key: str) -> None:
-        """Down and up, as from a keyboard."""
+        """Presses and releases a key."""
         text = {"Enter": "\r", "+": "+"}.get(key)
         common = {"key": key, "windowsVirtualKeyCode": KEYS[key]} | ({"code": key} if len(key) > 1 else {})
         self._call("Input.dispatchKeyEvent", type="keyDown", **common, **({"text": text} if text else {}))
@@ -94,7 +94,7 @@ class Browser:
         raise AssertionError(f"{key} pressed {most} times, and not {condition}")
 
     def wait(self, condition: str) -> None:
-        """Until what happens after an event has happened."""
+        """Waits until the page has handled an event."""
         end = time.monotonic() + TIME_LIMIT
         while time.monotonic() < end:
             if self.evaluate(condition):

@@ -1,4 +1,4 @@
-"""What tests of the trainer share: the tiny pipeline, embedded prompts, and `train`, a run through the command line."""
+"""Fixtures for tests of the trainer: the tiny pipeline, embedded prompts, and `train`, which calls the command line."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the hub's client is imported; nothing here asks a hub
-# What is compiled is compiled once, for all tests of this run and of later runs.
+# Compiled code is cached for all tests of this run and of later runs.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).parents[1] / ".cache/torchinductor"))
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(__file__).parents[1] / ".cache/torch_extensions"))
 
@@ -57,7 +57,7 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Sorts the tests, those that take longest first: no process is left alone with one of them at the end."""
+    """Sorts the tests, longest first, so that no process runs a long test alone at the end."""
 
     def minutes(item: pytest.Item) -> float:
         marker = item.get_closest_marker("slow")
@@ -68,7 +68,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
-    """Deletes what a test has left in tmp_path if it passed: a run of all would leave 11 GB."""
+    """Deletes the tmp_path of a passed test. All tests together would leave 11 GB."""
     report = (yield).get_result()
     if report.when == "call" and report.passed:
         item.stash[PASSED] = True
@@ -84,7 +84,7 @@ def forget_accelerator() -> None:
 
 @pytest.fixture(autouse=True)
 def reset_accelerate():
-    """A test starts without any, and with one thread, whatever tests before it did: two round differently."""
+    """Each test starts without an Accelerator and with one thread, because two threads round differently."""
     forget_accelerator()
     torch.set_num_threads(1)
     yield
@@ -93,7 +93,7 @@ def reset_accelerate():
 
 @pytest.fixture(scope="session")
 def tiny_flux() -> str:
-    """The shipped pipeline. Its weights may change: no test may depend on what it draws."""
+    """The shipped pipeline. Its weights may change, so no test may depend on its pictures."""
     return str(TINY)
 
 
@@ -128,7 +128,7 @@ def embedded_prompts(tmp_path_factory, tiny_flux, prompts_file) -> Path:
 
 @dataclass
 class Run:
-    """What a training run left on disk."""
+    """The files of a training run."""
 
     folder: Path
 
@@ -137,13 +137,13 @@ class Run:
         return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
 
     def numbers(self) -> list[dict[str, Any]]:
-        """The metrics that must be the same in a repeated run: all but seconds and what is divided by them."""
+        """The metrics that must be equal in a repeated run: all except seconds and rates."""
         timed = ("seconds_", "tflops_", "peak_share_")
         return [{k: v for k, v in line.items() if not k.startswith(timed)} for line in self.metrics]
 
     @property
     def checkpoints(self) -> list[Path]:
-        """By iteration; the last one is the last written."""
+        """Checkpoint folders, sorted by iteration."""
         found = self.folder.glob("checkpoint-*")
         return sorted(found, key=lambda path: int(re.fullmatch(r"checkpoint-(\d+)-\d+", path.name)[1]))
 
@@ -151,7 +151,7 @@ class Run:
         return load_file(self.checkpoints[which] / part / "diffusion_pytorch_model.safetensors")
 
     def gradient(self, which: int = -1) -> torch.Tensor:
-        """AdamW's running mean of the gradients, flat: what all optimizer steps up to there computed, in one vector."""
+        """AdamW's running mean of the gradients, flat. One vector that depends on all optimizer steps so far."""
         whole = self.checkpoints[which].with_suffix(".optimizer")
         dcp_to_torch_save(self.checkpoints[which] / "optimizer", whole)
         moments = torch.load(whole, weights_only=True)["optimizer"]
@@ -174,7 +174,7 @@ def base_weights(model: str) -> dict[str, torch.Tensor]:
 
 
 def assert_same_update(a: Run, b: Run, rounding: float = ROUNDING) -> None:
-    """Equal to float32 rounding: what was sampled, scored and learnt."""
+    """Asserts that samples, scores and updates of two runs are equal up to float32 rounding."""
     assert relative_difference(a.gradient(), b.gradient()) < rounding
     for one, other in zip(a.numbers(), b.numbers(), strict=True):
         for name in ("reward", "grad_norm", "nfe", "images", "optimizer_steps", "lr", "window", "zero_spread_groups"):
@@ -188,16 +188,16 @@ def torchrun(
     processes: int = 2,
     file_limit: int | None = None,
 ) -> subprocess.CompletedProcess:
-    """What `torchrun --nproc_per_node PROCESSES SCRIPT ARGUMENTS` does, in forked processes: see forked.py.
+    """Does the same as `torchrun --nproc_per_node PROCESSES SCRIPT ARGUMENTS`, in forked processes (see forked.py).
 
-    file_limit: bytes beyond which the operating system refuses to write a file.
+    file_limit: size in bytes above which the operating system refuses to write a file.
     """
     return run_together(script, argv, environment, processes, TIME_LIMIT, file_limit)
 
 
 @pytest.fixture(scope="session")
 def small_flags(tiny_flux, embedded_prompts) -> Callable[..., list[str]]:
-    """small_flags(output_dir=folder, name=value, ...) -> command line of a small fast run.
+    """small_flags(output_dir=folder, name=value, ...) -> the command line of a small, fast run.
 
     True and False become `--name` and `--no_name`.
     """
@@ -257,7 +257,7 @@ def train(flags, tmp_path) -> Callable[..., Run]:
 
 @pytest.fixture
 def velocity_calls(monkeypatch) -> Callable[[Callable], None]:
-    """velocity_calls(change): from now on each predicted velocity is change(velocity, whether in the rollout)."""
+    """velocity_calls(change): replaces each predicted velocity by change(velocity, in_rollout)."""
     sampling, sample, predict = [], train_grpo_flux.rollout, train_grpo_flux.predict_velocity
 
     def rollout(*args):
@@ -276,13 +276,13 @@ def velocity_calls(monkeypatch) -> Callable[[Callable], None]:
 
 @pytest.fixture
 def run_at(tmp_path) -> Callable[[str], Run]:
-    """run_at(folder under tmp_path) -> the Run there, also of one that ended early."""
+    """run_at(folder under tmp_path) -> the Run in the folder, which may have ended early."""
     return lambda name: Run(tmp_path / name)
 
 
 @pytest.fixture
 def subprocess_environment() -> dict[str, str]:
-    """Of a child process that trains: one thread, no network, custom rewards of the tests importable."""
+    """Environment of a child process that trains: one thread, no network, the tests' custom rewards importable."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
 

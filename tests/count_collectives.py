@@ -1,5 +1,5 @@
-"""Trains like train_grpo_flux.py, once for each list of flags in the JSON file that is argument 1. The first process
-writes how often each collective ran, a count for each run, into argument 2.
+"""Trains like train_grpo_flux.py, once per list of flags in the JSON file that is argument 1. The first process writes
+the number of calls of each collective, per run, to the file that is argument 2.
 """
 
 import json
@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Collectives(TorchDispatchMode):
-    """Counts what is handed to torch.distributed."""
+    """Counts the calls of torch.distributed."""
 
     def __init__(self) -> None:
         super().__init__()

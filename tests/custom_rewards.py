@@ -1,4 +1,4 @@
-"""Rewards that tests give by their path, `--reward_model custom_rewards:name`."""
+"""Rewards for `--reward_model custom_rewards:name`."""
 
 import math
 import os
@@ -20,19 +20,19 @@ def brightness(images: Images, prompts: list[str]) -> list[float]:
 
 
 def rough_brightness(images: Images, prompts: list[str]) -> list[float]:
-    """Steps of 1/1000, so that a pixel which rounding moves to the next of its 256 values changes no reward."""
+    """Brightness rounded to 1/1000, so that rounding one pixel to the next of its 256 values changes no reward."""
     return [round(value, 3) for value in brightness(images, prompts)]
 
 
 def noted_brightness(images: Images, prompts: list[str]) -> list[float]:
-    """Writes a line a picture into a file of the process, in the folder NOTES."""
+    """Writes one line per picture to this process's file in the folder NOTES."""
     with open(Path(os.environ["NOTES"]) / f"scored_by_{os.environ['RANK']}", "a") as file:
         file.writelines(f"{prompt}\n" for prompt in prompts)
     return brightness(images, prompts)
 
 
 def by_place(images: Images, prompts: list[str]) -> list[float]:
-    """The same whatever the pictures show, so that advantages don't depend on how they were rounded."""
+    """Scores by place only, so that advantages don't depend on the pictures' rounding."""
     return [float(place % 3) for place in range(len(images))]
 
 
@@ -57,7 +57,7 @@ def red_prompts_fail(images: Images, prompts: list[str]) -> list[float]:
 
 
 def spoils_one_step_of_rank_1(images: Images, prompts: list[str]) -> list[float]:
-    """Makes the loss of one optimizer step infinite, on the second of two processes alone."""
+    """Makes the loss of one optimizer step infinite, only on the second of two processes."""
     trainer = sys.modules["__main__"]
     if os.environ["RANK"] == "1" and not hasattr(trainer, "spoiled"):
         trainer.spoiled, real = True, trainer.policy_loss
@@ -72,7 +72,7 @@ def spoils_one_step_of_rank_1(images: Images, prompts: list[str]) -> list[float]
 
 
 def _shuffled_within_groups(scores: Sequence[float], prompts: list[str]) -> list[float]:
-    """Each score given to a picture drawn at random from its group: right on average, telling nothing."""
+    """Shuffles the scores within each group. Means stay right, but scores say nothing about their pictures."""
     scores, prompts = np.array(scores), np.array(prompts)
     for prompt in np.unique(prompts):
         members = np.flatnonzero(prompts == prompt)

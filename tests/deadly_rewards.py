@@ -1,4 +1,4 @@
-"""A reward whose import gets processes killed with -9 in their third iteration.
+"""A reward module whose import makes processes kill themselves with -9 in their third iteration.
 
 DIE_IN is `rollout` (the first noise after the initial one) or `training` (the loss of the second optimizer step).
 DIE_RANKS are the ranks, such as `0,1`. The tests have one micro-batch per optimizer step and two steps per iteration.

@@ -1,4 +1,4 @@
-"""Custom rewards of the evaluation's tests, in a module that a child process imports at once."""
+"""Custom rewards for tests of evaluation, in a module that child processes import quickly."""
 
 import math
 import os
@@ -9,13 +9,13 @@ from PIL import Image
 
 
 def brightness(images: list[Image.Image], prompts: list[str]) -> list[float]:
-    """It fails on pictures that are black."""
+    """Fails on black pictures."""
     means = [float(np.asarray(image).mean()) for image in images]
     return [mean if mean > 0 else math.nan for mean in means]
 
 
 def slow_brightness(images: list[Image.Image], prompts: list[str]) -> list[float]:
-    """Each batch leaves a line in the file CALLS."""
+    """Writes one line per batch to the file CALLS."""
     with open(os.environ["CALLS"], "a") as file:
         file.write("x\n")
     time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""Rewards that fail or end a process, `--reward_model failing_rewards:name`."""
+"""Rewards that fail or end a process, for `--reward_model failing_rewards:name`."""
 
 import itertools
 import math

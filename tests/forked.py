@@ -1,5 +1,5 @@
-"""Scripts in processes forked from one that has imported the trainer: each does what `python SCRIPT ARGUMENTS` does,
-without the seconds that imports take. Tests of how torchrun starts and ends processes start the real one.
+"""Runs scripts in processes forked from a process that has imported the trainer. Each does the same as
+`python SCRIPT ARGUMENTS`, without the seconds of imports. Tests of torchrun itself start the real torchrun.
 """
 
 import multiprocessing
@@ -18,13 +18,13 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["fastvideo.train_grpo_flux"])
-GRACE = 30  # seconds that torchrun, too, gives the other processes when one has failed
+GRACE = 30  # seconds in which the other processes may end after one has failed, as with torchrun
 
 
 def _run(
     script: str, argv: list[str], environment: dict[str, str], log: tuple[str, str], file_limit: int | None
 ) -> None:
-    """The body of the forked process."""
+    """Runs in the forked process."""
     os.setsid()
     os.chdir(ROOT)
     for number, path in enumerate(log, start=1):
@@ -47,7 +47,7 @@ def _run(
 
 
 class Script:
-    """A script in a process of its own and its session; what subprocess.Popen offers of it."""
+    """A script in a separate process and session, with some methods of subprocess.Popen."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class Script:
         stderr: Path,
         file_limit: int | None = None,
     ) -> None:
-        """file_limit: bytes that a file which it writes may have."""
+        """file_limit: the largest size in bytes of a file that the script may write."""
         given = (script, list(map(str, argv)), dict(environment), (str(stdout), str(stderr)), file_limit)
         self._process = CONTEXT.Process(target=_run, args=given)
         self._process.start()
@@ -87,7 +87,7 @@ class Script:
         self.send_signal(signal.SIGKILL)
 
     def kill_session(self) -> None:
-        """Also what it has started."""
+        """Kills the process and all processes that it has started."""
         with suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
 
@@ -100,7 +100,7 @@ def run_together(
     timeout: float,
     file_limit: int | None = None,
 ) -> subprocess.CompletedProcess:
-    """Runs a script as torchrun on one machine does: when a process fails the others are ended, and the status is 1."""
+    """Runs a script like torchrun on one machine: if a process fails, ends the others and returns status 1."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -1,7 +1,7 @@
 """Random-weight checkpoints of the reward models, in their real formats and under their real file names.
 
-With `full` they have the real architecture; without it a quarter of its width and a few layers, which takes a second.
-The packages know only the names of the real architectures: `narrow_architectures` gives these names the small ones.
+With `full` the models have the real architecture, else a quarter of its width and a few layers, which takes a second.
+The packages only know the names of the real architectures: `narrow_architectures` makes these names mean small models.
 """
 
 import gzip
@@ -50,7 +50,7 @@ def pictures() -> list[Image.Image]:
 
 
 def randomize(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Random weights that all matter: fresh modules (zero biases, tiny weights) give nearly constant scores."""
+    """Random weights that all affect the score. Default initialisation would give nearly constant scores."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():

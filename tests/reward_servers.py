@@ -1,4 +1,4 @@
-"""A real HTTP server on the loopback that speaks the chat protocol of UnifiedReward's endpoints, and misbehaves."""
+"""A real HTTP server on the loopback with the chat protocol of UnifiedReward's endpoints. It can misbehave."""
 
 import json
 import threading
@@ -8,13 +8,13 @@ import pytest
 
 
 class QuietHandler(BaseHTTPRequestHandler):
-    """What the tests' servers share."""
+    """Base class of the tests' HTTP handlers."""
 
     def read_json(self) -> dict:
         return json.loads(self.rfile.read(int(self.headers["Content-Length"])))
 
     def reply(self, status: int | None, body: bytes, headers: dict[str, str] | None = None) -> None:
-        """Status None hangs up."""
+        """Sends a reply. With status None, closes the connection instead."""
         if status is None:
             self.connection.close()
             return
@@ -68,8 +68,8 @@ def http_server():
 def chat_server(monkeypatch, http_server):
     """chat_server(answer) starts a server; answer(content of the message) -> (status or None, reply).
 
-    A reply that is a text is put into an answer of the protocol, bytes go out as they are, status None hangs up.
-    `requests` of the server: (path, headers, body) in the order they came.
+    A text reply is wrapped in the protocol; bytes are sent unchanged; status None closes the connection.
+    The server's `requests`: (path, headers, body) in order of arrival.
     """
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
         monkeypatch.delenv(name, raising=False)

@@ -1,11 +1,11 @@
-"""Stands in for the trainer where a test is about starting, stopping and killing processes: no torch, a quick start.
+"""Replaces the trainer in tests that start, stop and kill processes. Imports no torch, so it starts quickly.
 
     stub_trainer.py --output_dir FOLDER [--fails] [--never_saves] [--ends] [--dry_run]
 
-The process of rank 0 writes lines into metrics.jsonl. After SIGTERM or SIGINT it saves `checkpoint-{lines}-0`, and all
-end with 128 + the signal's number, as the trainer does.
+The process of rank 0 writes lines into metrics.jsonl. After SIGTERM or SIGINT rank 0 saves `checkpoint-{lines}-0`, and
+all processes end with 128 + the signal's number, like the trainer.
     --fails        the process of rank 1 raises an error
-    --never_saves  only SIGKILL ends a process that a signal has come to
+    --never_saves  after a signal, only SIGKILL ends a process
     --ends         ends by itself after one line
     --dry_run      ends at once
 """

@@ -108,7 +108,7 @@ def test_trimming_reaches_both_mixes():
 
 
 def test_weights_may_differ_between_samples():
-    """As with --granular_mix advantage and --granular_progress batch_index."""
+    """The case of --granular_mix advantage with --granular_progress batch_index."""
     weights = {"A": np.array([[1.0, 0.5, 0]]), "B": np.array([[0, 0.5, 1.0]])}
     # A: (-1, 0, 1), B: (-1, -1, 2)/1.7320508
     found, _ = mixed({"A": A, "B": B}, "advantage_aggr", weights=weights)

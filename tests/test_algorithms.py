@@ -36,7 +36,7 @@ def config(**given) -> GRPOConfig:
 
 
 def toy(settings: GRPOConfig, window=(0,), prompts: int = 2) -> tuple[Plan, Rollout, int]:
-    """A rollout of a small velocity field, and how many rows a prompt were evaluated."""
+    """A rollout of a small velocity field, and the number of evaluated rows per prompt."""
     plan, evaluated = make_plan(settings, list(window)), []
 
     def velocity(x, sigma, prompt_index):
@@ -81,7 +81,7 @@ def test_entropy_is_that_of_a_gaussian_per_dimension():
 @pytest.mark.parametrize("threshold", [0.5, 1.5, 2.2, 2.5, 3.0])
 @pytest.mark.parametrize("sde_type", ["flow", "dance", "cps"])  # each has its formula below
 def test_a_merge_is_the_shortest_that_passes_the_threshold(threshold, sde_type):
-    """By a direct search over the formulas of docs/algorithms.md."""
+    """Compares with a direct search over the formulas of docs/algorithms.md."""
 
     def std(first: int, last: int) -> float:
         sigma, target = sigmas[first], sigmas[last]
@@ -152,7 +152,7 @@ def test_every_plan_of_e_grpo_is_anchor_groups_and_tails(share):
 
 
 def test_evaluations_of_e_grpo_are_the_formula_and_what_the_sampler_does():
-    """T for the anchor, and G for every step of every tail but the first of each further stride, which is shared."""
+    """T for the anchor, and G per step of every tail. Further strides share the first stride's first evaluation."""
     for given in merge_settings():
         settings = config(algorithm="grpo_merge", **given)
         steps, group, strides = settings.sampling_steps, settings.num_generations, settings.granular_list
@@ -165,7 +165,7 @@ def test_evaluations_of_e_grpo_are_the_formula_and_what_the_sampler_does():
 
 @pytest.mark.parametrize("share", [True, False])
 def test_e_grpo_samples_are_what_the_formulas_give_one_at_a_time(share):
-    """The ODE to e, one noisy step e → e + m, the ODE from there in strides; anchors are the ODE alone."""
+    """Each sample is the ODE to e, one noisy step e → e + m, and the ODE from e + m in strides; anchors are the ODE."""
     given = {"eta_step_list": [0, 2, 3], "eta_step_merge_list": [2, 1, 3], "granular_list": [1, 2]}
     settings = config(algorithm="grpo_merge", sampling_steps=8, num_generations=3, share_prefix=share, eta=0.6, **given)
     plan, result, _ = toy(settings)
@@ -397,7 +397,7 @@ def test_fusing_leaves_failed_pictures_out():
 
 
 def test_fusing_by_probability():
-    """Splits into 2 and again into 2: e to the log-probability 0 and log 3 are 1 and 3."""
+    """Two splits into 2. The log-probabilities 0 and log 3 give the weights 1 and 3."""
     three = math.log(3)
     log_probs = {1: np.array([[0, three]]), 2: np.array([[0, 0, three, 0]])}
     scores = np.array([[1.0, 2, 4, 8]])
@@ -412,7 +412,7 @@ def test_fusing_by_probability():
 
 
 def tree_advantages(scores: dict, weights: dict, **given) -> dict[int, np.ndarray]:
-    """Those of a tree with splits at 0 and 1 and four pictures."""
+    """The advantages of a tree with splits at 0 and 1 and four pictures."""
     settings = config(algorithm="branch_grpo", sampling_steps=4, tree_split_points=[0, 1], **given)
     weights = {name: np.full(4, weight) for name, weight in weights.items()}
     scores = {name: np.array([values]) for name, values in scores.items()}
@@ -452,7 +452,7 @@ def test_width_pruning_by_hand():
 
 
 def test_steps_before_the_first_split_are_not_trained():
-    """All samples are one row there: nothing to compare."""
+    """Before the first split all samples of a prompt are one row, so there is nothing to compare."""
     for algorithm in ("branch_grpo", "branch_grpo_mix"):
         settings = config(algorithm=algorithm, sampling_steps=10, tree_split_points=[3, 5], group_size=3)
         plan = make_plan(settings, [0, 1, 2])
@@ -462,7 +462,7 @@ def test_steps_before_the_first_split_are_not_trained():
 
 
 def test_a_split_with_cps_keeps_the_noise_level():
-    """Mean and noise of the predicted noise have the variance σ'² together, whatever the scale."""
+    """The predicted noise in the mean and the fresh noise have the total variance σ'², for every noise scale."""
     given = {"algorithm": "branch_grpo", "sde_type": "cps", "eta": 0.5, "tree_split_points": [2]}
     assert config(**given).tree_split_noise_scale == 1
     for scale in (1.0, 1.4):
@@ -663,7 +663,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(train, algorithm):
 
 @pytest.mark.parametrize("algorithm", ["mix_grpo", "grpo_merge", "branch_grpo"])
 def test_recomputed_old_log_probabilities_make_the_first_ratio_exactly_one(train, velocity_calls, algorithm):
-    """Here sampling rounds differently from training, as graphs of other shapes do."""
+    """Here sampling rounds differently from training, like graphs of different shapes."""
     velocity_calls(lambda velocity, sampling: velocity * (1 + 1e-3 * sampling))
     given = {"algorithm": algorithm, **SPLITS.get(algorithm, {}), "train_batch_size": 2, "clip_range": 1e-6}
     given |= {"train_micro_batch_size": 3, "max_train_steps": 1, "mixed_precision": "bf16"}
@@ -772,7 +772,7 @@ def test_a_plan_that_trains_nothing_is_refused_before_anything_is_loaded(capsys,
 
 
 def test_a_tree_of_one_late_split_trains_that_split_alone(capsys):
-    """Before the split all samples are one row, and the last step of cps has no noise."""
+    """Other steps can't be trained: before the split all samples are one row, and the last step of cps has no noise."""
     flags = ["--data_json_path", "unused", "--reward_model", "shapes", "--dry_run", "--algorithm", "branch_grpo"]
     flags += "--sde_type cps --eta 0.5 --no_drop_last_sample --sampling_steps 3 --tree_split_points 1".split()
     train_grpo_flux.main(flags)
@@ -799,7 +799,7 @@ def test_a_dry_run_shows_merges_entropies_and_inactive_steps(capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("script", RECIPES, ids=lambda path: path.stem.removeprefix("finetune_flux_grpo_"))
 def test_a_recipe_trains_the_tiny_model_and_saves(script, run_at, tiny_flux, embedded_prompts, tmp_path):
-    """With its own number of steps and samples: the command line that bash makes of it runs in this process."""
+    """Runs the recipe's own command line, with its own numbers of steps and samples, in this process."""
     small = "--h 32 --w 32 --reward_model shapes --mixed_precision no --no_gradient_checkpointing --no_use_wandb"
     where = ["--pretrained_model_name_or_path", tiny_flux, "--data_json_path", str(embedded_prompts)]
     where += ["--output_dir", str(tmp_path / "run"), "--max_train_steps", "2", "--train_micro_batch_size", "8"]

@@ -1,4 +1,4 @@
-"""Benchmarks at tiny size: that they run, and that their numbers fit together. None of these tests looks at a time."""
+"""Benchmarks at tiny size: they run, and their numbers are consistent. No test checks times."""
 
 import importlib
 import json
@@ -47,7 +47,7 @@ def test_an_iteration_is_timed_by_phase_with_and_without_each_optimisation(tmp_p
         prefix = [line.get("tflops_prefix", 0) * line["seconds_prefix"] for line in lines]
         operations = [sum(both) / line["nfe"] for *both, line in zip(batched, prefix, lines, strict=True)]
         assert operations == pytest.approx([operations[0]] * 2)
-        # The prefix is all that comes before the window, a row a step.
+        # The prefix is all steps before the window, one row per step.
         assert prefix == pytest.approx([0 if alone(name) else s * operations[0] for s in (0, 5)])
     shared, apart = ([line["nfe"] for line in runs[name]] for name in ("all on", "without shared prefix"))
     assert apart == [24, 24] and shared == [1 + start + (11 - start) * 2 for start in (0, 5)]
@@ -98,7 +98,7 @@ def test_every_variant_of_the_iteration_benchmark_can_be_planned(monkeypatch):
 
 
 def check_comparison(folder: Path, table: str, images: int) -> None:
-    """The table's row is the run of the learning rate that is best on training prompts."""
+    """Checks that the table's row is the run whose learning rate is best on training prompts."""
     runs = [json.loads(path.read_text()) for path in folder.glob("mix_grpo_flash-*.json")]
     assert [[point["images"] for point in run["points"]] for run in runs] == [[images]] * 4  # four learning rates
     best = max(runs, key=lambda run: run["training"]["right"])
@@ -118,7 +118,7 @@ COMPARISON = "--studies algorithms --algorithms mix_grpo_flash --seeds 1 --point
 def test_algorithms_are_compared_on_withheld_scenes_at_the_rate_that_training_prompts_choose(
     tmp_path, embedded_prompts, monkeypatch, capsys
 ):
-    """One short iteration per learning rate, in this process, measured on few scenes."""
+    """Runs one short iteration per learning rate in this process, and measures few scenes."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import compare_algorithms
     import tiny_world

@@ -61,7 +61,7 @@ def out(saved, tmp_path) -> Run:
 
 
 def latest(folder: Path) -> Path:
-    """Where the link `latest` leads."""
+    """The checkpoint that the link `latest` points to."""
     return folder / os.readlink(folder / "latest")
 
 
@@ -218,7 +218,7 @@ def next_red_first() -> int:
 
 @pytest.mark.slow
 def test_processes_that_see_a_folder_at_different_times_resume_alike(train, flags, tmp_path, subprocess_environment):
-    """As on a network disk: the second process doesn't see yet what the first has seen to be there."""
+    """The case of a network disk: the second process doesn't see yet the files that the first process sees."""
     settings = {**SETTINGS, "prompts_per_iteration": 2, "ema_decay": 0.5, "reward_model": "jpeg_compressibility"}
     run = train("out", **settings)
     late = [str(run.checkpoints[0] / name) for name in ("ema", "optimizer")] + [str(tmp_path / "rest/best")]
@@ -254,7 +254,7 @@ def test_a_resumed_run_keeps_its_wandb_run(train, monkeypatch, tmp_path):
 
 
 def test_a_checkpoint_holds_its_iteration_although_training_went_on(train, monkeypatch):
-    """The disk takes nothing of iteration 3 until iteration 5 is done, with optimizer steps and the average's."""
+    """The writing of iteration 3 waits until iteration 5 has changed the weights and their average."""
     settings = {**SETTINGS, "max_train_steps": 3, "checkpointing_steps": 3, "ema_decay": 0.5}
     settings |= {"reward_model": "jpeg_compressibility"}  # its weights don't depend on the length of the run
     whole = train("whole", **settings)
@@ -289,9 +289,9 @@ def files(folder: Path) -> dict[str, dict]:
 
 @pytest.fixture
 def start(flags, tmp_path, subprocess_environment):
-    """start(name, processes, flag=value, ...) -> a training run in the background, in a session of its own.
+    """start(name, processes, flag=value, ...) -> a training run in the background, in a new session.
 
-    Several processes are started by the real torchrun.
+    The real torchrun starts several processes.
     """
     running = []
 
@@ -317,7 +317,7 @@ def start(flags, tmp_path, subprocess_environment):
 
 
 def wait_for(condition: Callable[[], bool], process: Script | subprocess.Popen, log: Path) -> None:
-    """Fails with the log's end when the run ends before the condition holds."""
+    """Waits for the condition. Fails with the end of the log if the run ends first."""
     deadline = time.monotonic() + TIME_LIMIT
     while not condition():
         assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
@@ -366,7 +366,7 @@ def test_a_signal_to_torchrun_ends_all_processes_after_saving(start, run_at, tmp
 
 @pytest.mark.slow
 def test_a_second_signal_ends_a_run_at_once_unless_it_comes_with_the_first(start, run_at, tiny_flux, tmp_path):
-    """The run can't end by itself: its writer waits, as below, for somebody to write to a pipe."""
+    """The run can't end by itself, because its checkpoint writer waits for data from a pipe."""
     base, cut, log = tmp_path / "base", tmp_path / "cut", tmp_path / "cut.log"
     shutil.copytree(tiny_flux, base)
     os.mkfifo(base / "transformer/pipe.json")
@@ -383,7 +383,7 @@ def test_a_second_signal_ends_a_run_at_once_unless_it_comes_with_the_first(start
 
 
 def kill_at_random_moments(start, train, run_at, tmp_path, kills: int, processes: int) -> None:
-    """A run that is killed again and again, and saves all the time, comes to the same end as one that isn't."""
+    """A run that saves all the time and is killed many times ends like an uninterrupted run."""
     settings = {**SETTINGS, "max_train_steps": 6 * kills, "checkpointing_steps": 1, "prompts_per_iteration": 2}
     moments, cut, begun = random.Random(0), run_at("cut"), tmp_path / "cut/args.json"
     for kill in range(kills):
@@ -484,10 +484,10 @@ def test_a_disk_that_metrics_fill_stops_the_run_with_one_line(train, run_at, mon
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_kill_in_the_middle_of_a_save_leaves_whole_checkpoints(start, train, run_at, tiny_flux, tmp_path, processes):
-    """What a killed process was writing is lost; the first process finishes its own when the second is killed.
+    """A killed process loses its unfinished checkpoint. If only the second process is killed, the first one finishes.
 
-    A checkpoint isn't whole until the base model's files are hashed. One of them becomes a pipe, which keeps the writer
-    waiting for somebody to write to it.
+    A checkpoint is complete only after the base model's files are hashed. One of these files is replaced by a pipe, so
+    that the writer waits until somebody writes to the pipe.
     """
     base, cut, log = tmp_path / "base", run_at("cut"), tmp_path / "cut.log"
     pipe = base / "transformer/pipe.json"
@@ -520,7 +520,7 @@ def test_a_kill_in_the_middle_of_a_save_leaves_whole_checkpoints(start, train, r
 def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(
     train, flags, run_at, tmp_path, subprocess_environment, processes
 ):
-    """The operating system refuses files above a limit, which is below the size of the weights from the second on."""
+    """From the second checkpoint on, the operating system refuses files as large as the weights."""
     settings = {**SETTINGS, "max_train_steps": 2, "reward_model": "jpeg_compressibility", "prompts_per_iteration": 2}
     settings |= {"checkpoints_total_limit": 1}
     whole = train("whole", **settings)

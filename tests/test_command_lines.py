@@ -1,4 +1,4 @@
-"""All command lines: what they cost before they do anything, and what their imports rely on."""
+"""All command lines: the cost of their imports, and assumptions about imported packages."""
 
 import ast
 import subprocess
@@ -15,7 +15,7 @@ PROGRAMS = [
     "train_grpo_flux", "train", "sample/sample_flux", "eval/eval_reward", "eval/report", "models/merge_lora",
     "models/reward_model/server", "data_preprocess/preprocess_flux_embedding",
 ]  # fmt: skip
-# Runs a program and tells its exit status and which slow packages it has imported.
+# Runs a program, and prints its exit status and the slow packages that it imported.
 RUN = """
 import runpy, sys
 program, *sys.argv[1:] = sys.argv[1:]
@@ -40,13 +40,13 @@ def test_help_and_a_refused_flag_do_not_wait_for_slow_imports(program, argument,
 
 
 def test_the_schedules_that_lr_scheduler_offers_are_those_of_diffusers():
-    """The names are written out in config.py, which can't import diffusers."""
+    """config.py lists the names, because it can't import diffusers."""
     field = GRPOConfig.__dataclass_fields__["lr_scheduler"]
     assert set(field.metadata["choices"]) == {schedule.value for schedule in SchedulerType}
 
 
 def test_torchvision_is_repaired_before_a_package_that_imports_it():
-    """Ours come first in every block of imports, so it is enough that one of them imports the repair."""
+    """Our imports come first in every block, so it is enough if one of our modules imports the repair."""
     known = modules()
 
     def repaired(name: str) -> bool:
