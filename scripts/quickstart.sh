@@ -2,8 +2,8 @@
 # The whole pipeline on the tiny FLUX in data/tiny_flux, on any machine: embed prompts, train MixGRPO-Flash with the
 # granular reward, draw the withheld scenes with base and tuned model from the same noise, score both, write a report.
 # Arguments go to the trainer.
-#   OUTPUT_DIR   where everything goes (default: a new folder under outputs/)
-#   PYTHON_BIN   interpreter of an environment of your own; without it env_setup.sh makes .venv
+#   OUTPUT_DIR   folder for everything (default: a new folder under outputs/)
+#   PYTHON_BIN   Python of your own environment; without it env_setup.sh makes .venv
 cd "$(dirname "$0")/.."
 [ -n "${PYTHON_BIN:-}" ] || bash env_setup.sh
 source scripts/environment.sh
@@ -30,8 +30,8 @@ draw() { # NAME, flags that say which model
     --pretrained_model_name_or_path $model "${@:2}" --prompts_file data/tiny_prompts_test.txt --output_dir "$out/$1" \
     --seed 42 --images_per_prompt 2 --batch_size 64 --h 32 --w 32 --total_sampling_steps 10
 }
-# Both at once, a thread each. One progress bar is enough.
-set -m # the first in a process group of its own, which ends with this script: Ctrl-C doesn't reach a job in the background
+# Both at once, with one thread each. One progress bar is enough.
+set -m # the first job gets its own process group, which ends with this script: Ctrl-C doesn't reach background jobs
 TQDM_DISABLE=1 draw base --baseline &
 base=$!
 set +m
@@ -52,7 +52,7 @@ Look at
   $out/report/report.html      curves, granular weights, pictures before and after (open it in a browser)
   $out/report/before_after.png the first withheld scenes, base above, tuned below, wrong pictures marked
   $out/report/summary.json     share right before and after, seconds, iterations
-  $out/run/metrics.jsonl       one line an iteration
+  $out/run/metrics.jsonl       one line per iteration
   $out/run/images/             sample grids during training
   $tuned   the tuned transformer, for FluxTransformer2DModel.from_pretrained
 TXT

@@ -298,7 +298,7 @@ def test_a_run_resumed_with_other_evaluation_prompts_has_a_report_that_says_so(o
     assert re.search(r"No pictures are compared: .*index 0 has another prompt", page.read_text())
 
 
-def test_a_comparison_has_a_line_a_setting_and_a_band_over_seeds(run_dir: Path, other_run: Path, tmp_path: Path):
+def test_a_comparison_has_a_line_per_setting_and_a_band_over_seeds(run_dir: Path, other_run: Path, tmp_path: Path):
     """Seeds with rewards 0.51 to 0.80 and 0.2 more make one line."""
     seed = run_dir.with_name("seed")
     shutil.copytree(run_dir, seed)
