@@ -30,7 +30,7 @@ def parse(*argv: str) -> GRPOConfig:
 
 
 def refusal(capsys, *argv: str) -> str:
-    """The one line on stderr with which parsing ends."""
+    """The one line that a failed parse prints to stderr."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         parse(*argv)
@@ -442,7 +442,7 @@ def test_a_recipe_tells_once_which_values_are_the_environment_s():
 def recipe_commands(
     scripts: Sequence[Path], tmp_path: Path, *arguments: str, **environment: str
 ) -> dict[str, list[str]]:
-    """{name of the recipe: command line that it gives to its interpreter}, of all recipes in one bash."""
+    """{name of the recipe: command line for its interpreter}, for all recipes, from a single bash process."""
     fake = tmp_path / "python"
     fake.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     fake.chmod(0o755)
@@ -570,7 +570,7 @@ def test_a_recipe_runs_from_anywhere(recipe, tmp_path):
 # --- no flag without effect -------------------------------------------------------------------------------------------
 
 
-# Settings that no code reads as `config.NAME`, and why that is right.
+# Settings that no code reads as `config.NAME`, and the reasons.
 READ_OTHERWISE = {
     "reward_model": "resolve_reward_spec reads the setting whose name it is given",
     "prompts_file": "set_up embeds the prompts of the setting whose name it is given",

@@ -20,7 +20,7 @@ import torch
 
 
 def make_data(folder: Path, lengths: tuple[int, ...] = (4, 4, 4, 4, 4)) -> Path:
-    """A prompt.json in the layout of the preprocessing script, with embeddings that say whose they are."""
+    """A prompt.json in the layout of the preprocessing script. The numbers in an embedding identify its prompt."""
     entries = []
     for number, length in enumerate(lengths):
         tensors = (torch.full((length, 6), 1.0 + number), torch.full((3,), 1.0 + number), torch.zeros(length, 3))
@@ -34,7 +34,7 @@ def make_data(folder: Path, lengths: tuple[int, ...] = (4, 4, 4, 4, 4)) -> Path:
 
 
 def stream(iterations: int, *, world_size: int = 1, **kwargs) -> list[list[int]]:
-    """What all ranks read in each iteration, ranks one after the other."""
+    """The prompts that all ranks read in each iteration, one rank after the other."""
     ranks = [PromptSampler(rank=rank, world_size=world_size, **kwargs) for rank in range(world_size)]
     per_rank = [list(itertools.islice(sampler, iterations)) for sampler in ranks]
     return [[draw.index for part in parts for draw in part] for parts in zip(*per_rank, strict=True)]

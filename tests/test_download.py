@@ -154,7 +154,7 @@ def test_hub_files_come_whole_and_are_compared_with_the_hub_s_sums(download, ser
 
 
 def put_web_files(server, text):
-    """Serves image_reward's files of other hosts. Returns their contents, and the script `text` with their sums."""
+    """Serves image_reward's files of other hosts. Returns the contents, and the script `text` with their checksums."""
     contents = {}
     for url, target, sum_ in re.findall(r"web (https://\S+) \\\n\s+(\S+) \S+ ?([0-9a-f]{64})?", text):
         contents[target] = b"contents of " + target.encode() * 500

@@ -42,7 +42,7 @@ def weights(run: Run, part: str = ".") -> dict[str, torch.Tensor]:
 
 
 def assert_same_numbers(a: Run, b: Run) -> None:
-    """Metrics and weights equal to float32 rounding, for engines whose optimizer state has a format of its own too."""
+    """Asserts that metrics and weights are equal up to float32 rounding. Works for every format of optimizer state."""
     assert len(a.metrics) == len(b.metrics) > 0
     for one, other in zip(a.numbers(), b.numbers(), strict=True):
         assert one.keys() == other.keys()
@@ -67,7 +67,7 @@ def on_two(flags, tmp_path, subprocess_environment):
 
 
 def engines(*in_every_run: str) -> list:
-    """All engines, those not named only in the long test run."""
+    """Parametrizes a test by all engines. Engines that are not named only run in the long test run."""
     return [pytest.param(name, marks=() if name in in_every_run else pytest.mark.long) for name in ENGINES]
 
 
@@ -94,7 +94,7 @@ def test_every_engine_gives_the_numbers_of_one_process(train, on_two, name):
     ids=["full", "compiled", "LoRA"],
 )
 def test_one_process_in_bf16_trains_what_fsdp_trains(kind, rounding, train, flags, tmp_path, subprocess_environment):
-    """The compute format of weights, their cast and the float32 sum of gradients are alike."""
+    """Both use the same compute format, cast weights at the same places and sum gradients in float32."""
     settings = UNEVEN | {"mixed_precision": "bf16", "max_train_steps": 1, "gradient_accumulation_steps": 4} | kind
     given = flags(output_dir=tmp_path / "fsdp", **settings, parallel="fsdp")
     done = torchrun(given, subprocess_environment, processes=1)
@@ -122,9 +122,9 @@ def test_one_process_sums_bf16_gradients_in_float32(count, compiled):
     for parameter, value, *parts in zip(parameters, before, *factors, strict=True):
         assert torch.equal(parameter, value)
         assert torch.equal(parameter.grad, sum(x.float() for x in parts))
-    # A graph each for two gradients in bf16 and for one more, of both sizes.
+    # Per size, one graph for two bf16 gradients and one graph for a further gradient.
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == (4 if compiled else 0)
-    # A process that makes several trainers, as bench_iteration.py does, has no memory for the last one's weights.
+    # A process that makes several trainers, like bench_iteration.py, must free the weights of the previous trainer.
     alive = weakref.ref(parameters[0])
     del parameters, parameter, copy
     torch._dynamo.reset()

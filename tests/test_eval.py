@@ -1,4 +1,4 @@
-"""Evaluation: scores and means in the promised files, errors clustered by prompt, and broken input not overlooked."""
+"""Evaluation: scores and means in the documented files, errors clustered by prompt, and errors for broken input."""
 
 import csv
 import json
@@ -216,7 +216,7 @@ def test_one_picture_on_the_command_line(tmp_path):
 
 
 def test_all_reward_models_on_hostile_prompts_and_what_was_held_out(tmp_path, narrow_rewards):
-    """With the reference's flags; PickScore on the papers' scale; diversity from CLIPScore's features."""
+    """Uses the reference's flags. PickScore has the papers' scale; diversity uses CLIPScore's features."""
     noise = np.random.default_rng(0).integers(0, 255, (8, 40, 60, 3), dtype=np.uint8)
     images = [Image.fromarray(picture) for picture in noise]
     prompts = [prompt for prompt in HOSTILE for _ in range(2)]
@@ -267,7 +267,7 @@ def test_measures_of_appearance_and_diversity():
 
 
 def test_signs_of_reward_hacking_are_named(tmp_path, capsys):
-    """The tuned pictures please one reward, lose another, are all alike and glaring."""
+    """The tuned pictures gain one reward, lose another, look all alike, and have glaring colours."""
     rng = np.random.default_rng(0)
 
     def noisy(level: int) -> Image.Image:
@@ -296,7 +296,7 @@ def test_signs_of_reward_hacking_are_named(tmp_path, capsys):
 
 
 def test_a_sign_of_reward_hacking_needs_pairs_of_eight_prompts(tmp_path, capsys):
-    """Of two prompts the bootstrap can only say that both changed the same way, as half of all pairs do by chance."""
+    """With two prompts the bootstrap only finds that both changed in one direction: half of all pairs do by chance."""
     pictures = [(str(i), Image.new("RGB", (8, 8), (level, 0, 0))) for i, level in enumerate(range(9, 17))]
     greyish = [(prompt, image.convert("L")) for prompt, image in pictures]
     for count in (7, 8):
@@ -377,7 +377,7 @@ def test_the_benchmark_layout_is_scored_by_style(tmp_path):
 
 
 def test_a_manifest_with_paths_from_the_working_directory_is_read(tmp_path, monkeypatch):
-    """As the reference's sampler writes it."""
+    """The reference's sampler writes such a manifest."""
     manifest = make_pictures(tmp_path / "pictures", grey(10, 20))
     entries = [{"image": f"pictures/{i}.png", "prompt": "p"} for i in range(2)]
     (manifest.parent / "m.json").write_text(json.dumps(entries))
@@ -387,7 +387,7 @@ def test_a_manifest_with_paths_from_the_working_directory_is_read(tmp_path, monk
 
 @pytest.mark.slow
 def test_a_killed_evaluation_goes_on_and_two_at_once_write_what_one_does(tmp_path, subprocess_environment, monkeypatch):
-    """One process is killed; another goes on; so do, in the same folder, the recipe on two processes and this one."""
+    """One process is killed. In the same folder, the recipe on two processes and this process continue."""
     levels = range(1, 25)
     tuned, base = (make_pictures(tmp_path / name, grey(*levels[::step])) for name, step in (("tuned", 1), ("base", -1)))
     folder, calls, log = tmp_path / "out", tmp_path / "calls", tmp_path / "log"

@@ -1,4 +1,4 @@
-"""Evaluation during training: the same pictures on any processes, a link to the best checkpoint, training untouched."""
+"""Evaluation while training: the same pictures with any number of processes, a link `best`, no effect on training."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def eval_prompts(tmp_path):
 
 
 def training_numbers(run):
-    """Without what evaluation adds."""
+    """The metrics of training only, without the metrics of evaluation."""
     lines = [{k: v for k, v in line.items() if not k.startswith("evaluation_")} for line in run.numbers()]
     return [line for line in lines if line["step"]]
 

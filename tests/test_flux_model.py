@@ -30,7 +30,7 @@ NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 
 
 def velocity(transformer: FluxTransformer2DModel, rows: int, image_tokens: int, text_tokens: int) -> torch.Tensor:
-    """A prediction from random inputs; those of a row don't depend on how many there are."""
+    """A prediction from random inputs. A row's inputs don't depend on the number of rows."""
     config, generator, device = transformer.config, torch.Generator().manual_seed(0), transformer.device
 
     def random(*shape: int) -> torch.Tensor:
@@ -66,7 +66,7 @@ def test_attention_gives_the_numbers_and_gradients_of_diffusers_bit_for_bit(tiny
 
 
 def test_attention_gets_gradients_without_gaps(tiny_flux, monkeypatch):
-    """What cuDNN's backward pass needs on a GPU."""
+    """cuDNN's backward pass needs such gradients on a GPU."""
     transformer = load_transformer(tiny_flux)
     transformer.set_attn_processor(StreamwiseAttnProcessor())
     seen, dispatch = [], flux_speed.dispatch_attention_fn
@@ -89,7 +89,7 @@ def test_attention_gets_gradients_without_gaps(tiny_flux, monkeypatch):
 
 
 def test_compiled_blocks_are_whole_graphs_that_return_no_views(tiny_flux):
-    """Their views would get gradients outside of the graph; and what a second graph copies costs time."""
+    """Gradients of views would be computed outside the graph, and a second graph would cost copies."""
     transformer = load_transformer(tiny_flux)
     transformer.set_attn_processor(StreamwiseAttnProcessor())
     compile_transformer(transformer)
@@ -105,7 +105,7 @@ def test_compiled_blocks_are_whole_graphs_that_return_no_views(tiny_flux):
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
 def test_a_row_rounds_alike_in_compiled_graphs_of_two_or_more_rows(device):
-    """Or a sample's first ratio would not be 1 where it is sampled and trained in parts of different sizes."""
+    """Else the first ratio of a sample would not be 1 if it is sampled and trained in parts of different sizes."""
     sizes, image_tokens, text_tokens = {}, 2025, 512  # FLUX.1's width, 720x720
     if device == "cpu":
         sizes = {"attention_head_dim": 16, "num_attention_heads": 2, "axes_dims_rope": (4, 6, 6)}
@@ -123,7 +123,7 @@ def test_a_row_rounds_alike_in_compiled_graphs_of_two_or_more_rows(device):
 
 
 def test_a_compiled_block_follows_the_choice_of_attention(tiny_flux):
-    """Chosen anew from call to call; there is no cuDNN on a CPU, which tells that it was asked for."""
+    """The attention can change between calls. cuDNN is missing on a CPU, so an error shows that the block chose it."""
     transformer = load_transformer(tiny_flux)
     transformer.set_attn_processor(StreamwiseAttnProcessor())
     compile_transformer(transformer)

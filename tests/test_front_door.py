@@ -13,7 +13,7 @@ from conftest import ROOT, torchrun
 from test_config import recipe_command, recipe_commands
 from test_train import base_weights, same_weights
 
-# The command of E-GRPO's README, with values in the places it leaves open.
+# The command in E-GRPO's README, with values for its placeholders.
 DOCUMENTED = (
     "algorithm=grpo_merge reward=hps model.pretrained_model_name_or_path=data/flux data.json_path=prompt.json "
     "training.max_train_steps=300 training.learning_rate=1e-6 grpo.num_generations=16 grpo.eta_step_list=[1,2,3] "
@@ -188,7 +188,7 @@ def test_every_script_passes_a_dry_run(tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_trains_the_tiny_model_and_saves(name, run_at, tiny_flux, embedded_prompts, tmp_path):
-    """The command line that bash makes of it runs in this process."""
+    """Runs the command line that the script passes to its interpreter, in this process."""
     small = "sampling.height=32 sampling.width=32 reward.reward_model=shapes training.mixed_precision=no "
     small += f"training.gradient_checkpointing=false training.dataloader_num_workers=0 output_dir={tmp_path / 'run'}"
     given = {"MODEL_PATH": tiny_flux, "DATA_PATH": str(embedded_prompts)}

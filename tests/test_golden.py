@@ -20,7 +20,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 
 GOLDEN, SHARED = Path(__file__).parent / "golden", Path(__file__).parents[2] / "shared/golden"
-SUMS = {  # SHA-256 of the files as they were handed out
+SUMS = {  # SHA-256 of the original files
     "mixgrpo.npz": "031a530bac97206022e923f3b8029b74914c2ca3068fa82501f3978c61784ca2",
     "windows.json": "d60512fa92117d8a159ed6fd8bcc9beb03239499420e2fe8ca7bd00fed66c09b",
 }
@@ -34,7 +34,7 @@ def golden(key: str) -> torch.Tensor:
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    """The tolerance of the golden numbers' README."""
+    """Asserts equality within the tolerance in tests/golden/README.md."""
     torch.testing.assert_close(actual.float(), expected.float(), rtol=1e-4, atol=1e-5)
 
 
@@ -124,7 +124,7 @@ def test_windows(case):
         iters_per_group=int(values["iters"]),
     )
     expected: list[list[int]] = []
-    for window in WINDOWS[case]:  # an empty window is the reference's fault at the end of its schedule
+    for window in WINDOWS[case]:  # an empty window is a bug of the reference at the end of its schedule
         if window:
             expected.append(window)
         elif not settings.roll_back:
@@ -231,7 +231,7 @@ SPREAD = 0.5  # standard deviation of Gaussian data, for which the flow has a cl
 
 
 def exact_x(sigma: float) -> float:
-    """The trajectory of the probability-flow ODE that is 1 at σ = 1: it scales with the marginal's deviation."""
+    """The trajectory of the probability-flow ODE with x = 1 at σ = 1: proportional to the marginal's deviation."""
     return math.sqrt(((1 - sigma) * SPREAD) ** 2 + sigma**2)
 
 
@@ -264,14 +264,14 @@ def test_dpm_solver_has_the_order_it_claims_on_a_flow_with_a_known_solution(orde
 
 
 def test_dpm_solver_of_order_3_is_more_accurate_than_order_2():
-    """The published multistep formula (diffusers' too) weighs the second difference by half of what a true third order
-    takes: a smaller error than order 2's, of the same order.
+    """The published multistep formula (also in diffusers) gives the second difference half the weight of a true third
+    order. So the error is smaller than with order 2, but of the same order.
     """
     assert one_step_error(3, "midpoint", 0.02) < one_step_error(2, "midpoint", 0.02) / 3
 
 
 def test_dpm_solver_steps_that_look_back_to_pure_noise_are_finite():
-    """λ is −∞ at σ = 1: there is no difference to extrapolate, the step is one of lower order."""
+    """λ is −∞ at σ = 1, so there is no difference to extrapolate, and the step has a lower order."""
     for order in (2, 3):
         settings = config(
             sampling_steps=8, group_size=1, dpm_algorithm_type="dpmsolver++", dpm_solver_order=order,

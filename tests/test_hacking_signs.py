@@ -1,4 +1,4 @@
-"""Signs of reward hacking: what training logs of its pictures, and how large a change against the baseline must be."""
+"""Signs of reward hacking: the measures that training logs, and the smallest change from the baseline that counts."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ def logged(line: dict) -> dict[str, float]:
 
 
 def mean_looks(groups: list[list[Image.Image]]) -> dict[str, float]:
-    """Of the pictures of each prompt, one at a time."""
+    """Mean looks of the pictures of each prompt, measured one picture at a time."""
     looks = [appearance(image) for group in groups for image in group]
     found = {name: np.mean([look[name] for look in looks]) for name in MEASURES[:3]}
     return found | {"diversity": np.mean([mean_distances(pixel_distances(group)) for group in groups])}
@@ -34,7 +34,7 @@ def mean_looks(groups: list[list[Image.Image]]) -> dict[str, float]:
 
 @pytest.fixture
 def trained_pictures(train, monkeypatch):
-    """trained_pictures(flag=value, ...) -> a Run and the pictures of each of its iterations, as the reward got them."""
+    """trained_pictures(flag=value, ...) -> a Run, and for each iteration the pictures that the reward got."""
 
     def run(**given) -> tuple[Run, list[list[Image.Image]]]:
         batches: list[list[Image.Image]] = []
@@ -74,7 +74,7 @@ def test_training_logs_what_its_pictures_look_like_however_they_are_batched(trai
 
 
 def test_pictures_that_train_nothing_do_not_enter_what_is_logged(trained_pictures):
-    """Granular-GRPO's anchors, without noise, come last among a prompt's: 1 of 25."""
+    """Granular-GRPO's noise-free anchors come last among a prompt's pictures: 1 of 25."""
     run, pictures = trained_pictures(algorithm="granular_grpo", granular_list="1,3", train_batch_size=2)
     for line, images in zip(run.metrics, pictures, strict=True):
         groups = [images[:25], images[25:]]
@@ -156,8 +156,8 @@ def test_a_part_of_the_trained_reward_that_falls_is_a_sign(tmp_path):
 def judged(
     changes: dict[str, np.ndarray], trained: set[str] | None, before: dict[str, np.ndarray] | None = None
 ) -> dict:
-    """The summary of models A, with a part and a check, and B, with a part, a picture each of N prompts; change 0 of
-    what isn't named, NaN: failed. Scores lie around 0, half of the pictures are right in everything.
+    """The summary of N prompts with one picture each, for model A (with a part and a check) and model B (with a part).
+    Scores that are not named don't change; NaN means failed. Scores are around 0; half of the pictures are right.
     """
     n = len(next(iter(changes.values())))
     scores, half = np.linspace(-1, 1, n), (np.arange(n) < n / 2).astype(float)
@@ -195,7 +195,7 @@ FALLS = {
     ids=["a small effect", "more", "what was trained on isn't known", "more, by chance"],
 )
 def test_a_fall_is_a_sign_only_beyond_a_small_effect_on_the_baselines_pictures(share, scatter, trained, named):
-    """In standard deviations of the baseline's pictures: the means of A and B are 0, so no share of them would do."""
+    """The limit is in standard deviations of the baseline's pictures: A and B have mean 0, so no share would do."""
     n, changes = 200, {}
     for name in ("A", "A_part", "B", "B_part"):
         changes[name] = -share * SCORE_LIMIT * np.linspace(-1, 1, n).std() + scatter * np.tile((1.0, -1.0), n // 2)
@@ -249,7 +249,7 @@ def test_a_rise_by_chance_or_of_few_prompts_does_not_excuse_that_pictures_are_mo
 
 
 def test_the_toy_worlds_runs_are_told_apart():
-    """By what was measured; B is the size of JPEG files, held out or trained on alone."""
+    """Uses measured numbers. B is the size of JPEG files, either held out or the only training reward."""
     rng, n = np.random.default_rng(0), 540
     before = {"A_right": (np.arange(n) < 0.43 * n).astype(float), "B": rng.normal(-1.17, 0.05, n)}
 

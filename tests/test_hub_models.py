@@ -15,7 +15,7 @@ GATED = "Access to model lab/gated is restricted. You must have access to it and
 
 
 class Hub(QuietHandler):
-    """lab/gated is there but needs a licence; lab/missing isn't."""
+    """A hub where lab/gated needs a licence and lab/missing doesn't exist."""
 
     def do_GET(self) -> None:
         self.server.asked.append(self.path)
@@ -28,7 +28,7 @@ class Hub(QuietHandler):
 
 
 class Models(QuietHandler):
-    """Gives the files of the folders in `models`, a dict of repositories."""
+    """Serves the files of `models`: repository -> folder."""
 
     def do_GET(self) -> None:
         user, name, kind, _, path = (self.path.removeprefix("/api/models/").strip("/") + "////").split("/", 4)

@@ -34,7 +34,7 @@ SECRET = "sesame-open-93157"
 
 
 def program(name: str) -> str:
-    """Its path. Without it the test is skipped, but not in CI."""
+    """Path of a program. Skips the test if the program is missing, except in CI."""
     path = shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin")
     if path is None and not os.environ.get("CI"):
         pytest.skip(f"no {name} here (apt-get install openssh-server pdsh shellcheck)")
@@ -83,7 +83,7 @@ def hostfile(tmp_path) -> Path:
 
 @pytest.fixture
 def environment(subprocess_environment, hostfile) -> dict[str, str]:
-    """Of a recipe that is to run on the hostfile, with no setting of the launcher from outside."""
+    """Environment of a recipe on the hostfile, without launcher settings from outside."""
     settings = ("MASTER_PORT", "INDEX_CUSTOM", "LAUNCHER", "REMOTE_SHELL", "PASS_ENV")
     kept = {k: v for k, v in subprocess_environment.items() if k not in settings}
     return {**kept, "PYTHON_BIN": sys.executable, "HOSTFILE": str(hostfile), "NPROC_PER_NODE": "2"}
@@ -91,7 +91,7 @@ def environment(subprocess_environment, hostfile) -> dict[str, str]:
 
 @pytest.fixture(params=["stub", pytest.param("trainer", marks=pytest.mark.long)])
 def trainer(request) -> str:
-    """What `start` starts."""
+    """The trainer that `start` starts."""
     return request.param
 
 
@@ -102,7 +102,7 @@ def start(flags, tmp_path, environment, ssh, trainer) -> Iterator:
     The output is in name.log. All processes, on whatever node, have MARK in their environment, and a secret key.
     """
     launched = []
-    # Workers make sockets there, whose paths may not be long.
+    # Workers make sockets in this folder, and paths of sockets must be short.
     (tmp_path / "tmp").mkdir()
     short = Path(tempfile.mkdtemp(), "t")
     short.symlink_to(tmp_path / "tmp")
@@ -163,7 +163,7 @@ def wait_until_gone(mark: str) -> None:
 
 
 def check_log(log: Path, launcher: str, processes: int = 4) -> list[str]:
-    """Its lines, each of which says which node it comes from."""
+    """Checks that each line of the log names its node. Returns the lines."""
     output = log.read_text().splitlines()
     assert output[0].startswith(f"launch.py: 2 nodes, {processes} processes ({launcher}), master 127.0.0.2:")
     assert all(line.startswith(tuple(f"{host}: " for host in HOSTS)) for line in output[1:]), output
@@ -257,7 +257,7 @@ def test_a_signal_ends_all_nodes_after_saving(start, tmp_path, launcher, number)
 
 @pytest.mark.slow
 def test_a_signal_to_every_process_is_saved_as_one_to_the_launcher(start, tmp_path, hostfile, trainer):
-    """As a scheduler sends it: the launcher, its shells, torchrun and what that started all get one, and pass it on."""
+    """A scheduler signals the launcher, its shells, torchrun and torchrun's processes. All pass the signal on."""
     hostfile.write_text("localhost slots=2\n")
     process, log = start("run", "ssh", **{**ENDLESS, "dataloader_num_workers": 1}), tmp_path / "run.log"
     wait_for(lambda: lines(tmp_path / "run") >= 2, process, log)
@@ -347,7 +347,7 @@ def test_processes_that_share_a_pipe_write_whole_lines(start, tmp_path, environm
 
 @pytest.fixture
 def stub_recipe(tmp_path) -> Path:
-    """A recipe that starts the stub as others start the trainer."""
+    """A recipe that starts the stub instead of the trainer."""
     path = tmp_path / "recipe.sh"
     path.write_text(f'source {ROOT}/scripts/environment.sh\nrun_distributed {STUB} "$@"\n')
     return path
@@ -355,7 +355,7 @@ def stub_recipe(tmp_path) -> Path:
 
 @pytest.mark.slow
 def test_the_slurm_example_starts_a_process_per_gpu_and_node(environment, tmp_path, stub_recipe):
-    """Stand-ins for Slurm's two commands start one task per node on this machine; all but the trainer is real."""
+    """Two replacements of Slurm's commands start one task per node on this machine. Only the trainer is a stub."""
     bin_folder = tmp_path / "bin"
     bin_folder.mkdir()
     for name, text in {
@@ -409,7 +409,7 @@ def test_set_env_multinode_twice_is_as_once_and_can_be_undone(environment, hostf
 
 
 def refused(environment: dict[str, str], **given: str) -> str:
-    """The one line with which a recipe ends before it starts anything."""
+    """The one line that a recipe prints when it stops before it starts anything."""
     done = subprocess.run(
         ["bash", RECIPE], env={**environment, **given}, timeout=TIME_LIMIT, capture_output=True, text=True
     )  # fmt: skip

@@ -24,7 +24,7 @@ def modules() -> dict[str, Path]:
 
 
 def imports(path: Path, known: dict[str, Path]) -> set[str]:
-    """Modules of this package that a file imports, wherever in it."""
+    """Modules of this package that a file imports, at any place in the file."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -39,7 +39,7 @@ def imports(path: Path, known: dict[str, Path]) -> set[str]:
 
 
 def layer(module: str) -> int:
-    """Of the longest name in LAYERS that covers the module."""
+    """The layer of the longest name in LAYERS that covers the module."""
     names = {name: i for i, names in enumerate(LAYERS) for name in names.split()}
     covering = [name for name in names if f"{module}.".startswith(f"{name}.")]
     assert covering, f"{module} belongs to no layer"

@@ -1,4 +1,4 @@
-"""It learns: scripts/quickstart.sh, as a user starts it, draws more scenes right; shuffled rewards spoil them."""
+"""Training learns: after scripts/quickstart.sh more scenes are right; with shuffled rewards fewer are right."""
 
 import json
 import os
@@ -15,7 +15,7 @@ FIRST_LINE = r"right in everything  before 0\.\d\d  after [01]\.\d\d  \(540 pict
 
 
 def quickstart(folder: Path, *flags: str) -> tuple[dict, list[str]]:
-    """report/summary.json of a quickstart with more flags for the trainer, and the signs of reward hacking it found."""
+    """Runs the quickstart with more trainer flags. Returns report/summary.json and the signs of reward hacking."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     environment = {**os.environ, "PYTHON_BIN": sys.executable, "PYTHONPATH": path, "OUTPUT_DIR": str(folder)}
     command = ["bash", str(ROOT / "scripts/quickstart.sh"), *flags]

@@ -1,7 +1,7 @@
 """Contracts with libraries: one test per private or version-dependent name that the package relies on.
 
-An upgrade that changes such a name fails here; the message gives the library's version, and the file that uses the name
-and what for. Names that rewards rely on: test_library_contracts_rewards.py.
+An upgrade that changes such a name fails here. The message gives the library's version, the file that uses the name,
+and the use. test_library_contracts_rewards.py tests the names that rewards rely on.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 @contextmanager
 def relied_on(distribution: str, name: str, user: str) -> Iterator[None]:
-    """Fails with the library's version and the user of a name when a check in the block fails or raises anything."""
+    """Fails with the library's version and the user of the name if a check in the block fails or raises anything."""
     try:
         yield
     except Exception as error:
@@ -107,7 +107,7 @@ def test_inductor_knows_the_options_that_make_rows_round_alike():
 
 @pytest.fixture
 def one_process(monkeypatch) -> None:
-    """The variables of torchrun with a single process."""
+    """Sets torchrun's variables for a single process."""
     place = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}
     for name, value in {**place, "MASTER_PORT": 0}.items():
         monkeypatch.setenv(name, str(value))

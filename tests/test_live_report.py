@@ -1,4 +1,4 @@
-"""--serve_report: the report of a training that goes on, over HTTP, for this machine alone."""
+"""--serve_report: the report of a running training over HTTP, only for this machine."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from conftest import PROMPTS, ROOT, TIME_LIMIT
 
 
 def get(url, **headers):
-    """(status, text) of a request that no proxy sees."""
+    """(status, text) of a request without a proxy."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(urllib.request.Request(url, headers=headers), timeout=TIME_LIMIT) as answer:
@@ -26,7 +26,7 @@ def get(url, **headers):
 
 
 def wait_for(condition):
-    """Its first true value."""
+    """Waits for a true value and returns it."""
     end = time.monotonic() + TIME_LIMIT
     while time.monotonic() < end:
         if value := condition():

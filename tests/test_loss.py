@@ -31,10 +31,10 @@ def loss_and_slope(ratio: float, advantage: float, clip_range: float = 0.1, kl_c
         (1.0, 2.0, -2.0, -2.0, 0),  # at the start the gradient is −A
         (1.05, 2.0, -2.1, -2.1, 0),  # inside the range: −A·r
         (0.95, -2.0, 1.9, 1.9, 0),
-        (1.2, 1.0, -1.1, 0.0, 1),  # a good sample that is already 1.1 times as likely: no more pull
+        (1.2, 1.0, -1.1, 0.0, 1),  # a good sample that is already 1.1 times as likely: gradient 0
         (1.2, -1.0, 1.2, 1.2, 1),  # a bad one that became likelier: full push, however far
         (0.8, 1.0, -0.8, -0.8, 1),  # a good one that became less likely: full pull
-        (0.8, -1.0, 0.9, 0.0, 1),  # a bad one that is already 0.9 times as likely: no more push
+        (0.8, -1.0, 0.9, 0.0, 1),  # a bad one that is already 0.9 times as likely: gradient 0
         (1.2, 0.0, 0.0, 0.0, 1),
     ],
 )
@@ -103,7 +103,7 @@ def test_the_gradient_of_a_transition_by_hand(flags):
 
 @pytest.mark.parametrize("window", [[0, 1], [2, 3]])
 def test_an_optimizer_step_descends_the_mean_over_prompts_samples_and_steps(flags, window):
-    """The path of an iteration against the formulas of docs/algorithms.md, written out for one sample at a time."""
+    """Compares an iteration with the formulas of docs/algorithms.md, computed for one sample at a time."""
     settings = parse_dataclass(
         GRPOConfig,
         flags(train_batch_size=2, gradient_accumulation_steps=4, max_grad_norm=1e9, adv_clip_max=1.5, eta=0.6),

@@ -1,4 +1,4 @@
-"""The memory that a run is predicted to take, against arithmetic and against what a GPU measured."""
+"""The predicted memory of a run, against arithmetic and against measurements on GPUs."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from diffusers import AutoencoderKL, FluxTransformer2DModel
 
 @pytest.fixture(scope="module")
 def flux_of(tmp_path_factory):
-    """flux_of(double blocks, single blocks) -> a pipeline of FLUX.1's width that has its config.json files alone."""
+    """flux_of(double blocks, single blocks) -> a pipeline of FLUX.1's width with only its config.json files."""
 
     def make(double: int, single: int):
         folder = tmp_path_factory.mktemp("flux")

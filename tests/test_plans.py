@@ -1,4 +1,4 @@
-"""What holds for every plan that the flags can ask for, whatever the algorithm: drawn settings, not chosen ones."""
+"""Properties of all plans of all algorithms, tested with random settings."""
 
 import math
 from itertools import islice
@@ -20,7 +20,7 @@ everywhere = settings(derandomize=True, database=None, deadline=None, max_exampl
 
 @st.composite
 def flags(draw, algorithm: str) -> dict:
-    """Flags that the algorithm accepts."""
+    """Random flags that the algorithm accepts."""
     steps = draw(st.integers(4, 14))
     sde = draw(st.sampled_from(list(SDE_KINDS)))
     found = {"algorithm": algorithm, "sampling_steps": steps, "sde_type": sde, "shift": draw(st.floats(0.5, 6))}
@@ -53,7 +53,7 @@ def flags(draw, algorithm: str) -> dict:
         found |= {"tree_split_points": sorted(splits), "tree_split_children": draw(st.integers(2, 3))}
         most = 1 / math.sin(found["eta"] * math.pi / 2) if sde == "cps" else 5
         found["tree_split_noise_scale"] = draw(st.floats(0.5, min(most, 5) * 0.999))
-        # Depths that leave the last split's edges to train, wherever they slide to.
+        # Depths that never prune the last split's edges, however far the depths move.
         free = [depth for depth in range(1, steps) if depth <= splits[-1] - 1]
         found["depth_pruning"] = sorted(draw(st.lists(st.sampled_from(free), unique=True))) if free else []
         found["depth_pruning_slide_interval"] = draw(st.integers(0, 3))
@@ -65,7 +65,7 @@ def every_algorithm(check):
 
 
 def drawn(data, algorithm: str) -> tuple[GRPOConfig, list]:
-    """Settings and the plans of their first iterations, which planning has checked."""
+    """Random settings and the checked plans of their first iterations."""
     config = GRPOConfig.create(data_json_path="unused", reward_model="shapes", **data.draw(flags(algorithm)))
     return config, [make_plan(config, w, i) for i, w in enumerate(islice(windows(config), 9), start=1)]
 

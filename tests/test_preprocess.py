@@ -187,7 +187,7 @@ def test_processes_without_a_group_are_refused(tmp_path):
 
 @pytest.mark.parametrize("part", ["tokenizer", "tokenizer_2"])
 def test_a_pipeline_without_a_tokenizer_s_vocabulary_is_refused(part, tmp_path):
-    """transformers would make an empty one, to which all prompts are alike."""
+    """transformers would make an empty tokenizer, which encodes all prompts alike."""
     model = tmp_path / "model"
     shutil.copytree(TINY, model)
     for path in (model / part).iterdir():

@@ -1,4 +1,4 @@
-"""--ref_kl_coeff: the KL divergence from the base model, for whole models and for adapters."""
+"""--ref_kl_coeff: the KL divergence from the base model, for full models and for adapters."""
 
 from fastvideo import train_grpo_flux
 from fastvideo.train_grpo_flux import reference_kl

@@ -1,4 +1,4 @@
-"""The report of a run: readable numbers, nothing from outside, nothing of a prompt executed, checked in a browser."""
+"""The report of a run: readable numbers, no external files, no code from prompts executed; checked in a browser."""
 
 import html
 import json
@@ -64,7 +64,7 @@ def run_dir(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def other_run(run_dir: Path) -> Path:
-    """The same with another learning rate, half as long, and with two evaluations."""
+    """A run like run_dir with another learning rate, half as long, and with two evaluations."""
     out = run_dir.with_name("other <i>run, 2")
     shutil.copytree(run_dir, out)
     own = {"learning_rate": 1e-3, "experiment_name": "<i>other</i>", "reward_model": "shapes", "eval_reward": None}
@@ -141,7 +141,7 @@ def test_headline_numbers_are_paired_and_clustered_by_prompt(run_dir: Path, caps
 
 
 def with_check(run_dir: Path) -> list[str]:
-    """Scores with the check as eval_reward writes them, right in 2 of 5 pictures before and in 4 after; the flags."""
+    """Flags for score files with a check, in eval_reward's format: 2 of 5 pictures right before training, 4 after."""
     for side, right in (("base", "101000"), ("tuned", "111010")):
         entries = json.loads((run_dir / f"{side}.json").read_text())
         for entry, yes in zip(entries, right, strict=True):
@@ -238,7 +238,7 @@ def test_what_training_pictures_look_like_is_a_group_of_panels(run_dir: Path):
 
 
 def hacked_rows(count: int) -> list[dict]:
-    """All looks move evenly from the first tenth of the run to the last."""
+    """Metrics whose looks all change evenly from the first tenth of the run to the last."""
     way = np.linspace(0, 1, count // 10 * 8 + count % 10)
     way = np.concatenate([np.zeros(count // 10), way, np.ones(count // 10)])
     moved = {"sharpness": -0.71, "high_frequency": 0.4, "saturation": -0.2, "diversity": -0.9}
@@ -250,7 +250,7 @@ def hacked_rows(count: int) -> list[dict]:
 
 @pytest.mark.parametrize("count", [40, 19])
 def test_training_pictures_that_look_different_at_the_end_are_a_remark(run_dir: Path, count: int):
-    """Only with 2 iterations or more in a tenth of the run: pictures of other prompts look different, too."""
+    """Only if a tenth of the run has 2 iterations or more, because pictures of other prompts look different too."""
     rows = [{"step": 0, "evaluation_reward": 1.0}, *hacked_rows(count)]
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     expected = [
@@ -299,7 +299,7 @@ def test_a_run_resumed_with_other_evaluation_prompts_has_a_report_that_says_so(o
 
 
 def test_a_comparison_has_a_line_per_setting_and_a_band_over_seeds(run_dir: Path, other_run: Path, tmp_path: Path):
-    """Seeds with rewards 0.51 to 0.80 and 0.2 more make one line."""
+    """Two seeds, with rewards 0.51 to 0.80 and 0.2 higher, make one line."""
     seed = run_dir.with_name("seed")
     shutil.copytree(run_dir, seed)
     settings = json.loads((seed / "args.json").read_text())
@@ -378,9 +378,9 @@ def colour(index: int, side: int) -> tuple[int, int, int]:
 
 @pytest.fixture
 def many_pairs(run_dir: Path) -> tuple[Path, Path]:
-    """Scores of 14 prompts, 2 pictures each, of different sizes and one colour each; prompts aren't in alphabetical
-    order, nor entries in that of their index. Pictures of every third prompt are wrong, before training also those of
-    prompts 1 and 2.
+    """Scores of 14 prompts with 2 pictures each. Pictures have different sizes and one colour each. Prompts are not in
+    alphabetical order, entries not in the order of their index. Pictures of every third prompt are wrong; before
+    training, pictures of prompts 1 and 2 are wrong too.
     """
     paths = []
     for side in (0, 1):
@@ -406,7 +406,7 @@ def drawn(run_dir: Path, scores: tuple[Path, Path]) -> np.ndarray:
 
 
 def box(pixels: np.ndarray, of: tuple[int, int, int]) -> tuple[int, int, int, int] | None:
-    """Top, bottom, left and right end of a colour."""
+    """Top, bottom, left and right edge of the area with a colour."""
     down, across = np.nonzero((pixels == of).all(2))
     return (down.min(), down.max() + 1, across.min(), across.max() + 1) if len(down) else None
 
@@ -493,7 +493,7 @@ def test_every_reward_and_component_gets_a_panel():
 
 
 def test_a_reward_whose_name_begins_with_another_ones_keeps_its_own_panel(train, monkeypatch):
-    """args.json says which scores are rewards, components and checks; the names alone would not."""
+    """args.json says which scores are rewards, components and checks. The names alone don't say it."""
     for name in ("bright", "bright_smooth", "all_right"):
         monkeypatch.setattr(custom_rewards, name, custom_rewards.rough_brightness, raising=False)
     names = ["bright", "bright_smooth", "all_right"]
@@ -552,7 +552,7 @@ def shown_pairs(browser: Browser) -> list[str]:
 
 
 def fits(browser: Browser) -> bool:
-    """Nothing sticks out to the right, and no text is smaller than 12 pixels."""
+    """Asserts that nothing overflows to the right and that no text is smaller than 12 pixels."""
     sizes = "[...document.querySelectorAll('p, td, th, dt, dd, li, label, figcaption, a, button')]"
     sizes += ".every(e => parseFloat(getComputedStyle(e).fontSize) >= 12)"
     return browser.evaluate(f"document.documentElement.scrollWidth <= innerWidth && {sizes}")

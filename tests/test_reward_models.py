@@ -45,7 +45,7 @@ RGB = [image.convert("RGB") for image in pictures()]
 
 @pytest.fixture(params=["narrow", pytest.param("full", marks=pytest.mark.long)])
 def make(request, tmp_path):
-    """make(kind) -> the folder with this kind's files, narrow or of full architecture."""
+    """make(kind) -> a folder with the kind's files, narrow or with the full architecture."""
     if request.param == "narrow":
         folder = request.getfixturevalue("narrow_rewards")
         yield lambda kind: folder
@@ -60,7 +60,7 @@ def make(request, tmp_path):
 
 
 def check_scores(model, expected, scores=None):
-    """Batched scores equal `expected`; neither order nor batch size changes them."""
+    """Asserts that batched scores equal `expected` for any order and batch size."""
     expected = np.asarray(expected)
     images = pictures()
     found = np.asarray(model(images, PROMPTS)) if scores is None else scores
@@ -82,7 +82,7 @@ def check_scores(model, expected, scores=None):
 
 
 def build(kind, folder, dtype="fp32"):
-    """A model on the files that `make` has made."""
+    """A model that reads the files of `make`."""
     if kind == "hps":
         return HPSClipRewardModel(str(folder / "hps_ckpt" / HPS_FILE), dtype=dtype)
     if kind == "clip_score":
@@ -157,7 +157,7 @@ def test_a_wrong_image_reward_file_is_named(narrow_rewards, tmp_path):
 
 
 def import_hpsv2(monkeypatch):
-    """hpsv2; its wheel lacks the tokenizer's vocabulary (open_clip has the same) and imports turtle, hence tkinter."""
+    """hpsv2. Its wheel lacks the tokenizer's vocabulary (open_clip has the file), and imports turtle, hence tkinter."""
     import open_clip
 
     vocabulary = open_clip.tokenizer.default_bpe()

@@ -188,7 +188,7 @@ def test_choices_of_flags_are_what_the_code_knows():
 
 
 def test_the_registry_is_read_without_torch_and_without_a_model():
-    """Every command line imports it, also for --help."""
+    """Every command line imports the registry, also for --help."""
     tree = ast.parse((ROOT / "fastvideo/models/reward_model/spec.py").read_text(encoding="utf-8"))
     found = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     found |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}

@@ -1,4 +1,4 @@
-"""Remote rewards against real HTTP servers on the loopback: equal scores, and a failed request never gives a score."""
+"""Remote rewards with real HTTP servers on the loopback: scores are equal, and a failed request never gives a score."""
 
 import base64
 import io
@@ -68,7 +68,7 @@ def serve():
 
 @pytest.fixture(scope="module")
 def process(tmp_path_factory):
-    """URL of the server as users start it, with the rewards SPEC of a training run."""
+    """URL of a server that is started like users do, with the rewards SPEC of a training run."""
     folder = tmp_path_factory.mktemp("server")
     command = [sys.executable, "fastvideo/models/reward_model/server.py", "--reward_model", SPEC, "--port", "0"]
     path = f"{ROOT}:{ROOT / 'tests'}"
@@ -119,7 +119,7 @@ def connect(*urls, reward_model="custom_rewards:brightness", evaluation=False, *
 
 
 def refusal(capsys, run, *arguments, **given):
-    """The line with which a run is refused."""
+    """The error line of a run that doesn't start."""
     with pytest.raises(SystemExit) as stop:
         run(*arguments, **given)
     assert stop.value.code == 2
@@ -175,7 +175,7 @@ def test_progress_checks_and_failed_components_travel(serve, step):
 
 
 def test_a_server_that_answers_without_the_check_gives_no_scores(http_server):
-    """For example a server with the same settings and another version of the reward."""
+    """For example, a server with the same settings and another version of the reward."""
     settings = reward_settings(RewardSpecConfig(reward_model="shapes"), False)
     health = {"settings": settings, "models": {"shapes": "ShapesRewardModel"}}
     health["limits"] = {"body_bytes": 2**27, "images": 64, "pixels": 2**26}
@@ -218,7 +218,7 @@ def test_pictures_of_every_mode_arrive_as_they_are(serve):
 
 @pytest.mark.slow
 def test_the_real_models_score_the_same_behind_a_server(serve, narrow_rewards):
-    """Pictures of every size and mode, prompts empty, long and in other scripts."""
+    """Uses pictures of every size and mode, and prompts that are empty, long, or in other scripts."""
     paths = {
         "hps_path": str(narrow_rewards / "hps_ckpt" / HPS_FILE),
         "pick_score_path": str(narrow_rewards / PICK_SCORE_FOLDER),
@@ -376,7 +376,7 @@ def png(image):
 
 
 def header_only(width, height):
-    """A PNG of a few bytes that says it has width x height pixels."""
+    """A PNG of a few bytes whose header claims width x height pixels."""
     chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     data = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
     data += struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
@@ -390,7 +390,7 @@ def jpeg(image, **options):
 
 
 def jpeg_that_says(width, height):
-    """A JPEG of 8x8 pixels whose header says that it has width x height."""
+    """A JPEG of 8x8 pixels whose header claims width x height."""
     data = bytearray(jpeg(Image.new("RGB", (8, 8))))
     frame = data.index(b"\xff\xc0")
     data[frame + 5 : frame + 9] = struct.pack(">HH", height, width)
@@ -536,7 +536,7 @@ def test_a_server_that_takes_less_than_training_sends_is_refused(
 
 
 def test_what_the_check_of_limits_lets_pass_is_scored(serve):
-    """Noise, which PNG can't compress, in as many pictures and pixels as the limits allow."""
+    """Sends noise, which PNG can't compress, with as many pictures and pixels as the limits allow."""
     url = serve("custom_rewards:brightness", max_body_mb=1, max_images=3, max_pixels=3 * 300 * 280)
     config = SimpleNamespace(reward_batch_size=3, h=300, w=280)
     check_limits(url, httpx.get(f"{url}/health").json()["limits"], config)

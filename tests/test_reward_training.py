@@ -22,7 +22,7 @@ OVERALL, SUMMED = {"image_reward_mode": "overall"}, {"multi_reward_mix": "reward
 BY_PART = {"granular_mix": "advantage"}
 THREE = dict.fromkeys([HPS, IMAGE, PICK], 1 / 3)
 FOUR = dict.fromkeys([HPS, IMAGE, PICK, UNIFIED], 1 / 4)
-LOST = [[0, 2], [], [0, 1, 2, 3]]  # per iteration, those of its 4 pictures that get no score
+LOST = [[0, 2], [], [0, 1, 2, 3]]  # per iteration, which of the 4 pictures get no score
 # --reward_model, settings, {model: weight}, {model: pictures that get no score, per iteration}. The runs have each
 # reward and all pairs of values of --image_reward_mode, --granular_mix, --multi_reward_mix and failing or not.
 RUNS = {
@@ -72,14 +72,14 @@ def advantages(monkeypatch):
 
 
 def normalised(scores: np.ndarray) -> np.ndarray:
-    """(R - mean)/(std + 1e-8) of a group [G] over its valid scores. A failed score, or a lone valid one, gets 0."""
+    """(R - mean)/(std + 1e-8) of a group [G] over its valid scores. A failed score, or a single valid one, gets 0."""
     valid = scores[np.isfinite(scores)]
     if len(valid) < 2:
         return np.zeros(len(scores))
     return np.nan_to_num((scores - valid.mean()) / (valid.std(ddof=1) + 1e-8))
 
 
-# None of these answers is asked for again.
+# The trainer must not repeat a request after any of these answers.
 TROUBLES = [(400, b"no such model"), (200, "What a picture!"), (200, "Alignment Score (1-5): 9")]
 
 

@@ -1,4 +1,4 @@
-"""Sampling: noise that belongs to the prompt, all kinds of models, hybrid inference, restarts, processes, layouts."""
+"""Sampling: noise depends on the prompt only; all kinds of models, hybrid inference, restarts, processes, layouts."""
 
 import gc
 import json
@@ -74,7 +74,7 @@ def tuned(tmp_path_factory) -> str:
 
 
 def diffusers_picture(pipe: FluxPipeline, entry: dict, **more: object) -> np.ndarray:
-    """What FluxPipeline itself makes of an entry's prompt and seed."""
+    """FluxPipeline's own picture for an entry's prompt and seed."""
     settings = {"height": 32, "width": 32, "num_inference_steps": 4, "guidance_scale": 3.5}
     settings["max_sequence_length"] = pipe.tokenizer_2.model_max_length
     generator = torch.Generator("cpu").manual_seed(entry["seed"])
@@ -141,7 +141,7 @@ def test_checkpoints_of_a_run_and_their_averages_are_sampled_as_diffusers_does(t
 
 @pytest.fixture
 def pipelines(monkeypatch) -> list[sample_flux.HybridPipeline]:
-    """Those that were loaded."""
+    """The pipelines that were loaded."""
     found, load = [], sample_flux.HybridPipeline
 
     def recorded(*args):
@@ -241,7 +241,7 @@ def test_a_sweep_over_shares_loads_once_and_gives_the_pictures_of_single_runs(tm
 
 
 def test_offloading_changes_no_picture_and_leaves_nothing_behind(tmp_path, tuned, monkeypatch, pipelines):
-    """What it moves only a GPU shows; here, that diffusers was asked to, and what makes room for the base model."""
+    """Only a GPU shows the effect. This test checks the call of diffusers, and that the base model gets its memory."""
     hybrid = ("--model_path", tuned, "--mix_fraction", "0,0.5")
     expected = main(command(tmp_path, "none", *hybrid))
     asked = []
@@ -410,7 +410,7 @@ def test_other_settings_in_the_same_folder_are_refused_and_overwrite_replaces_th
 
 
 def claim(folder: Path, claimed: tuple[int, str], start: multiprocessing.Event, answers: multiprocessing.Queue) -> None:
-    """claimed: the steps, of the settings, and the last prompt."""
+    """claimed: number of steps in the settings, and the last prompt."""
     (steps, prompt), place = claimed, Processes(0, 1, "cpu")
     config = SampleConfig(output_dir=str(folder))
     pictures = sample_flux.plan_pictures(config, [("first", None), (prompt, None)])

@@ -69,7 +69,7 @@ def test_a_rollout_with_vanishing_eta_ends_where_the_ode_does(kind):
 
 @pytest.mark.parametrize("index", range(24))
 def test_cps_keeps_the_shares_of_data_and_noise(index):
-    """Of x = (1 − σ)·x0 + σ·ε with the true v = ε − x0, a step makes (1 − σ')·x0 and noise of variance σ'²."""
+    """From x = (1 − σ)·x0 + σ·ε with the true v = ε − x0, a step makes (1 − σ')·x0 plus noise of variance σ'²."""
     c = coefficients(step("cps", index))
     sigma, target = SIGMAS[index], SIGMAS[index + 1]
     assert c.x * (1 - sigma) - c.v == pytest.approx(1 - target)
@@ -79,7 +79,7 @@ def test_cps_keeps_the_shares_of_data_and_noise(index):
 
 @pytest.mark.parametrize("kind", ["flow_sde", "dance_sde"])
 def test_the_sdes_keep_the_marginal_variance_of_gaussian_data_to_first_order(kind):
-    """With data N(0, s²) the exact velocity is linear in x, and one step's variance can be written down."""
+    """With data N(0, s²) the exact velocity is linear in x, and one step's variance has a formula."""
     spread, sigma = 0.5, 0.6
 
     def variance(level: float) -> float:
@@ -91,7 +91,7 @@ def test_the_sdes_keep_the_marginal_variance_of_gaussian_data_to_first_order(kin
         c = coefficients(Step(3, sigma, sigma - delta, 0.99, kind, 0.7))
         return abs((c.x + c.v * slope) ** 2 * variance(sigma) + c.std**2 - variance(sigma - delta))
 
-    assert error(0.01) < 0.05 * 0.01  # what the noise adds, η²Δ and more, the drift takes away again
+    assert error(0.01) < 0.05 * 0.01  # the drift removes the variance η²Δ that the noise adds, up to higher order
     assert error(0.01) / error(0.001) == pytest.approx(100, rel=0.1)
 
 
@@ -113,7 +113,7 @@ def test_log_prob_is_the_mean_gaussian_log_density_with_its_constants():
 
 
 def plan_of(kinds: str, eta: float = 0.7, train: str = "") -> list[Step]:
-    """One step a letter: o(de), f(low_sde), d(ance_sde), c(ps); `train` marks trained steps with t."""
+    """One letter per step: o(de), f(low_sde), d(ance_sde), c(ps). In `train`, t marks trained steps."""
     names = {"o": "ode", "f": "flow_sde", "d": "dance_sde", "c": "cps"}
     sigmas = sigma_schedule(len(kinds), 3.0)
     return [
@@ -196,7 +196,7 @@ def test_flash_compresses_the_tail_to_points_linear_in_time_down_to_zero(ratio, 
 
 
 def toy_rollout(settings: GRPOConfig, window: list[int], prompts: int = 2):
-    """A rollout of a small velocity field that depends on the prompt, and the rows it evaluated at every step."""
+    """A rollout of a small velocity field that depends on the prompt, and the evaluated rows of every step."""
     generator = torch.Generator().manual_seed(3)
     matrix, offset = (torch.randn(shape, generator=generator) for shape in ((8, 8), (prompts, 1, 8)))
     plan, noise, rows = make_plan(settings, window), Noise(0, 1, range(prompts), LatentShape(6, 8, 4, 6)), []
@@ -281,7 +281,7 @@ def test_sharing_on_or_off_gives_the_same_pictures_and_gradients(train, velocity
         (line,) = run.metrics
         assert line["window"] == [start, start + 1] and line["nfe"] == rows[True]
         steps = len(make_plan(config(algorithm=algorithm, sampling_steps=8, group_size=2), [start, start + 1]))
-        # Rollout: the beginning once a prompt. Training, 2 optimizer steps: the split once a prompt and slice of 3.
+        # Rollout: the prefix once per prompt. Training, 2 optimizer steps: the split once per prompt and slice of 3.
         assert rows[True] == 2 * ((start + 1) + (steps - start - 1) * 6 if share else steps * 6)
         assert rows[False] == 2 * 2 * (1 + 3 if share else 3 + 3)
     pictures = [np.asarray(Image.open(run.folder / "images/iteration_000001.png")).astype(int) for run in runs.values()]
@@ -324,7 +324,7 @@ def test_noise_is_standard_normal():
 
 @pytest.mark.parametrize("size", [(32, 32), (48, 32)])
 def test_our_sampler_without_noise_draws_what_diffusers_pipeline_draws(flags, tiny_flux, size):
-    """Same latents, same σ: timesteps, position ids, guidance, packing and the VAE's scale and shift must all agree."""
+    """From the same latents and σ: timesteps, position ids, guidance, packing, the VAE's scale and shift must agree."""
     height, width = size
     argv = flags(train_batch_size=2, h=height, w=width, guidance_scale=2.5)
     settings = parse_dataclass(GRPOConfig, argv, "", IGNORED_FLAGS)

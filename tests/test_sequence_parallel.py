@@ -1,4 +1,4 @@
-"""--sp_size: processes that compute each picture together sample, score and learn what one process does."""
+"""--sp_size: processes that compute each picture together give the samples, scores and updates of one process."""
 
 import re
 
@@ -17,7 +17,7 @@ SHARED = UNEVEN | {"image_log_steps": 1, "prompts_per_iteration": 2}
 
 @pytest.fixture
 def together(flags, tmp_path, subprocess_environment):
-    """together(name, processes, flag=value, ...) -> their Run."""
+    """together(name, processes, flag=value, ...) -> the Run of these processes."""
 
     def run(name: str, processes: int, **given) -> Run:
         environment = subprocess_environment | {"NOTES": str(tmp_path)}
@@ -35,7 +35,7 @@ def grids(run: Run) -> list[np.ndarray]:
 
 @pytest.fixture(scope="module")
 def twelve_tokens(tiny_flux, prompts_file, tmp_path_factory):
-    """Embeddings of a length that two and four processes can share; the tiny model's own is 14."""
+    """Embeddings of 12 tokens, which two and four processes can divide. The tiny model's own length is 14."""
     return embed_prompts(tiny_flux, prompts_file, tmp_path_factory.mktemp("twelve"), max_sequence_length=12)
 
 
@@ -79,7 +79,7 @@ def test_a_frozen_copy_and_edge_probabilities_are_shared_too(train, together):
 
 @pytest.mark.slow
 def test_bf16_trains_where_norms_return_float32(flags, tmp_path, subprocess_environment):
-    """What rounding leaves of the gradient points where float32's does, as well with two processes as with one."""
+    """The rounded gradient points in the direction of float32's, with two processes as well as with one."""
     gradients = {}
     for name, sp_size, precision in (("exact", 1, "no"), ("alone", 1, "bf16"), ("shared", 2, "bf16")):
         given = {"mixed_precision": precision, "sp_size": sp_size, "reward_model": "custom_rewards:by_place"}

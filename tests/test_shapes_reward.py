@@ -1,4 +1,4 @@
-"""The scorer of the picture world: right pictures, pictures that are wrong in one thing, and captions."""
+"""The shapes reward: right pictures, pictures with one mistake, and captions."""
 
 import itertools
 import math
@@ -59,7 +59,7 @@ def things(scene: Scene) -> list[Thing]:
 
 
 def paint(background: str | tuple[int, int, int], *objects: Thing) -> Image.Image:
-    """A 32×32 picture of any objects, painted eight times as large and averaged."""
+    """A 32×32 picture of any objects, painted at eight times the size and averaged."""
     picture = Image.new("RGB", (256, 256), PALETTE.get(background, background))
     for color, shape, (x, y), radius in objects:
         corners, turn = {"circle": (90, 0), "square": (4, 45), "triangle": (3, -90)}[shape]
@@ -110,7 +110,7 @@ def test_the_reward_is_the_weighted_sum_of_the_three_parts_without_the_check(pic
 
 @pytest.mark.parametrize("field", range(6), ids=["color", "shape", "relation", "other color", "other shape", "ground"])
 def test_a_scene_with_one_word_changed_is_never_right(field):
-    """Every other value of the field in turn."""
+    """Tries every other value of the field."""
     for step in range(1, len(VALUES[field])):
         changed = []
         for scene in SCENES:
@@ -215,7 +215,7 @@ def test_a_background_of_no_color_of_the_caption_is_unclean_by_degrees():
 
 
 def test_a_background_in_a_colour_of_the_caption_is_wrong():
-    """The scorer takes it for one large object."""
+    """The scorer sees such a background as one large object."""
     found = score([paint(scene.color, *things(scene)) for scene in SCENES])
     assert not found["right"].any() and found["binding"].max() < 0.55 and found["form"].max() < 0.9
 
@@ -258,7 +258,7 @@ def test_an_object_of_another_size_loses_binding_by_degrees(which):
 
 @pytest.mark.parametrize("middle", [9.0, 9.5, 9.75])
 def test_an_outline_between_two_shapes_is_never_right_as_both(middle):
-    """Squares with ever rounder corners, |x|**p + |y|**p = r**p, all of the area of a drawn object."""
+    """Squares with increasingly round corners, |x|**p + |y|**p = r**p, all with the area of a drawn object."""
     angles, right = np.linspace(0, 2 * math.pi, 400), []
     captions = [f"a red {shape} left of a blue circle on a black background" for shape in ("circle", "square")]
     ground = paint("black", things(parse_caption(captions[0]))[1]).resize((256, 256), Image.NEAREST)
@@ -274,7 +274,7 @@ def test_an_outline_between_two_shapes_is_never_right_as_both(middle):
 
 @pytest.mark.parametrize("which", [0, 1])
 def test_binding_falls_steadily_as_an_object_leaves_its_place(which):
-    """The object moves at right angles to the line between the two objects, so that they never touch."""
+    """One object moves at right angles to the line between the two objects, so that they never touch."""
     values = []
     for distance in range(7):
         painted = []

@@ -67,13 +67,13 @@ def test_the_shipped_pipeline_has_fluxs_interfaces(shipped):
 
 
 def test_the_shipped_pipeline_draws_withheld_scenes_right_less_than_half_of_the_time(shipped):
-    """Enough for a reward to start from, and room to learn: it says 30 to 45 %; two standard errors are allowed."""
+    """Enough right scenes to learn from, and room to learn: promised are 30 to 45 %, allowed two standard errors."""
     captions = [scene.caption() for scene in all_scenes(withheld=True)]
     found = make_tiny_flux.check(sample(shipped, captions, seed=5), captions)
     right = found["right"].mean()
     error = np.sqrt(right * (1 - right) / len(captions))
     assert 0.30 - 2 * error <= right <= 0.45 + 2 * error
-    # What it draws is of the world: what is wrong is what is where, as in the captions that lied to it.
+    # Pictures show valid objects. The mistakes are in colours, shapes and places, as in the false captions.
     assert found["clean"].mean() > 0.75 and found["binding"].mean() > 0.5 and found["form"].mean() > 0.5
 
 
@@ -95,7 +95,7 @@ def test_latents_have_unit_scale_after_the_configs_shift_and_scale(shipped):
 
 
 def test_drawings_survive_the_shipped_vae(shipped):
-    """What the transformer draws wrong is its own mistake, also in scenes that the VAE has never seen."""
+    """So mistakes in pictures come from the transformer, also in scenes that the VAE has never seen."""
     scenes = all_scenes(withheld=True)
     pixels = np.stack([np.asarray(draw(scene)) for scene in scenes])
     with torch.no_grad():
@@ -168,13 +168,13 @@ def test_lying_captions_are_of_training_and_never_true():
     for scene, chosen in zip(scenes, lies.tolist(), strict=True):
         named = {scenes[n] for n in chosen}
         assert not named & {scene, scene.mirrored} and not named & withheld
-        # Every mistake that training may show is there, as often as a withheld one makes room.
+        # The false captions are all possible mistakes of a scene, except withheld scenes.
         assert named == set(scene.mistakes().values()) - withheld
 
 
 @pytest.fixture
 def run(monkeypatch):
-    """run(*arguments) is main() in seconds: one picture a scene instead of eight, and of each measurement 8 samples."""
+    """run(*arguments) is a fast main(): one picture per scene instead of eight, and 8 samples per measurement."""
 
     def few(pipe: FluxPipeline, captions: list[str], *rest, **given) -> list[Image.Image]:
         return (sample(pipe, captions[:8], *rest, **given) * len(captions))[: len(captions)]
@@ -264,7 +264,7 @@ def test_general_prompts_are_not_of_the_shapes_world():
 
 
 def test_prompts_of_the_tiny_world_are_named_by_no_script_for_flux():
-    """Every script and default; what is for the tiny model says so in its name."""
+    """Checks every script and default. Scripts for the tiny model have `tiny` in their name."""
     named = []
     for folder, pattern in (("scripts", "*.sh"), ("scripts", "*.py"), ("fastvideo", "*.py")):
         for path in sorted(Path(ROOT / folder).rglob(pattern)):

@@ -1,4 +1,4 @@
-"""Training through the command line on the tiny pipeline: what a run computes, writes, survives and refuses."""
+"""Training through the command line on the tiny pipeline: numbers, files, restarts and errors of a run."""
 
 import json
 import math
@@ -54,7 +54,7 @@ def test_the_ratio_is_exactly_one_before_the_first_update_where_batch_shapes_agr
 
 
 def test_the_first_deviation_covers_the_first_optimizer_step_alone(train):
-    """Where samples draw their steps, optimizer steps differ in their number of micro-batches."""
+    """If samples draw random steps, optimizer steps have different numbers of micro-batches."""
     run = train(
         algorithm="dance_grpo", timestep_fraction=0.4, sampling_steps=4, num_generations=12,
         gradient_accumulation_steps=6, train_batch_size=2, learning_rate=1e-3, max_train_steps=4,
@@ -64,7 +64,7 @@ def test_the_first_deviation_covers_the_first_optimizer_step_alone(train):
 
 @pytest.fixture(scope="module")
 def reference(small_flags, tmp_path_factory) -> tuple[Run, dict]:
-    """A run of two iterations on four prompts, with windows and an order that are drawn at random."""
+    """A run of two iterations on four prompts, with random windows and a random order."""
     settings = {
         "sample_strategy": "random",
         "sampling_steps": 8,
@@ -103,7 +103,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(train, reference):
 
 
 def test_blocks_computed_again_in_the_backward_pass_use_the_forward_passes_attention(train, monkeypatch):
-    """Another backend saves other tensors, which ends the run."""
+    """Another attention backend saves other tensors, which would be an error."""
     open_contexts, calls, forward = [], [], FluxTransformerBlock.forward
 
     @contextmanager
@@ -262,7 +262,7 @@ def test_a_mix_logs_every_model_and_the_weighted_total(train):
 
 @pytest.fixture
 def advantage_calls(monkeypatch) -> list:
-    """What the trainer gave to mix_advantages, and what it got."""
+    """Arguments and results of the trainer's calls of mix_advantages."""
     calls, real = [], advantage_maths.mix_advantages
 
     def recording(scores, *rest):
@@ -464,7 +464,7 @@ def test_metrics_have_what_the_documentation_promises(train):
 
 
 def test_the_logged_loss_and_ratio_describe_all_steps_of_the_iteration(train):
-    """With one optimizer step the ratio is 1 and the loss minus the mean clamped advantage."""
+    """With one optimizer step the ratio is 1, and the loss is minus the mean clamped advantage."""
     run = train(gradient_accumulation_steps=4, kl_coeff=1.0, max_train_steps=1)
     (line,) = run.metrics
     assert line["ratio_mean"] == pytest.approx(1, abs=1e-6) and line["clip_frac"] == 0
@@ -508,7 +508,7 @@ def test_an_output_directory_in_use_is_refused_and_left_alone(train, run_at, cap
 
 
 def wandb_history(file) -> list[dict]:
-    """What an offline run has logged, one dict a step."""
+    """The log of an offline wandb run, one dict per step."""
     from wandb.proto.wandb_internal_pb2 import Record
     from wandb.sdk.internal.datastore import DataStore
 
@@ -549,7 +549,7 @@ def test_wandb_gets_what_metrics_jsonl_gets_offline_without_a_key(train, prompts
 
 # --- going on ---------------------------------------------------------------------------------------------------------
 
-# Everything that has a state: a schedule, an average, a moving window, orders drawn at random.
+# Uses everything that has a state: a schedule, an average, a moving window, random orders.
 STATEFUL = {
     "max_train_steps": 5,
     "checkpointing_steps": 2,
@@ -688,7 +688,7 @@ def test_a_model_without_guidance_embeds_trains_from_a_prompt_file(train, schnel
     assert not tuned.config.guidance_embeds
     assert not same_weights(run.weights(), base_weights(schnell_flux))
     assert (run.folder / "rl_embeddings/prompt.json").exists()
-    # Guidance means nothing to it; to a model with guidance embeds it does.
+    # A model without guidance embeds ignores the guidance scale; a model with guidance embeds uses it.
     other = train(pretrained_model_name_or_path=schnell_flux, prompts_file=prompts_file, guidance_scale=1.0)
     assert other.numbers() == run.numbers()
     assert train(guidance_scale=1.0).numbers() != train().numbers()
@@ -731,7 +731,7 @@ def test_pictures_are_scored_while_the_next_prompts_are_sampled(train, monkeypat
         return sample(*args)
 
     def patient(images, prompts):
-        """Scores the first prompt's pictures only once the second prompt's are being sampled."""
+        """Scores the first prompt's pictures only after sampling of the second prompt's pictures has started."""
         assert threading.current_thread() not in begun and second.wait(timeout=TIME_LIMIT)
         return custom_rewards.brightness(images, prompts)
 

@@ -17,7 +17,7 @@ def red(level):
 
 
 def red_of(content):
-    """The red level of the picture in a request."""
+    """Mean red of the picture in a request."""
     header, data = content[0]["image_url"]["url"].split(",", 1)
     assert header == "data:image/jpeg;base64"
     return Image.open(io.BytesIO(base64.b64decode(data))).getpixel((4, 4))[0]

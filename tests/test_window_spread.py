@@ -1,4 +1,4 @@
-"""The picture of how samples spread for early and late windows."""
+"""The figure that shows how far samples spread for early and late windows."""
 
 import json
 import sys
