@@ -52,7 +52,7 @@ def plan_mix(config: GRPOConfig, window: Sequence[int], rng: np.random.Generator
 
 
 def plan_flash(config: GRPOConfig, window: Sequence[int], rng: np.random.Generator) -> list[Step]:
-    """MixGRPO-Flash: past the window's last step r, DPM-Solver++ on max(⌊(T−r)·ratio⌋, 2) points from t_{r+1} to 0."""
+    """MixGRPO-Flash: after the window's last step r, DPM-Solver++ on max(⌊(T−r)·ratio⌋, 2) points from t_{r+1} to 0."""
     last, steps = window[-1], config.sampling_steps
     head = _base_steps(config, window)[: last + 1]
     points = max(int((steps - last) * config.dpm_post_compress_ratio), 2)
@@ -199,7 +199,7 @@ def make_plan(config: GRPOConfig, window: Sequence[int], iteration: int = 1) -> 
         raise FlagError("algorithm", config.algorithm, str(error)) from error
 
 
-# --- what a run amounts to --------------------------------------------------------------------------------------------
+# --- description of a run ---------------------------------------------------------------------------------------------
 
 
 def optimizer_steps(config: GRPOConfig) -> int:

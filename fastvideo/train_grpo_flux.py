@@ -25,7 +25,7 @@ from pathlib import Path
 from fastvideo.cli import flag_errors, parse_dataclass, parse_first
 from fastvideo.config import IGNORED_FLAGS, GRPOConfig, world_size_of_environment
 
-if __name__ == "__main__":  # before torch and diffusers, which take seconds: --help and a refused flag answer at once
+if __name__ == "__main__":  # before the slow imports of torch and diffusers, so that --help answers at once
     parse_first(GRPOConfig, None, __doc__, IGNORED_FLAGS)
 
 from fastvideo.data_preprocess.preprocess_flux_embedding import embed_prompts

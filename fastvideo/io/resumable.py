@@ -1,13 +1,13 @@
-"""Work that can be killed at any moment and goes on where it stopped: sampling, evaluation, embedding.
+"""Resumable work: sampling, evaluation and embedding continue after a kill at any moment.
 
-A `Store` holds results by item. An item is what a hash of all that decides its result says, and its result is there as
-a whole or not at all. Batches are fixed by the list of all items and dealt out to the processes, and a batch is made as
-a whole even if one result is missing. So neither a restart nor the number of processes changes a number. `finish`
-writes the file that names all items, at the very end; several runs may work on one store at once.
+A `Store` keeps one result per item, complete or not at all. A hash of everything that affects the result identifies the
+item. The list of all items determines the batches, and processes compute whole batches, even if only one result is
+missing. So restarts and the number of processes don't change a number. Several runs may use one store at the same time.
+At the very end, `finish` writes the file that names all items.
 
-One kind of store can't serve all programs without changing what users see: embeddings are files named by their hash;
-pictures have names that people read, so a file holds the hash, and `Claims` refuse other settings in the same folder;
-scores end up in one file, and until then wait in a `Journal` beside it.
+Programs need different stores. An embedding is a file named by its hash. Pictures have readable names, so another file
+holds the hashes, and `Claims` refuse other settings in the same folder. Scores go to one final file; until then a
+`Journal` beside that file keeps them.
 """
 
 import fcntl
@@ -37,15 +37,15 @@ def digest(value: Any, length: int = 16) -> str:
 
 
 class Store(ABC, Generic[Item, Result]):
-    """Results by item."""
+    """Keeps one result per item."""
 
     @abstractmethod
     def has(self, item: Item) -> bool:
-        """Whether the item's result is there and whole."""
+        """Whether the store has the item's complete result."""
 
     @abstractmethod
     def keep(self, item: Item, result: Result) -> None:
-        """Stores a result, as a whole or not at all."""
+        """Stores a result atomically."""
 
     def complete(
         self,
@@ -55,9 +55,9 @@ class Store(ABC, Generic[Item, Result]):
         here: Processes,
         description: str,
     ) -> tuple[int, int]:
-        """Makes this process's share of the missing results. Returns how many it made, and how many were there.
+        """Computes this process's share of the missing results. Returns how many were computed, and how many existed.
 
-        make: the results of a batch of items. description: of the progress bar.
+        make: computes the results of a batch of items. description: text of the progress bar.
         """
         batches = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
         mine, made = batches[here.rank :: here.world_size], 0
@@ -73,7 +73,7 @@ class Store(ABC, Generic[Item, Result]):
 
 
 def finish(here: Processes, write: Callable[[], None]) -> None:
-    """Waits for all processes, lets the first one write the file that names all items, and waits for that too."""
+    """Waits for all processes. Then the first process writes the file that names all items, and all wait for it."""
     barrier()
     if here.rank == 0:
         write()
@@ -82,10 +82,10 @@ def finish(here: Processes, write: Callable[[], None]) -> None:
 
 @dataclass(frozen=True)
 class Claims:
-    """Files that say which settings the pictures of a folder have, and a hash of what each picture is made of.
+    """Files that record the settings of a folder's pictures, and a hash of each picture's inputs.
 
-    The first claim is sampling.json. Pictures that are added later are claimed in sampling.1.json, sampling.2.json, ...
-    with the same settings.
+    The first claim is sampling.json. Later pictures are claimed in sampling.1.json, sampling.2.json, ... with the same
+    settings.
     """
 
     folder: Path
@@ -101,24 +101,24 @@ class Claims:
         """Claims the pictures that no file claims yet; all processes call it. Returns the hash of the settings.
 
         Args:
-            made_of: name of each picture in the folder -> hash. sources: paths, for people who read the file.
-            outdated: the files that name the folder's pictures, if the pictures are to be replaced; else None.
+            made_of: name of each picture in the folder -> hash of its inputs. sources: paths, for human readers.
+            outdated: to replace the pictures, the files that name them; else None.
 
-        Raises FlagError for a folder with pictures of other settings, or with other pictures under the same names.
+        Raises FlagError if the folder has pictures with other settings, or other pictures with the same names.
         """
         if here.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             own = self.folder / f".sampling.{process_name()}.json"
             write_json(own, {"settings": settings, "pictures": made_of, "sources": sources})
             try:
-                if outdated is not None:  # these files first: they must never name pictures of both runs
+                if outdated is not None:  # deleted first, so that they never name pictures of both runs
                     for path in (*outdated, *self.folder.glob("sampling.[0-9]*.json")):
                         path.unlink(missing_ok=True)
                     os.replace(own, self.folder / "sampling.json")
-                with suppress(FlagError):  # every process raises it, below
+                with suppress(FlagError):  # every process raises it below
                     while path := self._place(settings, made_of):
                         try:
-                            os.link(own, path)  # fails, unlike os.replace, for a file of another run made just now
+                            os.link(own, path)  # unlike os.replace, fails if another run has just made the file
                         except FileExistsError:
                             continue
                         except OSError:  # a file system without links
@@ -130,7 +130,7 @@ class Claims:
         return digest(settings)
 
     def _place(self, settings: Mapping[str, Any], made_of: Mapping[str, str]) -> Path | None:
-        """The file to claim these pictures in; None where they are claimed. Raises FlagError, see `claim`."""
+        """The file for claiming these pictures; None if they are claimed already. Raises FlagError, see `claim`."""
         there, taken, path = self._read()
         if there is None:
             return path
@@ -158,20 +158,20 @@ class Claims:
 
 
 class Journal(Store[Item, Result]):
-    """Results on their way into one file, in hidden files beside it: one JSON line per item, under its hash.
+    """Keeps results for one final file in hidden files beside it: one JSON line per item, with the item's hash.
 
-    Each process writes a file of its own, locked as long as the process lives, and reads the files of all others,
-    killed ones too. Other items find nothing.
+    Each process writes its own file, which is locked while the process lives. It reads the files of all processes, also
+    of killed ones.
     """
 
     def __init__(self, output: Path | None, purpose: Any) -> None:
-        """Opens this process's file, and reads the files of all.
+        """Opens this process's file, and reads the files of all processes.
 
         Args:
-            output: the file of --output_json, which the results end up in; None: they are kept in memory only.
-            purpose: JSON value of all that decides the output.
+            output: the final file, --output_json. None: results are kept in memory only.
+            purpose: JSON value of everything that affects the output.
 
-        Raises FlagError when a living process works on the same output with another purpose.
+        Raises FlagError if a living process works on the same output with another purpose.
         """
         self.output, self.results = output, {}
         if output is None:

@@ -14,7 +14,7 @@ from fastvideo.cli import FlagError, check_fields, flag, flag_errors, parse_data
 
 @dataclass
 class MergeConfig:
-    """What to merge."""
+    """Settings of a merge."""
 
     pretrained_model_name_or_path: str | None = flag(
         None, "base FLUX pipeline: a folder or a hub id (None: the base model of the checkpoint)"
@@ -67,7 +67,7 @@ def merge(config: MergeConfig) -> Path:
 
 @flag_errors("merge_lora.py")
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line. Bad input ends it with one line and status 2."""
+    """The command line. Bad input prints one line and exits with status 2."""
     print(f"merged transformer: {merge(parse_dataclass(MergeConfig, argv, __doc__))}")
 
 

@@ -175,7 +175,7 @@ class ComputeCopy:
                 parameter.data = parameter.data.bfloat16()
 
     def add_gradients(self) -> None:
-        """Call after each backward pass. (Autograd's hooks run in a thread where torch's own limit of graphs holds.)"""
+        """Call after each backward pass. (In autograd's hooks, another thread, torch's own limit of graphs holds.)"""
         for i, parameter in enumerate(self.parameters):
             if parameter.grad is not None:
                 new, so_far = parameter.grad.flatten(), self.gradients[i]
@@ -397,7 +397,7 @@ class Engine:
         norm, both = self._outcome.tolist()
         return norm if math.isfinite(both) else None
 
-    # --- to disk and back -------------------------------------------------------------------------------------------
+    # --- saving and loading -----------------------------------------------------------------------------------------
 
     def trained_weights(self) -> dict[str, torch.Tensor]:
         """Copies of the full trained parameters on the CPU, by name, on the first process; empty on the others.

@@ -43,7 +43,7 @@ def noise_free_plan(config: GRPOConfig) -> Plan:
 
 
 def check_evaluation(config: GRPOConfig) -> None:
-    """Raises ValueError, one line, if prompts or files of held-out rewards are missing. Loads no model."""
+    """Raises FlagError if prompts or files of held-out rewards are missing. Loads no model."""
     if config.eval_steps:
         read_prompts(config.eval_prompts, "eval_prompts")
     if config.eval_reward:

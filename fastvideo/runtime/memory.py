@@ -31,7 +31,7 @@ def predict_memory(config: GRPOConfig, world_size: int) -> dict[str, float]:
     keeps gradients whole between micro-batches (80.9 GiB on each of four H200 for FLUX.1, predicted 68.7).
 
     Raises:
-        ValueError: a model's config.json can't be read.
+        FlagError: a model's config.json can't be read.
     """
     path, engine = config.pretrained_model_name_or_path, choose_engine(config, world_size)
     transformer = meta_transformer(path)

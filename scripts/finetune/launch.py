@@ -208,7 +208,7 @@ def run_nodes(nodes: list[Node], launcher: str, orders: list[bytes]) -> int:
                 tell(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
 
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup asks for
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP, and the nodes must too
                 signal.signal(number, on_signal)
         processes = start(nodes, launcher, Path(folder))
         while running and time.monotonic() < deadline + 2 * PATIENCE:
@@ -280,7 +280,7 @@ def run_node() -> int:
     if status := child.wait():
         kill(order["job"])  # the processes that a killed torchrun leaves behind
     for thread in pumps:
-        thread.join(PATIENCE)  # not for ever: a daemon may have inherited the output
+        thread.join(PATIENCE)  # with a limit, because a daemon may keep the output open
     return status if status >= 0 else 128 - status
 
 
