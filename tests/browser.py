@@ -30,7 +30,7 @@ class Browser:
 
     def __init__(self, profile: Path, online: bool = False) -> None:
         (theirs, self._to), (self._from, writing) = os.pipe(), os.pipe()
-        shell = f'exec "$@" 3<&{theirs} 4>&{writing}'  # where chromium looks for its pipes
+        shell = f'exec "$@" 3<&{theirs} 4>&{writing}'  # chromium expects its pipes at 3 and 4
         command = [*browser_command(profile), "--remote-debugging-pipe", "about:blank"]
         self._process = subprocess.Popen(
             ["bash", "-c", shell, "bash", *command],

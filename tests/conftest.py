@@ -44,11 +44,11 @@ PROMPTS = (  # training scenes with all words; red is in the first alone, circle
     "a purple square left of a green triangle on a black background",
 )
 
-# Relative difference of float32 gradients, summed over a few optimizer steps: 6e-7 was measured. A wrong weight of one
-# micro-batch shows as 1e-1. A pixel rounded to another of its 256 values would show too, as 1e-3 through its reward.
+# Allowed relative difference of float32 gradients, summed over a few optimizer steps. Rounding gives 6e-7. A wrong
+# micro-batch weight gives 1e-1. A pixel rounded to another of its 256 values gives 1e-3 through the reward.
 ROUNDING = 1e-5
 
-# Seconds after which a test gives up waiting for another process: no test takes a tenth of it on a quiet machine.
+# Seconds that a test waits for another process. On an idle machine every test needs less than a tenth.
 TIME_LIMIT = 1200
 
 PASSED = pytest.StashKey[bool]()

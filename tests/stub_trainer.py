@@ -22,7 +22,7 @@ folder, rank = Path(sys.argv[sys.argv.index("--output_dir") + 1]), int(os.enviro
 asked: list[int] = []
 for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, lambda number, _: asked.append(number))
-sys.stdout.write(f"rank {rank} of {os.environ['WORLD_SIZE']}\n")  # in one piece, as the trainer does
+sys.stdout.write(f"rank {rank} of {os.environ['WORLD_SIZE']}\n")  # atomically, like the trainer
 sys.stdout.flush()
 if rank == 1 and "--fails" in sys.argv:
     raise RuntimeError("on purpose")

@@ -25,17 +25,17 @@ def test_a_group_is_normalised_with_the_unbiased_deviation():
 def test_trimming_leaves_the_lowest_out_of_the_statistics_but_not_out_of_the_group():
     # a quarter of 4 is 1: mean and deviation of [2, 3, 4] are 3 and 1
     assert advantages([3, 1, 4, 2], 0.25)[0] == pytest.approx([0, -2, 1, -1], abs=1e-7)
-    # a third of 4, rounded down, is 1 as well; a fifth is none: as without trimming
+    # a third of 4, rounded down, is 1 too; a fifth of 4 is 0: no trimming
     assert advantages([3, 1, 4, 2], 0.34)[0] == pytest.approx([0, -2, 1, -1], abs=1e-7)
     assert advantages([3, 1, 4, 2], 0.2) == advantages([3, 1, 4, 2])
-    # trimmed to one score there is no deviation left
+    # after trimming one score is left, which has no deviation
     assert advantages([3, 1], 0.5) == ([0, 0], True)
 
 
 def test_a_failed_sample_leaves_the_statistics_and_gets_nothing():
-    # mean and deviation of [1, 2, 3] are 2 and 1; scored as 0 it would shift the others
+    # mean and deviation of [1, 2, 3] are 2 and 1; a score of 0 for the failed sample would change both
     assert advantages([1, NAN, 2, 3])[0] == pytest.approx([-1, 0, 0, 1], abs=1e-7)
-    # trimming counts scores, not failures: 0.3 of 3 is none (of 4 it would be one)
+    # trimming counts scores, not failures: 0.3 of 3 scores is 0 (of 4 samples it would be 1)
     assert advantages([1, NAN, 2, 3], 0.3)[0] == pytest.approx([-1, 0, 0, 1], abs=1e-7)
     # a third of [1, 2, 3] is 1, [2, 3] has mean 2.5 and deviation 0.707107
     assert advantages([1, NAN, 2, 3], 1 / 3)[0] == pytest.approx([-1.5 / 0.707107, 0, -0.5 / 0.707107, 0.5 / 0.707107])

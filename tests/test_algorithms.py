@@ -79,7 +79,7 @@ def test_entropy_is_that_of_a_gaussian_per_dimension():
 
 
 @pytest.mark.parametrize("threshold", [0.5, 1.5, 2.2, 2.5, 3.0])
-@pytest.mark.parametrize("sde_type", ["flow", "dance", "cps"])  # each has its formula below
+@pytest.mark.parametrize("sde_type", ["flow", "dance", "cps"])  # the formulas are below
 def test_a_merge_is_the_shortest_that_passes_the_threshold(threshold, sde_type):
     """Compares with a direct search over the formulas of docs/algorithms.md."""
 
@@ -284,7 +284,7 @@ def test_depth_pruning_slides_towards_the_root_and_stops():
     assert [s.index for s in plan if not s.train] == [14, 15, 16, 19]
     still = replace(settings, depth_pruning_slide_interval=0)
     assert pruned_depths(still, 1) == pruned_depths(still, 1000) == {16, 17, 18}
-    beyond = replace(settings, depth_pruning_stop_depth=17)  # starts shallower than where it would stop
+    beyond = replace(settings, depth_pruning_stop_depth=17)  # depth 16 starts below the stop depth already
     assert pruned_depths(beyond, 1000) == {16, 17, 18}
 
 
@@ -406,7 +406,7 @@ def test_fusing_by_probability():
     np.testing.assert_allclose(fuse(scores, 1, log_probs), [[1.5 / 4 + 5 * 3 / 4]])
     np.testing.assert_allclose(fuse(scores, 1, log_probs, 1e6), [[3.75]], atol=1e-4)
     np.testing.assert_allclose(fuse(scores, 1, log_probs, 1e-3), [[4]], atol=1e-9)
-    # A failed picture's sibling scores for both; the branches above weigh what they weighed.
+    # The sibling of a failed picture gives their branch's score; weights of upper branches stay the same.
     np.testing.assert_allclose(fuse(np.array([[1.0, 2, NAN, 8]]), 1, log_probs), [[1.5 / 4 + 8 * 3 / 4]])
     np.testing.assert_allclose(fuse(np.array([[NAN, NAN, 4.0, 8]]), 1, log_probs), [[5]])
 

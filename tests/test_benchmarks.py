@@ -129,7 +129,7 @@ def test_algorithms_are_compared_on_withheld_scenes_at_the_rate_that_training_pr
         monkeypatch.setattr(tiny_world, name, tmp_path / name)
     (tmp_path / "embeddings").symlink_to(embedded_prompts.parent)
     monkeypatch.setitem(compare_algorithms.ALGORITHMS, "mix_grpo_flash", "--train_batch_size 2 --num_generations 6")
-    monkeypatch.setattr(train_grpo_flux, "windows", train_grpo_flux.windows)  # a run puts its own there
+    monkeypatch.setattr(train_grpo_flux, "windows", train_grpo_flux.windows)  # restored after the run changes it
     monkeypatch.setattr(
         compare_algorithms,
         "run_all",

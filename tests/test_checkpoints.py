@@ -348,7 +348,7 @@ def test_a_signal_ends_the_run_after_saving(start, train, run_at, tmp_path, numb
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("whom", ["torchrun", "everybody"])  # as Slurm does, when torchrun's own signal comes on top
+@pytest.mark.parametrize("whom", ["torchrun", "everybody"])  # everybody: Slurm, and torchrun signals again
 def test_a_signal_to_torchrun_ends_all_processes_after_saving(start, run_at, tmp_path, whom):
     given = {"max_train_steps": 500, "checkpointing_steps": 500, "dataloader_num_workers": 2}
     process, log = start("cut", 2, parallel="fsdp", **given), tmp_path / "cut.log"
@@ -375,7 +375,7 @@ def test_a_second_signal_ends_a_run_at_once_unless_it_comes_with_the_first(start
     process.terminate()
     wait_for(lambda: "SIGTERM: this iteration ends" in log.read_text(), process, log)
     process.terminate()
-    wait_for(lambda: bool(list(cut.glob(".checkpoint-*.part"))), process, log)  # it goes on as after one
+    wait_for(lambda: bool(list(cut.glob(".checkpoint-*.part"))), process, log)  # counts as one signal
     time.sleep(ONE_REQUEST)
     process.terminate()
     assert process.wait(TIME_LIMIT) == -signal.SIGTERM
@@ -541,7 +541,7 @@ def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(
     if processes == 1:
         assert told.splitlines()[-1].endswith(messages[0]) and "File too large" in messages[0]
         assert "Traceback" not in told
-    assert lines(tmp_path / "cut") <= 4  # it was noticed while training went on, or by the next save
+    assert lines(tmp_path / "cut") <= 4  # noticed during training, or by the next save
     assert run_at("cut").checkpoints == first and not list((tmp_path / "cut").glob(".*"))
     train("cut", **settings, resume_from_checkpoint="latest")
     assert same_weights(run_at("cut").weights(), whole.weights())

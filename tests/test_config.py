@@ -590,7 +590,7 @@ def test_every_setting_is_read_somewhere():
         read |= {*reward.arguments.values(), reward.weight, reward.mode}
     for path in (ROOT / "fastvideo").rglob("*.py"):
         if path.parent.name in ("sample", "eval", "data_preprocess") or path == ROOT / "fastvideo/config.py":
-            continue  # other programs have a `config` of their own; checks are no use of a setting
+            continue  # other programs have another `config`; checking a setting is not using it
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
                 owner = node.value

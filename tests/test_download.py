@@ -172,7 +172,7 @@ def test_other_files_are_resumed_checked_and_kept(download, server, tmp_path):
     assert len(contents) == 3
     true_sums, clip = script.read_text(), "image_reward_ckpt/ViT-L-14.pt"
 
-    status, output = download("image_reward")  # the sum of the real file, which these contents don't have
+    status, output = download("image_reward")  # the checksum of the real file, which differs from these contents
     assert status == 1 and "SHA-256 is" in output and "ViT-L-14.pt" in output and "run the command again" in output
     assert not (tmp_path / clip).exists() and not (tmp_path / f"{clip}.part").exists()
 

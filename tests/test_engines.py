@@ -195,9 +195,9 @@ def test_gradients_are_exchanged_once_an_optimizer_step(flags, tmp_path, subproc
     assert done.returncode == 0, done.stderr[-4000:]
     one, many, *anew = json.loads((tmp_path / "counts.json").read_text())
     assert one[exchange] == many[exchange] > 0
-    if name == "fsdp":  # a rollout gathers each block once instead of in each of its steps
+    if name == "fsdp":  # a rollout gathers each block once, not once per step
         assert one["_allgather_base_"] < anew[0]["_allgather_base_"]
-        assert one["_allgather_base_"] == many["_allgather_base_"]  # nor is one gathered again by each micro-batch
+        assert one["_allgather_base_"] == many["_allgather_base_"]  # micro-batches don't gather again
     for folder in runs.keys() - {"one"}:
         assert_same_update(Run(tmp_path / folder), Run(tmp_path / "one"))
 

@@ -85,7 +85,7 @@ def test_scores_means_and_components_are_those_of_the_models(tmp_path):
         assert row["standard_error"] == pytest.approx(np.std(values, ddof=1) / math.sqrt(6))
         low, high = row["interval"]
         assert low < row["mean"] < high or low == row["mean"] == high == 1  # all are right in everything
-    assert not list(tmp_path.glob(".*"))  # nothing is left of what a killed run would have gone on from
+    assert not list(tmp_path.glob(".*"))  # the files for resuming a killed run are removed
 
 
 def test_standard_errors_are_clustered_by_prompt():
@@ -225,7 +225,7 @@ def test_all_reward_models_on_hostile_prompts_and_what_was_held_out(tmp_path, na
     folder = narrow_rewards / "image_reward_ckpt"
     files = {"hps_path": narrow_rewards / "hps_ckpt" / HPS_FILE, "clip_score_path": clip, "pick_score_path": pick}
     files |= {"image_reward_path": folder / "ImageReward.pt", "image_reward_med_config": folder / "med_config.json"}
-    files["image_reward_score_dir"] = folder  # of its tokenizer
+    files["image_reward_score_dir"] = folder  # the folder of ImageReward's tokenizer
     argv = [str(token) for name, value in files.items() for token in (f"--{name}", value)]
     argv += ["--prompt_file", str(manifest), "--batch_size", "3", "--reward_model", "all", "--device", "cpu"]
     assert main([*argv, "--trained_rewards", "hpsv2:2,pick_score:0", "--output_json", str(tmp_path / "s.json")]) == 0
@@ -405,7 +405,7 @@ def test_a_killed_evaluation_goes_on_and_two_at_once_write_what_one_does(tmp_pat
         return sum(path.read_bytes().count(b"found") for path in folder.glob(".*.part"))
 
     killed = start(sys.executable, "-m", "fastvideo.eval.eval_reward")
-    wait_for(lambda: kept() >= 4, killed, log)  # of 24 batches, 12 a manifest
+    wait_for(lambda: kept() >= 4, killed, log)  # of 24 batches, 12 per manifest
     os.kill(killed.pid, signal.SIGKILL)
     killed.wait()
     assert not (folder / "s.json").exists()

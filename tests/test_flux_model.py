@@ -40,7 +40,7 @@ def velocity(transformer: FluxTransformer2DModel, rows: int, image_tokens: int, 
         random(1, text_tokens, config.joint_attention_dim),
         random(1, config.pooled_projection_dim),
         torch.zeros(text_tokens, 3, device=device),
-        torch.arange(3.0 * image_tokens, device=device).reshape(-1, 3),  # places that differ
+        torch.arange(3.0 * image_tokens, device=device).reshape(-1, 3),  # different positions
         3.5,
     )
     latents = torch.stack([random(image_tokens, config.in_channels) for _ in range(rows)])
@@ -85,7 +85,7 @@ def test_attention_gets_gradients_without_gaps(tiny_flux, monkeypatch):
     double, single = transformer.config.num_layers, transformer.config.num_single_layers
     assert without_gaps() == len(seen) == double + single
     monkeypatch.setattr(flux_speed._ContiguousGradient, "apply", lambda x: x)
-    assert without_gaps() == len(seen) - single  # what it is for
+    assert without_gaps() == len(seen) - single  # without our function, single blocks have gaps
 
 
 def test_compiled_blocks_are_whole_graphs_that_return_no_views(tiny_flux):
@@ -187,7 +187,7 @@ def test_pictures_that_do_not_fit_into_memory_together_are_decoded_one_at_a_time
     monkeypatch.setattr(AutoencoderKL, "decode", with_little_memory)
     with pytest.warns(UserWarning, match="3 pictures don't fit"):
         found = decode_latents(vae, latents, 32, 32, 3)
-    decode_latents(vae, latents, 32, 32, 3)  # which doesn't try again
+    decode_latents(vae, latents, 32, 32, 3)  # doesn't try 3 at once again
     assert sizes == [3, 1, 1, 1, 1, 1, 1] and vae.use_tiling
     for mine, theirs in zip(found, expected, strict=True):  # too small to be cut into tiles
         assert np.array_equal(np.asarray(mine), np.asarray(theirs))

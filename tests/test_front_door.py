@@ -61,8 +61,8 @@ def test_the_documented_command_gives_these_settings():
         ("data.cfg_rate=0.1", "cfg", 0.1),
         ("reward.clip_path=clip.bin", "hps_clip_path", "clip.bin"),
         ("distributed.master_weight_type=bf16", "master_weight_type", "bf16"),
-        ("training.mixed_precision=no", "mixed_precision", "no"),  # which YAML takes for false
-        ("training.compile=true", "compile", "true"),  # a text, though it looks like a switch
+        ("training.mixed_precision=no", "mixed_precision", "no"),  # YAML reads `no` as false
+        ("training.compile=true", "compile", "true"),  # a text that looks like a switch
         ("wandb.name='1e3'", "experiment_name", "1e3"),
         ("wandb.name=1e3", "experiment_name", "1e3"),
         ("data.loss_coef=1", "algorithm", "mix_grpo"),  # a flag without effect, with the trainer's warning

@@ -214,11 +214,11 @@ def test_a_fall_is_a_sign_only_beyond_a_small_effect_on_the_baselines_pictures(s
     ("rises", "trained", "expected"),
     [
         ({}, {"A"}, True),
-        ({"A": 1, "A_part": 1}, {"A"}, True),  # what was trained on
+        ({"A": 1, "A_part": 1}, {"A"}, True),  # A is the training reward
         ({"A_right": 1}, {"A"}, False),
         ({"A_right": 1}, None, False),
         ({"B": 1}, {"A"}, False),
-        ({"B": 1}, None, True),  # perhaps it was trained on
+        ({"B": 1}, None, True),  # unknown whether B is the training reward
         ({"B": 1}, {"A", "B"}, True),
         ({"B": 0.1}, {"A"}, True),  # too little: a twentieth of a standard deviation
         ({"B": -0.1}, {"A"}, True),
@@ -281,4 +281,4 @@ def test_evaluation_leads_with_right_in_everything(tmp_path, capsys):
     assert header.startswith("score") and line.startswith("right in everything ")
     assert line.split()[3:] == "10 0 0.50 ± 0.17 0.00 ± 0.00 0.50 ± 0.17 75%".split()  # √(¼ / 9); five ties
     assert (tmp_path / "s.csv").read_text().splitlines()[1].startswith("all,ShapesRewardModel_right,check,")
-    assert (tmp_path / "s_mean.txt").read_text().count("Mean Reward") == 1  # as the reference writes it: models alone
+    assert (tmp_path / "s_mean.txt").read_text().count("Mean Reward") == 1  # as in the reference: models only

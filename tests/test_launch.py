@@ -222,7 +222,7 @@ def test_shards_within_a_node_and_copies_between_nodes_train_the_same(start, tra
 def test_a_node_that_fails_stops_the_others_and_gives_its_status(start, tmp_path, launcher):
     process, log = start("run", launcher, **ENDLESS), tmp_path / "run.log"
     wait_for(lambda: lines(tmp_path / "run") >= 1, process, log)
-    os.kill(torchrun_of(process.mark, 1), signal.SIGKILL)  # its own children are left behind
+    os.kill(torchrun_of(process.mark, 1), signal.SIGKILL)  # leaves its children behind
     assert process.wait(TIME_LIMIT) == 128 + signal.SIGKILL
     wait_until_gone(process.mark)
     assert log.read_text().splitlines()[-1] == "launch.py: 127.0.0.3 (node 1) ended first, with status 137"
@@ -235,7 +235,7 @@ def test_a_process_that_raises_stops_all_nodes(start, tmp_path, trainer):
     assert process.wait(TIME_LIMIT) == 1
     wait_until_gone(process.mark)
     told = log.read_text()
-    if trainer == "trainer":  # whose entry point records the error for torchrun's summary
+    if trainer == "trainer":  # its entry point records the error for torchrun's summary
         told = told.partition("127.0.0.2: Root Cause")[2].replace("127.0.0.2:   ", "127.0.0.2: ")
     assert "127.0.0.2: RuntimeError: on purpose" in told.splitlines()
 
@@ -329,7 +329,7 @@ def test_processes_that_share_a_pipe_write_whole_lines(start, tmp_path, environm
                 print("rank", os.environ["RANK"], "to", stream.name, file=stream)
         {start}
     """)
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # a packet is what was written at once
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # one packet per write
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
     with ours, theirs:
         both = {"stdout": theirs, "stderr": theirs}

@@ -111,7 +111,7 @@ def one_process(monkeypatch) -> None:
     place = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}
     for name, value in {**place, "MASTER_PORT": 0}.items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr(os, "environ", os.environ.copy())  # the plugin leaves variables of its own
+    monkeypatch.setattr(os, "environ", os.environ.copy())  # the plugin adds variables
     yield
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

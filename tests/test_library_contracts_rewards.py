@@ -126,7 +126,7 @@ def test_transformers_tokenizer_without_a_vocabulary_is_recognised():
     try:
         empty = BertTokenizer()
     except Exception:
-        return  # an error instead of an empty tokenizer is as good
+        return  # an error is as good as an empty tokenizer
     with pytest.raises(OSError, match="no vocabulary"):
         check_tokenizer(empty, "nowhere")
         pytest.fail(changed("transformers", f"a tokenizer of {len(empty)} tokens passes for a whole one", "loading"))

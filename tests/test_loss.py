@@ -87,7 +87,7 @@ def test_the_gradient_of_a_transition_by_hand(flags):
         sum((a - m) * -0.1045 * e / 0.009 for a, m, e in zip(row, mean, (1, 2), strict=True)) / 2
         for row in ([0.8, 1.5], [0.7, 1.7])
     ]
-    # The first was sampled when it was 5 % less likely than now, the second when it was as likely.
+    # When sampled, the first transition was 5 % less likely than now, the second equally likely.
     old = torch.tensor([gaussian[0] - math.log(1.05), gaussian[1]])
     sampled = Rollout(after, {0: x}, {0: after}, {0: old})
     transitions = [Transition(0, 0, 0, 0, 1.5), Transition(0, 0, 1, 0, -0.5)]

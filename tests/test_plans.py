@@ -78,7 +78,7 @@ def test_every_picture_comes_down_the_whole_schedule_and_every_trained_step_has_
         rows = plan.rows
         for step, numbers, count in zip(plan, plan.coefficients, rows, strict=True):
             assert all(map(math.isfinite, (numbers.x, numbers.v, numbers.std, *numbers.history)))
-            ends = step.kind == "cps" and step.sigma_next == 0  # whose noise is a share of the level where it ends
+            ends = step.kind == "cps" and step.sigma_next == 0  # cps noise is a share of σ' = 0
             assert (numbers.std > 0) == (KINDS[step.kind].sde_type is not None and not ends)
             assert not step.train or (count >= 2 and numbers.std > 0)
         for leaf in plan.leaves:
@@ -136,7 +136,7 @@ def test_the_optimizer_steps_of_an_iteration_train_every_transition_once_with_we
             assert all(len({(t.position, t.parent) for t in batch}) <= size for batch in batches)
             found += [(t.position, t.child) for t in transitions]
         number_of_steps.add(len(plan.updates(group, config.gradient_accumulation_steps)))
-        shared = [position for position in trained if rows[position] < group]  # several samples are one row there
+        shared = [position for position in trained if rows[position] < group]  # positions where samples share a row
         own = [(position, child) for position, child in found if position not in shared]
         assert len(own) == len(set(own)) == sum(prompts * rows[p] for p in trained if p not in shared)
         assert set(found) - set(own) == {(p, child) for p in shared for child in range(prompts * rows[p])}

@@ -229,7 +229,7 @@ def test_what_transformers_still_has_for_image_reward_is_left_alone(monkeypatch)
     image_reward_compat._add_missing_imports()
     image_reward_compat._add_missing_methods(bert)
     assert {getattr(modeling_utils, name) for name in names} | {getattr(bert, name) for name in methods} == {"its own"}
-    assert bert.all_tied_weights_keys == {}  # which it lacked
+    assert bert.all_tied_weights_keys == {}  # the class lacked it
 
 
 @pytest.mark.parametrize("kind", list(MAKERS))
@@ -449,7 +449,7 @@ def test_unified_reward_runs_by_itself_and_through_its_proxy(chat_server, monkey
     url = ["--url", "http://reward.invalid:8080", "--question_type", "score"]
     run_demo(monkeypatch, "unified_reward", *url, "--http_proxy", proxy.url, "--prompt", "a cat")
     assert "reward_demo.png: UnifiedRewardModel 3.5000" in capsys.readouterr().out
-    assert proxy.requests[0][0] == "http://reward.invalid:8080/v1/chat/completions"  # as a proxy is asked
+    assert proxy.requests[0][0] == "http://reward.invalid:8080/v1/chat/completions"  # proxies get the full URL
     with pytest.raises(SystemExit) as stop:
         run_demo(monkeypatch, "unified_reward", "--url", "reward.invalid")
     assert stop.value.code == 2

@@ -253,7 +253,7 @@ def test_a_new_reward_is_one_file_and_one_entry(tmp_path, monkeypatch):
     assert weights == {"ShapesRewardModel": 0.25, "MadeUp": 0.75}
     assert models["MadeUp"].settings == ("carmine", 2.0, 4, True)
     assert models["MadeUp"]([Image.new("RGB", (2, 2), (7, 0, 0))], ["x"]) == [7]
-    del given["red_weight"]  # as in an evaluation, whose settings have no weights
+    del given["red_weight"]  # an evaluation's settings have no weights
     assert resolve_reward_spec(config(**given)) == {"shapes": 0.5, "made_up": 0.5}
 
 

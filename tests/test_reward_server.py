@@ -160,7 +160,7 @@ def test_evaluation_with_a_server_writes_the_same_scores(serve, tmp_path):
 def test_progress_checks_and_failed_components_travel(serve, step):
     url = serve("shapes")
     wrong = [scene.mistakes()["colors exchanged"].caption() for scene in SCENES[:2]]
-    prompts = [*wrong, *CAPTIONS[2:5], "not a scene"]  # the shapes reward fails on it
+    prompts = [*wrong, *CAPTIONS[2:5], "not a scene"]  # the shapes reward fails on the last prompt
     total = None if step is None else 5
     local = build_reward_models(RewardSpecConfig(reward_model="shapes"), "cpu")
     far = connect(url, reward_model="shapes", reward_batch_size=4)
@@ -261,7 +261,7 @@ def test_health_tells_what_is_served_while_one_request_at_a_time_is_scored(serve
         client.start()
     assert scored.acquire(timeout=TIME_LIMIT)
     health = httpx.get(f"{url}/health", timeout=TIME_LIMIT).json()
-    assert not scored.acquire(timeout=0.3) and len(busy) == 1  # the other one waits
+    assert not scored.acquire(timeout=0.3) and len(busy) == 1  # the other client waits
     release.set()
     for client in clients:
         client.join()

@@ -129,7 +129,7 @@ def test_a_run_with_each_reward_scores_logs_and_trains_on_what_was_scored(name, 
         assert nothing or (math.isfinite(line["loss"]) and line["grad_norm"] > 0)
         assert failing or line["zero_spread_groups"] == 0
     first = next(iter(weights))
-    assert len({line[f"reward_{first}"] for line in run.metrics}) == iterations  # other pictures, other scores
+    assert len({line[f"reward_{first}"] for line in run.metrics}) == iterations  # new pictures, new scores
 
 
 # --- UnifiedReward over HTTP, alone and in a mix ----------------------------------------------------------------------
@@ -190,7 +190,7 @@ def test_failures_on_one_rank_end_all_and_resuming_repeats_the_iteration(
     run = Run(tmp_path / "out")
     assert [line["failed_rewards"] for line in run.metrics] == [0, 4] and run.metrics[1]["optimizer_steps"] == 0
     assert [path.name for path in run.checkpoints] == ["checkpoint-1-0"]
-    settings["reward_model"] = "custom_rewards:rough_brightness"  # the same, and it fails no more
+    settings["reward_model"] = "custom_rewards:rough_brightness"  # the same scores without failures
     train("out", **settings, resume_from_checkpoint="latest")
     assert [(line["step"], line["failed_rewards"]) for line in run.metrics] == [(1, 0), (2, 0), (3, 0)]
     assert_same_update(run, train(**settings))

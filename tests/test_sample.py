@@ -171,7 +171,7 @@ def test_hybrid_inference_with_adapters_holds_one_model_and_switches_them_off(tm
 
     (first, *_) = json.loads(quarter.read_text())
     assert np.abs(pixels(quarter)[0] - diffusers_picture(pipe, first, callback_on_step_end=after_step)).max() <= 1
-    sweep = main(command(tmp_path, "sweep", *given, "0.25,0,1"))  # the adapters are there in each
+    sweep = main(command(tmp_path, "sweep", *given, "0.25,0,1"))  # each has the adapters
     for steps, expected in ((1, quarter), (0, base), (4, tuned)):
         assert largest_difference(sweep.parent / f"mix_{steps}_4/manifest.json", expected) == 0
 
@@ -236,7 +236,7 @@ def test_a_sweep_over_shares_loads_once_and_gives_the_pictures_of_single_runs(tm
         steps = row["mix_sampling_steps"]
         single = main(command(tmp_path, f"one{steps}", "--model_path", tuned, "--mix_sampling_steps", steps))
         assert largest_difference(sweep.parent / row["manifest"], single) == 0
-    again = main(command(tmp_path, "sweep", "--model_path", tuned, "--mix_fraction", "0.5"))  # a folder of its own
+    again = main(command(tmp_path, "sweep", "--model_path", tuned, "--mix_fraction", "0.5"))  # has its own folder
     assert again == sweep.parent / "manifest.json"
 
 
@@ -296,7 +296,7 @@ def test_offloading_on_a_gpu_keeps_less_memory_there(tmp_path, tuned, how):
     hybrid = ("--model_path", tuned, "--mix_fraction", "0.5", "--device", "cuda", "--dtype", "fp32")
     peaks, manifests = [], []
     for name in ("none", how):
-        gc.collect()  # what the run before leaves
+        gc.collect()  # frees the memory of the previous run
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         manifests.append(main(command(tmp_path, name, *hybrid, "--cpu_offload", name)))
@@ -433,7 +433,7 @@ def claim(folder: Path, claimed: tuple[int, str], start: multiprocessing.Event, 
 def test_of_two_runs_that_claim_a_folder_at_once_with_other_pictures_one_is_refused(
     tmp_path, claims, before, names, message
 ):
-    if before:  # then both add to what is there
+    if before:  # both runs add pictures to a claimed folder
         config = SampleConfig(output_dir=str(tmp_path))
         pictures = sample_flux.plan_pictures(config, [(prompt, None) for prompt in before])
         sample_flux.claim_folder(config, {"steps": 1}, pictures, Processes(0, 1, "cpu"))

@@ -132,7 +132,7 @@ def test_a_plan_check_accepts_a_sound_plan():
     [
         ("ofoo", "", "trains no step"),
         ("ofoo", "tt", r"step 0 \(ode\) has no noise"),
-        ("oooc", "   t", r"step 3 \(cps\) has no noise"),  # its last step ends without noise, whatever eta
+        ("oooc", "   t", r"step 3 \(cps\) has no noise"),  # the last cps step has no noise for any eta
     ],
 )
 def test_a_plan_check_refuses_what_cannot_be_trained(kinds, train, message):
@@ -310,7 +310,7 @@ def test_noise_differs_between_seeds_iterations_prompts_samples_and_steps():
     rows = torch.cat(found).flatten(1)
     assert rows.shape == (48, 64 * 64)
     similarity = torch.corrcoef(rows) - torch.eye(48)
-    assert similarity.abs().max() < 6 / 64  # six standard deviations of what independent noise shows
+    assert similarity.abs().max() < 6 / 64  # six standard deviations for independent noise
 
 
 def test_noise_is_standard_normal():
@@ -405,7 +405,7 @@ def test_log_probabilities_change_when_the_stored_sample_or_its_start_changes(sa
     result.after[2][3] += 0.1
     changed = (ratios() - 1).abs() > 1e-5
     assert changed.nonzero().flatten().tolist() == [8 + 3]  # step 2, sample 3
-    result.before[1][1] += 0.1  # what the second prompt's samples share
+    result.before[1][1] += 0.1  # a state that the second prompt's samples share
     changed = (ratios() - 1).abs() > 1e-5
     assert changed.nonzero().flatten().tolist() == [4, 5, 6, 7, 11]
 
@@ -445,7 +445,7 @@ def test_random_windows_depend_on_seed_and_iteration_alone():
     np.random.seed(1)
     torch.manual_seed(1)
     assert list(islice(windows(settings), 200)) == first
-    assert list(islice(windows(settings), 150, 200)) == first[150:]  # as a resumed run reads it
+    assert list(islice(windows(settings), 150, 200)) == first[150:]  # a resumed run starts in the middle
     assert list(islice(windows(replace(settings, seed=4)), 200)) != first
     starts = [window[0] for window in first]
     assert set(starts) == set(range(0, 25 - 2 - 4 + 1)) and all(len(window) == 4 for window in first)

@@ -58,7 +58,7 @@ def test_processes_that_share_a_sequence_give_the_numbers_of_one(train, together
     for line in shared.metrics:
         assert line["ratio_first_deviation"] <= 1e-6
     for one, other in zip(grids(alone), grids(shared), strict=True):
-        assert np.abs(one - other).max() <= 1  # a value that rounding moves to the next
+        assert np.abs(one - other).max() <= 1  # rounding may move a value to the next
 
 
 @pytest.mark.long

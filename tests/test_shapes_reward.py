@@ -81,7 +81,7 @@ def test_drawings_are_right_in_everything_and_score_near_one():
     scenes = all_scenes(withheld=False)[::2] + all_scenes(withheld=True)
     found = score(drawings(scenes), [scene.caption() for scene in scenes])
     assert set(found) == {*PARTS, "right"} and set(np.unique(found["right"])) <= {0, 1}
-    assert found["right"].mean() >= 0.97  # all of them when this was written
+    assert found["right"].mean() >= 0.97  # 1.0 when the test was written
     for part in PARTS:
         assert found[part].min() > 0.9 and found[part].mean() > 0.96 and found[part].max() <= 1, part
 

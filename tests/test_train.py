@@ -141,7 +141,7 @@ def test_the_update_does_not_depend_on_how_prompts_lie_on_processes(
     assert_same_update(run_at("two"), run)
     with Image.open(tmp_path / "two/images/iteration_000002.png") as grid:
         assert grid.size == (64, 64)
-    done = torchrun(argv, subprocess_environment)  # bad input ends all processes, none waits for the other
+    done = torchrun(argv, subprocess_environment)  # bad input ends all processes without waiting
     assert done.returncode != 0 and "holds a run already" in done.stderr
 
 
@@ -199,7 +199,7 @@ def test_the_gradient_is_clipped_to_max_grad_norm_and_logged_unclipped(train):
 
 def test_the_learning_rate_schedule_counts_optimizer_steps(train):
     run = train(lr_scheduler="linear", learning_rate=1e-4, lr_warmup_steps=2, max_train_steps=4)
-    # 8 optimizer steps; after 2, 4, 6 and 8 of them 6, 4, 2 and 0 of the 6 after the warm-up are left
+    # 8 optimizer steps, 6 of them after the warm-up. After 2, 4, 6 and 8 steps, 6, 4, 2 and 0 steps are left.
     assert [line["lr"] for line in run.metrics] == pytest.approx([1e-4, 1e-4 * 4 / 6, 1e-4 * 2 / 6, 0])
 
 
@@ -349,7 +349,7 @@ def test_rewards_that_are_never_finite_stop_the_run_with_sound_weights(train, ru
         train("out", reward_model=f"custom_rewards:{reward}", max_train_steps=20, max_skipped_steps=5)
     assert stop.value.code == 1
     lines = run_at("out").metrics
-    assert [line["step"] for line in lines] == [1, 2, 3]  # two steps an iteration: 6 are the first not below 5
+    assert [line["step"] for line in lines] == [1, 2, 3]  # 2 steps per iteration: 6 is the first even count ≥ 5
     assert [(line["skipped_steps"], line["optimizer_steps"], line["failed_rewards"]) for line in lines] == [
         (2, 0, 4)
     ] * 3
@@ -442,7 +442,7 @@ def test_a_checkpoint_is_a_transformer_that_diffusers_loads_and_differs_from_the
 def test_a_run_stops_at_exactly_max_train_steps_and_always_saves_the_end(train):
     run = train(max_train_steps=6, checkpointing_steps=4, train_batch_size=2)
     assert [line["step"] for line in run.metrics] == [1, 2, 3, 4, 5, 6]
-    # 5 prompts, 2 an iteration: iteration 4 begins at the 6th prompt, in the second pass over them
+    # 5 prompts, 2 per iteration: iteration 4 starts after 6 prompts, in the second pass over the prompts
     assert [line["epoch"] for line in run.metrics] == [0, 0, 0, 1, 1, 2]
     assert [path.name for path in run.checkpoints] == ["checkpoint-4-1", "checkpoint-6-2"]
     assert not list(run.folder.glob(".*"))  # no leftovers of atomic writes
@@ -639,7 +639,7 @@ def test_the_average_of_the_weights_is_saved_beside_them(train, tiny_flux):
     base, last, average = base_weights(tiny_flux), run.weights(), run.weights(part="ema")
     assert not same_weights(average, base) and not same_weights(average, last)
     distance = {name: sum((w[k] - base[k]).norm() ** 2 for k in base) for name, w in (("a", average), ("l", last))}
-    assert distance["a"] < distance["l"]  # it lags behind
+    assert distance["a"] < distance["l"]  # the average lags behind
     late = train(ema_decay=0.5, ema_start_step=2, max_train_steps=2)
     assert same_weights(late.weights(part="ema"), base)
 
