@@ -61,24 +61,19 @@ class FlagError(ValueError):
         return f"{self.field}: {self.problem}" if self.value is None else f"{self.field} {self.value}: {self.problem}"
 
 
-def _message(error: ValueError, names: Mapping[str, str]) -> str:
-    """The error as the user of a command line reads it: a FlagError starts with the flag's name."""
-    if not isinstance(error, FlagError):
-        return str(error)
-    return f"--{FlagError(names.get(error.field, error.field), error.value, error.problem)}"
-
-
 @contextmanager
 def flag_errors(program: str, names: Mapping[str, str] | None = None) -> Iterator[None]:
-    """The edge of a command line, a decorator of `main` too: a ValueError ends the program with one line and status 2.
+    """The edge of a command line, a decorator of `main` too: a FlagError ends the program with one line and status 2.
 
-    names: flags that this program calls differently, {field: flag}.
+    Any other error is a fault of the code and keeps its traceback. names: flags that this program calls differently,
+    {field: flag}.
     """
     try:
         yield
-    except ValueError as error:
+    except FlagError as error:
+        named = FlagError((names or {}).get(error.field, error.field), error.value, error.problem)
         # One write: other processes may write to the same stream at this moment.
-        sys.stderr.write(f"{program}: error: {_message(error, names or {})}\n")
+        sys.stderr.write(f"{program}: error: --{named}\n")
         raise SystemExit(2) from error
 
 
@@ -207,7 +202,7 @@ def parse_first(cls: type, argv: Sequence[str] | None = None, doc: str = "", ign
 def parse_dataclass(
     cls: type[Config], argv: Sequence[str] | None = None, doc: str = "", ignored: Sequence[str] = ()
 ) -> Config:
-    """Parses a command line into the dataclass `cls`. A ValueError of its validation ends the program with one line.
+    """Parses a command line into the dataclass `cls`. A FlagError of its validation ends the program with one line.
 
     If the class has a `create(**explicit)` constructor, it is called with just the flags that were given.
 
@@ -240,5 +235,5 @@ def parse_dataclass(
     explicit = {name: value for name, value in vars(namespace).items() if value is not argparse_dataclass.MISSING}
     try:
         return getattr(cls, "create", cls)(**explicit)
-    except ValueError as error:
-        parser.error(_message(error, {}))
+    except FlagError as error:
+        parser.error(f"--{error}")

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import field, fields, make_dataclass
 from typing import Any
 
-from fastvideo.cli import flag_errors, parse_first
+from fastvideo.cli import parse_first
 from fastvideo.config import ALGORITHMS, IGNORED_FLAGS, GRPOConfig
 from fastvideo.models.reward_model.spec import MIXES, REWARDS
 
@@ -136,12 +136,12 @@ def read(overrides: Sequence[str]) -> None:
     if {"-h", "--help"} & set(overrides):
         print(__doc__)
         raise SystemExit
-    with flag_errors("train.py"):
-        try:
-            argv = to_flags(overrides)
-        except ValueError as error:
-            without_login = re.sub(r"[^\s/=,\"'\[]+@", "", str(error))
-            raise ValueError(without_login) from error
+    try:
+        argv = to_flags(overrides)
+    except ValueError as error:
+        without_login = re.sub(r"[^\s/=,\"'\[]+@", "", str(error))
+        sys.stderr.write(f"train.py: error: {without_login}\n")
+        raise SystemExit(2) from error
     parse_first(GRPOConfig, argv, __doc__, IGNORED_FLAGS)
 
 
