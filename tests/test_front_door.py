@@ -230,4 +230,4 @@ def test_preprocessing_and_index_as_the_readme_of_e_grpo_writes_them(
         (("--embedding_dir", folder, "--output_path", tmp_path / "x.json"), "--output_path"),
     ):
         done = generate(*flags)
-        assert done.returncode == 1 and named in done.stderr and len(done.stderr.splitlines()) == 1
+        assert done.returncode == 2 and named in done.stderr and len(done.stderr.splitlines()) == 1
