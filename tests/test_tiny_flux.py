@@ -207,14 +207,14 @@ def test_training_through_the_command_line_saves_a_pipeline_that_can_be_measured
 @pytest.mark.slow
 def test_the_same_flags_train_the_same_weights_and_lies_change_them(run, tmp_path):
     found = []
-    for name, lies in (("a", ()), ("b", ()), ("none", ("--lies", 0)), ("all", ("--lies", 1))):
+    for name, lies in (("a", ()), ("b", ()), ("none", ("--lies", 0))):
         run("--output_dir", tmp_path / name, "--vae_steps", 1, "--steps", 2, "--check_every", 2, *lies)
         weights = {path.parent.name: path.read_bytes() for path in (tmp_path / name).rglob("*.safetensors")}
         assert len(weights) == 4
         found.append(weights)
     assert found[0] == found[1]
     assert all(weights["vae"] == found[0]["vae"] for weights in found)
-    assert len({weights["transformer"] for weights in found}) == 3
+    assert found[2]["transformer"] != found[0]["transformer"]
 
 
 def test_measuring_a_missing_directory_is_one_clear_line(tmp_path, capsys):
