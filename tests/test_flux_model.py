@@ -88,6 +88,7 @@ def test_attention_gets_gradients_without_gaps(tiny_flux, monkeypatch):
     assert without_gaps() == len(seen) - single  # without our function, single blocks have gaps
 
 
+@pytest.mark.slow(1)
 def test_compiled_blocks_are_whole_graphs_that_return_no_views(tiny_flux):
     """Gradients of views would be computed outside the graph, and a second graph would cost copies."""
     transformer = load_transformer(tiny_flux)
@@ -103,6 +104,7 @@ def test_compiled_blocks_are_whole_graphs_that_return_no_views(tiny_flux):
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
+@pytest.mark.slow(1)
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
 def test_a_row_rounds_alike_in_compiled_graphs_of_two_or_more_rows(device):
     """Else the first ratio of a sample would not be 1 if it is sampled and trained in parts of different sizes."""
@@ -122,6 +124,7 @@ def test_a_row_rounds_alike_in_compiled_graphs_of_two_or_more_rows(device):
     assert all(torch.equal(rows, two) for rows in more)
 
 
+@pytest.mark.slow(1)
 def test_a_compiled_block_follows_the_choice_of_attention(tiny_flux):
     """The attention can change between calls. cuDNN is missing on a CPU, so an error shows that the block chose it."""
     transformer = load_transformer(tiny_flux)

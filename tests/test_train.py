@@ -85,7 +85,7 @@ def test_micro_batches_and_rollout_batches_change_nothing_but_speed(train, refer
         assert_same_update(other, run)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(2)
 def test_compiled_blocks_change_nothing_but_speed(train, reference):
     run, settings = reference
     # Sampled and trained two rows at a time: float32 graphs of two and of three rows round differently on some CPUs.
