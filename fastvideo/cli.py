@@ -4,7 +4,7 @@
 
 A program reads its command line before it imports torch, so that --help and a refused flag answer at once:
 
-    from fastvideo.cli import flag, flag_errors, parse_dataclass, parse_first
+    from fastvideo.cli import check_fields, flag, flag_errors, parse_dataclass, parse_first
 
     @dataclass
     class Settings:

@@ -48,7 +48,7 @@ ALGORITHMS: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
 }
-# The next ones are never derived from other flags. All samples of a prompt have to start from the same noise in most.
+# These run only if --algorithm names them. Most of them need all samples of a prompt to start from the same noise.
 _SHARED_START = {
     "training_strategy": "all",
     "dpm_algorithm_type": None,
@@ -551,9 +551,8 @@ class GRPOConfig(RewardSpecConfig):
             self._need(getattr(self, name) == plain, name, f"--algorithm {self.algorithm} needs {plain}")
 
     def held_out(self) -> "GRPOConfig":
-        """These settings with --eval_reward, scored in this process, in place of the reward in training."""
-        own = {"eval_steps": 0, "eval_prompts": None, "eval_reward": None, "reward_server": None}
-        return replace(self, reward_model=self.eval_reward, **own)
+        """These settings for scoring --eval_reward: in this process, not at a reward server."""
+        return replace(self, reward_server=None)
 
     def data_ranks(self, world_size: int) -> int:
         """Groups of processes with their own prompts: one group per process, or one per `sp_size` processes.

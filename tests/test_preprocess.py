@@ -11,6 +11,7 @@ from pathlib import Path
 
 from fastvideo.data_preprocess import preprocess_flux_embedding
 from fastvideo.data_preprocess.preprocess_flux_embedding import ENCODERS, embed_prompts, main
+from fastvideo.io.devices import resolve_dtype
 from fastvideo.io.files import read_prompts, write_bytes
 from fastvideo.io.fingerprint import model_fingerprint
 from fastvideo.models.flux import encode_prompts, load_text_encoders
@@ -178,6 +179,14 @@ def test_two_processes_give_the_same_files_as_one(tmp_path):
     command = [*launcher, *flags(prompts, tmp_path / "two", "--batch_size", "2")]
     subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, timeout=TIME_LIMIT)
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+@pytest.mark.parametrize(
+    ("device", "chosen"), [("cpu", "fp32"), ("cpu:0", "fp32"), ("cuda", "bf16"), ("cuda:1", "bf16")]
+)
+def test_auto_chooses_the_number_format_by_the_kind_of_device(device, chosen):
+    """Accelerate calls the CPU cpu:0 where several processes share it."""
+    assert resolve_dtype("auto", device) == chosen and resolve_dtype("fp16", device) == "fp16"
 
 
 def test_processes_without_a_group_are_refused(tmp_path):

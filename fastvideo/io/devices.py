@@ -39,7 +39,7 @@ def resolve_dtype(name: str, device: str) -> str:
     device: where the model computes, a torch device. Raises FlagError for another name.
     """
     if name == "auto":
-        name = "fp32" if device == "cpu" else "bf16"
+        name = "fp32" if device.partition(":")[0] == "cpu" else "bf16"  # cpu:0 too, as Accelerate says
     if name not in DTYPES:
         raise FlagError("dtype", name, f"choose from {', '.join(('auto', *DTYPES))}")
     return name

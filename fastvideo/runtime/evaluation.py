@@ -47,12 +47,14 @@ def check_evaluation(config: GRPOConfig) -> None:
     if config.eval_steps:
         read_prompts(config.eval_prompts, "eval_prompts")
     if config.eval_reward:
-        check_reward_files(config.held_out(), evaluation=True)
+        check_reward_files(config.held_out(), evaluation=True, field="eval_reward")
 
 
 def build_held_out(config: GRPOConfig, device: torch.device) -> tuple[dict[str, RewardModel], dict[str, float]] | None:
     """The reward models of --eval_reward and their weights; None without --eval_reward."""
-    return build_reward_models(config.held_out(), str(device), evaluation=True) if config.eval_reward else None
+    if config.eval_reward is None:
+        return None
+    return build_reward_models(config.held_out(), str(device), evaluation=True, field="eval_reward")
 
 
 class Evaluation:

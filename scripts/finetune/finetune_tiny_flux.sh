@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # MixGRPO-Flash with the granular reward on the tiny FLUX, on a CPU in minutes: what scripts/quickstart.sh trains.
-# Without a GPU each core gets a process of one thread, as far as the 24 prompts of an iteration divide. Several threads
-# of one process wait for each other in busy loops: slower on a quiet machine, and many times slower on a busy one.
+# Without a GPU each core gets a process of one thread, as far as 24 prompts per iteration divide. Several threads of one
+# process wait for each other in busy loops: slower on a quiet machine, and many times slower on a busy one.
 if [ -z "${NPROC_PER_NODE:-}${HOSTFILE:-}" ] && ! [ -e /dev/nvidia0 ]; then
   cores=$(env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) # nproc would answer OMP_NUM_THREADS
   for processes in 8 6 4 3 2 1; do [ "$processes" -gt "$cores" ] || break; done
