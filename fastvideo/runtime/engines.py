@@ -64,7 +64,7 @@ def choose_engine(config: GRPOConfig, world_size: int) -> str:
     if name == "none" and world_size > 1:
         raise FlagError("parallel", name, f"{world_size} processes were started; choose ddp, fsdp or deepspeed")
     if name in ("fsdp", "deepspeed") and config.master_weight_type != "fp32":
-        raise FlagError("master_weight_type", config.master_weight_type, f"--parallel {name} knows only fp32")
+        raise FlagError("master_weight_type", config.master_weight_type, f"--parallel {name} supports only fp32")
     if name in ("none", "ddp") and config.use_cpu_offload:
         raise FlagError("use_cpu_offload", None, f"needs --parallel fsdp or deepspeed; this run is {name}")
     if name == "fsdp" and (config.fsdp_sharding_startegy or "").startswith("hybrid"):
@@ -94,7 +94,7 @@ def build_accelerator(config: GRPOConfig, name: str) -> Accelerator:
     """
     cpu = not torch.cuda.is_available()
     if config.use_cpu_offload and cpu:
-        raise FlagError("use_cpu_offload", None, "there is no GPU whose memory it could save")
+        raise FlagError("use_cpu_offload", None, "this machine has no GPU")
     settings = {"mixed_precision": config.mixed_precision, "cpu": cpu}
     if name == "fsdp":
         compute = torch.bfloat16 if config.mixed_precision == "bf16" else None
