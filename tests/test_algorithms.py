@@ -17,7 +17,7 @@ from fastvideo.utils.advantages import fuse, kept_pictures, plan_advantages
 from fastvideo.utils.grpo_states import windows
 from fastvideo.utils.plan import Plan
 from fastvideo.utils.sampling_utils import Noise
-from fastvideo.utils.steps import Step, entropy, sigma_schedule
+from fastvideo.utils.steps import SDE_KINDS, Step, entropy, sigma_schedule
 
 import numpy as np
 import pytest
@@ -504,7 +504,7 @@ SMALL = {  # name -> flags; with T 6 and G 4: trained steps, NFE, pictures, opti
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("sde_type", ["flow", "dance", "cps"])
+@pytest.mark.parametrize("sde_type", SDE_KINDS)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_every_kind_of_stochastic_step_goes_with_every_algorithm(train, monkeypatch, algorithm, sde_type):
     kinds, real = set(), train_grpo_flux.make_plan
@@ -522,7 +522,7 @@ def test_every_kind_of_stochastic_step_goes_with_every_algorithm(train, monkeypa
         train_micro_batch_size=1,
         **given,
     )
-    assert kinds == {{"flow": "flow_sde", "dance": "dance_sde", "cps": "cps"}[sde_type]}
+    assert kinds == {SDE_KINDS[sde_type]}
     assert run.metrics[0]["ratio_first_deviation"] == 0 and run.metrics[0]["grad_norm"] > 0
 
 

@@ -19,7 +19,7 @@ from fastvideo.utils.transitions import Transition, micro_batches
 import numpy as np
 import pytest
 import torch
-from conftest import relative_difference
+from conftest import ROOT, relative_difference
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from PIL import Image
 
@@ -39,6 +39,13 @@ def step(kind: str, index: int, eta: float = 0.7, **more) -> Step:
 
 
 # --- single steps -----------------------------------------------------------------------------------------------------
+
+
+def test_the_documentation_has_a_formula_for_every_kind_of_step():
+    table = (ROOT / "docs/algorithms.md").read_text(encoding="utf-8").partition("| kind |")[2].partition("\n\n")[0]
+    rows = {row.split("|")[1].strip(" `"): row for row in table.splitlines()[2:]}
+    assert rows.keys() == KINDS.keys()
+    assert all(f"`--sde_type {name}`" in rows[kind] for name, kind in SDE_KINDS.items())
 
 
 @pytest.mark.parametrize("kind", SDE_KINDS.values())

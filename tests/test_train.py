@@ -10,6 +10,7 @@ from fastvideo import train_grpo_flux
 from fastvideo.runtime.engines import Engine
 from fastvideo.utils import advantages as advantage_maths
 from fastvideo.utils import transitions
+from fastvideo.utils.steps import SDE_KINDS
 
 import custom_rewards
 import numpy as np
@@ -44,7 +45,7 @@ def test_the_same_seed_gives_the_same_run(train):
     assert first.numbers() != other.numbers()
 
 
-@pytest.mark.parametrize("settings", [{}, {"sde_type": "cps"}, {"sde_type": "dance", "init_same_noise": False}])
+@pytest.mark.parametrize("settings", [*({"sde_type": name} for name in SDE_KINDS), {"init_same_noise": False}], ids=str)
 def test_the_ratio_is_exactly_one_before_the_first_update_where_batch_shapes_agree(train, settings):
     run = train(rollout_batch_size=1, train_micro_batch_size=1, **settings)
     assert [line["ratio_first_deviation"] for line in run.metrics] == [0.0, 0.0]
