@@ -52,9 +52,38 @@ def test_hand_computed_weights_at_half_time():
 def test_a_schedule_can_be_given_as_a_function():
     model = ThreePart(START, END, "linear")
     np.testing.assert_allclose(model.get_dynamic_weights(5, 10, lambda s, e, p: e), END)
+    np.testing.assert_allclose(model.get_dynamic_weights(5, 10, lambda s, e, p: 2), [1 / 3] * 3)
     np.testing.assert_allclose(
         model.get_dynamic_weights(5, 10, model._exponential_smooth), model.get_dynamic_weights(5, 10, "exponential")
     )
+
+
+def test_schedules_are_functions_of_the_class_with_the_documented_gammas():
+    slow = 1 - math.sqrt(0.5)
+    assert ThreePart._linear_smooth(0.5, 0.2, 0.5) == pytest.approx(0.35)
+    assert ThreePart._exponential_smooth(0.5, 0.2, 0.5) == pytest.approx(0.425)
+    assert ThreePart._exponential_smooth(0.5, 0.2, 0.5, gamma=1.0) == pytest.approx(0.35)
+    assert ThreePart._logarithmic_smooth(0.5, 0.2, 0.5) == pytest.approx(0.5 - 0.3 * slow)
+    assert ThreePart._logarithmic_smooth(0.5, 0.2, 0.5, 1.0) == pytest.approx(0.35)
+    assert ThreePart._logarithmic_smooth(0.5, 0.2, 0.0) == 0.5
+
+
+@pytest.mark.parametrize("schedule", ["exponential", "logarithmic"])
+def test_a_model_s_gamma_applies_to_its_schedules_in_every_form(schedule):
+    function = getattr(ThreePart, f"_{schedule}_smooth")
+    expected = ThreePart(START, END, schedule, 3.0).get_dynamic_weights(5, 10)
+    model = ThreePart(START, END, "linear", 3.0)
+    np.testing.assert_allclose(model.get_dynamic_weights(5, 10, schedule), expected)
+    np.testing.assert_allclose(model.get_dynamic_weights(5, 10, function), expected)
+    np.testing.assert_allclose(
+        ThreePart(START, END).get_dynamic_weights(5, 10, lambda s, e, p: function(s, e, p, gamma=3.0)), expected
+    )
+
+
+def test_weights_at_one_step_are_a_list_of_numbers():
+    for step in (5, 5.0, np.int64(5)):
+        weights = ThreePart(START, END).get_dynamic_weights(curr_step=step, total_steps=10, smooth_func=None)
+        assert type(weights) is list and all(type(weight) is float for weight in weights)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -71,7 +100,7 @@ def test_weights_are_normalised_after_the_schedule(schedule):
         raw = np.array([5, 3, 2]) + (np.array([1, 1, 0]) - [5, 3, 2]) * fraction(schedule, step / 10)
         weights = model.get_dynamic_weights(step, 10)
         np.testing.assert_allclose(weights, raw / raw.sum(), rtol=1e-12)
-        assert weights.sum() == pytest.approx(1, abs=1e-12)
+        assert sum(weights) == pytest.approx(1, abs=1e-12)
 
 
 def test_an_array_of_steps_gives_a_row_of_weights_each():
@@ -257,6 +286,44 @@ def test_a_broken_scorer_is_no_failed_sample():
 def test_compute_reward_refuses_what_it_cannot_add_up(models, weights, message):
     with pytest.raises(ValueError, match=message):
         compute_reward(IMAGES, PROMPTS, models, weights)
+
+
+class Named:
+    """A model without `name`, as the reference's are: the name is the class's."""
+
+    def __call__(self, images, prompts):
+        return [4, 5, 6]
+
+
+def test_models_can_be_a_list():
+    granular = ThreePart(START, END)
+    arguments = {"ThreePart": 3.0, "Named": 1.0}, 10, 10
+    as_list = compute_reward(IMAGES, PROMPTS, [granular, named := Named()], *arguments)
+    as_dict = compute_reward(IMAGES, PROMPTS, {"ThreePart": granular, "Named": named}, *arguments)
+    for found, expected in zip(as_list[:2], as_dict[:2], strict=True):
+        np.testing.assert_array_equal(found, expected)
+    for found, expected in zip(as_list[2:], as_dict[2:], strict=True):
+        assert list(found) == list(expected)
+        np.testing.assert_array_equal(list(found.values()), list(expected.values()))
+    with pytest.raises(ValueError, match="Named, Named are not different names"):
+        compute_reward(IMAGES, PROMPTS, [Named(), Named()], {"Named": 1})
+
+
+def test_one_text_is_the_prompt_of_all_images():
+    seen = []
+
+    class Reading(ThreePart):
+        def score_components(self, images, prompts):
+            seen.append(prompts)
+            return super().score_components(images, prompts)
+
+    def reading(images, prompts):
+        seen.append(prompts)
+        return [1, 2, 3]
+
+    compute_reward(IMAGES, "cat", {"ThreePart": Reading(START, END), "A": reading}, {"A": 1})
+    Reading(START, END)(IMAGES, "cat")  # as many letters as images
+    assert seen == [["cat"] * 3] * 3
 
 
 def test_every_image_needs_a_prompt():

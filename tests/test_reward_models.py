@@ -133,6 +133,81 @@ def test_granular_reward_is_the_weighted_sum_and_loads_one_clip(narrow_rewards):
     assert len(modules) == 3  # BLIP, one CLIP for two scorers, the aesthetic head; no ImageReward
 
 
+def test_components_rank_pictures_as_the_scorers_of_the_package_do(narrow_rewards, monkeypatch, tmp_path):
+    model, images = build("granular", narrow_rewards), RGB[:4]
+    files = [str(tmp_path / f"{i}.png") for i in range(len(images))]
+    for image, file in zip(images, files, strict=True):
+        image.save(file)
+    scorers = [("BLIP", model.blip_rm), ("CLIP", model.clip_rm), ("Aesthetic", model.aesthtic_rm)]
+    for name, scorer in scorers:
+        package = upstream_scorer(monkeypatch, narrow_rewards / "image_reward_ckpt", name)
+        with torch.no_grad():
+            ranks, expected = package.inference_rank("a cat", files)
+        for given in (images, files):
+            found = scorer.inference_rank("a cat", given)
+            assert found[0] == ranks and type(found[1]) is list
+            np.testing.assert_allclose(found[1], expected, **TOLERANCE)
+        assert scorer.inference_rank("a cat", images[2:3]) == ([1], pytest.approx(expected[2:3], abs=1e-5))
+    assert ImageRewardModel.aesthetic_rm is ImageRewardModel.aesthtic_rm
+
+
+def test_a_script_in_the_words_of_the_fork_s_readme_runs(narrow_rewards, monkeypatch):
+    from fastvideo.models.reward_model.utils import compute_reward
+
+    monkeypatch.chdir(narrow_rewards)
+    checkpoint, config = "./image_reward_ckpt/ImageReward.pt", "./image_reward_ckpt/med_config.json"
+    model = ImageRewardModel(checkpoint, "cpu", None, None, config, [0.5, 0.3, 0.2], [0.2, 0.5, 0.3])
+    assert (model.model_name, model.device, model.med_config) == (checkpoint, "cpu", config)
+    blip_weight, clip_weight, aesthetic_weight = model.get_dynamic_weights(3, 10, smooth_func=model._exponential_smooth)
+    assert [blip_weight, clip_weight, aesthetic_weight] == pytest.approx([0.473, 0.318, 0.209])
+    blip_weight, clip_weight, aesthetic_weight = model.get_dynamic_weights(curr_step=3, total_steps=10)
+    images, expected = RGB[:3], []
+    for image, text in zip(images, PROMPTS[:3], strict=True):
+        _, reward_blip = model.blip_rm.inference_rank(text, [image])
+        _, reward_clip = model.clip_rm.inference_rank(text, [image])
+        _, reward_aes = model.aesthtic_rm.inference_rank(text, [image])
+        expected.append(blip_weight * reward_blip[0] + clip_weight * reward_clip[0] + aesthetic_weight * reward_aes[0])
+    np.testing.assert_allclose(model(images, texts=PROMPTS[:3], curr_step=3, total_steps=10), expected, **TOLERANCE)
+    rewards, successes, rewards_dict, successes_dict = compute_reward(
+        images, PROMPTS[:3], [model], {"ImageRewardModel": 1.0}, curr_step=3, total_steps=10
+    )
+    np.testing.assert_allclose(rewards, expected, **TOLERANCE)
+    assert successes.all() and "ImageRewardModel" in rewards_dict and successes_dict["ImageRewardModel"].all()
+
+
+def test_build_reward_model_loads_again_what_the_mode_needs(narrow_rewards):
+    for mode, parts in [("granular", {"blip", "clip", "aesthetic"}), ("overall", {"blip", "head"})]:
+        folder = str(narrow_rewards / "image_reward_ckpt")
+        model = ImageRewardModel(None, "cpu", mode=mode, score_dir=folder)
+        assert model.model_name == "ImageReward-v1.0" and model.med_config is None
+        expected = model(RGB[:2], PROMPTS[:2])
+        with torch.no_grad():
+            model.blip.visual_encoder.pos_embed.zero_()
+        assert model(RGB[:2], PROMPTS[:2]) != pytest.approx(expected)
+        assert model.build_reward_model() is None
+        assert model(RGB[:2], PROMPTS[:2]) == pytest.approx(expected)
+        assert {name for name, part in vars(model).items() if isinstance(part, torch.nn.Module)} == parts
+    with pytest.raises(ValueError, match="components in mode"):
+        model.blip_rm.inference_rank("a cat", RGB)
+    assert model.get_dynamic_weights(1, 10) == []
+
+
+@pytest.mark.parametrize("kind", list(MAKERS))
+def test_one_text_is_the_prompt_of_all_pictures(kind, narrow_rewards):
+    model = build(kind, narrow_rewards)
+    np.testing.assert_allclose(model(RGB[:3], "cat"), model(RGB[:3], ["cat"] * 3), **TOLERANCE)
+    with pytest.raises(ValueError, match="3 images but 2 prompts"):
+        model(RGB[:3], ["cat"] * 2)
+
+
+def test_image_reward_takes_its_prompts_as_prompts_or_texts(narrow_rewards):
+    model, one = build("granular", narrow_rewards), RGB[:1]
+    assert model(one, texts="cat") == model(one, prompts="cat") == model(one, ["cat"])
+    for given in ({}, {"prompts": "cat", "texts": "cat"}):
+        with pytest.raises(TypeError, match="give either prompts or texts"):
+            model(one, **given)
+
+
 def test_overall_mode_equals_the_image_reward_package(make):
     folder = make("image_reward")
     model = build("image_reward", folder)

@@ -172,6 +172,7 @@ def test_progress_checks_and_failed_components_travel(serve, step):
     assert there[1].tolist() == [True] * 5 + [False]
     mine, theirs = (models["ShapesRewardModel"] for models, _ in (local, far))
     assert (theirs.component_names, theirs.check_names) == (mine.component_names, mine.check_names)
+    assert theirs(PICTURES, CAPTIONS[0]) == mine(PICTURES, [CAPTIONS[0]] * len(PICTURES))
 
 
 def test_a_server_that_answers_without_the_check_gives_no_scores(http_server):

@@ -47,6 +47,13 @@ def test_pictures_of_every_size_and_mode_and_any_prompt_arrive(chat_server):
     assert asked == {QUESTIONS["semantic"].format(prompt=prompt) for prompt in PROMPTS}
 
 
+def test_one_text_is_the_prompt_of_all_pictures(chat_server):
+    server = chat_server(lambda content: (200, "Alignment Score (1-5): 4"))
+    assert UnifiedRewardModel(server.url)([red(0)] * 3, "cat").tolist() == [4, 4, 4]
+    asked = {body["messages"][0]["content"][1]["text"] for _, _, body in server.requests}
+    assert asked == {QUESTIONS["semantic"].format(prompt="cat")}
+
+
 def test_the_key_comes_from_the_environment(chat_server, monkeypatch):
     monkeypatch.setenv("UNIFIED_REWARD_API_KEY", "secret")
     server = chat_server(lambda content: (200, "Final Score: 4.5"))

@@ -14,14 +14,13 @@ same as (.5, .3, .2) to (.2, .5, .3). If the two sums differ, the weights with t
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from fastvideo.cli import FlagError
 from fastvideo.models.reward_model.spec import SCHEDULES
 
 import numpy as np
 from PIL import Image
-
-DEFAULT_GAMMA = {"exponential": 2.0, "logarithmic": 0.5}
 
 RewardModel = Callable[[list[Image.Image], list[str]], Sequence[float]]  # has a `name`; see utils.py
 SmoothFunc = Callable[[float, float, np.ndarray], np.ndarray]
@@ -69,7 +68,8 @@ class GranularRewardModel(ABC):
     check_names: questions that the reward answers with 1 (yes) or 0 (no). They are reported beside the components and
     have no weight in the reward. Evaluation and report show the check `right` (right in everything) first.
     start_weights, end_weights: one weight per component, at the first and at the last step of training.
-    schedule: one of SCHEDULES. gamma: exponent of the exponential and logarithmic schedules; None: DEFAULT_GAMMA.
+    schedule: one of SCHEDULES. gamma: exponent of the exponential and logarithmic schedules; None: 2 and
+    0.5, the defaults of their functions.
     """
 
     name: str = "GranularRewardModel"
@@ -90,18 +90,20 @@ class GranularRewardModel(ABC):
         self.gamma = gamma
 
     # Each schedule maps start value, end value and progress in [0, 1] (a number or an array) to the value there.
-    def _linear_smooth(self, start: float, end: float, progress: np.ndarray) -> np.ndarray:
+    @staticmethod
+    def _linear_smooth(start: float, end: float, progress: np.ndarray) -> np.ndarray:
         return start + (end - start) * progress
 
-    def _exponential_smooth(self, start: float, end: float, progress: np.ndarray) -> np.ndarray:
-        gamma = DEFAULT_GAMMA["exponential"] if self.gamma is None else self.gamma
+    @staticmethod
+    def _exponential_smooth(start: float, end: float, progress: np.ndarray, gamma: float = 2.0) -> np.ndarray:
         return start + (end - start) * progress**gamma
 
-    def _logarithmic_smooth(self, start: float, end: float, progress: np.ndarray) -> np.ndarray:
-        gamma = DEFAULT_GAMMA["logarithmic"] if self.gamma is None else self.gamma
+    @staticmethod
+    def _logarithmic_smooth(start: float, end: float, progress: np.ndarray, gamma: float = 0.5) -> np.ndarray:
         return start + (end - start) * (1 - (1 - progress) ** gamma)
 
-    def _cosine_smooth(self, start: float, end: float, progress: np.ndarray) -> np.ndarray:
+    @staticmethod
+    def _cosine_smooth(start: float, end: float, progress: np.ndarray) -> np.ndarray:
         return start + (end - start) * (1 - np.cos(np.pi * progress)) / 2
 
     def get_dynamic_weights(
@@ -109,12 +111,12 @@ class GranularRewardModel(ABC):
         curr_step: float | np.ndarray,
         total_steps: float,
         smooth_func: SmoothFunc | str | None = None,
-    ) -> np.ndarray:
-        """Weights at a step: float64 [components], sum 1; for an array of N steps [N, components], each row of sum 1.
+    ) -> list[float] | np.ndarray:
+        """Weights at a step, a list [components] of sum 1; for an array of N steps float64 [N, components].
 
         smooth_func: schedule of this call, as a name or a function (start, end, progress) -> value; None: the
-        constructor's schedule. Steps outside [0, total_steps] are clamped. Raises ValueError for total_steps <= 0, a
-        step that isn't finite or an unknown schedule.
+        constructor's schedule. The schedules of this class get the constructor's gamma. Steps outside [0, total_steps]
+        are clamped. Raises ValueError for total_steps <= 0, a step that isn't finite or an unknown schedule.
         """
         if not (math.isfinite(total_steps) and total_steps > 0):
             raise ValueError(f"total_steps {total_steps}: must be above 0")
@@ -127,9 +129,12 @@ class GranularRewardModel(ABC):
             if smooth not in SCHEDULES:
                 raise ValueError(f"smooth_func {smooth!r}: choose from {', '.join(SCHEDULES)}")
             smooth = getattr(self, f"_{smooth}_smooth")
+        if self.gamma is not None and smooth in (self._exponential_smooth, self._logarithmic_smooth):
+            smooth = partial(smooth, gamma=self.gamma)
         pairs = zip(self.start_weights, self.end_weights, strict=True)
         weights = np.stack([np.broadcast_to(smooth(s, e, progress), progress.shape) for s, e in pairs], axis=-1)
-        return weights / weights.sum(axis=-1, keepdims=True)
+        weights = weights / weights.sum(axis=-1, keepdims=True)
+        return weights.tolist() if steps.ndim == 0 else weights
 
     def _weights_per_image(self, curr_step: float | np.ndarray | None, total_steps: float | None, n: int) -> np.ndarray:
         """[n, components]: the start weights without a step, else one row per image."""
@@ -138,7 +143,7 @@ class GranularRewardModel(ABC):
         elif total_steps is None:
             raise ValueError("curr_step was given without total_steps")
         else:
-            weights = self.get_dynamic_weights(curr_step, total_steps)
+            weights = np.asarray(self.get_dynamic_weights(curr_step, total_steps))
         if weights.ndim == 2 and len(weights) != n:
             raise ValueError(f"curr_step has {len(weights)} entries for {n} images")
         return np.broadcast_to(weights, (n, len(self.component_names)))
@@ -161,7 +166,7 @@ class GranularRewardModel(ABC):
     def score(
         self,
         images: list[Image.Image],
-        prompts: list[str],
+        prompts: str | list[str],
         curr_step: float | np.ndarray | None = None,
         total_steps: float | None = None,
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -169,7 +174,7 @@ class GranularRewardModel(ABC):
 
         An image whose failed component has weight 0 still has a weighted sum.
         """
-        found = self.score_components(images, prompts)
+        found = self.score_components(images, prompt_per_image(prompts, len(images)))
         names = (*self.component_names, *self.check_names)
         if set(found) != set(names):
             raise ValueError(f"{self.name} scored {sorted(found)}, expected {sorted(names)}")
@@ -181,15 +186,23 @@ class GranularRewardModel(ABC):
     def __call__(
         self,
         images: list[Image.Image],
-        prompts: list[str],
+        prompts: str | list[str],
         curr_step: float | np.ndarray | None = None,
         total_steps: float | None = None,
     ) -> list[float]:
         """Weighted sum of the components, one float per image (NaN: failed). Without a step: with the start weights.
 
-        curr_step may be an array with one step per image.
+        prompts: one per image, or one str for all. curr_step may be an array with one step per image.
         """
         return self.score(images, prompts, curr_step, total_steps)[0].tolist()
+
+
+def prompt_per_image(prompts: str | Sequence[str], n: int) -> list[str]:
+    """One prompt for each of n images; a single str is the prompt of all. ValueError for another number of prompts."""
+    texts = [prompts] * n if isinstance(prompts, str) else list(prompts)
+    if len(texts) != n:
+        raise ValueError(f"{n} images but {len(texts)} prompts")
+    return texts
 
 
 def as_scores(values: Sequence[float], n: int, name: str) -> np.ndarray:

@@ -46,10 +46,31 @@ HUB_NAME = DEFAULTS.image_reward_path
 MAX_TOKENS = 35  # of BLIP's text encoder, as in the package
 
 
+class ComponentScorer:
+    """One component of an ImageRewardModel, called as a scorer of the image-reward package is.
+
+    A call computes all components and returns one: the model's `score_components` gives all three in the same time.
+    """
+
+    def __init__(self, model: "ImageRewardModel", component: str) -> None:
+        self.model, self.component = model, component
+
+    def inference_rank(self, prompt: str, images: Sequence[Image.Image | str | Path]) -> tuple[list[int], list[float]]:
+        """(ranks, 1 for the highest score; scores) of pictures or their files against one prompt, in their order.
+
+        Two lists always; the package gives two numbers for a single picture.
+        """
+        pictures = [image if isinstance(image, Image.Image) else Image.open(image) for image in images]
+        scores = self.model.score_components(pictures, prompt)[self.component]
+        ranks = np.argsort(np.argsort(-scores, kind="stable")) + 1
+        return ranks.tolist(), scores.tolist()
+
+
 class ImageRewardModel(GranularRewardModel):
     """ImageReward's scorers on lists of PIL images and prompts.
 
-    model_name: the ImageReward checkpoint of mode "overall": a file, or "ImageReward-v1.0" to download it to score_dir.
+    model_name: the ImageReward checkpoint of mode "overall": a file, or "ImageReward-v1.0" to download it to score_dir;
+    None means this name.
     med_config: BERT's configuration file for BLIP; None: med_config.json in score_dir, downloaded if it isn't there.
     score_dir: folder of SCORE_FILES (mode "granular") and, for machines without network, of `bert-base-uncased`.
     start_weights ... gamma: see GranularRewardModel. Only models that the mode needs are loaded.
@@ -59,7 +80,7 @@ class ImageRewardModel(GranularRewardModel):
 
     def __init__(
         self,
-        model_name: str = HUB_NAME,
+        model_name: str | None = HUB_NAME,
         device: str = "cpu",
         http_proxy: str | None = None,
         https_proxy: str | None = None,
@@ -76,24 +97,47 @@ class ImageRewardModel(GranularRewardModel):
         if mode not in MODES:
             raise FlagError("image_reward_mode", repr(mode), f"choose from {', '.join(MODES)}")
         self.mode, self.device, self.dtype, self.batch_size = mode, device, dtype, batch_size
+        self.model_name, self.med_config, self.score_dir = model_name or HUB_NAME, med_config, Path(score_dir)
+        self.http_proxy, self.https_proxy = http_proxy, https_proxy
         self.component_names = COMPONENTS if mode == "granular" else ()
         if mode == "granular":
             super().__init__(start_weights, end_weights, schedule, gamma)
-        with downloading("image_reward_score_dir", score_dir, http_proxy, https_proxy):
-            package = import_image_reward(tokenizer_source(score_dir))
-            if mode == "granular":
-                self._load_granular(package, med_config, Path(score_dir))
-            else:
-                self._load_overall(package, model_name, med_config, Path(score_dir))
+        self.build_reward_model()
 
-    def _load_granular(self, package: Any, med_config: str | None, score_dir: Path) -> None:
+    def build_reward_model(self) -> None:
+        """Loads the models that the mode needs. The constructor calls it."""
+        with downloading("image_reward_score_dir", self.score_dir, self.http_proxy, self.https_proxy):
+            package = import_image_reward(tokenizer_source(self.score_dir))
+            if self.mode == "granular":
+                self._load_granular(package)
+            else:
+                self._load_overall(package)
+
+    @property
+    def blip_rm(self) -> ComponentScorer:
+        """BLIP's cosine of picture and prompt."""
+        return ComponentScorer(self, "blip")
+
+    @property
+    def clip_rm(self) -> ComponentScorer:
+        """CLIP's cosine of picture and prompt."""
+        return ComponentScorer(self, "clip")
+
+    @property
+    def aesthetic_rm(self) -> ComponentScorer:
+        """The aesthetic score; it ignores the prompt."""
+        return ComponentScorer(self, "aesthetic")
+
+    aesthtic_rm = aesthetic_rm  # spelled so in the fork that first had the three scorers
+
+    def _load_granular(self, package: Any) -> None:
         import clip
         from ImageReward.models.AestheticScore import MLP
 
         for file in SCORE_FILES:
-            check_file(file, str(score_dir))
-        blip_file, clip_file, aesthetic_file = (score_dir / file.name for file in SCORE_FILES)
-        scorer = package.BLIPScore(med_config=_med_config(package, med_config, score_dir))
+            check_file(file, str(self.score_dir))
+        blip_file, clip_file, aesthetic_file = (self.score_dir / file.name for file in SCORE_FILES)
+        scorer = package.BLIPScore(med_config=_med_config(package, self.med_config, self.score_dir))
         state = read_checkpoint(blip_file, "image_reward_score_dir")
         load_weights(scorer.blip, state.get("model", state), blip_file, "image_reward_score_dir")
         self.preprocess = scorer.preprocess
@@ -114,15 +158,17 @@ class ImageRewardModel(GranularRewardModel):
         load_weights(aesthetic, state, aesthetic_file, "image_reward_score_dir")
         self.aesthetic = prepare(aesthetic, self.device, "fp32")
 
-    def _load_overall(self, package: Any, model_name: str, med_config: str | None, score_dir: Path) -> None:
-        if model_name == HUB_NAME:
-            local = score_dir / "ImageReward.pt"
-            model_name = local if local.is_file() else _download(package, "ImageReward.pt", score_dir)
-        state = read_checkpoint(model_name, "image_reward_path")
-        model = package.ImageReward(med_config=_med_config(package, med_config, score_dir), device=self.device)
+    def _load_overall(self, package: Any) -> None:
+        file: str | Path = self.model_name
+        if file == HUB_NAME:
+            local = self.score_dir / "ImageReward.pt"
+            file = local if local.is_file() else _download(package, "ImageReward.pt", self.score_dir)
+        state = read_checkpoint(file, "image_reward_path")
+        med_config = _med_config(package, self.med_config, self.score_dir)
+        model = package.ImageReward(med_config=med_config, device=self.device)
         for part in ("blip", "mlp"):
             weights = {k[len(part) + 1 :]: v for k, v in state.items() if k.startswith(f"{part}.")}
-            load_weights(getattr(model, part), weights, model_name, "image_reward_path")
+            load_weights(getattr(model, part), weights, file, "image_reward_path")
         self.preprocess = model.preprocess
         self.blip = prepare(model.blip, self.device, self.dtype)
         self.head = prepare(model.mlp, self.device, "fp32")
@@ -170,8 +216,8 @@ class ImageRewardModel(GranularRewardModel):
         with scoring(self.device, "fp32"):
             return ((self.head(joint.last_hidden_state[:, 0].float()) - self.mean) / self.std).squeeze(-1)
 
-    def score_components(self, images: list[Image.Image], prompts: list[str]) -> dict[str, np.ndarray]:
-        """{"blip": [N], "clip": [N], "aesthetic": [N]}, float64; mode "granular" only."""
+    def score_components(self, images: list[Image.Image], prompts: str | list[str]) -> dict[str, np.ndarray]:
+        """{"blip": [N], "clip": [N], "aesthetic": [N]}, float64; mode "granular" only. One str is the prompt of all."""
         if self.mode != "granular":
             raise ValueError('image_reward has components in mode "granular" only')
         scores = in_batches(self._score_components, images, prompts, self.batch_size).reshape(-1, len(COMPONENTS))
@@ -180,7 +226,7 @@ class ImageRewardModel(GranularRewardModel):
     def score(
         self,
         images: list[Image.Image],
-        prompts: list[str],
+        prompts: str | list[str],
         curr_step: float | np.ndarray | None = None,
         total_steps: float | None = None,
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -191,11 +237,25 @@ class ImageRewardModel(GranularRewardModel):
 
     def get_dynamic_weights(
         self, curr_step: float | np.ndarray, total_steps: float, smooth_func: SmoothFunc | str | None = None
-    ) -> np.ndarray:
-        """See GranularRewardModel. Mode "overall" has no components, so no weights: [0] or [N, 0]."""
+    ) -> list[float] | np.ndarray:
+        """See GranularRewardModel. Mode "overall" has no components, so no weights: [] or [N, 0]."""
         if self.mode == "overall":
-            return np.zeros((*np.shape(curr_step), 0))
+            return np.zeros((*np.shape(curr_step), 0)) if np.ndim(curr_step) else []
         return super().get_dynamic_weights(curr_step, total_steps, smooth_func)
+
+    def __call__(
+        self,
+        images: list[Image.Image],
+        prompts: str | list[str] | None = None,
+        curr_step: float | np.ndarray | None = None,
+        total_steps: float | None = None,
+        *,
+        texts: str | list[str] | None = None,
+    ) -> list[float]:
+        """See GranularRewardModel. texts: another name of prompts; one of the two must be given."""
+        if (prompts is None) == (texts is None):
+            raise TypeError("give either prompts or texts")
+        return super().__call__(images, texts if prompts is None else prompts, curr_step, total_steps)
 
     def component_weights(
         self, curr_step: float | np.ndarray | None, total_steps: float | None, n: int

@@ -13,6 +13,7 @@ from typing import Any
 import fastvideo.torchvision_repair  # noqa: F401  (before transformers and open_clip)
 from fastvideo.cli import FlagError
 from fastvideo.io.devices import DTYPES, torch_dtype
+from fastvideo.models.reward_model.granular import prompt_per_image
 from fastvideo.models.reward_model.spec import REWARDS, File
 
 import numpy as np
@@ -183,19 +184,18 @@ def scoring(device: str, dtype: str) -> Iterator[None]:
 def in_batches(
     score: Callable[[list[Image.Image], list[str]], torch.Tensor],
     images: Sequence[Image.Image],
-    prompts: Sequence[str],
+    prompts: str | Sequence[str],
     batch_size: int,
 ) -> np.ndarray:
     """The scores of all images, float64 [N] or [N, components], in batches of at most batch_size images.
 
-    score: (RGB images, prompts) of a batch -> [n] or [n, components].
+    prompts: one per image, or one str for all. score: (RGB images, prompts) of a batch -> [n] or [n, components].
     """
-    if len(images) != len(prompts):
-        raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
+    prompts = prompt_per_image(prompts, len(images))
     parts = []
     for start in range(0, len(images), batch_size):
         batch = [image.convert("RGB") for image in images[start : start + batch_size]]
-        parts.append(score(batch, list(prompts[start : start + batch_size])).double().cpu().numpy())
+        parts.append(score(batch, prompts[start : start + batch_size]).double().cpu().numpy())
     return np.concatenate(parts) if parts else np.zeros(0)
 
 

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from fastvideo.cli import FlagError, check_fields
-from fastvideo.models.reward_model.granular import GranularRewardModel, RewardModel
+from fastvideo.models.reward_model.granular import GranularRewardModel, RewardModel, prompt_per_image
 from fastvideo.models.reward_model.network import ask_in_turn, public_url, server_urls
 from fastvideo.models.reward_model.spec import resolve_reward_spec, reward_settings
 
@@ -109,8 +109,7 @@ class Servers:
         total_steps: float | None = None,
     ) -> dict[str, np.ndarray]:
         """{name: float64 [N], f"{name}_{part}": [N] ...}, NaN where a score failed. parts: components and checks."""
-        if len(images) != len(prompts):
-            raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
+        prompts = prompt_per_image(prompts, len(images))
         keys, step = [name, *(f"{name}_{part}" for part in parts)], None if curr_step is None else np.asarray(curr_step)
 
         def one(start: int) -> tuple[dict[str, list[float | None]] | None, str]:
@@ -119,7 +118,7 @@ class Servers:
                 "settings": self.settings,
                 "model": name,
                 "images": [to_base64_png(image) for image in images[batch]],
-                "prompts": list(prompts[batch]),
+                "prompts": prompts[batch],
                 "curr_step": None if step is None else step[batch].tolist() if step.ndim else step.item(),
                 "total_steps": total_steps,
             }

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from fastvideo.cli import FlagError
 from fastvideo.models.reward_model.demo import demo_parser, run_demo
+from fastvideo.models.reward_model.granular import prompt_per_image
 from fastvideo.models.reward_model.loading import proxies
 from fastvideo.models.reward_model.network import ask_in_turn, server_urls
 from fastvideo.models.reward_model.spec import RewardConfig
@@ -122,8 +123,7 @@ class UnifiedRewardModel:
 
     def __call__(self, images: list[Image.Image], prompts: list[str]) -> np.ndarray:
         """float64 [N], 1 to 5; NaN for a failed sample. The number of failed samples and one reason are logged."""
-        if len(images) != len(prompts):
-            raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
+        prompts = prompt_per_image(prompts, len(images))
         with ThreadPoolExecutor(self.num_workers) as pool:
             answers = list(pool.map(self._ask, range(len(images)), images, prompts))
         problems = [problem for _, problem in answers if problem]

@@ -11,7 +11,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastvideo.cli import FlagError
-from fastvideo.models.reward_model.granular import GranularRewardModel, RewardModel, as_scores, check_schedule
+from fastvideo.models.reward_model.granular import (
+    GranularRewardModel,
+    RewardModel,
+    as_scores,
+    check_schedule,
+    prompt_per_image,
+)
 from fastvideo.models.reward_model.loading import check_device, check_file
 from fastvideo.models.reward_model.spec import REWARDS, SHARED, Reward, resolve_reward_spec
 
@@ -116,16 +122,25 @@ def build_reward_models(
     return models, weights
 
 
+def _by_name(models: Sequence[RewardModel]) -> dict[str, RewardModel]:
+    """{name: model}; a model without `name` has the name of its class, as in the reference."""
+    names = [getattr(model, "name", type(model).__name__) for model in models]
+    if len(set(names)) < len(names):
+        raise ValueError(f"reward_models: {', '.join(names)} are not different names; give a dict")
+    return dict(zip(names, models, strict=True))
+
+
 def compute_reward(
     images: list[Image.Image],
-    prompts: list[str],
-    reward_models: dict[str, RewardModel],
+    prompts: str | list[str],
+    reward_models: dict[str, RewardModel] | Sequence[RewardModel],
     reward_weights: dict[str, float],
     curr_step: float | np.ndarray | None = None,
     total_steps: float | None = None,
 ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Scores N images with every model: (rewards, successes, rewards_dict, successes_dict).
 
+    prompts: one per image, or one str for all. reward_models: {name: model}, or models with a `name`.
     rewards: float64 [N], the sum of the models' scores, weighted by reward_weights (normalised to sum 1); 0 where one
     of these models failed. successes: bool [N], whether every model of weight above 0 gave a finite score.
     rewards_dict: {name: float64 [N]}, NaN where a score failed. A granular model also has an entry
@@ -134,8 +149,10 @@ def compute_reward(
 
     An exception of a model is not caught: a broken scorer is not a failed sample.
     """
-    if len(images) != len(prompts):
-        raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
+    n = len(images)
+    prompts = prompt_per_image(prompts, n)
+    if not isinstance(reward_models, dict):
+        reward_models = _by_name(reward_models)
     missing = sorted(set(reward_weights) - set(reward_models))
     if missing:
         raise ValueError(f"reward_weights names {missing}, reward_models only has {sorted(reward_models)}")
@@ -143,7 +160,6 @@ def compute_reward(
     if not np.isfinite(values).all() or (values < 0).any() or values.sum() <= 0:
         raise ValueError(f"reward_weights {reward_weights}: must be finite, >= 0 and not all 0")
 
-    n = len(images)
     rewards_dict: dict[str, np.ndarray] = {}
     for name, model in reward_models.items():
         if isinstance(model, GranularRewardModel):
