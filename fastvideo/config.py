@@ -61,6 +61,7 @@ _TREE_DEFAULTS = {
     "sampling_steps": 20,
     "eta": 0.3,
     "clip_range": 1e-3,
+    "gradient_accumulation_steps": 12,
     "drop_last_sample": True,
 }
 _DANCE = ALGORITHMS["dance_grpo"]
@@ -121,7 +122,8 @@ class GRPOConfig(RewardSpecConfig):
     num_generations: int = flag(12, "images per prompt (G), the group of the advantages", at_least=2)
     gradient_accumulation_steps: int = flag(
         3,
-        "samples of each group per optimizer step (k): G/k steps per iteration; E-GRPO and trees: all samples",
+        "samples of each group per optimizer step (k): G/k steps per iteration; E-GRPO: all samples; trees: edges of "
+        "each prompt per optimizer step, at random",
         at_least=1,
     )
     rollout_batch_size: int | None = flag(
@@ -143,7 +145,7 @@ class GRPOConfig(RewardSpecConfig):
     )
 
     def _check_amounts(self) -> None:
-        even = self.num_generations % self.gradient_accumulation_steps == 0
+        even = self.algorithm in TREES or self.num_generations % self.gradient_accumulation_steps == 0
         self._need(even, "gradient_accumulation_steps", f"must divide --num_generations {self.num_generations}")
 
     # --- sampling ---------------------------------------------------------------------------------------------------
@@ -516,7 +518,7 @@ class GRPOConfig(RewardSpecConfig):
                     explicit.setdefault("num_generations", leaves)
                 if explicit["sde_type"] == "cps":
                     explicit.setdefault("tree_split_noise_scale", 1.0)  # cps keeps the noise level
-            if name in (*MERGES, *TREES):
+            if name in MERGES:
                 explicit["gradient_accumulation_steps"] = explicit.get("num_generations", base["num_generations"])
         return cls(**explicit)
 

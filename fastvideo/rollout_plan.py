@@ -2,19 +2,20 @@
 
 Two rules hold for all algorithms. The advantage of a trained transition compares the score of its pictures with the
 scores of the other rows of its step. Trained steps on one path share an optimizer step; trained steps on different
-paths (E-GRPO's) take one optimizer step after the other.
+paths (E-GRPO's) take one optimizer step after the other. Only a tree's optimizer steps share its transitions at random.
 
 A new algorithm is a planner here with an entry in PLANNERS, an entry in config.py's ALGORITHMS with the flags that it
 reads, and a recipe in scripts/finetune. A planner gets (config, window, rng): the window of the iteration, and a random
 generator seeded with (seed, iteration), so that all processes draw the same numbers.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import islice
 
 from fastvideo.cli import FlagError
-from fastvideo.config import MERGES, GRPOConfig
+from fastvideo.config import MERGES, TREES, GRPOConfig
 from fastvideo.models.reward_model.spec import resolve_reward_spec
 from fastvideo.utils.grpo_states import windows
 from fastvideo.utils.plan import Plan
@@ -180,6 +181,15 @@ def pruned_depths(config: GRPOConfig, iteration: int) -> set[int]:
     return {depth - shift for depth in config.depth_pruning}
 
 
+def tree_parts(config: GRPOConfig) -> int:
+    """Optimizer steps per iteration of a tree: one per `gradient_accumulation_steps` edges of a prompt.
+
+    Counts the edges without pruning and without a window, so that the number is the same in every iteration.
+    """
+    tree = Plan(tuple(plan_branch(config, (), np.random.default_rng(config.seed))))
+    return math.ceil(sum(tree.rows[position] for position in tree.trained) / config.gradient_accumulation_steps)
+
+
 def make_plan(config: GRPOConfig, window: Sequence[int], iteration: int = 1) -> Plan:
     """The checked plan of one iteration. With shared noise and `share_prefix` the group splits at the first noisy step,
     because all samples of a prompt have the same states and velocities up to there.
@@ -193,8 +203,9 @@ def make_plan(config: GRPOConfig, window: Sequence[int], iteration: int = 1) -> 
         steps[first] = replace(steps[first], branch=config.num_generations)
     pruned = pruned_depths(config, iteration)
     steps = [replace(step, train=step.train and step.index + 1 not in pruned) for step in steps]
+    parts = tree_parts(config) if config.algorithm in TREES else None
     try:
-        return Plan(tuple(steps), start_rows(config)).check()
+        return Plan(tuple(steps), start_rows(config), parts).check()
     except ValueError as error:
         raise FlagError("algorithm", config.algorithm, str(error)) from error
 
@@ -205,7 +216,7 @@ def make_plan(config: GRPOConfig, window: Sequence[int], iteration: int = 1) -> 
 def optimizer_steps(config: GRPOConfig) -> int:
     """Optimizer steps per iteration, the same in every window."""
     plan = make_plan(config, next(windows(config)))
-    return len(plan.updates(config.num_generations, config.gradient_accumulation_steps))
+    return plan.optimizer_steps(config.num_generations, config.gradient_accumulation_steps)
 
 
 def describe(config: GRPOConfig, world_size: int) -> str:
@@ -219,6 +230,7 @@ def describe(config: GRPOConfig, world_size: int) -> str:
     plans = [make_plan(config, window, number) for number, window in enumerate(schedule, start=1)]
     evaluations = [plan.evaluations for plan in plans]
     first, steps = plans[0], optimizer_steps(config)
+    taken = f"{k} samples per prompt" if first.parts is None else f"at most about {k} edges per prompt"
     trained = [first[position].index for position in first.trained]
     wanted = config.eta_step_list or range(config.sampling_steps // 2) if config.algorithm in MERGES else ()
     left_out = [
@@ -232,7 +244,7 @@ def describe(config: GRPOConfig, world_size: int) -> str:
             f"iteration on {world_size} process(es)"
             + (f", {config.sp_size} per picture" if config.sp_size > 1 else ""),
             f"rewards: {', '.join(f'{name} {weight:.4g}' for name, weight in resolve_reward_spec(config).items())}",
-            f"{steps} optimizer steps per iteration, each on {k} samples per prompt, "
+            f"{steps} optimizer steps per iteration, each on {taken}, "
             f"in {config.max_train_steps} iterations: {config.max_train_steps * steps} optimizer steps",
             f"velocity evaluations (NFE) per prompt and iteration: {min(evaluations)} to {max(evaluations)}, mean "
             f"{np.mean(evaluations):.1f} (without sharing {first.evaluations_without_sharing})",

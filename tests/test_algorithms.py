@@ -9,7 +9,7 @@ from itertools import islice
 from fastvideo import train_grpo_flux
 from fastvideo.config import ALGORITHMS, MERGES, GRPOConfig
 from fastvideo.models.flux import LatentShape
-from fastvideo.rollout_plan import make_plan, merged_steps, pruned_depths
+from fastvideo.rollout_plan import describe, make_plan, merged_steps, optimizer_steps, pruned_depths
 from fastvideo.train_grpo_flux import Rollout, rollout
 from fastvideo.utils import advantages as advantage_maths
 from fastvideo.utils import transitions as transition_maths
@@ -18,6 +18,7 @@ from fastvideo.utils.grpo_states import windows
 from fastvideo.utils.plan import Plan
 from fastvideo.utils.sampling_utils import Noise
 from fastvideo.utils.steps import SDE_KINDS, Step, entropy, sigma_schedule
+from fastvideo.utils.transitions import Transition, deal_out, split_edges
 
 import numpy as np
 import pytest
@@ -222,7 +223,50 @@ def test_branch_grpo_at_its_defaults():
     assert [s.index for s in plan if s.branch > 1] == [0, 3, 6, 9]
     assert [s.noise_scale for s in plan] == [4 if s.index in (0, 3, 6, 9) else 1 for s in plan]
     assert {s.kind for s in plan[:-1]} == {"dance_sde"} and [s.train for s in plan] == [True] * 19 + [False]
-    assert plan.updates(16, 16) == [(slice(0, 16), list(range(19)))]
+    assert plan.updates(16, 12) == [(slice(0, 16), list(range(19)))]
+    assert settings.gradient_accumulation_steps == 12 and plan.optimizer_steps(16, 12) == 17  # 202 edges
+    assert "17 optimizer steps per iteration, each on at most about 12 edges per prompt" in describe(settings, 1)
+
+
+def test_the_edges_of_a_tree_are_split_at_random_and_every_edge_is_trained_once():
+    settings = config(algorithm="branch_grpo", train_micro_batch_size=4)
+    plan = make_plan(settings, [0])
+    advantages = {p: np.random.default_rng(p).normal(size=(2, plan.rows[p])) for p in plan.trained}
+
+    def dealt(number: int, slots: range, **given) -> list[list[Transition]]:
+        work = deal_out(replace(settings, **given), plan, number, slots, advantages)
+        return [list(itertools.chain(*batches)) for batches in work]
+
+    steps = dealt(1, range(2))
+    for prompt in range(2):
+        own = [[(t.position, t.child) for t in step if t.prompt == prompt] for step in steps]
+        assert {len(part) for part in own} == {11, 12} and len(own) == 17
+        everything = [(p, prompt * plan.rows[p] + row) for p in plan.trained for row in range(plan.rows[p])]
+        assert sorted(itertools.chain(*own)) == everything
+        assert all(len({position for position, _ in part}) > 4 for part in own)  # early and late steps mixed
+    assert all(sum(t.weight for t in step) == pytest.approx(1) for step in steps)
+    assert dealt(1, range(2), train_micro_batch_size=1) == steps
+    for alone, step in zip(dealt(1, range(1)), steps, strict=True):  # another layout on processes
+        first = [(t.position, t.child, t.advantage) for t in step if t.prompt == 0]
+        assert [(t.position, t.child, t.advantage) for t in alone] == first
+    assert dealt(2, range(2)) != steps
+
+
+def test_a_tree_with_fewer_edges_than_optimizer_steps_repeats_edges():
+    edges = [Transition(0, 0, child, 0, 1.0) for child in range(3)]
+    parts = split_edges(edges, 5, [np.random.default_rng(0)])
+    assert [len(part) for part in parts] == [1] * 5 and {t.child for t in itertools.chain(*parts)} == {0, 1, 2}
+    assert all(t.weight == 1 for t in itertools.chain(*parts))
+
+
+@pytest.mark.parametrize("algorithm", ["branch_grpo", "branch_grpo_mix"])
+def test_a_tree_takes_the_same_number_of_optimizer_steps_in_every_iteration(algorithm):
+    """However many edges the window and pruning leave, because the learning rate's schedule needs the total."""
+    pruning = {"depth_pruning": [16, 17, 18], "depth_pruning_slide_interval": 1, "tree_width_prune": 1}
+    settings = config(algorithm=algorithm, iters_per_group=1, **pruning)
+    plans = [make_plan(settings, window, i) for i, window in enumerate(islice(windows(settings), 25), start=1)]
+    assert len({sum(plan.rows[p] for p in plan.trained) for plan in plans}) > 1
+    assert {plan.optimizer_steps(16, 12) for plan in plans} == {optimizer_steps(settings)}
 
 
 def tree_settings():
@@ -478,7 +522,7 @@ def test_a_split_with_cps_keeps_the_noise_level():
 # --- training ---------------------------------------------------------------------------------------------------------
 
 SPLITS = {"branch_grpo": {"tree_split_points": [0, 2]}, "branch_grpo_mix": {"tree_split_points": [0, 2]}}
-SMALL = {  # name -> flags; with T 6 and G 4: trained steps, NFE, pictures, optimizer steps
+SMALL = {  # name -> flags; with T 6, G 4 and k 2: trained steps, NFE, pictures, optimizer steps
     "grpo_merge": ({}, [0, 1, 2], 6 + 4 * (5 + 4 + 3), 13, 3),
     "grpo_merge, cps, strides": (
         {"algorithm": "grpo_merge", "sde_type": "cps", "eta_step_list": [1, 3], "eta_step_merge_list": [2, 1],
@@ -487,17 +531,17 @@ SMALL = {  # name -> flags; with T 6 and G 4: trained steps, NFE, pictures, opti
         {"algorithm": "grpo_merge", "sde_type": "dance", "entropy_threshold": 1.0},  # merged in twos
         [0, 1, 2], 6 + 4 * (4 + 3 + 2), 13, 3),
     "granular_grpo": ({"granular_list": "1,3"}, [0, 1, 2], 6 + 4 * (5 + 2 - 1 + 4 + 2 - 1 + 3 + 1 - 1), 25, 3),
-    "branch_grpo": ({"tree_split_points": [0, 2]}, [0, 1, 2, 3, 4], 1 + 2 + 2 + 4 * 3, 4, 1),
+    "branch_grpo": ({"tree_split_points": [0, 2]}, [0, 1, 2, 3, 4], 1 + 2 + 2 + 4 * 3, 4, 8),
     "branch_grpo, flow": (
         {"algorithm": "branch_grpo", "sde_type": "flow", "tree_split_points": [1, 2], "tree_fusion": "probability"},
-        [1, 2, 3, 4], 1 + 1 + 2 + 4 * 3, 4, 1),
+        [1, 2, 3, 4], 1 + 1 + 2 + 4 * 3, 4, 7),
     "branch_grpo, pruned": (
         {"algorithm": "branch_grpo", "tree_split_points": [0, 2], "tree_width_prune": 2, "depth_pruning": [4, 5],
-         "depth_pruning_slide_interval": 1}, [0, 1, 2], 1 + 2 + 2 + 4 * 3, 4, 1),
-    "branch_grpo_mix": ({"tree_split_points": [0, 3]}, [0, 1, 3], 1 + 2 * 3 + 4 * 2, 4, 1),
+         "depth_pruning_slide_interval": 1}, [0, 1, 2], 1 + 2 + 2 + 4 * 3, 4, 8),
+    "branch_grpo_mix": ({"tree_split_points": [0, 3]}, [0, 1, 3], 1 + 2 * 3 + 4 * 2, 4, 3),
     "branch_grpo_mix, cps": (
         {"algorithm": "branch_grpo_mix", "sde_type": "cps", "tree_split_points": [0, 3], "eta": 0.5,
-         "tree_split_noise_scale": 1.3}, [0, 1, 3], 1 + 2 * 3 + 4 * 2, 4, 1),
+         "tree_split_noise_scale": 1.3}, [0, 1, 3], 1 + 2 * 3 + 4 * 2, 4, 3),
     "flow_grpo, cps": ({"algorithm": "flow_grpo", "sde_type": "cps"}, [0, 1, 2, 3, 4], 1 + 5 * 4, 4, 2),
     "dance_grpo, cps": (
         {"algorithm": "dance_grpo", "sde_type": "cps", "timestep_fraction": 1}, [0, 1, 2, 3, 4], 1 + 5 * 4, 4, 2),
@@ -545,7 +589,7 @@ def test_one_split_at_the_first_step_is_flat_grpo(train):
     flat = train(algorithm="dance_grpo", gradient_accumulation_steps=4, timestep_fraction=1.0, image_log_steps=1)
     tree = train(
         algorithm="branch_grpo", tree_split_points=[0], tree_split_children=4, tree_split_noise_scale=1,
-        clip_range=1e-4, image_log_steps=1,
+        clip_range=1e-4, gradient_accumulation_steps=100, image_log_steps=1,
     )  # fmt: skip
     assert flat.numbers() == tree.numbers()
     assert same_weights(flat.weights(), tree.weights())

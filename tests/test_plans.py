@@ -7,7 +7,7 @@ from fastvideo.config import ALGORITHMS, MERGES, TREES, GRPOConfig
 from fastvideo.rollout_plan import describe, make_plan
 from fastvideo.utils.grpo_states import windows
 from fastvideo.utils.steps import KINDS, SDE_KINDS, sigma_schedule
-from fastvideo.utils.transitions import micro_batches, slice_transitions
+from fastvideo.utils.transitions import micro_batches, slice_transitions, split_edges
 
 import numpy as np
 import pytest
@@ -29,6 +29,8 @@ def flags(draw, algorithm: str) -> dict:
         found["num_generations"] = group = draw(st.integers(2, 6))
         found["share_prefix"] = draw(st.booleans())
         found["gradient_accumulation_steps"] = draw(st.sampled_from([k for k in range(1, 7) if group % k == 0]))
+    else:
+        found["gradient_accumulation_steps"] = draw(st.integers(1, 40))  # edges
     if ALGORITHMS[algorithm]["requires"]["training_strategy"] == "part" or algorithm == "branch_grpo_mix":
         found["group_size"] = draw(st.integers(1, steps - 2))
         found["iters_per_group"] = draw(st.integers(1, 3))
@@ -130,12 +132,17 @@ def test_the_optimizer_steps_of_an_iteration_train_every_transition_once_with_we
         for samples, positions in plan.updates(group, config.gradient_accumulation_steps):
             advantages = {position: np.ones((prompts, rows[position])) for position in positions}
             transitions = slice_transitions(plan, order[:, samples], everything, advantages)
-            assert sum(t.weight for t in transitions) == pytest.approx(1)
-            batches = micro_batches(transitions, size)
-            assert [t for batch in batches for t in batch] == transitions
-            assert all(len({(t.position, t.parent) for t in batch}) <= size for batch in batches)
-            found += [(t.position, t.child) for t in transitions]
-        number_of_steps.add(len(plan.updates(group, config.gradient_accumulation_steps)))
+            rngs = [np.random.default_rng(p) for p in range(prompts)]
+            shares = [transitions] if plan.parts is None else split_edges(transitions, plan.parts, rngs)
+            for share in shares:
+                assert sum(t.weight for t in share) == pytest.approx(1)
+                batches = micro_batches(share, size)
+                assert [t for batch in batches for t in batch] == share
+                assert all(len({(t.position, t.parent) for t in batch}) <= size for batch in batches)
+                found += [(t.position, t.child) for t in share]
+            if len(transitions) < prompts * len(shares):  # more optimizer steps than edges are left by pruning
+                found = sorted(set(found))
+        number_of_steps.add(plan.optimizer_steps(group, config.gradient_accumulation_steps))
         shared = [position for position in trained if rows[position] < group]  # positions where samples share a row
         own = [(position, child) for position, child in found if position not in shared]
         assert len(own) == len(set(own)) == sum(prompts * rows[p] for p in trained if p not in shared)

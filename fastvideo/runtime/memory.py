@@ -72,8 +72,10 @@ def predict_memory(config: GRPOConfig, world_size: int) -> dict[str, float]:
     kept = whole_block * (1 - share) + KEPT_AT_A_CHECKPOINT * share
     training_row = row * (blocks * kept + (whole_block if share else 0))
     left = min(gpu_sizes(), default=math.inf) - weights - gradients - moments
-    k, plan = config.gradient_accumulation_steps, make_plan(config, next(windows(config)))
-    most = config.local_prompts(world_size) * k * max(len(p) for _, p in plan.updates(config.num_generations, k))
+    plan = make_plan(config, next(windows(config)))
+    updates = plan.updates(config.num_generations, config.gradient_accumulation_steps)
+    largest = max((samples.stop - samples.start) * len(positions) for samples, positions in updates)
+    most = config.local_prompts(world_size) * math.ceil(largest / (plan.parts or 1))
     fitting = int(min(most, left / 2 / training_row)) if left < math.inf else ROWS_ON_A_CPU
     rows = config.train_micro_batch_size or max(1, fitting)
     training = rows * training_row

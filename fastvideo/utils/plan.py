@@ -19,10 +19,13 @@ class Plan:
 
     Attributes:
         steps: all transitions. start: rows per prompt at the beginning.
+        parts: optimizer steps that share the transitions of all samples, see `split_edges`. None: each optimizer step
+            takes its own samples, see `updates`.
     """
 
     steps: tuple[Step, ...]
     start: int = 1
+    parts: int | None = None
 
     def check(self) -> "Plan":
         """The plan itself, if it can be executed and trained.
@@ -158,12 +161,19 @@ class Plan:
         """The optimizer steps of an iteration: for each, its samples of every group and the plan positions it trains.
 
         Each optimizer step takes k of a group's `samples`. Trained steps on one path share an optimizer step; trained
-        steps on different paths (E-GRPO's active steps) have separate optimizer steps.
+        steps on different paths (E-GRPO's active steps) have separate optimizer steps. In a plan with `parts` there is
+        one entry with all samples, which `parts` optimizer steps share.
         """
+        if self.parts is not None:
+            return [(slice(0, samples), self.trained)]
         paths: dict[int, list[int]] = {}
         for position in self.trained:
             paths.setdefault(self.trained_path(position)[0], []).append(position)
         return [(slice(s, s + k), positions) for positions in paths.values() for s in range(0, samples, k)]
+
+    def optimizer_steps(self, samples: int, k: int) -> int:
+        """Number of optimizer steps of an iteration."""
+        return len(self.updates(samples, k)) * (self.parts or 1)
 
     def describe(self) -> str:
         """One line per step: index, sigmas, kind, rows per prompt, noise, splits, whether it is trained."""

@@ -1,7 +1,8 @@
 """Deals out transitions: each optimizer step trains the transitions of its samples, in micro-batches."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from fastvideo.config import GRPOConfig
 from fastvideo.utils.advantages import sample_order
@@ -10,7 +11,7 @@ from fastvideo.utils.plan import Plan
 import numpy as np
 
 # The last entry of a prompt's random seed says what the numbers are for. 0 is noise (sampling_utils.Noise).
-STEP_SUBSET, ORDER = 1, 2
+STEP_SUBSET, ORDER, EDGES = 1, 2, 3
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,33 @@ def slice_transitions(
         for (position, child), advantage in edges.items():
             weight = 1 / (len(order) * len(edges))
             found.append(Transition(position, child // plan[position].branch, child, prompt, advantage, weight))
-    return sorted(found, key=lambda t: (t.position, t.parent, t.child))
+    return sorted(found, key=_by_row)
+
+
+def split_edges(
+    transitions: list[Transition], parts: int, rngs: Sequence[np.random.Generator]
+) -> list[list[Transition]]:
+    """Splits each prompt's transitions at random into `parts` parts of about equal size, one per optimizer step.
+
+    A part is never empty: a prompt with fewer transitions than parts repeats them. The weights make the loss of a part
+    the mean over prompts of the mean over the prompt's transitions in it. BranchGRPO's code shuffles edges too.
+
+    Args:
+        rngs: one generator per prompt.
+    """
+    found: list[list[Transition]] = [[] for _ in range(parts)]
+    for prompt, rng in enumerate(rngs):
+        own = [t for t in transitions if t.prompt == prompt]
+        shuffled = rng.permutation(len(own))
+        for number, part in enumerate(found):
+            first, last = (i * len(own) // parts for i in (number, number + 1))
+            chosen = shuffled[first : max(last, first + 1)]
+            part += [replace(own[i], weight=1 / (len(rngs) * len(chosen))) for i in chosen]
+    return [sorted(part, key=_by_row) for part in found]
+
+
+def _by_row(t: Transition) -> tuple[int, int, int]:
+    return t.position, t.parent, t.child
 
 
 def micro_batches(transitions: list[Transition], size: int) -> list[list[Transition]]:
@@ -86,7 +113,8 @@ def deal_out(
 ) -> list[list[list[Transition]]]:
     """The micro-batches of each optimizer step of iteration `number`, for the prompts in `slots`.
 
-    Optimizer step s trains samples [ks, ks+k) of every group, in the order of --advantage_rerange_strategy.
+    Optimizer step s trains samples [ks, ks+k) of every group, in the order of --advantage_rerange_strategy. The
+    optimizer steps of a tree share its edges at random.
 
     Args:
         advantages: plan position -> [P of all ranks, rows after the step]. Clamped to ± adv_clip_max here.
@@ -101,5 +129,9 @@ def deal_out(
     trained, work = trained_positions(config, plan, number, slots), []
     for samples, positions in plan.updates(config.num_generations, config.gradient_accumulation_steps):
         transitions = slice_transitions(plan, order[:, samples], trained, {p: own[p] for p in positions})
-        work.append(micro_batches(transitions, config.train_micro_batch_size))
+        shares = [transitions]
+        if plan.parts is not None:
+            rngs = [prompt_rng(config, number, slot, EDGES) for slot in slots]
+            shares = split_edges(transitions, plan.parts, rngs)
+        work += [micro_batches(share, config.train_micro_batch_size) for share in shares]
     return work
