@@ -124,7 +124,7 @@ def test_a_row_rounds_alike_in_compiled_graphs_of_two_or_more_rows(device):
     assert all(torch.equal(rows, two) for rows in more)
 
 
-@pytest.mark.slow(1)
+@pytest.mark.long  # C++ is compiled for a minute
 def test_a_compiled_block_follows_the_choice_of_attention(tiny_flux):
     """The attention can change between calls. cuDNN is missing on a CPU, so an error shows that the block chose it."""
     transformer = load_transformer(tiny_flux)

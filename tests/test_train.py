@@ -86,7 +86,7 @@ def test_micro_batches_and_rollout_batches_change_nothing_but_speed(train, refer
         assert_same_update(other, run)
 
 
-@pytest.mark.slow(2)
+@pytest.mark.long  # C++ is compiled for minutes
 def test_compiled_blocks_change_nothing_but_speed(train, reference):
     run, settings = reference
     # Sampled and trained two rows at a time: float32 graphs of two and of three rows round differently on some CPUs.
