@@ -480,18 +480,21 @@ RECIPE_VALUES = {
     "MixGRPO": ("mix_grpo", {"prog_overlap_step": 1, "sampling_steps": 25, "h": 720, "seed": 714}),
     "MixGRPO_Flash": ("mix_grpo_flash", {"iters_per_group": 20, "dpm_post_compress_ratio": 0.4, "dpm_solver_order": 2}),
     "MixGRPO_Flash_star": ("mix_grpo_flash_star", {"prog_overlap_step": 0, "dpm_post_compress_ratio": 0.2}),
-    "E_GRPO": ("grpo_merge", {"sampling_steps": 16, "learning_rate": 2e-6, "entropy_threshold": 2.2}),
-    "Granular_GRPO": ("granular_grpo", {"sampling_steps": 16, "learning_rate": 2e-6, "granular_list": [1, 2, 3]}),
+    "E_GRPO": ("grpo_merge", {"reward_model": "hpsv2", "sampling_steps": 16, "learning_rate": 2e-6, "entropy_threshold": 2.2}),
+    "Granular_GRPO": ("granular_grpo", {"reward_model": "hpsv2", "sampling_steps": 16, "learning_rate": 2e-6, "granular_list": [1, 2, 3]}),
     "BranchGRPO": ("branch_grpo", {
         "sampling_steps": 20, "num_generations": 16, "eta": 0.3, "clip_range": 1e-3,
-        "tree_split_points": [0, 3, 6, 9], "tree_split_noise_scale": 4, "depth_pruning": [],
+        "tree_split_points": [0, 3, 6, 9], "tree_split_noise_scale": 4, "depth_pruning": [], "reward_model": "hpsv2",
+        "gradient_accumulation_steps": 12,
     }),
     "DanceGRPO": ("dance_grpo", {
         "sampling_steps": 16, "eta": 0.3, "gradient_accumulation_steps": 12, "timestep_fraction": 0.6,
+        "reward_model": "hpsv2",
     }),
     "DanceGRPO_lora": ("dance_grpo_lora", {
         "sampling_steps": 12, "eta": 0.3, "learning_rate": 3e-4, "use_lora": True,
         "lora_rank": 128, "lora_alpha": 256, "lora_target_modules": ["to_q", "to_k", "to_v", "to_out.0"],
+        "reward_model": "hpsv2",
     }),
     "FlowGRPO": ("flow_grpo", {"sde_type": "flow", "flow_grpo_fast_steps": 0}),
 }  # fmt: skip
@@ -506,6 +509,7 @@ def test_every_recipe_trains_with_the_values_of_its_paper(tmp_path, capsys):
         assert {key: getattr(config, key) for key in values} == values
         title = "MixGRPO" if name == "FastGRPO" else name
         places = {"experiment_name": title, "output_dir": f"outputs/{title}", "dry_run": True}
+        places["reward_model"] = values.get("reward_model", "image_reward")
         data = "data/rl_embeddings/prompt.json"
         assert config == GRPOConfig.create(algorithm=algorithm, data_json_path=data, **places)
         assert program == "fastvideo/train_grpo_flux.py"

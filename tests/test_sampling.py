@@ -102,6 +102,24 @@ def test_the_sdes_keep_the_marginal_variance_of_gaussian_data_to_first_order(kin
     assert error(0.01) / error(0.001) == pytest.approx(100, rel=0.1)
 
 
+@pytest.mark.parametrize("kind,eta,expected", [("flow_sde", 0.7, 0.6), ("dance_sde", 0.3, 0.6), ("cps", 0.9, 0.456)])
+def test_where_noise_at_all_steps_leads_gaussian_data(kind, eta, expected):
+    """With data N(1.7, 0.6²) and the exact velocity, the SDEs end at that distribution as T grows. cps ends narrower."""
+
+    def end(steps: int) -> tuple[float, float]:
+        sigmas, mean, variance = sigma_schedule(steps, 3.0), 0.0, 1.0
+        for i, (sigma, target) in enumerate(itertools.pairwise(sigmas)):
+            c = coefficients(Step(i, sigma, target, sigmas[1], kind if target else "ode", eta))
+            slope = (sigma - (1 - sigma) * 0.36) / (0.36 * (1 - sigma) ** 2 + sigma**2)
+            mean = c.x * mean + c.v * (slope * (mean - (1 - sigma) * 1.7) - 1.7)  # v = slope·(x − E[x]) − E[x0]
+            variance = (c.x + c.v * slope) ** 2 * variance + c.std**2
+        return mean, math.sqrt(variance)
+
+    assert end(30_000) == pytest.approx((1.7, expected), abs=1e-3)
+    if kind == "cps":
+        assert end(25)[1] == pytest.approx(0.409, abs=1e-3)  # smaller than by Euler's steps, 0.542
+
+
 def test_noise_scale_widens_the_noise_and_leaves_the_mean():
     one, four = (coefficients(step("dance_sde", 5, noise_scale=s)) for s in (1.0, 4.0))
     assert (four.x, four.v) == (one.x, one.v) and four.std == pytest.approx(4 * one.std)
