@@ -480,8 +480,12 @@ RECIPE_VALUES = {
     "MixGRPO": ("mix_grpo", {"prog_overlap_step": 1, "sampling_steps": 25, "h": 720, "seed": 714}),
     "MixGRPO_Flash": ("mix_grpo_flash", {"iters_per_group": 20, "dpm_post_compress_ratio": 0.4, "dpm_solver_order": 2}),
     "MixGRPO_Flash_star": ("mix_grpo_flash_star", {"prog_overlap_step": 0, "dpm_post_compress_ratio": 0.2}),
-    "E_GRPO": ("grpo_merge", {"reward_model": "hpsv2", "sampling_steps": 16, "learning_rate": 2e-6, "entropy_threshold": 2.2}),
-    "Granular_GRPO": ("granular_grpo", {"reward_model": "hpsv2", "sampling_steps": 16, "learning_rate": 2e-6, "granular_list": [1, 2, 3]}),
+    "E_GRPO": ("grpo_merge", {
+        "sampling_steps": 16, "learning_rate": 2e-6, "entropy_threshold": 2.2, "reward_model": "hpsv2",
+    }),
+    "Granular_GRPO": ("granular_grpo", {
+        "sampling_steps": 16, "learning_rate": 2e-6, "granular_list": [1, 2, 3], "reward_model": "hpsv2",
+    }),
     "BranchGRPO": ("branch_grpo", {
         "sampling_steps": 20, "num_generations": 16, "eta": 0.3, "clip_range": 1e-3,
         "tree_split_points": [0, 3, 6, 9], "tree_split_noise_scale": 4, "depth_pruning": [], "reward_model": "hpsv2",

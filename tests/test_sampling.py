@@ -104,7 +104,7 @@ def test_the_sdes_keep_the_marginal_variance_of_gaussian_data_to_first_order(kin
 
 @pytest.mark.parametrize("kind,eta,expected", [("flow_sde", 0.7, 0.6), ("dance_sde", 0.3, 0.6), ("cps", 0.9, 0.456)])
 def test_where_noise_at_all_steps_leads_gaussian_data(kind, eta, expected):
-    """With data N(1.7, 0.6²) and the exact velocity, the SDEs end at that distribution as T grows. cps ends narrower."""
+    """With data N(1.7, 0.6²) and the exact velocity, the SDEs end there as T grows. cps ends narrower."""
 
     def end(steps: int) -> tuple[float, float]:
         sigmas, mean, variance = sigma_schedule(steps, 3.0), 0.0, 1.0
