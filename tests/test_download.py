@@ -137,6 +137,18 @@ def test_a_dry_run_lists_every_file_and_asks_nobody(download, server, tmp_path):
     assert download("hps", "--dry_run")[1].count("\n") == 1
 
 
+def test_hpdv2_s_prompts_come_beside_the_repository_s_own(download, server, tmp_path):
+    """What the README promises: nothing in data/ is replaced."""
+    folder = "/Tencent-Hunyuan/MixGRPO/raw/main/data"
+    server.files = {f"{folder}/prompts.txt": b"a\n", f"{folder}/prompts_test.txt": b"b\n"}
+    status, output = download("prompts")
+    assert status == 0, output
+    found = {path.name: path.read_text() for path in (tmp_path / "data").iterdir()}
+    assert found == {"prompts_hpdv2.txt": "a\n", "prompts_hpdv2_test.txt": "b\n"}
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "download_checkpoints.sh prompts`" in readme and all(f"`data/{name}`" in readme for name in found)
+
+
 def test_an_unknown_part_is_refused_naming_the_choices(download):
     status, output = download("hsp")
     assert status == 2 and "'hsp'; choose from flux hps image_reward clip pick mixgrpo prompts, all" in output

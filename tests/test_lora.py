@@ -189,5 +189,5 @@ def test_sampling_takes_a_lora_checkpoint_and_can_hand_over_to_the_base_model(ad
     for name, more in (("whole", ()), ("half", half)):
         pictures = [sample(f"{name}{i}", "--model_path", str(path), *more) for i, path in enumerate((adapters, merged))]
         assert difference(*pictures) <= 2, name
-    assert difference(sample("whole0", "--model_path", str(adapters)), sample("base")) > 8
-    assert difference(sample("half0", "--model_path", str(adapters), *half), sample("base")) > 2
+    assert difference(sample("whole0", "--model_path", str(adapters)), sample("base", "--baseline")) > 8
+    assert difference(sample("half0", "--model_path", str(adapters), *half), sample("base", "--baseline")) > 2

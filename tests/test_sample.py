@@ -17,7 +17,7 @@ from fastvideo.io.files import write_bytes
 from fastvideo.io.processes import Processes, processes
 from fastvideo.models.flux import LORA_FILE, load_transformer
 from fastvideo.sample import sample_flux
-from fastvideo.sample.sample_flux import SampleConfig, main, sample
+from fastvideo.sample.sample_flux import SampleConfig, main
 
 import numpy as np
 import pytest
@@ -50,7 +50,8 @@ def command(folder: Path, name: str, *more: object) -> list[str]:
         "w": 32,
     }
     fixed |= {"total_sampling_steps": 4, "device": "cpu"}
-    return [str(x) for pair in ((f"--{k}", v) for k, v in fixed.items()) for x in pair] + [str(x) for x in more]
+    base = [] if "--model_path" in more else ["--baseline"]
+    return [str(x) for pair in ((f"--{k}", v) for k, v in fixed.items()) for x in pair] + base + [str(x) for x in more]
 
 
 def pixels(manifest: Path) -> list[np.ndarray]:
@@ -95,11 +96,53 @@ def test_without_hybrid_the_pictures_are_diffusers_own_for_the_seeds_in_the_mani
 
 
 def test_defaults_are_the_papers_and_flags_of_the_reference_work():
-    config = SampleConfig()
+    config = SampleConfig(model_path="x")
     size = (config.h, config.w, config.total_sampling_steps, config.guidance_scale, config.max_sequence_length)
     assert size == (1024, 1024, 50, 3.5, 512)
-    reference = parse_dataclass(SampleConfig, ["--flux_baseline_model_dir", "here", "--mix_sampling_steps", "-1"])
-    assert (reference.pretrained_model_name_or_path, reference.mix_sampling_steps) == ("here", None)
+    for none in ("-1", "0"):
+        argv = ["--flux_baseline_model_dir", "here", "--mix_sampling_steps", none, "--model_path", "x"]
+        reference = parse_dataclass(SampleConfig, argv)
+        assert (reference.pretrained_model_name_or_path, reference.tuned_steps) == ("here", 50)
+
+
+@pytest.mark.parametrize(
+    ("settings", "models"),
+    [
+        ({"model_path": "run/best"}, ["50 steps of run/best"]),
+        ({"model_path": "run/best", "mix_sampling_steps": 30}, ["30 steps of run/best, then 20 steps of base model B"]),
+        ({"model_path": "run/best", "mix_fraction": [0.0, 1.0]}, ["50 steps of base model B", "50 steps of run/best"]),
+        ({"model_path": "run/best", "baseline": True}, ["50 steps of base model B"]),
+    ],
+)
+def test_a_run_says_which_model_takes_which_steps(settings, models):
+    config = SampleConfig(pretrained_model_name_or_path="B", **settings)
+    assert [run.models for run in config.runs()] == models
+
+
+def test_the_script_samples_the_published_weights_if_they_are_there_and_else_only_a_named_model(tmp_path):
+    """As in MixGRPO's README: weights in mix_grpo_ckpt/, then the script without a flag."""
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$@"\n')
+    python.chmod(0o755)
+    cleared = {k: v for k, v in os.environ.items() if k not in ("HOSTFILE", "MODEL_PATH", "NPROC_PER_NODE")}
+
+    def passed(*flags: str, **environment: str) -> SampleConfig:
+        script = ["bash", str(tmp_path / "scripts/inference/inference_flux.sh"), *flags]
+        given = {**cleared, "PYTHON_BIN": str(python), **environment}
+        words = subprocess.run(script, env=given, check=True, capture_output=True, text=True).stdout.split()
+        return parse_dataclass(SampleConfig, words[2:])
+
+    assert passed("--baseline").tuned_steps == 0
+    with pytest.raises(SystemExit):
+        passed()
+    published = tmp_path / "mix_grpo_ckpt/diffusion_pytorch_model.safetensors"
+    published.parent.mkdir()
+    published.touch()
+    assert passed().model_path == "mix_grpo_ckpt/diffusion_pytorch_model.safetensors" and passed().tuned_steps == 50
+    assert passed("--mix_sampling_steps", "30", "--seed", "617").tuned_steps == 30
+    assert passed("--baseline").tuned_steps == 0
+    assert passed("--model_path", "a").model_path == passed(MODEL_PATH="a").model_path == "a"
 
 
 def test_every_way_to_name_a_tuned_model_gives_its_pictures(tmp_path, tuned, refused):
@@ -195,8 +238,8 @@ def test_hybrid_inference_lies_between_the_models_and_meets_them_at_its_ends(tmp
     base = main(command(tmp_path, "base", "--baseline", "--model_path", tuned))
     alone = main(command(tmp_path, "tuned", "--model_path", tuned))
     never, half, always = (
-        main(command(tmp_path, f"mix{n}", "--model_path", tuned, "--mix_sampling_steps", n, "--batch_size", 4))
-        for n in (0, 2, 4)
+        main(command(tmp_path, f"mix{n}", "--model_path", tuned, "--mix_fraction", n, "--batch_size", 4))
+        for n in (0, 0.5, 1)
     )
     assert largest_difference(never, base) <= 1
     assert largest_difference(always, alone) <= 1
@@ -233,8 +276,8 @@ def test_a_sweep_over_shares_loads_once_and_gives_the_pictures_of_single_runs(tm
     assert [(row["mix_fraction"], row["mix_sampling_steps"]) for row in rows] == [(0, 0), (0.5, 2), (1, 4)]
     assert [row["manifest"] for row in rows] == [f"mix_{n}_4/manifest.json" for n in (0, 2, 4)]
     for row in rows:
-        steps = row["mix_sampling_steps"]
-        single = main(command(tmp_path, f"one{steps}", "--model_path", tuned, "--mix_sampling_steps", steps))
+        steps, share = row["mix_sampling_steps"], row["mix_fraction"]
+        single = main(command(tmp_path, f"one{steps}", "--model_path", tuned, "--mix_fraction", share))
         assert largest_difference(sweep.parent / row["manifest"], single) == 0
     again = main(command(tmp_path, "sweep", "--model_path", tuned, "--mix_fraction", "0.5"))  # has its own folder
     assert again == sweep.parent / "manifest.json"
@@ -412,7 +455,7 @@ def test_other_settings_in_the_same_folder_are_refused_and_overwrite_replaces_th
 def claim(folder: Path, claimed: tuple[int, str], start: multiprocessing.Event, answers: multiprocessing.Queue) -> None:
     """claimed: number of steps in the settings, and the last prompt."""
     (steps, prompt), place = claimed, Processes(0, 1, "cpu")
-    config = SampleConfig(output_dir=str(folder))
+    config = SampleConfig(output_dir=str(folder), baseline=True)
     pictures = sample_flux.plan_pictures(config, [("first", None), (prompt, None)])
     start.wait()
     try:
@@ -434,7 +477,7 @@ def test_of_two_runs_that_claim_a_folder_at_once_with_other_pictures_one_is_refu
     tmp_path, claims, before, names, message
 ):
     if before:  # both runs add pictures to a claimed folder
-        config = SampleConfig(output_dir=str(tmp_path))
+        config = SampleConfig(output_dir=str(tmp_path), baseline=True)
         pictures = sample_flux.plan_pictures(config, [(prompt, None) for prompt in before])
         sample_flux.claim_folder(config, {"steps": 1}, pictures, Processes(0, 1, "cpu"))
     fork = multiprocessing.get_context("fork")
@@ -558,8 +601,11 @@ def test_bad_input_gives_one_line_before_sampling(tmp_path, more, message, refus
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"mix_sampling_steps": 51, "model_path": "x"}, "^mix_sampling_steps 51: must be between 0 and"),
-        ({"mix_sampling_steps": 10}, "^mix_sampling_steps: needs --model_path"),
+        ({"model_path": None}, "^model_path: give the tuned model, or --baseline"),
+        ({"model_path": None, "mix_sampling_steps": 10}, "^model_path: give the tuned model"),
+        ({"mix_sampling_steps": 51}, "^mix_sampling_steps 51: must be between 1 and"),
+        ({"mix_sampling_steps": -2}, "^mix_sampling_steps -2: must be between 1 and"),
+        ({"mix_sampling_steps": 10, "baseline": True}, "^baseline: takes no share of --mix_sampling_steps 10"),
         ({"batch_size": 0}, "^batch_size 0"),
         ({"seed": -1}, "^seed -1"),
         ({"shift": 0.0}, "^shift 0.0"),
@@ -568,14 +614,16 @@ def test_bad_input_gives_one_line_before_sampling(tmp_path, more, message, refus
         ({"cpu_offload": "sequential", "compile": True}, "^compile: its graphs can't move layers"),
         ({"mix_fraction": [0.2, 1.5]}, "^mix_fraction 0.2,1.5: must be between 0 and 1"),
         ({"mix_fraction": [0.5], "mix_sampling_steps": 3}, "^mix_fraction 0.5: give either this or --mix"),
+        ({"mix_fraction": [0.8, 0.801]}, "two shares are the same number of --total_sampling_steps 50"),
+        ({"mix_fraction": [0.009]}, "^mix_fraction 0.009: 0.009 is 0 of --total_sampling_steps 50"),
+        ({"mix_fraction": [0.5, 0.995]}, "^mix_fraction 0.5,0.995: 0.995 is 50 of --total_sampling_steps 50"),
+        ({"mix_fraction": [0.5, 0.8], "baseline": True}, "^baseline: takes no share"),
         (
-            {"mix_fraction": [0.8, 0.801], "model_path": "x"},
-            "two shares are the same number of --total_sampling_steps 50",
+            {"pretrained_model_name_or_path": "a", "flux_baseline_model_dir": "b"},
+            "^flux_baseline_model_dir b: --pretrained_model_name_or_path is a; give one",
         ),
-        ({"mix_fraction": [0.5, 0.8], "model_path": "x", "baseline": True}, "^baseline: takes no share"),
-        ({"mix_fraction": [0.8]}, "^mix_fraction: needs --model_path"),
     ],
 )
 def test_impossible_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
-        sample(SampleConfig(**settings))
+        SampleConfig(**{"model_path": "x", **settings})

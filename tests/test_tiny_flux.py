@@ -1,6 +1,7 @@
 """The shipped pipeline, the script that makes it, and the prompt files of its world."""
 
 import json
+import re
 from pathlib import Path
 
 from fastvideo.data_preprocess.preprocess_flux_embedding import PreprocessConfig
@@ -255,9 +256,31 @@ def test_test_prompts_are_the_withheld_scenes_and_no_picture_of_training():
     assert not training & {*scenes, *(scene.mirrored for scene in scenes)}
 
 
+def test_general_prompts_are_many_and_no_test_prompt_trains():
+    train, test = lines("prompts.txt"), lines("prompts_test.txt")
+    assert len(train) == 404 and len(test) == 100
+    both = [" ".join(prompt.lower().split()) for prompt in (*train, *test)]
+    assert len(set(both)) == len(both) and all(prompt == prompt.strip() != "" for prompt in (*train, *test))
+
+
+@pytest.mark.parametrize(("name", "least"), [("prompts.txt", 80), ("prompts_test.txt", 40)])
+def test_general_prompts_vary(name, least):
+    """`least`: different first words. Kinds of pictures, counts, relations and texts in pictures are all there."""
+    prompts = lines(name)
+    lengths = [len(prompt.split()) for prompt in prompts]
+    assert len({prompt.split()[0].lower() for prompt in prompts}) >= least
+    assert min(lengths) <= 6 and max(lengths) >= 25 and len(set(lengths)) >= 15
+    for words in (
+        "photograph", "anime", "painting|watercolour|gouache", "concept art|illustration", "3D", "sketch|drawing",
+        "two|three|five|seven", "beside|above|behind|between|left|right|under", "portrait|woman|man|children",
+        "cat|fox|dog|bear", "red|blue|green", "night|dusk|dawn|sunrise", "tea|bread|noodle|ramen|bowl",
+    ):  # fmt: skip
+        assert any(re.search(rf"\b({words})\b", prompt) for prompt in prompts), words
+    assert sum('"' in prompt for prompt in prompts) >= 3
+
+
 def test_general_prompts_are_not_of_the_shapes_world():
-    prompts = lines("prompts.txt")
-    assert len(set(prompts)) == 40 and all(prompt.strip() for prompt in prompts)
+    prompts = [*lines("prompts.txt"), *lines("prompts_test.txt")]
     assert not any(parse_caption(prompt) for prompt in prompts)
     blank = [Image.new("RGB", (32, 32))] * len(prompts)
     assert np.isnan(ShapesRewardModel([1, 1, 1], [1, 1, 1])(blank, prompts)).all()
@@ -272,4 +295,6 @@ def test_prompts_of_the_tiny_world_are_named_by_no_script_for_flux():
                 named.append(str(path.relative_to(ROOT)))
     tiny = {"scripts/make_tiny_flux.py", "scripts/quickstart.sh", "scripts/finetune/finetune_tiny_flux.sh"}
     assert set(named) <= tiny
-    assert PreprocessConfig().prompt_dir == SampleConfig().prompts_file == "data/prompts.txt"
+    training, sampling = PreprocessConfig(), SampleConfig(baseline=True)
+    assert (training.prompt_dir, sampling.prompts_file) == ("data/prompts.txt", "data/prompts_test.txt")
+    assert training.model_path == sampling.pretrained_model_name_or_path == "data/flux"

@@ -24,7 +24,7 @@ from fastvideo.io.devices import DTYPES
 class PreprocessConfig:
     """Embeds prompts for training."""
 
-    model_path: str = flag("data/tiny_flux", "FLUX pipeline that has the text encoders: a folder or a hub id")
+    model_path: str = flag("data/flux", "FLUX pipeline that has the text encoders: a folder or a hub id")
     prompt_dir: str = flag("data/prompts.txt", "text file with one prompt per line (the name is the reference's)")
     output_dir: str = flag("data/rl_embeddings", "where embeddings and prompt.json go")
     batch_size: int = flag(8, "prompts embedded at a time", at_least=1)

@@ -1,7 +1,7 @@
 """Draws pictures of prompts with the base model, a tuned model, or both in turn, through diffusers' FluxPipeline.
 
     python -m fastvideo.sample.sample_flux --pretrained_model_name_or_path black-forest-labs/FLUX.1-dev \\
-        --model_path outputs/mixgrpo/checkpoint-300-0 --prompts_file data/prompts.txt --output_dir outputs/tuned
+        --model_path outputs/mixgrpo/checkpoint-300-0 --prompts_file data/prompts_test.txt --output_dir outputs/tuned
     torchrun --nproc_per_node 8 -m fastvideo.sample.sample_flux ...      (same flags)
 
 Hybrid inference (MixGRPO, arXiv 2507.21802): the tuned transformer takes the first `--mix_sampling_steps` of
@@ -38,11 +38,11 @@ class SampleConfig:
     model_path: str | None = flag(
         None,
         "tuned model: a training checkpoint or its ema/, a folder with a transformer, LoRA adapters or a whole "
-        "pipeline, a .safetensors file of the base model's architecture, or a hub id; None: only the base model",
+        "pipeline, a .safetensors file of the base model's architecture, or a hub id",
     )
-    baseline: bool = flag(False, "sample the base model even if model_path is given")
+    baseline: bool = flag(False, "sample only the base model, even if model_path is given")
     prompts_file: str = flag(
-        "data/prompts.txt",
+        "data/prompts_test.txt",
         "text file with one prompt per line, or a folder of HPSv2 benchmark prompts (anime.json, ...)",
     )
     output_dir: str = flag("outputs/samples", "folder for the pictures")
@@ -56,7 +56,7 @@ class SampleConfig:
     guidance_scale: float = flag(3.5, "distilled guidance; only for models with guidance embeds (FLUX.1-dev)")
     total_sampling_steps: int = flag(50, "denoising steps", at_least=1)
     mix_sampling_steps: int | None = flag(
-        None, "steps the tuned model takes before the base model goes on (None or -1: all)"
+        None, "steps the tuned model takes before the base model goes on (None, 0 or -1: all, as in MixGRPO's script)"
     )
     mix_fraction: list[float] = flag(
         [], "the same as a share of all steps (the paper recommends 0.8); several are sampled one after the other"
@@ -76,36 +76,44 @@ class SampleConfig:
     overwrite: bool = flag(False, "replace the pictures of other settings or prompts in the folder")
 
     def __post_init__(self) -> None:
-        if self.flux_baseline_model_dir is not None:
-            self.pretrained_model_name_or_path = self.flux_baseline_model_dir
-        if self.mix_sampling_steps == -1:
+        base, other = self.pretrained_model_name_or_path, self.flux_baseline_model_dir
+        if other is not None:
+            if base not in (SampleConfig.pretrained_model_name_or_path, other):
+                problem = f"--pretrained_model_name_or_path is {base}; give one of them"
+                raise FlagError("flux_baseline_model_dir", other, problem)
+            self.pretrained_model_name_or_path = other
+        if self.mix_sampling_steps in (-1, 0):
             self.mix_sampling_steps = None
         check_fields(self)
+        if self.model_path is None and not self.baseline:
+            raise FlagError("model_path", None, "give the tuned model, or --baseline for the base model")
         if self.compile and self.cpu_offload == "sequential":
             raise FlagError("compile", None, "its graphs can't move layers; choose --cpu_offload none or model")
         self._check_mix()
 
     def _check_mix(self) -> None:
-        needs_model = "needs --model_path, the tuned model that takes these steps"
+        steps, total = self.mix_sampling_steps, self.total_sampling_steps
         if self.mix_fraction:
             shares = ",".join(f"{fraction:g}" for fraction in self.mix_fraction)
-            if self.mix_sampling_steps is not None:
+            if steps is not None:
                 raise FlagError("mix_fraction", shares, "give either this or --mix_sampling_steps")
             if not all(0 <= fraction <= 1 for fraction in self.mix_fraction):
                 raise FlagError("mix_fraction", shares, "must be between 0 and 1")
+            for fraction, taken in zip(self.mix_fraction, self._mix_steps(), strict=True):
+                if taken in (0, total) and taken != fraction * total:
+                    problem = f"{fraction:g} is {taken} of --total_sampling_steps {total}"
+                    raise FlagError("mix_fraction", shares, problem)
             if len(set(self._mix_steps())) < len(self.mix_fraction):
-                problem = f"two shares are the same number of --total_sampling_steps {self.total_sampling_steps}"
+                problem = f"two shares are the same number of --total_sampling_steps {total}"
                 raise FlagError("mix_fraction", shares, problem)
-            if self.baseline and len(self.mix_fraction) > 1:
+            if self.baseline:
                 raise FlagError("baseline", None, f"takes no share of --mix_fraction {shares}")
-            if self.model_path is None and not self.baseline and any(self.mix_fraction):
-                raise FlagError("mix_fraction", None, needs_model)
-        if self.mix_sampling_steps is not None:
-            if not 0 <= self.mix_sampling_steps <= self.total_sampling_steps:
-                problem = f"must be between 0 and --total_sampling_steps {self.total_sampling_steps}"
-                raise FlagError("mix_sampling_steps", self.mix_sampling_steps, problem)
-            if self.model_path is None and not self.baseline and self.mix_sampling_steps > 0:
-                raise FlagError("mix_sampling_steps", None, needs_model)
+        if steps is not None:
+            if not 0 < steps <= total:
+                problem = f"must be between 1 and --total_sampling_steps {total}, or -1 for all"
+                raise FlagError("mix_sampling_steps", steps, problem)
+            if self.baseline:
+                raise FlagError("baseline", None, f"takes no share of --mix_sampling_steps {steps}")
 
     def _mix_steps(self) -> list[int]:
         return [int(fraction * self.total_sampling_steps + 0.5) for fraction in self.mix_fraction]
@@ -126,15 +134,23 @@ class SampleConfig:
                 if self.output_json:
                     path = Path(self.output_json)
                     places["output_json"] = str(path.with_name(f"{path.stem}_{name}.json"))
-            found.append(replace(self, mix_fraction=[], mix_sampling_steps=steps, **places))
+            share = {"mix_sampling_steps": steps} if steps else {"baseline": True}
+            found.append(replace(self, mix_fraction=[], **share, **places))
         return found or [self]
 
     @property
     def tuned_steps(self) -> int:
         """Number of steps, from the first on, that the tuned transformer takes. For configurations of `runs`."""
-        if self.baseline or self.model_path is None:
+        if self.baseline:
             return 0
         return self.total_sampling_steps if self.mix_sampling_steps is None else self.mix_sampling_steps
+
+    @property
+    def models(self) -> str:
+        """Which model takes which steps, in words. For configurations of `runs`."""
+        tuned, rest = self.tuned_steps, self.total_sampling_steps - self.tuned_steps
+        parts = [(self.model_path, tuned), (f"base model {self.pretrained_model_name_or_path}", rest)]
+        return ", then ".join(f"{steps} steps of {model}" for model, steps in parts if steps)
 
     @property
     def manifest(self) -> Path:
@@ -253,6 +269,8 @@ def claim_folder(
     made_of = {_relative(picture.path, folder): digest(unnamed.record(picture)) for picture in pictures}
     names = ("pretrained_model_name_or_path", "model_path", "prompts_file")
     sources = {name: getattr(config, name) for name in names}
+    if not config.tuned_steps:
+        sources["model_path"] = None
     outdated = [config.manifest, folder / "manifest.json"] if config.overwrite else None
     return Pictures(Claims(folder).claim(settings, made_of, sources, here, outdated))
 
@@ -408,6 +426,7 @@ def _sample_run(
 ) -> None:
     """Makes the missing pictures of one configuration of `runs`, and its manifest."""
     if here.rank == 0:
+        print(f"{config.output_dir}: {config.models}")
         for folder in {picture.path.parent for picture in pictures}:
             folder.mkdir(exist_ok=True)
     barrier()

@@ -4,7 +4,7 @@
 #   MODEL_PATH=data/flux PROMPT_FILE=data/prompts.txt OUTPUT_DIR=data/rl_embeddings NPROC_PER_NODE=8 \
 #     bash scripts/preprocess/preprocess_flux_rl_embeddings.sh --max_sequence_length 256
 source "$(dirname "${BASH_SOURCE[0]}")/../environment.sh"
+given model_path MODEL_PATH
 given prompt_dir PROMPT_FILE
 given output_dir OUTPUT_DIR
-run_distributed -m fastvideo.data_preprocess.preprocess_flux_embedding \
-  --model_path "${MODEL_PATH:-data/flux}" "${args[@]}" "$@"
+run_distributed -m fastvideo.data_preprocess.preprocess_flux_embedding "${args[@]}" "$@"
