@@ -20,7 +20,8 @@ IGNORED_FLAGS = (
     "logging_dir loss_coef train_sp_batch_size"
 ).split()
 
-# An algorithm is what its `requires` fields say; `defaults` are its paper's values where the user gives none.
+# An algorithm is what its `requires` fields say; `defaults` are its values where the user gives none. "Published
+# recipes" in docs/algorithms.md says where papers and scripts have other values.
 # The order matters: without --algorithm the first one whose requirements hold is taken.
 ALGORITHMS: dict[str, dict[str, dict[str, Any]]] = {
     "mix_grpo_flash_star": {

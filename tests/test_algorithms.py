@@ -3,10 +3,12 @@
 import itertools
 import json
 import math
+import re
 from dataclasses import replace
 from itertools import islice
 
 from fastvideo import train_grpo_flux
+from fastvideo.cli import parse_dataclass
 from fastvideo.config import ALGORITHMS, MERGES, GRPOConfig
 from fastvideo.models.flux import LatentShape
 from fastvideo.rollout_plan import describe, make_plan, merged_steps, optimizer_steps, pruned_depths
@@ -728,6 +730,12 @@ def test_the_first_ratio_stays_well_inside_the_clip_range_in_bf16(train, algorit
 # --- Flow-GRPO-Fast ---------------------------------------------------------------------------------------------------
 
 
+def test_a_frozen_start_trains_the_first_steps():
+    for algorithm in ("dance_grpo", "flow_grpo"):
+        plan = make_plan(config(algorithm=algorithm, frozen_init_timesteps=3), [0])
+        assert [step.index for step in plan if step.train] == [0, 1, 2]
+
+
 def test_flow_grpo_fast_draws_a_few_consecutive_steps_per_iteration(train):
     settings = config(algorithm="flow_grpo", flow_grpo_fast_steps=2, sampling_steps=10)
     plans = [make_plan(settings, [0], number) for number in range(1, 101)]
@@ -835,6 +843,19 @@ def test_a_dry_run_shows_merges_entropies_and_inactive_steps(capsys):
     train_grpo_flux.main([*flags, "--sde_type", "dance", "--eta", "0.65"])
     text = capsys.readouterr().out
     assert "step 7 is inactive: no merge brings its e^h above --entropy_threshold 2.2" in text
+
+
+def test_the_documentation_s_flags_for_published_recipes_can_be_used():
+    names = {"DanceGRPO": "dance_grpo", "Flow-GRPO": "flow_grpo", "E-GRPO": "grpo_merge"}
+    names |= {"Granular-GRPO": "granular_grpo", "BranchGRPO": "branch_grpo"}
+    table = (ROOT / "docs/algorithms.md").read_text().partition("### Published recipes")[2].partition("\n## ")[0]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("|")][2:]
+    assert len(rows) == 7
+    for name, _, _, given in rows:
+        flags = " ".join(re.findall(r"`(--[^`]+)`", given)).split()
+        algorithm = names[name.partition(",")[0]] + ("_lora" if "LoRA" in name else "")
+        parsed = parse_dataclass(GRPOConfig, ["--algorithm", algorithm, "--data_json_path", "unused", *flags])
+        assert flags and parsed != GRPOConfig.create(algorithm=algorithm, data_json_path="unused")
 
 
 # --- recipes ----------------------------------------------------------------------------------------------------------

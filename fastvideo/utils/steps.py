@@ -87,7 +87,8 @@ def dance_sde(step: Step, earlier: Sequence[float]) -> Coefficients:
 def cps(step: Step, earlier: Sequence[float]) -> Coefficients:
     """Coefficients-preserving sampling (MixGRPO v7): mean = (1−σ')·x0 + √(σ'²−s²)·(x + (1−σ)·v), s = σ'·sin(ηπ/2).
 
-    noise_scale multiplies s. The noise level stays σ', because the predicted noise shrinks as s grows.
+    noise_scale multiplies s. The coefficient of the noise stays σ', because the predicted noise shrinks as s grows. The
+    marginal distribution isn't kept: pictures vary less than the data, because x0 is a mean of possible pictures.
     """
     sigma, std = step.sigma, step.sigma_next * math.sin(step.eta * math.pi / 2) * step.noise_scale
     kept = math.sqrt(step.sigma_next**2 - std**2)
