@@ -22,8 +22,8 @@ from fastvideo.utils.grpo_states import windows
 
 import numpy as np
 
-# Prompts an iteration such that each makes some 290 pictures in it, except in the trees: one optimizer step an
-# iteration gets the 64 pictures that a step of the others has.
+# Prompts per iteration such that each algorithm makes some 290 pictures in it. The trees make 64: with all edges in one
+# optimizer step (`one update` in WHY), that step has as many pictures as a step of the others.
 MIX = "--train_batch_size 24 --iters_per_group 5"
 ALGORITHMS = {
     "mix_grpo": MIX,
@@ -60,7 +60,8 @@ WHY = {
     "branch_grpo, noise scale 1": f"{BRANCH} --tree_split_noise_scale 1",
     "branch_grpo, noise scale 2": f"{BRANCH} --tree_split_noise_scale 2",
     "branch_grpo, clip range 1e-4": f"{BRANCH} --clip_range 1e-4",
-    "branch_grpo, 18 prompts a step": f"{BRANCH} --train_batch_size 18",
+    "branch_grpo, one update": f"{BRANCH} --gradient_accumulation_steps 1000",
+    "branch_grpo, 18 prompts a step": f"{BRANCH} --train_batch_size 18 --gradient_accumulation_steps 1000",
     "branch_grpo, flow steps, noise scale 1": f"{BRANCH} --sde_type flow --eta 0.7 --tree_split_noise_scale 1",
     "granular_grpo, 8 prompts": "--algorithm granular_grpo --train_batch_size 8",
     "granular_grpo, stride 1": "--algorithm granular_grpo --train_batch_size 5 --granular_list 1",
