@@ -30,9 +30,10 @@ import argparse
 import difflib
 import math
 import operator
+import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, Field, field, fields
 from pathlib import Path
@@ -89,9 +90,12 @@ def flag(default: Any, help: str, **metadata: Any) -> Any:
     """A dataclass field with a help sentence.
 
     Keywords, all optional: `choices` and `metavar` as in argparse; keys of BOUNDS, the range (`at_least=1`); `none`,
-    one more word for None; `algorithms`, the only ones that read the field (see config.py).
+    one more word for None; `alias`, another name of the flag; `algorithms`, the only ones that read the field (see
+    config.py).
     """
-    assert metadata.keys() <= {*BOUNDS, "choices", "metavar", "none", "algorithms"}, f"unknown keyword in {metadata}"
+    assert metadata.keys() <= {*BOUNDS, "choices", "metavar", "none", "alias", "algorithms"}, (
+        f"unknown keyword in {metadata}"
+    )
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": help, "nargs": "+", **metadata})
     return field(default=default, metadata={"help": help, **metadata})
@@ -185,22 +189,27 @@ class _Parser(argparse_dataclass.ArgumentParser):
             kwargs["type"] = convert
             if choices:
                 kwargs["choices"] = [*choices, None]
-        return super().add_argument(f"--{f.name}", **kwargs)
+        aliases = [f"--{f.metadata['alias']}"] if "alias" in f.metadata else []
+        return super().add_argument(f"--{f.name}", *aliases, **kwargs)
 
     def error(self, message: str) -> Any:
         self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
 
 
 _READ: dict[type, Any] = {}  # what parse_first has read, by class, until the program's main asks for it
+# Turns a command line of another program, with underscores, into (this program's, notes to print).
+Translate = Callable[[Sequence[str]], tuple[list[str], list[str]]]
 
 
-def parse_first(cls: type, argv: Sequence[str] | None = None, doc: str = "", ignored: Sequence[str] = ()) -> None:
+def parse_first(
+    cls: type, argv: Sequence[str] | None = None, doc: str = "", translate: Translate | None = None
+) -> None:
     """parse_dataclass before the slow imports: the program's `main`, which asks for argv None, gets the result."""
-    _READ[cls] = parse_dataclass(cls, argv, doc, ignored)
+    _READ[cls] = parse_dataclass(cls, argv, doc, translate)
 
 
 def parse_dataclass(
-    cls: type[Config], argv: Sequence[str] | None = None, doc: str = "", ignored: Sequence[str] = ()
+    cls: type[Config], argv: Sequence[str] | None = None, doc: str = "", translate: Translate | None = None
 ) -> Config:
     """Parses a command line into the dataclass `cls`. A FlagError of its validation ends the program with one line.
 
@@ -208,32 +217,35 @@ def parse_dataclass(
 
     Args:
         argv: None is the process's own command line, which `parse_first` may have read already.
-        ignored: flags that are accepted, with their value, and warned about in one line.
+        translate: called with the command line before it is parsed. Its notes are printed if the settings can be used.
     """
     if argv is None and cls in _READ:
         return _READ.pop(cls)
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = [_underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
     parser = _Parser(cls, description=doc)
-    kept: list[str] = []
-    skipping = False
-    for token in argv:
-        if not re.match(r"--[A-Za-z]", token):
-            if not skipping:
-                kept.append(token)
-            continue
-        name, equals, value = token.partition("=")
-        name = name.replace("-", "_").replace("__", "--", 1)
-        skipping = name[2:] in ignored or name.removeprefix("--no_") in ignored
-        if skipping:
-            print(f"warning: {name} has no effect here and is ignored", file=sys.stderr)
-        else:
-            kept.append(name + equals + value)
-    namespace, unknown = argparse.ArgumentParser.parse_known_args(parser, kept)
+    argv, notes = translate(argv) if translate else (argv, [])
+    namespace, unknown = argparse.ArgumentParser.parse_known_args(parser, argv)
     if unknown:
         close = difflib.get_close_matches(unknown[0], parser._option_string_actions, 1)
         parser.error(f"unknown flag {unknown[0]}" + (f"; did you mean {close[0]}?" if close else ""))
     explicit = {name: value for name, value in vars(namespace).items() if value is not argparse_dataclass.MISSING}
     try:
-        return getattr(cls, "create", cls)(**explicit)
+        settings = getattr(cls, "create", cls)(**explicit)
     except FlagError as error:
         parser.error(f"--{error}")
+    say(*notes)
+    return settings
+
+
+def say(*lines: str) -> None:
+    """Prints to stderr, on the first process only."""
+    if os.environ.get("RANK", "0") == "0":
+        sys.stderr.write("".join(f"{line}\n" for line in lines))
+
+
+def _underscored(word: str) -> str:
+    """--flag-name=value -> --flag_name=value."""
+    if not re.match(r"--[A-Za-z]", word):
+        return word
+    name, equals, value = word.partition("=")
+    return name.replace("-", "_").replace("__", "--", 1) + equals + value

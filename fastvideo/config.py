@@ -14,12 +14,6 @@ from fastvideo.cli import FlagError, check_fields, default_of, flag
 from fastvideo.models.reward_model.spec import RewardSpecConfig, resolve_reward_spec
 from fastvideo.utils.steps import SDE_KINDS
 
-# Flags of the reference recipe that did nothing there.
-IGNORED_FLAGS = (
-    "vae_model_path cache_dir num_latent_t t ignore_last dit_model_name_or_path precondition_outputs "
-    "logging_dir loss_coef train_sp_batch_size"
-).split()
-
 # An algorithm is what its `requires` fields say; `defaults` are its values where the user gives none. "Published
 # recipes" in docs/algorithms.md says where papers and scripts have other values.
 # The order matters: without --algorithm the first one whose requirements hold is taken.

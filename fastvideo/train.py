@@ -8,8 +8,10 @@
         wandb.enabled=true wandb.project=my-project output_dir=outputs/e_grpo
 
 Groups: algorithm is one of the trainer's algorithms, or grpo (flow_grpo); reward is hps, clip, combined, or a reward of
-the trainer. Any other mix is a value, 'reward.reward_model="hpsv2:0.7,pick_score:0.3"': Hydra wants its own quotes
-around a text with commas, brackets or =, inside the quotes of the shell. A value counts more than a group's choice.
+the trainer, with E-GRPO's meaning (REWARD_GROUPS). Any other mix is a value,
+'reward.reward_model="hpsv2:0.7,pick_score:0.3"': Hydra wants its own quotes around a text with commas, brackets or =,
+inside the quotes of the shell. A value counts more than a group's choice. What isn't given has the value of E-GRPO's
+configuration (DEFAULTS, E_GRPO), and one line says which; grpo.eta_step_list=[] chooses steps and merges by entropy.
 Lists are [1,2]. Sections: model, data, training, grpo, sampling, reward, distributed, wandb. A key is a flag of the
 trainer, alone or in a section (`data.json_path` is --data_json_path; ALIASES names the keys that are called
 differently). If a key is given twice, the last value counts. `fastvideo/train_grpo_flux.py --help` lists the flags.
@@ -21,11 +23,13 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import field, fields, make_dataclass
+from pathlib import Path
 from typing import Any
 
-from fastvideo.cli import parse_first
-from fastvideo.config import ALGORITHMS, IGNORED_FLAGS, GRPOConfig
+from fastvideo.cli import parse_first, say
+from fastvideo.config import ALGORITHMS, GRPOConfig
 from fastvideo.models.reward_model.spec import MIXES, REWARDS
+from fastvideo.reference_flags import REFERENCE_FLAGS, translate
 
 from hydra import compose, initialize
 from hydra.core.config_store import ConfigStore
@@ -50,10 +54,40 @@ GROUPS = {
     | {name: name for name in (*REWARDS, *MIXES)},
 }
 PLACES = {"algorithm": "algorithm", "reward": "reward.reward_model"}  # the keys that the groups' choices set
-FLAGS: dict[str, Any] = {f.name: f.type for f in fields(GRPOConfig)} | dict.fromkeys(IGNORED_FLAGS, Any)
+FLAGS: dict[str, Any] = dict.fromkeys(REFERENCE_FLAGS, Any) | {f.name: f.type for f in fields(GRPOConfig)}
 AUTOMATIC = {f.name: f.metadata["none"] for f in fields(GRPOConfig) if "none" in f.metadata}  # what None is called
 KEYS = {f"{section}.{name.removeprefix(f'{section}_')}": name for section in SECTIONS for name in FLAGS}
 KEYS |= {f"{section}.{name}": name for section in SECTIONS for name in FLAGS} | {name: name for name in FLAGS} | ALIASES
+
+# What E-GRPO's configuration says where the command line says nothing: for every algorithm, and for its own. A tuple
+# is several places: the first that exists counts, else the first.
+DEFAULTS = {
+    "algorithm": "grpo_merge",
+    "pretrained_model_name_or_path": ("ckpt/flux", "data/flux"),
+    "data_json_path": "data/rl_embeddings/videos2caption.json",
+    "use_wandb": False,
+}
+E_GRPO = {
+    "seed": 42,
+    "sampler_seed": 1223627,
+    "output_dir": "exp_flux/test",
+    "checkpointing_steps": 500,
+    "learning_rate": 1e-5,
+    "eta_step_list": [1],
+    "eta_step_merge_list": [1],
+    "granular_list": [1, 2],
+}
+# What a choice of the group `reward` sets besides the name of the reward.
+_HPS = {"hps_path": (GRPOConfig.hps_path, "hps_ckpt/HPS_v2_compressed.pt", "ckpt/hps/HPS_v2_compressed.pt")}
+_LAION = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+_CLIP = {"clip_score_path": (f"ckpt/{Path(_LAION).name}", f"hf-hub:{_LAION}")}
+REWARD_GROUPS: dict[str, dict[str, Any]] = {
+    "hps": _HPS,
+    "clip": _CLIP,
+    "combined": {**_HPS, **_CLIP, "multi_reward_mix": "reward_aggr"},  # a sum of raw scores
+    "image_reward": {"image_reward_mode": "overall"},
+    "multi_reward": {**_HPS, "image_reward_mode": "overall"},
+}
 
 
 def register() -> None:
@@ -107,25 +141,69 @@ def readable(argument: str) -> str:
     return argument
 
 
-def to_flags(overrides: Sequence[str]) -> list[str]:
-    """The trainer's command line for `key=value` arguments, only what was given. Raises ValueError, one line."""
+def given(overrides: Sequence[str]) -> dict[str, Any]:
+    """{flag: value} of `key=value` arguments, only what was given. Raises ValueError, one line."""
     try:
         with initialize(version_base="1.3", config_path=None):
             config = compose("trainer", [readable(argument) for argument in overrides])
         keys = [argument.partition("=")[0] for argument in overrides]
         places = [PLACES.get(key, key) for key in sorted(keys, key=lambda key: key not in GROUPS)]  # a value wins
-        given = {KEYS[place]: OmegaConf.select(config, place) for place in places}
+        found = {KEYS[place]: OmegaConf.select(config, place) for place in places}
     except (HydraException, OmegaConfBaseException) as error:
         reasons = [str(reason).splitlines()[0] for reason in (error, error.__cause__) if reason]
         raise ValueError(": ".join(reasons)) from error
+    return {name: list(value) if OmegaConf.is_list(value) else value for name, value in found.items()}
+
+
+def chosen(overrides: Sequence[str], settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the group `reward` means, and what E-GRPO's configuration adds: each {flag: value}, without what the
+    `overrides`, which give these `settings`, say themselves.
+    """
+    keys = [argument.partition("=") for argument in overrides]
+    values = any(KEYS.get(key) == "reward_model" for key, _, _ in keys)
+    group = next((text.strip("'\"") for key, _, text in reversed(keys) if key == "reward"), "hps")
+    reward = {} if values else {"reward_model": GROUPS["reward"][group], **REWARD_GROUPS.get(group, {})}
+    added = dict(DEFAULTS)
+    if settings.get("algorithm", added["algorithm"]) == "grpo_merge":
+        added |= E_GRPO
+    for one, other in (("prompts_file", "data_json_path"), ("eta_step_list", "eta_step_merge_list")):
+        if one in settings:
+            del added[other]
+    settings = {name: value for name, value in settings.items() if name != "reward_model"}
+    reward, added = (
+        {name: _first(value) for name, value in part.items() if name not in settings} for part in (reward, added)
+    )
+    return reward, added
+
+
+def _first(value: Any) -> Any:
+    """The first of several places that exists. Without one: a hub's name, else the first."""
+    if not isinstance(value, tuple):
+        return value
+    return next((place for place in value if Path(place).exists() or place.startswith("hf-hub:")), value[0])
+
+
+def as_flags(settings: dict[str, Any]) -> list[str]:
     argv: list[str] = []
-    for flag, value in given.items():
+    for flag, value in settings.items():
         if isinstance(value, bool):
             argv.append(f"--{flag}" if value else f"--no_{flag}")
         else:
-            text = ",".join(map(str, value)) or "None" if OmegaConf.is_list(value) else value
+            text = ",".join(map(str, value)) or "None" if isinstance(value, list) else value
             argv.append(f"--{flag}={text}")
     return argv
+
+
+def to_flags(overrides: Sequence[str]) -> tuple[list[str], str]:
+    """(the trainer's command line for `key=value` arguments, a line that says what these don't say themselves).
+
+    Raises ValueError, one line.
+    """
+    settings = given(overrides)
+    reward, added = chosen(overrides, settings)
+    parts = {"the reward is": reward, "E-GRPO's configuration adds": added}
+    note = "; ".join(f"{words} {' '.join(as_flags(part))}" for words, part in parts.items() if part)
+    return as_flags({**reward, **added, **settings}), f"note: {note}"
 
 
 def read(overrides: Sequence[str]) -> None:
@@ -137,12 +215,13 @@ def read(overrides: Sequence[str]) -> None:
         print(__doc__)
         raise SystemExit
     try:
-        argv = to_flags(overrides)
+        argv, note = to_flags(overrides)
     except ValueError as error:
         without_login = re.sub(r"[^\s/=,\"'\[]+@", "", str(error))
         sys.stderr.write(f"train.py: error: {without_login}\n")
         raise SystemExit(2) from error
-    parse_first(GRPOConfig, argv, __doc__, IGNORED_FLAGS)
+    parse_first(GRPOConfig, argv, __doc__, translate)
+    say(note)
 
 
 def main(overrides: Sequence[str]) -> None:

@@ -23,10 +23,11 @@ from itertools import chain, islice
 from pathlib import Path
 
 from fastvideo.cli import flag_errors, parse_dataclass, parse_first
-from fastvideo.config import IGNORED_FLAGS, GRPOConfig, world_size_of_environment
+from fastvideo.config import GRPOConfig, world_size_of_environment
+from fastvideo.reference_flags import translate
 
 if __name__ == "__main__":  # before the slow imports of torch and diffusers, so that --help answers at once
-    parse_first(GRPOConfig, None, __doc__, IGNORED_FLAGS)
+    parse_first(GRPOConfig, None, __doc__, translate)
 
 from fastvideo.data_preprocess.preprocess_flux_embedding import embed_prompts
 from fastvideo.dataset.latent_flux_rl_datasets import LatentFluxRLDataset, PromptSampler, collate, outlive_signals
@@ -719,7 +720,7 @@ def train(trainer: Trainer, sampler: PromptSampler, loader: DataLoader) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line. Bad input prints one line and exits with status 2; a stopped run, with status 1."""
-    config = parse_dataclass(GRPOConfig, argv, __doc__, IGNORED_FLAGS)
+    config = parse_dataclass(GRPOConfig, argv, __doc__, translate)
     with flag_errors("train_grpo_flux.py"):
         text = describe(config, world_size_of_environment())
         if os.environ.get("RANK", "0") == "0":

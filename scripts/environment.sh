@@ -14,6 +14,12 @@ given() {
   [ -z "${!2:-}" ] || args+=("--$1" "${!2}")
 }
 
+# mention_hostfile: a recipe without HOSTFILE says that the hostfile is there and isn't used.
+mention_hostfile() {
+  [ -n "${HOSTFILE:-}" ] || ! [ -e data/hosts/hostfile ] ||
+    echo "data/hosts/hostfile isn't used; HOSTFILE=data/hosts/hostfile starts all its machines" >&2
+}
+
 # run_distributed SCRIPT ARGS, or -m MODULE ARGS: runs it on NPROC_PER_NODE (default 1) processes, one per GPU, of this
 # machine; with HOSTFILE (relative to the root) on every machine in it, see docs/distributed.md, "Several nodes".
 run_distributed() {

@@ -12,8 +12,9 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 
 from fastvideo.cli import parse_dataclass
-from fastvideo.config import ALGORITHMS, IGNORED_FLAGS, GRPOConfig
+from fastvideo.config import ALGORITHMS, GRPOConfig
 from fastvideo.models.reward_model.spec import REWARDS, SHARED
+from fastvideo.reference_flags import REFERENCE_FLAGS, translate
 from fastvideo.train_grpo_flux import main
 
 import pytest
@@ -26,7 +27,7 @@ RECIPES = sorted((ROOT / "scripts/finetune").glob("finetune_flux_grpo_*.sh"))
 
 def parse(*argv: str) -> GRPOConfig:
     data = [] if "--prompts_file" in argv or "--data_json_path" in argv else ["--data_json_path", "prompt.json"]
-    return parse_dataclass(GRPOConfig, [*data, *argv], "", IGNORED_FLAGS)
+    return parse_dataclass(GRPOConfig, [*data, *argv], "", translate)
 
 
 def refusal(capsys, *argv: str) -> str:
@@ -102,7 +103,7 @@ def test_an_unknown_flag_is_an_error_with_a_suggestion(capsys):
 
 
 # Every flag of the reference recipe, with a value it may have there (None: a switch).
-REFERENCE_FLAGS = {
+RECIPE_FLAGS = {
     "seed": "714", "pretrained_model_name_or_path": "data/flux", "vae_model_path": "data/flux", "cache_dir": "cache",
     "data_json_path": "prompt.json", "gradient_checkpointing": None, "train_batch_size": "1", "num_latent_t": "1",
     "sp_size": "1", "train_sp_batch_size": "1", "dataloader_num_workers": "4", "gradient_accumulation_steps": "3",
@@ -133,15 +134,18 @@ ALL_STEPS = ("flow_grpo_sampling", "drop_last_sample")  # only with training_str
 
 @pytest.mark.parametrize("hyphens", [False, True])
 def test_every_flag_of_the_reference_recipe_is_accepted(capsys, hyphens):
-    names = [name for name in REFERENCE_FLAGS if name not in ALL_STEPS]
+    names = [name for name in RECIPE_FLAGS if name not in ALL_STEPS]
     argv = []
     for name in names:
         flag = "--" + (name.replace("_", "-") if hyphens else name)
-        argv += [flag] if REFERENCE_FLAGS[name] is None else [flag, REFERENCE_FLAGS[name]]
+        argv += [flag] if RECIPE_FLAGS[name] is None else [flag, RECIPE_FLAGS[name]]
     config = parse(*argv)
-    warned = capsys.readouterr().err.splitlines()
-    assert len(warned) == sum(name in IGNORED_FLAGS for name in names) == 10
-    assert all("has no effect here and is ignored" in line for line in warned)
+    err = capsys.readouterr().err
+    ignored = [name for name in names if name in REFERENCE_FLAGS]
+    assert len(ignored) == 10 and all(f"warning: --{n} has no effect here and is ignored: " in err for n in ignored)
+    assert "multi_reward is with --image_reward_mode overall" in err and "--ema_decay averages" in err
+    assert "--hps_clip_path isn't read" in err
+    assert len(err.splitlines()) == len(ignored) + 3
     assert (config.algorithm, config.ema_decay, config.dpm_solver_type) == ("mix_grpo", 0.995, "midpoint")
     assert parse("--training_strategy", "all", *(f"--{name}" for name in ALL_STEPS)).algorithm == "flow_grpo"
 

@@ -6,7 +6,8 @@ import sys
 
 from fastvideo import train as front_door
 from fastvideo.cli import parse_dataclass
-from fastvideo.config import ALGORITHMS, IGNORED_FLAGS, GRPOConfig
+from fastvideo.config import ALGORITHMS, GRPOConfig
+from fastvideo.reference_flags import translate
 
 import pytest
 from conftest import ROOT, torchrun
@@ -23,7 +24,7 @@ DOCUMENTED = (
 
 
 def settings(*overrides: str) -> GRPOConfig:
-    return parse_dataclass(GRPOConfig, front_door.to_flags(overrides), "", IGNORED_FLAGS)
+    return parse_dataclass(GRPOConfig, front_door.to_flags(overrides)[0], "", translate)
 
 
 def test_the_documented_command_gives_these_settings():
@@ -65,7 +66,7 @@ def test_the_documented_command_gives_these_settings():
         ("training.compile=true", "compile", "true"),  # a text that looks like a switch
         ("wandb.name='1e3'", "experiment_name", "1e3"),
         ("wandb.name=1e3", "experiment_name", "1e3"),
-        ("data.loss_coef=1", "algorithm", "mix_grpo"),  # a flag without effect, with the trainer's warning
+        ("data.loss_coef=1", "algorithm", "grpo_merge"),  # a flag without effect, with the trainer's warning
     ],
 )
 def test_a_key_is_a_flag(override, name, value):
@@ -120,10 +121,46 @@ def test_the_last_one_given_counts_and_a_value_wins_over_a_group():
     assert settings("data.json_path=p", "grpo.algorithm=flow_grpo", "algorithm=mix_grpo").algorithm == "flow_grpo"
 
 
-def test_a_key_that_is_not_given_is_left_to_the_algorithm():
-    assert front_door.to_flags(["algorithm=grpo_merge", "reward=hps"]) == [
-        "--algorithm=grpo_merge", "--reward_model=hpsv2",
-    ]  # fmt: skip
+def test_a_key_that_is_not_given_has_the_value_of_e_grpo_s_configuration_and_one_line_says_so():
+    expected = {
+        "algorithm": "grpo_merge", "reward_model": "hpsv2", "pretrained_model_name_or_path": "ckpt/flux", "seed": 42,
+        "data_json_path": "data/rl_embeddings/videos2caption.json", "use_wandb": False, "sampler_seed": 1223627,
+        "learning_rate": 1e-5, "eta_step_list": [1], "eta_step_merge_list": [1], "granular_list": [1, 2],
+        "max_train_steps": 300, "num_generations": 12, "sampling_steps": 16, "eta": 0.7, "shift": 3, "h": 720,
+        "clip_range": 1e-4, "max_grad_norm": 1, "weight_decay": 1e-4,
+    }  # fmt: skip
+    for overrides in ([], ["algorithm=grpo_merge", "reward=hps"]):
+        config = settings(*overrides)
+        assert {name: getattr(config, name) for name in expected} == expected
+        (note,) = front_door.to_flags(overrides)[1].splitlines()
+        assert "--hps_path=hps_ckpt/HPS_v2.1_compressed.pt" in note and "--eta_step_list=1 " in note
+    by_entropy = settings("grpo.eta_step_list=[]")
+    assert by_entropy.eta_step_list == by_entropy.eta_step_merge_list == []
+    assert settings("data.prompts_file=p.txt").data_json_path is None
+    other = settings("algorithm=mix_grpo")
+    assert (other.seed, other.learning_rate, other.reward_model) == (714, 1e-5, "hpsv2")
+
+
+def test_a_reward_means_what_e_grpo_s_readme_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    laion = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    assert settings("reward=image_reward").image_reward_mode == "overall"
+    multi = settings("reward=multi_reward", "reward.image_reward_mode=granular")
+    assert (settings("reward=multi_reward").image_reward_mode, multi.image_reward_mode) == ("overall", "granular")
+    assert settings("reward=clip").clip_score_path == f"hf-hub:{laion}"
+    combined = settings("reward=combined")  # raw scores are summed
+    assert combined.multi_reward_mix == "reward_aggr" and combined.clip_score_path == f"hf-hub:{laion}"
+    assert settings("reward.reward_model=image_reward").image_reward_mode == "granular"
+    (tmp_path / "ckpt/hps").mkdir(parents=True)
+    (tmp_path / "ckpt/hps/HPS_v2_compressed.pt").touch()
+    (tmp_path / "ckpt/CLIP-ViT-H-14-laion2B-s32B-b79K").mkdir()
+    assert settings("reward=hps").hps_path == "ckpt/hps/HPS_v2_compressed.pt"
+    assert "HPS_v2_compressed.pt" in front_door.to_flags(["reward=hps"])[1]
+    assert settings("reward=clip").clip_score_path == "ckpt/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    (tmp_path / "hps_ckpt").mkdir()
+    (tmp_path / "hps_ckpt/HPS_v2.1_compressed.pt").touch()
+    assert settings("reward=hps").hps_path == "hps_ckpt/HPS_v2.1_compressed.pt"
+    assert settings("reward=hps", "reward.hps_path=mine.pt").hps_path == "mine.pt"
 
 
 def test_every_flag_is_a_key_of_every_section():
@@ -150,6 +187,7 @@ def test_it_trains_what_the_flags_train(train, tiny_flux, embedded_prompts, tmp_
         "training.gradient_checkpointing": "false",
     }  # fmt: skip
     names = ("sampling_steps", "num_generations", "max_train_steps", "mixed_precision", "dataloader_num_workers")
+    names += ("seed", "sampler_seed", "learning_rate", "granular_list", "checkpointing_steps")
     given |= {f"training.{name}": saved[name] for name in (*names, "group_size", "image_log_steps")}
     argv = [f"{key}={value}" for key, value in given.items()]
     done = torchrun(argv, subprocess_environment, script="fastvideo/train.py", processes=1)
@@ -161,13 +199,16 @@ def test_it_trains_what_the_flags_train(train, tiny_flux, embedded_prompts, tmp_
 # --- scripts ----------------------------------------------------------------------------------------------------------
 
 SCRIPTS = {
-    "train_grpo_hps": {"algorithm": "grpo_merge", "reward_model": "hpsv2", "eta_step_list": []},
+    "train_grpo_hps": {
+        "algorithm": "grpo_merge", "reward_model": "hpsv2", "learning_rate": 1e-5, "eta_step_list": [1],
+        "eta_step_merge_list": [1], "granular_list": [1, 2],
+    },
     "train_grpo_merge": {"algorithm": "grpo_merge", "eta_step_list": [1, 2, 3], "granular_list": [1, 2]},
     "train_dance_grpo": {"algorithm": "dance_grpo", "sampling_steps": 16},
     "train_mix_grpo": {"algorithm": "mix_grpo"},
     "train_branch_grpo": {"algorithm": "branch_grpo", "num_generations": 16},
     "train_multi_reward": {"reward_model": "multi_reward", "image_reward_mode": "overall"},
-}
+}  # fmt: skip
 
 
 def test_no_script_is_left_untested():

@@ -379,7 +379,11 @@ def test_the_slurm_example_starts_a_process_per_gpu_and_node(environment, tmp_pa
 @pytest.mark.parametrize("index", ["2", "-1", "x"])
 def test_an_index_that_no_node_has_is_refused(environment, index):
     done = subprocess.run(
-        ["bash", RECIPE], env={**environment, "INDEX_CUSTOM": index}, timeout=TIME_LIMIT, capture_output=True, text=True
+        ["bash", RECIPE],
+        env={**environment, "LAUNCHER": "hand", "INDEX_CUSTOM": index},
+        timeout=TIME_LIMIT,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 2 and f"INDEX_CUSTOM {index}: the hostfile has nodes 0 to 1" in done.stderr
 
@@ -402,6 +406,11 @@ def test_set_env_multinode_twice_is_as_once_and_can_be_undone(environment, hostf
     hostfile.write_text(f"{HOSTS[1]}\n{HOSTS[0]}\n")
     run()
     assert [index(host) for host in HOSTS] == ["1own", "0"]
+    command = ["bash", RECIPE, "--dry_run"]  # then a recipe starts all nodes, as in the references
+    env = {**environment, "LAUNCHER": "ssh", "INDEX_CUSTOM": index(HOSTS[0])[0]}
+    done = subprocess.run(command, env=env, timeout=TIME_LIMIT, capture_output=True, text=True, check=True)
+    assert all(f"--node_rank {rank}" in done.stdout for rank in (0, 1))
+    assert "INDEX_CUSTOM=1 isn't used: starts all nodes" in done.stderr
     assert run("--remove") == {HOSTS[0]: "OWN=own\n", HOSTS[1]: ""} == run("--remove")
 
 
@@ -443,7 +452,7 @@ def test_a_bad_hostfile_is_refused_in_one_line(environment, hostfile, text, mess
 def test_other_bad_settings_are_refused_in_one_line(environment, hostfile, tmp_path):
     assert "missing: can't be read" in refused(environment, HOSTFILE=str(tmp_path / "missing"))
     assert "NPROC_PER_NODE 0" in refused(environment, NPROC_PER_NODE="0")
-    assert "LAUNCHER mpirun: unknown; choose from pdsh, ssh" in refused(environment, LAUNCHER="mpirun")
+    assert "LAUNCHER mpirun: unknown; choose from pdsh, ssh, hand" in refused(environment, LAUNCHER="mpirun")
     assert "no-such-shell is not installed" in refused(environment, LAUNCHER="ssh", REMOTE_SHELL="no-such-shell -q")
     unreachable = refused(environment, LAUNCHER="ssh", REMOTE_SHELL="false")
     assert "127.0.0.2" in unreachable and "nothing was started" in unreachable
@@ -479,8 +488,8 @@ def test_a_dry_run_prints_the_plan_and_each_node_s_command(environment, flags, t
     assert summary.startswith("launcher: ssh; ")
     assert {"HF_TOKEN", "NCCL_DEBUG", "PYTORCH_CUDA_ALLOC_CONF"} <= set(summary.split())
     assert "--dry_run" not in first + second
-    *_, node, by_hand = dry_run(INDEX_CUSTOM="1", MASTER_PORT="4711")
-    assert node.startswith("127.0.0.3: ") and "--master_port 4711" in node and "by hand" in by_hand
+    *_, node, by_hand = dry_run(LAUNCHER="hand", INDEX_CUSTOM="1", MASTER_PORT="4711")
+    assert node.startswith("127.0.0.3: ") and "--master_port 4711" in node and "launcher: hand" in by_hand
     *_, alone, here = dry_run(HOSTFILE="data/hosts/hostfile")
     assert alone.startswith("127.0.0.1: ") and "--nnodes 1 --nproc_per_node 3" in alone and "launcher: here" in here
 

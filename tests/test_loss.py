@@ -3,7 +3,7 @@
 import math
 
 from fastvideo.cli import parse_dataclass
-from fastvideo.config import IGNORED_FLAGS, GRPOConfig
+from fastvideo.config import GRPOConfig
 from fastvideo.models.flux import Conditioning
 from fastvideo.rollout_plan import make_plan
 from fastvideo.train_grpo_flux import Rollout, Transition, policy_loss, set_up, transition_table, transitions_loss
@@ -68,7 +68,7 @@ def test_the_gradient_of_a_transition_by_hand(flags):
     variance η²Δ = 0.009. At w = 2, mean = 0.782·x = (0.782, 1.564).
     d log p / dw = mean over the two elements of (x' − mean)·(−0.1045·x)/0.009.
     """
-    settings = parse_dataclass(GRPOConfig, flags(clip_range=0.1, kl_coeff=0.5), "", IGNORED_FLAGS)
+    settings = parse_dataclass(GRPOConfig, flags(clip_range=0.1, kl_coeff=0.5))
     first = Step(0, 0.5, 0.4, 0.9, "dance_sde", 0.3, branch=2, train=True)
     plan = Plan((first, Step(1, 0.4, 0.0, 0.9, "ode")))
     x = torch.tensor([[[1.0, 2.0]]])
@@ -107,8 +107,6 @@ def test_an_optimizer_step_descends_the_mean_over_prompts_samples_and_steps(flag
     settings = parse_dataclass(
         GRPOConfig,
         flags(train_batch_size=2, gradient_accumulation_steps=4, max_grad_norm=1e9, adv_clip_max=1.5, eta=0.6),
-        "",
-        IGNORED_FLAGS,
     )
     trainer, _, loader = set_up(settings)
     batch = next(iter(loader))

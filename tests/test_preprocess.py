@@ -133,7 +133,7 @@ def test_bad_prompt_files_give_one_line_that_names_flag_file_and_line(tmp_path, 
         main(flags(path, tmp_path / "out"))
     path.write_bytes(b"\n \n")
     with refused(r"--prompt_dir .*p\.txt: no prompts in it"):
-        main(flags(path, tmp_path / "out"))
+        main(["--prompt_path", str(path), *flags(path, tmp_path / "out")[4:]])  # a reference's name of the flag
     path.write_bytes(b"fine\n\ncaf\xe9\nfine\n\xff\n")
     with refused(r"--prompt_dir .*not UTF-8 text: line 3 \(byte 0xe9 at position 4\), line 5 \(byte 0xff"):
         main(flags(path, tmp_path / "out"))

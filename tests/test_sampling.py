@@ -6,7 +6,7 @@ from dataclasses import replace
 from itertools import islice
 
 from fastvideo.cli import parse_dataclass
-from fastvideo.config import IGNORED_FLAGS, GRPOConfig
+from fastvideo.config import GRPOConfig
 from fastvideo.models.flux import Conditioning, LatentShape, decode_latents
 from fastvideo.rollout_plan import make_plan
 from fastvideo.train_grpo_flux import rollout, set_up, transition_table, transitions_loss
@@ -354,7 +354,7 @@ def test_our_sampler_without_noise_draws_what_diffusers_pipeline_draws(flags, ti
     """From the same latents and σ: timesteps, position ids, guidance, packing, the VAE's scale and shift must agree."""
     height, width = size
     argv = flags(train_batch_size=2, h=height, w=width, guidance_scale=2.5)
-    settings = parse_dataclass(GRPOConfig, argv, "", IGNORED_FLAGS)
+    settings = parse_dataclass(GRPOConfig, argv)
     trainer, _, loader = set_up(settings)
     batch = next(iter(loader))
     conditioning = Conditioning(
@@ -386,7 +386,7 @@ def test_our_sampler_without_noise_draws_what_diffusers_pipeline_draws(flags, ti
 @pytest.fixture
 def sampled(flags):
     """A trainer on the tiny pipeline, its first rollout, and all trained transitions with advantage 1."""
-    settings = parse_dataclass(GRPOConfig, flags(num_generations=4, train_batch_size=2), "", IGNORED_FLAGS)
+    settings = parse_dataclass(GRPOConfig, flags(num_generations=4, train_batch_size=2))
     trainer, _, loader = set_up(settings)
     batch = next(iter(loader))
     conditioning = Conditioning(

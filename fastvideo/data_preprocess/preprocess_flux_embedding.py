@@ -25,7 +25,9 @@ class PreprocessConfig:
     """Embeds prompts for training."""
 
     model_path: str = flag("data/flux", "FLUX pipeline that has the text encoders: a folder or a hub id")
-    prompt_dir: str = flag("data/prompts.txt", "text file with one prompt per line (the name is the reference's)")
+    prompt_dir: str = flag(
+        "data/prompts.txt", "text file with one prompt per line (the names are the references')", alias="prompt_path"
+    )
     output_dir: str = flag("data/rl_embeddings", "where embeddings and prompt.json go")
     batch_size: int = flag(8, "prompts embedded at a time", at_least=1)
     max_sequence_length: int = flag(512, "T5 tokens; cut to what the model's tokenizer declares", at_least=1)

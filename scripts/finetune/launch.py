@@ -35,6 +35,7 @@ PASSED = (
     "NCCL_* GLOO_* TORCH_* TORCHELASTIC_* PYTORCH_* CUDA_* OMP_* HF_* TOKENIZERS_* WANDB_* PYTHONPATH "
     "UNIFIED_REWARD_API_KEY"
 )
+BY_HAND = "hand"  # LAUNCHER=hand: the recipe is started on every node, each with its INDEX_CUSTOM
 JOB = "FASTVIDEO_LAUNCH"  # environment variable that marks all processes of a node, whatever their parent is
 PATIENCE = 5  # seconds in which the other nodes may end by themselves after one has failed
 DRY_RUN = r"--dry[-_]run|dry_run=[Tt]rue"
@@ -127,13 +128,15 @@ def say(text: str) -> None:
 
 
 def choose_launcher(nodes: list[Node]) -> str:
-    """The launcher: pdsh or ssh, from LAUNCHER; `here` if all nodes are this machine."""
+    """The launcher: pdsh, ssh or `hand`, from LAUNCHER; `here` if all nodes are this machine."""
+    chosen = os.environ.get("LAUNCHER") or ("pdsh" if shutil.which("pdsh") else "ssh")
+    if chosen == BY_HAND:
+        return chosen
     if all(node.is_here for node in nodes):
         return "here"
-    chosen = os.environ.get("LAUNCHER") or ("pdsh" if shutil.which("pdsh") else "ssh")
     needed = {"pdsh": ["pdsh", remote_shell()[0]], "ssh": [remote_shell()[0]]}
     if chosen not in needed:
-        raise ValueError(f"LAUNCHER {chosen}: unknown; choose from pdsh, ssh")
+        raise ValueError(f"LAUNCHER {chosen}: unknown; choose from pdsh, ssh, {BY_HAND}")
     for program in needed[chosen]:
         if not shutil.which(program):
             raise ValueError(
@@ -316,14 +319,17 @@ def run_on_each(nodes: list[Node], script: str) -> int:
 
 
 def launch(nodes: list[Node], args: list[str]) -> int:
-    """Starts all nodes. With INDEX_CUSTOM, starts only this machine's node; with --dry_run, none."""
-    index, port = os.environ.get("INDEX_CUSTOM"), os.environ.get("MASTER_PORT")
-    if index and index not in map(str, range(len(nodes))):
-        raise ValueError(f"INDEX_CUSTOM {index}: the hostfile has nodes 0 to {len(nodes) - 1}")
-    launcher = "by hand" if index else choose_launcher(nodes)
-    if index:
+    """Starts all nodes. With LAUNCHER=hand, starts only this machine's node, INDEX_CUSTOM; with --dry_run, none."""
+    index, port = os.environ.get("INDEX_CUSTOM", ""), os.environ.get("MASTER_PORT")
+    launcher = choose_launcher(nodes)
+    if launcher == BY_HAND:
+        if index not in map(str, range(len(nodes))):
+            raise ValueError(f"INDEX_CUSTOM {index}: the hostfile has nodes 0 to {len(nodes) - 1}")
         port = port or "29500"  # nodes started by hand can't ask the first one
-        say(f"INDEX_CUSTOM={index}: starts only node {index} of {len(nodes)}; unset it to start all nodes from here")
+        say(f"INDEX_CUSTOM={index}: starts only node {index} of {len(nodes)}; unset LAUNCHER to start all nodes")
+    elif index:
+        say(f"INDEX_CUSTOM={index} isn't used: starts all nodes; LAUNCHER={BY_HAND} starts only this one")
+        index = ""
     if any(re.fullmatch(DRY_RUN, arg) for arg in args):
         world = {"WORLD_SIZE": str(sum(node.slots for node in nodes)), "LOCAL_WORLD_SIZE": str(nodes[0].slots)}
         world["GROUP_WORLD_SIZE"] = str(len(nodes))

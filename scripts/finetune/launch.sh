@@ -31,6 +31,7 @@ launch() {
     [ -z "${!variable:-}" ] || echo "--$name ${!variable}, from the environment variable $variable" >&2 # H may be another's
     given "$name" "$variable"
   done
+  mention_hostfile
   run_distributed fastvideo/train_grpo_flux.py "${args[@]}" "$@"
 }
 

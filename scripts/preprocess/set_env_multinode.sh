@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Gives each host of HOSTFILE (default: data/hosts/hostfile) its INDEX_CUSTOM, its place there, in the first line of its
-# ~/.bashrc, for recipes that are started by hand on every node. A second run changes nothing. --remove takes the lines away.
-# The launcher of the recipes needs none of this: without INDEX_CUSTOM it starts all nodes itself.
+# ~/.bashrc, for recipes that are started with LAUNCHER=hand on every node. A second run changes nothing. --remove takes
+# the lines away. Without LAUNCHER=hand a recipe with HOSTFILE starts all nodes, before and after this script.
 source "$(dirname "${BASH_SOURCE[0]}")/../environment.sh"
 export HOSTFILE=${HOSTFILE:-data/hosts/hostfile}
 case ${1:-} in
