@@ -121,7 +121,8 @@ def test_the_last_one_given_counts_and_a_value_wins_over_a_group():
     assert settings("data.json_path=p", "grpo.algorithm=flow_grpo", "algorithm=mix_grpo").algorithm == "flow_grpo"
 
 
-def test_a_key_that_is_not_given_has_the_value_of_e_grpo_s_configuration_and_one_line_says_so():
+def test_a_key_that_is_not_given_has_the_value_of_e_grpo_s_configuration_and_one_line_says_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     expected = {
         "algorithm": "grpo_merge", "reward_model": "hpsv2", "pretrained_model_name_or_path": "ckpt/flux", "seed": 42,
         "data_json_path": "data/rl_embeddings/videos2caption.json", "use_wandb": False, "sampler_seed": 1223627,
@@ -137,6 +138,8 @@ def test_a_key_that_is_not_given_has_the_value_of_e_grpo_s_configuration_and_one
     by_entropy = settings("grpo.eta_step_list=[]")
     assert by_entropy.eta_step_list == by_entropy.eta_step_merge_list == []
     assert settings("data.prompts_file=p.txt").data_json_path is None
+    (tmp_path / "data/flux").mkdir(parents=True)
+    assert settings().pretrained_model_name_or_path == "data/flux"  # where this project's README puts the model
     other = settings("algorithm=mix_grpo")
     assert (other.seed, other.learning_rate, other.reward_model) == (714, 1e-5, "hpsv2")
 

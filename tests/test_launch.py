@@ -376,7 +376,7 @@ def test_the_slurm_example_starts_a_process_per_gpu_and_node(environment, tmp_pa
     assert lines(tmp_path / "run") == 1
 
 
-@pytest.mark.parametrize("index", ["2", "-1", "x"])
+@pytest.mark.parametrize("index", ["2", "-1", "x", ""])
 def test_an_index_that_no_node_has_is_refused(environment, index):
     done = subprocess.run(
         ["bash", RECIPE],
@@ -385,7 +385,9 @@ def test_an_index_that_no_node_has_is_refused(environment, index):
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 2 and f"INDEX_CUSTOM {index}: the hostfile has nodes 0 to 1" in done.stderr
+    assert (
+        done.returncode == 2 and f"INDEX_CUSTOM {index or 'is not set'}: the hostfile has nodes 0 to 1" in done.stderr
+    )
 
 
 def test_set_env_multinode_twice_is_as_once_and_can_be_undone(environment, hostfile, ssh):

@@ -65,7 +65,8 @@ def test_no_command_line_is_left_untested():
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_published_command_line_runs_with_its_own_values(name, capsys):
+def test_a_published_command_line_runs_with_its_own_values(name, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where no model or checkpoint lies
     argv = COMMANDS[name]
     if "=" in argv[0]:
         front_door.main([*argv, "dry_run=true"])

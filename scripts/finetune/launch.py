@@ -324,7 +324,7 @@ def launch(nodes: list[Node], args: list[str]) -> int:
     launcher = choose_launcher(nodes)
     if launcher == BY_HAND:
         if index not in map(str, range(len(nodes))):
-            raise ValueError(f"INDEX_CUSTOM {index}: the hostfile has nodes 0 to {len(nodes) - 1}")
+            raise ValueError(f"INDEX_CUSTOM {index or 'is not set'}: the hostfile has nodes 0 to {len(nodes) - 1}")
         port = port or "29500"  # nodes started by hand can't ask the first one
         say(f"INDEX_CUSTOM={index}: starts only node {index} of {len(nodes)}; unset LAUNCHER to start all nodes")
     elif index:
