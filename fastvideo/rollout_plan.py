@@ -205,9 +205,14 @@ def make_plan(config: GRPOConfig, window: Sequence[int], iteration: int = 1) -> 
     steps = [replace(step, train=step.train and step.index + 1 not in pruned) for step in steps]
     parts = tree_parts(config) if config.algorithm in TREES else None
     try:
-        return Plan(tuple(steps), start_rows(config), parts).check()
+        plan = Plan(tuple(steps), start_rows(config), parts).check()
     except ValueError as error:
         raise FlagError("algorithm", config.algorithm, str(error)) from error
+    draws_steps = config.training_strategy == "all" and not config.frozen_init_timesteps
+    if draws_steps and int(len(plan.trained) * config.timestep_fraction) < 1:
+        problem = f"leaves no step of {len(plan.trained)} to train"
+        raise FlagError("timestep_fraction", config.timestep_fraction, problem)
+    return plan
 
 
 # --- description of a run ---------------------------------------------------------------------------------------------

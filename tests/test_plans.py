@@ -3,8 +3,9 @@
 import math
 from itertools import islice
 
+from fastvideo.cli import FlagError
 from fastvideo.config import ALGORITHMS, MERGES, TREES, GRPOConfig
-from fastvideo.rollout_plan import describe, make_plan
+from fastvideo.rollout_plan import PLANNERS, describe, make_plan, plan_mix
 from fastvideo.utils.grpo_states import windows
 from fastvideo.utils.steps import KINDS, SDE_KINDS, sigma_schedule
 from fastvideo.utils.transitions import micro_batches, slice_transitions, split_edges
@@ -149,3 +150,14 @@ def test_the_optimizer_steps_of_an_iteration_train_every_transition_once_with_we
         assert set(found) - set(own) == {(p, child) for p in shared for child in range(prompts * rows[p])}
     assert len(number_of_steps) == 1
     assert f"{number_of_steps.pop()} optimizer steps per iteration" in describe(config, 1)
+
+
+def test_a_share_that_leaves_a_planner_no_step_to_train_is_refused(monkeypatch):
+    def plan_two(config, window, rng):
+        return plan_mix(config, range(2), rng)
+
+    monkeypatch.setitem(PLANNERS, "dance_grpo", plan_two)
+    given = {"algorithm": "dance_grpo", "data_json_path": "unused", "reward_model": "shapes"}
+    assert len(make_plan(GRPOConfig.create(**given, timestep_fraction=0.5), []).trained) == 2
+    with pytest.raises(FlagError, match="timestep_fraction 0.4: leaves no step of 2 to train"):
+        make_plan(GRPOConfig.create(**given, timestep_fraction=0.4), [])
