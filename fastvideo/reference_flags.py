@@ -147,7 +147,10 @@ def _tree(line: Line) -> None:
 
 
 def _meanings(line: Line) -> None:
-    """Flags of both, with a value whose meaning differs."""
+    """Flags of both whose value or default means something else."""
+    if not {"parallel", "fsdp_sharding_startegy", "quantize_base"} & {name for name, _ in line.flags}:
+        line.put_first("--fsdp_sharding_startegy=full")
+        line.notes.append("note: several processes share the model by --fsdp_sharding_startegy full, the default there")
     if line.value("reward_model") == "multi_reward" and "image_reward_mode" not in line:
         line.put_first("--image_reward_mode=overall")
         line.notes.append(

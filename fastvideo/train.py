@@ -66,6 +66,7 @@ DEFAULTS = {
     "pretrained_model_name_or_path": ("ckpt/flux", "data/flux"),
     "data_json_path": "data/rl_embeddings/videos2caption.json",
     "use_wandb": False,
+    "fsdp_sharding_startegy": "full",
 }
 E_GRPO = {
     "seed": 42,
@@ -76,6 +77,12 @@ E_GRPO = {
     "eta_step_list": [1],
     "eta_step_merge_list": [1],
     "granular_list": [1, 2],
+}
+INSTEAD = {  # a flag that is given -> the one of these that isn't added then
+    "prompts_file": "data_json_path",
+    "eta_step_list": "eta_step_merge_list",
+    "parallel": "fsdp_sharding_startegy",
+    "quantize_base": "fsdp_sharding_startegy",
 }
 # What a choice of the group `reward` sets besides the name of the reward.
 _HPS = {"hps_path": (GRPOConfig.hps_path, "hps_ckpt/HPS_v2_compressed.pt", "ckpt/hps/HPS_v2_compressed.pt")}
@@ -166,9 +173,8 @@ def chosen(overrides: Sequence[str], settings: dict[str, Any]) -> tuple[dict[str
     added = dict(DEFAULTS)
     if settings.get("algorithm", added["algorithm"]) == "grpo_merge":
         added |= E_GRPO
-    for one, other in (("prompts_file", "data_json_path"), ("eta_step_list", "eta_step_merge_list")):
-        if one in settings:
-            del added[other]
+    for name in settings.keys() & INSTEAD.keys():
+        added.pop(INSTEAD[name], None)
     settings = {name: value for name, value in settings.items() if name != "reward_model"}
     reward, added = (
         {name: _first(value) for name, value in part.items() if name not in settings} for part in (reward, added)

@@ -128,7 +128,7 @@ def test_a_key_that_is_not_given_has_the_value_of_e_grpo_s_configuration_and_one
         "data_json_path": "data/rl_embeddings/videos2caption.json", "use_wandb": False, "sampler_seed": 1223627,
         "learning_rate": 1e-5, "eta_step_list": [1], "eta_step_merge_list": [1], "granular_list": [1, 2],
         "max_train_steps": 300, "num_generations": 12, "sampling_steps": 16, "eta": 0.7, "shift": 3, "h": 720,
-        "clip_range": 1e-4, "max_grad_norm": 1, "weight_decay": 1e-4,
+        "clip_range": 1e-4, "max_grad_norm": 1, "weight_decay": 1e-4, "fsdp_sharding_startegy": "full",
     }  # fmt: skip
     for overrides in ([], ["algorithm=grpo_merge", "reward=hps"]):
         config = settings(*overrides)
@@ -138,6 +138,7 @@ def test_a_key_that_is_not_given_has_the_value_of_e_grpo_s_configuration_and_one
     by_entropy = settings("grpo.eta_step_list=[]")
     assert by_entropy.eta_step_list == by_entropy.eta_step_merge_list == []
     assert settings("data.prompts_file=p.txt").data_json_path is None
+    assert settings("parallel=ddp").fsdp_sharding_startegy is None
     (tmp_path / "data/flux").mkdir(parents=True)
     assert settings().pretrained_model_name_or_path == "data/flux"  # where this project's README puts the model
     other = settings("algorithm=mix_grpo")

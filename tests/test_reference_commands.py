@@ -129,6 +129,8 @@ def test_every_value_in_a_line_is_the_value_of_its_setting(name):
         ("--training_strategy part --flow_grpo_sampling --sde_type cps", {"sde_type": "cps", "algorithm": "mix_grpo"}),
         ("--training_strategy all --flow_grpo_sampling --frozen_init_timesteps=-1", {"algorithm": "flow_grpo"}),
         ("--reward_model multi_reward", {"image_reward_mode": "granular"}),  # a line in this trainer's words
+        ("--t 1", {"fsdp_sharding_startegy": "full"}),
+        ("--t 1 --parallel ddp", {"fsdp_sharding_startegy": None}),
         ("--reward_model multi_reward --t 1", {"image_reward_mode": "overall"}),
         ("--reward_model multi_reward --t 1 --image_reward_mode granular", {"image_reward_mode": "granular"}),
     ],
