@@ -94,7 +94,7 @@ def test_every_variant_of_the_iteration_benchmark_can_be_planned(monkeypatch):
 
     for flags in (bench_iteration.OFF | bench_iteration.SWEEP).values():
         config = parse_dataclass(GRPOConfig, ["--data_json_path", "unused", "--reward_model", "shapes", *flags])
-        assert "steps an iteration" in describe(config, 1)
+        assert "steps per iteration" in describe(config, 1)
 
 
 def check_comparison(folder: Path, table: str, images: int) -> None:
@@ -176,5 +176,5 @@ def test_every_compared_run_can_be_planned_and_has_a_name_of_its_own(benchmark, 
     for run in {run.flags[:-1]: run for run in runs}.values():  # the last flag is the seed
         given = ["--data_json_path", "unused", "--max_train_steps", str(run.iterations)]
         config = parse_dataclass(GRPOConfig, [*world.COMMON, *run.flags, *given])
-        assert "steps an iteration" in describe(config, 1) and config.h == 32
+        assert "steps per iteration" in describe(config, 1) and config.h == 32
         assert run.iterations % run.measure_every == 0
