@@ -16,7 +16,7 @@ import pytest
 from conftest import PROMPTS, ROOT, TIME_LIMIT
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_iteration_is_timed_by_phase_with_and_without_each_optimisation(tmp_path, subprocess_environment):
     command = f"benchmarks/bench_iteration.py --tiny --ablation --save --json_file {tmp_path}/times.json".split()
     command += "--windows 0 5 --sampling_steps 12 --num_generations 2 --gradient_accumulation_steps 2".split()
@@ -70,7 +70,7 @@ def test_an_iteration_is_timed_at_any_depth_and_width(tmp_path, subprocess_envir
     assert line["tflops_rollout"] * 1e12 * seconds == pytest.approx(row * line["nfe"])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_reward_is_timed(subprocess_environment):
     command = "benchmarks/bench_rewards.py --device cpu --dtype fp32 --narrow --images 3 --image_size 64 --repeats 1"
     done = subprocess.run(

@@ -88,7 +88,7 @@ def test_attention_gets_gradients_without_gaps(tiny_flux, monkeypatch):
     assert without_gaps() == len(seen) - single  # without our function, single blocks have gaps
 
 
-@pytest.mark.slow(1)
+@pytest.mark.long
 def test_compiled_blocks_are_whole_graphs_that_return_no_views(tiny_flux):
     """Gradients of views would be computed outside the graph, and a second graph would cost copies."""
     transformer = load_transformer(tiny_flux)
@@ -104,8 +104,8 @@ def test_compiled_blocks_are_whole_graphs_that_return_no_views(tiny_flux):
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
-@pytest.mark.slow(1)
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
+@pytest.mark.long
 def test_a_row_rounds_alike_in_compiled_graphs_of_two_or_more_rows(device):
     """Else the first ratio of a sample would not be 1 if it is sampled and trained in parts of different sizes."""
     sizes, image_tokens, text_tokens = {}, 2025, 512  # FLUX.1's width, 720x720

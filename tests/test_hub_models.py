@@ -78,7 +78,7 @@ def test_a_hub_repository_that_gives_nothing_ends_in_one_line_that_says_what_to_
     assert not any(SECRET in text for text in written)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_goes_on_where_its_base_model_was_not_downloaded_yet(
     http_server, train_on, tiny_flux, random_flux, prompts_file
 ):

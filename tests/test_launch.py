@@ -512,7 +512,7 @@ def test_the_shipped_hostfile_means_this_machine_without_a_remote_shell(environm
     "config,parallel",
     [
         pytest.param("ddp", "ddp", marks=pytest.mark.long),
-        ("fsdp2", "fsdp"),
+        pytest.param("fsdp2", "fsdp", marks=pytest.mark.long),
         pytest.param("deepspeed", "deepspeed", marks=pytest.mark.long),
     ],
 )

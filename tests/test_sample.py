@@ -546,7 +546,7 @@ def test_the_manifest_names_pictures_relative_to_itself(tmp_path):
     assert json.loads(manifest.read_text())[0]["image"] == "../out/00000_0.png"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_run_finished_by_two_runs_at_once_leaves_the_files_of_an_uninterrupted_one(tmp_path, tuned):
     """One process is killed; then the recipe runs on two processes, with the reference's flags, beside this one."""
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS * 10), encoding="utf-8")

@@ -104,7 +104,7 @@ def test_a_picture_is_scored_once(together, tmp_path):
     assert scored == {"scored_by_0": 8, "scored_by_2": 8}  # in 2 iterations
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_checkpoint_goes_on_with_another_sp_size(train, together):
     settings = SHARED | {"max_train_steps": 4, "checkpointing_steps": 2, "image_log_steps": 0}
     whole, shared = train("whole", **settings), together("shared", 2, **settings, sp_size=2)

@@ -185,6 +185,7 @@ def run(monkeypatch):
     return lambda *arguments: main([*map(str, arguments), "--threads", str(torch.get_num_threads()), "--device", "cpu"])
 
 
+@pytest.mark.long
 def test_training_through_the_command_line_saves_a_pipeline_that_can_be_measured(run, tmp_path, capsys):
     run("--output_dir", tmp_path, "--vae_steps", 2, "--steps", 2, "--check_every", 1, "--seed", 0)
     captured = capsys.readouterr()
@@ -205,7 +206,7 @@ def test_training_through_the_command_line_saves_a_pipeline_that_can_be_measured
     assert all("right in everything" in line for line in report[2:])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_same_flags_train_the_same_weights_and_lies_change_them(run, tmp_path):
     found = []
     for name, lies in (("a", ()), ("b", ()), ("none", ("--lies", 0))):
