@@ -202,3 +202,16 @@ def test_random_weights_need_config_json_alone_and_follow_from_the_seed(tiny_flu
     v = velocity(one, 2, 16, 8)
     assert torch.isfinite(v).all() and v.std() > 0.01
     assert torch.equal(v, velocity(same, 2, 16, 8)) and not torch.equal(v, velocity(other, 2, 16, 8))
+
+
+def test_the_model_sees_the_noise_level_itself_not_rounded_to_thousandths():
+    seen = {}
+
+    def transformer(**given) -> tuple[torch.Tensor]:
+        seen.update(given)
+        return (given["hidden_states"],)
+
+    sigma, one = torch.tensor([0.123456789, 0.9876543]), torch.zeros(1, 1, 1)
+    conditioning = Conditioning(one, one[0], one[0], one[0], 3.5)
+    predict_velocity(transformer, torch.zeros(2, 1, 4), sigma, torch.tensor([0, 0]), conditioning, True)
+    assert torch.equal(seen["timestep"], sigma)

@@ -123,10 +123,7 @@ def test_transformers_tokenizer_keeps_blip_s_special_tokens(tmp_path):
 def test_transformers_tokenizer_without_a_vocabulary_is_recognised():
     from transformers import BertTokenizer
 
-    try:
-        empty = BertTokenizer()
-    except Exception:
-        return  # an error is as good as an empty tokenizer
+    empty = BertTokenizer()
     with pytest.raises(OSError, match="no vocabulary"):
         check_tokenizer(empty, "nowhere")
         pytest.fail(changed("transformers", f"a tokenizer of {len(empty)} tokens passes for a whole one", "loading"))

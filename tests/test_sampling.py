@@ -343,6 +343,7 @@ def test_noise_differs_between_seeds_iterations_prompts_samples_and_steps():
 def test_noise_is_standard_normal():
     noise = Noise(1, 1, range(8), LatentShape(64, 64, 16, 16))(1, 8).double()
     assert abs(noise.mean()) < 5 / math.sqrt(noise.numel())
+    assert (noise.bfloat16().double() != noise).float().mean() > 0.9  # more digits than bf16 has
     assert noise.var() == pytest.approx(1, abs=0.02)
 
 
