@@ -1,9 +1,13 @@
 """Atomic writing of files, and reading of prompt files."""
 
+import errno
 import io
 import json
 import os
+import shutil
 import socket
+import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +23,54 @@ def process_name() -> str:
     return f"{socket.gethostname()}.{os.getpid()}"
 
 
+def check_writable(field: str, path: str | Path, file: bool = False, needed: int = 0) -> None:
+    """Checks that a folder, which may not exist yet, can be written to. Leaves nothing there, not even the folder.
+
+    Args:
+        field: the setting that `path` comes from. file: `path` is a file that will be written.
+        needed: bytes that will be written there; 0 if unknown.
+
+    Raises:
+        FlagError: the place is read-only, full, forbidden, too small, or no place for a folder or file.
+    """
+    try:
+        place = Path(os.path.abspath(path))
+        if file:
+            if place.exists() and not place.is_file():  # a device would be replaced by a file
+                raise FlagError(field, path, "is not a file; name a file that may be written")
+            place = place.parent
+        place = _nearest(place)
+        if not place.is_dir():
+            raise FlagError(field, path, f"{place} is not a folder")
+        with tempfile.TemporaryFile(dir=place) as probe:
+            probe.write(bytes(1 << 16))  # a full disk still makes empty files
+            probe.flush()
+            sync(probe.fileno())
+        free = shutil.disk_usage(place).free
+    except OSError as error:
+        raise FlagError(field, path, f"can't be written: {error.strerror or error}") from error
+    if free < needed:
+        problem = f"needs {needed / 2**30:.1f} GiB for what will be written, but has {free / 2**30:.1f} GiB free"
+        raise FlagError(field, path, problem)
+
+
+def _nearest(place: Path) -> Path:
+    """`place`, or the nearest folder above it that exists."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        os.lstat(place)  # raises the other errors: a name that is too long, a forbidden folder
+        return place
+    return _nearest(place.parent)
+
+
+def sync(number: int) -> None:
+    """Waits until the disk has the content of an open file or folder, if its file system can wait for that."""
+    try:
+        os.fsync(number)
+    except OSError as error:
+        if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ESTALE, errno.EROFS):
+            raise  # the content is lost; other errors mean that this file system has no such operation
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Writes `data` atomically: a reader of `path` finds the old or the new content, also after a kill -9."""
     part = path.with_name(f".{path.name}.{process_name()}.tmp")
@@ -26,7 +78,7 @@ def write_bytes(path: Path, data: bytes) -> None:
         with open(part, "wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
