@@ -358,11 +358,8 @@ class GRPOConfig(RewardSpecConfig):
     lr_scheduler: str = flag(
         "constant_with_warmup",
         "learning rate over optimizer steps, a schedule of diffusers",
-        choices=[
-            "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
-            "piecewise_constant",
-        ],
-    )  # fmt: skip
+        choices=["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"],
+    )
     lr_warmup_steps: int = flag(0, "optimizer steps of warm-up", at_least=0)
     lr_num_cycles: int = flag(1, "cycles of cosine_with_restarts")
     lr_power: float = flag(1.0, "power of polynomial")

@@ -7,8 +7,9 @@ import sys
 from fastvideo.config import GRPOConfig
 
 import pytest
+import torch
 from conftest import ROOT, TIME_LIMIT
-from diffusers.optimization import SchedulerType
+from diffusers.optimization import SchedulerType, get_scheduler
 from test_layers import imports, modules
 
 PROGRAMS = [
@@ -39,10 +40,13 @@ def test_help_and_a_refused_flag_do_not_wait_for_slow_imports(program, argument,
         assert "no_such_flag" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
-def test_the_schedules_that_lr_scheduler_offers_are_those_of_diffusers():
-    """config.py lists the names, because it can't import diffusers."""
-    field = GRPOConfig.__dataclass_fields__["lr_scheduler"]
-    assert set(field.metadata["choices"]) == {schedule.value for schedule in SchedulerType}
+def test_each_schedule_that_lr_scheduler_offers_works_with_the_flags_that_there_are():
+    """config.py lists the names, as it can't import diffusers. piecewise_constant needs rules, which no flag has."""
+    choices = GRPOConfig.__dataclass_fields__["lr_scheduler"].metadata["choices"]
+    assert {*choices, "piecewise_constant"} == {schedule.value for schedule in SchedulerType}
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    for name in choices:
+        get_scheduler(name, optimizer, num_warmup_steps=0, num_training_steps=2, num_cycles=1, power=1.0)
 
 
 def test_torchvision_is_repaired_before_a_package_that_imports_it():

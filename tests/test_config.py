@@ -283,6 +283,7 @@ def test_contradictions_are_errors(capsys, argv, named):
         ("--granular_mix advantage --multi_reward_mix reward_aggr", ("--granular_mix advantage", "advantage_aggr")),
         ("--max_iters_per_group 1 --min_iters_per_group 2", ("--max_iters_per_group 1", "min_iters_per_group")),
         ("--lr_scheduler sometimes", ("--lr_scheduler", "sometimes", "cosine")),
+        ("--lr_scheduler piecewise_constant", ("--lr_scheduler", "cosine")),
         ("--mixed_precision int8", ("--mixed_precision", "int8", "bf16")),
         ("--advantage_rerange_strategy sort", ("--advantage_rerange_strategy", "sort", "balance")),
         ("--sp_size 0", ("--sp_size 0",)),
