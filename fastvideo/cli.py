@@ -27,7 +27,6 @@ A program reads its command line before it imports torch, so that --help and a r
 """
 
 import argparse
-import difflib
 import math
 import operator
 import os
@@ -39,6 +38,8 @@ from dataclasses import MISSING, Field, field, fields
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin
+
+from fastvideo.familiar_flags import answer
 
 import argparse_dataclass
 
@@ -221,13 +222,15 @@ def parse_dataclass(
     """
     if argv is None and cls in _READ:
         return _READ.pop(cls)
-    argv = [_underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
+    aliases = {f.metadata["alias"]: f.name for f in fields(cls) if "alias" in f.metadata}
+    argv = [_plain(word, aliases) for word in (sys.argv[1:] if argv is None else argv)]
     parser = _Parser(cls, description=doc)
     argv, notes = translate(argv) if translate else (argv, [])
     namespace, unknown = argparse.ArgumentParser.parse_known_args(parser, argv)
     if unknown:
-        close = difflib.get_close_matches(unknown[0], parser._option_string_actions, 1)
-        parser.error(f"unknown flag {unknown[0]}" + (f"; did you mean {close[0]}?" if close else ""))
+        name = unknown[0].partition("=")[0]
+        known = [option[2:] for option in parser._option_string_actions if option[:2] == "--" and option != "--help"]
+        parser.error(f"unknown flag {name}" + (answer(name.lstrip("-"), known) if name.startswith("-") else ""))
     explicit = {name: value for name, value in vars(namespace).items() if value is not argparse_dataclass.MISSING}
     try:
         settings = getattr(cls, "create", cls)(**explicit)
@@ -243,9 +246,10 @@ def say(*lines: str) -> None:
         sys.stderr.write("".join(f"{line}\n" for line in lines))
 
 
-def _underscored(word: str) -> str:
-    """--flag-name=value -> --flag_name=value."""
+def _plain(word: str, aliases: Mapping[str, str]) -> str:
+    """--flag-name=value -> --flag_name=value, where an alias gives way to the flag's first name."""
     if not re.match(r"--[A-Za-z]", word):
         return word
-    name, equals, value = word.partition("=")
-    return name.replace("-", "_").replace("__", "--", 1) + equals + value
+    name, equals, value = word[2:].partition("=")
+    name = name.replace("-", "_")
+    return f"--{aliases.get(name, name)}{equals}{value}"

@@ -411,6 +411,7 @@ class GRPOConfig(RewardSpecConfig):
         "fsdp: full splits over all processes, hybrid_full over the processes of each node, hybrid_zero2 too, without "
         "splitting again after the forward pass; given without --parallel, chooses fsdp (none: ddp)",
         choices=["full", "hybrid_full", "hybrid_zero2", "none"],
+        alias="fsdp_sharding_strategy",
     )
     sp_size: int = flag(
         1,

@@ -28,6 +28,7 @@ from typing import Any
 
 from fastvideo.cli import parse_first, say
 from fastvideo.config import ALGORITHMS, GRPOConfig
+from fastvideo.familiar_flags import answer
 from fastvideo.models.reward_model.spec import MIXES, REWARDS
 from fastvideo.reference_flags import REFERENCE_FLAGS, translate
 
@@ -44,7 +45,7 @@ ALIASES = {
     "sampling.width": "w",
     "data.cfg_rate": "cfg",
     "reward.clip_path": "hps_clip_path",
-    "distributed.fsdp_sharding_strategy": "fsdp_sharding_startegy",
+    **{f"{place}fsdp_sharding_strategy": "fsdp_sharding_startegy" for place in ("", "distributed.")},
     "wandb.enabled": "use_wandb",
     "wandb.name": "experiment_name",
 }
@@ -121,8 +122,7 @@ def readable(argument: str) -> str:
     if not equals:
         raise ValueError(f"{argument}: expected key=value, such as training.learning_rate=1e-6")
     if key not in (*KEYS, *GROUPS):
-        close = difflib.get_close_matches(key, (*KEYS, *GROUPS), 1)
-        raise ValueError(f"unknown key {key}" + (f"; did you mean {close[0]}?" if close else ""))
+        raise ValueError(f"unknown key {key}{_answer(key)}")
     if KEYS.get(key) == "wandb_key":  # before any message could repeat its value
         raise ValueError(f"{key}: keys don't belong on a command line; set WANDB_API_KEY in the environment")
     try:
@@ -146,6 +146,18 @@ def readable(argument: str) -> str:
     if kind in (str, str | None) and isinstance(value, (bool, int, float)):
         return f"{key}='{text}'"  # a name 1e3 stays what was typed, not 1000.0
     return argument
+
+
+def _answer(key: str) -> str:
+    """What follows "unknown key ...": a question or an advice, with this command line's names."""
+    section, _, name = key.lstrip("-+").rpartition(".")
+    names = {known.rpartition(".")[2] for known in KEYS}
+    close = difflib.get_close_matches(section, SECTIONS, 1)
+    if section not in (*SECTIONS, "") and name in names and close:
+        return f"; did you mean {close[0]}.{name}?"
+    text = answer(name, {*names, *(f"no_{f.name}" for f in fields(GRPOConfig) if f.type is bool)})
+    place = f"{section}." if section in SECTIONS else ""
+    return re.sub(r"--no_(\w+)", rf"{place}\1=false", re.sub(r"--(?!no_)(\w+)", rf"{place}\1", text))
 
 
 def given(overrides: Sequence[str]) -> dict[str, Any]:
