@@ -10,6 +10,7 @@ generator seeded with (seed, iteration), so that all processes draw the same num
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -17,11 +18,13 @@ from itertools import islice
 from fastvideo.cli import FlagError
 from fastvideo.config import MERGES, TREES, GRPOConfig
 from fastvideo.models.reward_model.spec import resolve_reward_spec
-from fastvideo.utils.grpo_states import windows
+from fastvideo.utils.grpo_states import window_counts, windows
 from fastvideo.utils.plan import Plan
 from fastvideo.utils.steps import KINDS, SDE_KINDS, Step, entropy, shift_time, sigma_schedule
 
 import numpy as np
+
+DRAWN = 1000  # iterations that stand for all in `describe`, where plans are drawn at random
 
 Planner = Callable[[GRPOConfig, Sequence[int], np.random.Generator], list[Step]]
 
@@ -78,13 +81,18 @@ def plan_flash(config: GRPOConfig, window: Sequence[int], rng: np.random.Generat
     return head + tail
 
 
+def fast_start(config: GRPOConfig, rng: np.random.Generator) -> int:
+    """Flow-GRPO-Fast's first stochastic step."""
+    return int(rng.integers(0, config.sampling_steps - 2 - config.flow_grpo_fast_steps + 1))
+
+
 def plan_all(config: GRPOConfig, window: Sequence[int], rng: np.random.Generator) -> list[Step]:
     """DanceGRPO and Flow-GRPO: noise at every step. The last step is not trained. With drop_last_sample it is Euler.
 
     Flow-GRPO-Fast adds noise only in `flow_grpo_fast_steps` consecutive steps, drawn at random from 0 … T−3.
     """
     if size := config.flow_grpo_fast_steps:
-        start = int(rng.integers(0, config.sampling_steps - 2 - size + 1))
+        start = fast_start(config, rng)
         return _base_steps(config, range(start, start + size))
     trained = config.frozen_init_timesteps or config.sampling_steps - 1
     last = config.sampling_steps - 1
@@ -224,6 +232,43 @@ def optimizer_steps(config: GRPOConfig) -> int:
     return plan.optimizer_steps(config.num_generations, config.gradient_accumulation_steps)
 
 
+def plans_of_run(config: GRPOConfig) -> list[tuple[Plan, int]]:
+    """The different plans of a run, each with its number of iterations. Takes no longer for more iterations.
+
+    Where windows or steps are drawn at random, the first DRAWN iterations stand for all.
+
+    Raises:
+        FlagError: an iteration can't be planned.
+    """
+    fast, most = bool(config.flow_grpo_fast_steps), config.max_train_steps
+    if fast or config.sample_strategy == "random":
+        drawn = enumerate(islice(windows(config), min(most, DRAWN)), start=1)
+        occasions = [(window, number, 1) for number, window in drawn]
+    else:
+        occasions = [
+            (window, first, iterations)
+            for first, last in _pruning_phases(config)
+            for window, iterations in window_counts(config, first, last)
+        ]
+    plans: dict[object, Plan] = {}
+    counts: Counter[object] = Counter()
+    for window, number, iterations in occasions:
+        start = fast_start(config, np.random.default_rng([config.seed, number])) if fast else 0
+        key = (tuple(window), frozenset(pruned_depths(config, number)), start)
+        if key not in plans:
+            plans[key] = make_plan(config, window, number)
+        counts[key] += iterations
+    return [(plan, counts[key]) for key, plan in plans.items()]
+
+
+def _pruning_phases(config: GRPOConfig) -> list[tuple[int, int]]:
+    """(first, last) of consecutive iterations that prune the same depths, until --max_train_steps."""
+    most, interval = config.max_train_steps, config.depth_pruning_slide_interval
+    moves = max(min(config.depth_pruning) - config.depth_pruning_stop_depth, 0) if config.depth_pruning else 0
+    firsts = [1 + interval * move for move in range(moves + 1 if interval else 1) if interval * move < most]
+    return list(zip(firsts, [*(first - 1 for first in firsts[1:]), most], strict=True))
+
+
 def describe(config: GRPOConfig, world_size: int) -> str:
     """Counts per iteration, reward weights and the plan of the first window, as text. Checks the plan of every window.
 
@@ -231,10 +276,9 @@ def describe(config: GRPOConfig, world_size: int) -> str:
         FlagError: a window can't be planned, or the prompts don't divide among the processes.
     """
     prompts = config.local_prompts(world_size) * config.data_ranks(world_size)
-    k, schedule = config.gradient_accumulation_steps, islice(windows(config), config.max_train_steps)
-    plans = [make_plan(config, window, number) for number, window in enumerate(schedule, start=1)]
-    evaluations = [plan.evaluations for plan in plans]
-    first, steps = plans[0], optimizer_steps(config)
+    k, plans = config.gradient_accumulation_steps, plans_of_run(config)
+    evaluations, iterations = zip(*((plan.evaluations, number) for plan, number in plans), strict=True)
+    first, steps = plans[0][0], optimizer_steps(config)
     taken = f"{k} samples per prompt" if first.parts is None else f"at most about {k} edges per prompt"
     trained = [first[position].index for position in first.trained]
     wanted = config.eta_step_list or range(config.sampling_steps // 2) if config.algorithm in MERGES else ()
@@ -252,7 +296,7 @@ def describe(config: GRPOConfig, world_size: int) -> str:
             f"{steps} optimizer steps per iteration, each on {taken}, "
             f"in {config.max_train_steps} iterations: {config.max_train_steps * steps} optimizer steps",
             f"velocity evaluations (NFE) per prompt and iteration: {min(evaluations)} to {max(evaluations)}, mean "
-            f"{np.mean(evaluations):.1f} (without sharing {first.evaluations_without_sharing})",
+            f"{np.average(evaluations, weights=iterations):.1f} (without sharing {first.evaluations_without_sharing})",
             *left_out,
             f"plan of the first window {trained}:",
             first.describe(),

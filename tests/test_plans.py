@@ -1,11 +1,12 @@
 """Properties of all plans of all algorithms, tested with random settings."""
 
 import math
+from collections import Counter
 from itertools import islice
 
 from fastvideo.cli import FlagError
 from fastvideo.config import ALGORITHMS, MERGES, TREES, GRPOConfig
-from fastvideo.rollout_plan import PLANNERS, describe, make_plan, plan_mix
+from fastvideo.rollout_plan import PLANNERS, describe, make_plan, plan_mix, plans_of_run
 from fastvideo.utils.grpo_states import windows
 from fastvideo.utils.steps import KINDS, SDE_KINDS, sigma_schedule
 from fastvideo.utils.transitions import micro_batches, slice_transitions, split_edges
@@ -71,6 +72,15 @@ def drawn(data, algorithm: str) -> tuple[GRPOConfig, list]:
     """Random settings and the checked plans of their first iterations."""
     config = GRPOConfig.create(data_json_path="unused", reward_model="shapes", **data.draw(flags(algorithm)))
     return config, [make_plan(config, w, i) for i, w in enumerate(islice(windows(config), 9), start=1)]
+
+
+@pytest.mark.parametrize("algorithm", ["mix_grpo", "flow_grpo", "branch_grpo_mix"])
+@everywhere
+@given(data=st.data())
+def test_the_plans_of_a_run_are_those_of_its_iterations(algorithm, data):
+    config, plans = drawn(data, algorithm)
+    assert config.max_train_steps == len(plans)
+    assert Counter(plan for plan, number in plans_of_run(config) for _ in range(number)) == Counter(plans)
 
 
 @every_algorithm

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections import Counter
 from dataclasses import replace
 from itertools import islice
 
@@ -10,7 +11,7 @@ from fastvideo.config import GRPOConfig
 from fastvideo.models.flux import Conditioning, LatentShape, decode_latents
 from fastvideo.rollout_plan import make_plan
 from fastvideo.train_grpo_flux import rollout, set_up, transition_table, transitions_loss
-from fastvideo.utils.grpo_states import windows
+from fastvideo.utils.grpo_states import window_counts, windows
 from fastvideo.utils.plan import Plan
 from fastvideo.utils.sampling_utils import Noise, log_prob
 from fastvideo.utils.steps import KINDS, SDE_KINDS, Coefficients, Step, sigma_schedule
@@ -491,6 +492,17 @@ def test_roll_back_restarts_as_at_the_first_iteration():
 def test_stride_zero_freezes_the_window():
     settings = config(prog_overlap_step=0, iters_per_group=2)
     assert list(islice(windows(settings), 50)) == [[0, 1, 2, 3]] * 50
+
+
+@pytest.mark.parametrize("strategy", [s for s in STRATEGIES if s != "random"])
+def test_windows_are_counted_as_if_iterations_were_counted_one_by_one(strategy):
+    for stride, back, (first, last) in itertools.product((0, 1, 3), (True, False), [(1, 1), (1, 97), (30, 64)]):
+        settings = config(
+            sample_strategy=strategy, sampling_steps=9, group_size=3, prog_overlap_step=stride, roll_back=back,
+            iters_per_group=4, max_iters_per_group=5,
+        )  # fmt: skip
+        one_by_one = Counter(map(tuple, islice(windows(settings), first - 1, last)))
+        assert Counter({tuple(w): n for w, n in window_counts(settings, first, last)}) == one_by_one
 
 
 def test_every_algorithm_can_plan_every_window():

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from itertools import count, repeat
 
 from fastvideo.config import GRPOConfig
 
@@ -21,25 +22,49 @@ def _stay(config: GRPOConfig, start: int, end: int) -> int:
     return config.iters_per_group
 
 
+def _cycle(config: GRPOConfig) -> list[tuple[list[int], int]]:
+    """The windows of one pass over the steps, each with its number of iterations. Not for sample_strategy random."""
+    end = config.sampling_steps - 2
+    size = min(config.group_size, end)  # algorithms without a window don't check their --group_size
+    stride = config.prog_overlap_step if config.prog_overlap else size
+    starts = range(0, end, stride) if stride else [0]
+    return [(list(range(start, min(start + size, end))), _stay(config, start, end)) for start in starts]
+
+
 def windows(config: GRPOConfig) -> Iterator[list[int]]:
     """Yields the window of iteration 1, 2, … without end: ascending step indices, at least one, equal on all ranks.
 
     Usable steps are 0 … T−3. The last window may be shorter. After it the window restarts at 0 (`roll_back`) or stays.
     """
-    end = config.sampling_steps - 2
-    size = min(config.group_size, end)  # algorithms without a window don't check their --group_size
     if config.sample_strategy == "random":
-        iteration = 0
-        while True:
-            iteration += 1
-            start = int(np.random.default_rng([config.seed, iteration]).integers(0, end - size + 1))
+        size = min(config.group_size, config.sampling_steps - 2)
+        for iteration in count(1):
+            draw = np.random.default_rng([config.seed, iteration])
+            start = int(draw.integers(0, config.sampling_steps - 2 - size + 1))
             yield list(range(start, start + size))
-    stride = config.prog_overlap_step if config.prog_overlap else size
-    start = 0
+    cycle = _cycle(config)
     while True:
-        for _ in range(_stay(config, start, end)):
-            yield list(range(start, min(start + size, end)))
-        if start + stride < end:
-            start += stride
-        elif config.roll_back:
-            start = 0
+        for window, iterations in cycle:
+            yield from repeat(window, iterations)
+        if not config.roll_back:
+            cycle = cycle[-1:]
+
+
+def window_counts(config: GRPOConfig, first: int, last: int) -> list[tuple[list[int], int]]:
+    """The windows of iterations `first` … `last`, each with its number of iterations. Takes no longer for more of them.
+
+    Not for sample_strategy random.
+    """
+    cycle = _cycle(config)
+    if not config.roll_back:
+        cycle[-1] = (cycle[-1][0], last)  # stays to the end
+    length, found, begin = sum(iterations for _, iterations in cycle), [], 0
+    for window, iterations in cycle:
+        # Number of iterations 1 … end with this window, for both ends.
+        before, until = (
+            end // length * iterations + min(max(end % length - begin, 0), iterations) for end in (first - 1, last)
+        )
+        if until > before:
+            found.append((window, until - before))
+        begin += iterations
+    return found
