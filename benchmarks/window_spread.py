@@ -18,7 +18,8 @@ from typing import Any
 from fastvideo.cli import FlagError, flag, flag_errors, parse_dataclass
 from fastvideo.config import GRPOConfig
 from fastvideo.eval.plots import INK, SERIES, STYLE
-from fastvideo.io.files import read_prompts, write_json
+from fastvideo.io.files import write_json
+from fastvideo.io.prompts import read_prompts
 from fastvideo.models.flux import (
     Conditioning,
     LatentShape,

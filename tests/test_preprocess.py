@@ -12,7 +12,7 @@ from pathlib import Path
 from fastvideo.data_preprocess import preprocess_flux_embedding
 from fastvideo.data_preprocess.preprocess_flux_embedding import ENCODERS, embed_prompts, main
 from fastvideo.io.devices import resolve_dtype
-from fastvideo.io.files import read_prompts, write_bytes
+from fastvideo.io.files import write_bytes
 from fastvideo.io.fingerprint import model_fingerprint
 from fastvideo.models.flux import encode_prompts, load_text_encoders
 
@@ -119,12 +119,6 @@ def test_duplicates_and_empty_lines_are_left_out_and_counted(tmp_path, capsys):
     index = main(flags(prompt_file(tmp_path, "", "one", "  ", "two", "one", " one "), tmp_path / "out"))
     assert [entry["caption"] for entry in json.loads(index.read_text())] == ["one", "two"]
     assert "2 prompts (2 empty lines and 2 duplicates left out)" in capsys.readouterr().out
-
-
-def test_windows_line_ends_and_a_byte_order_mark_are_no_part_of_a_prompt(tmp_path):
-    path = tmp_path / "p.txt"
-    path.write_bytes("\ufeffone\r\ntwo\u2028still two\r\n".encode())
-    assert read_prompts(path, "prompts_file").prompts == ["one", "two\u2028still two"]
 
 
 def test_bad_prompt_files_give_one_line_that_names_flag_file_and_line(tmp_path, refused):

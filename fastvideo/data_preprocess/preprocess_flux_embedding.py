@@ -26,7 +26,9 @@ class PreprocessConfig:
 
     model_path: str = flag("data/flux", "FLUX pipeline that has the text encoders: a folder or a hub id")
     prompt_dir: str = flag(
-        "data/prompts.txt", "text file with one prompt per line (the names are the references')", alias="prompt_path"
+        "data/prompts.txt",
+        "prompts: text with one per line, JSON, JSON Lines, CSV or TSV (the names are the references')",
+        alias="prompt_path",
     )
     output_dir: str = flag("data/rl_embeddings", "where embeddings and prompt.json go")
     batch_size: int = flag(8, "prompts embedded at a time", at_least=1)
@@ -47,9 +49,10 @@ if __name__ == "__main__":  # before the slow imports: --help and a refused flag
 
 from fastvideo.dataset.latent_flux_rl_datasets import FOLDERS
 from fastvideo.io.devices import resolve_dtype, torch_dtype
-from fastvideo.io.files import is_tensor_file, read_prompts, write_json, write_tensor
+from fastvideo.io.files import is_tensor_file, write_json, write_tensor
 from fastvideo.io.fingerprint import model_fingerprint
 from fastvideo.io.processes import Processes, processes
+from fastvideo.io.prompts import read_prompts
 from fastvideo.io.resumable import Store, digest, finish
 from fastvideo.models.flux import BASE, encode_prompts, load_text_encoders
 

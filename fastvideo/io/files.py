@@ -1,4 +1,4 @@
-"""Atomic writing of files, and reading of prompt files."""
+"""Atomic writing of files."""
 
 import errno
 import io
@@ -8,7 +8,6 @@ import shutil
 import socket
 import tempfile
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,45 +105,3 @@ def is_tensor_file(path: Path) -> bool:
         return isinstance(torch.load(path, weights_only=True, mmap=True, map_location="cpu"), torch.Tensor)
     except Exception:  # torch raises half a dozen types for a damaged file
         return False
-
-
-@dataclass(frozen=True)
-class PromptFile:
-    """The prompts of a text file, one per line, and how many lines were left out."""
-
-    prompts: list[str]
-    empty: int  # blank lines
-    duplicates: int  # repeated lines
-
-    def __str__(self) -> str:
-        return f"{len(self.prompts)} prompts ({self.empty} empty lines and {self.duplicates} duplicates left out)"
-
-
-def read_prompts(path: str | Path, field: str, unique: bool = True) -> PromptFile:
-    """Reads a UTF-8 file with one prompt per line, in order. `unique`: a repeated prompt is kept once.
-
-    Raises FlagError about the setting `field` for a missing file, a file without prompts, and bytes that aren't UTF-8.
-    The message names the bad lines: if they were skipped, nobody would notice the missing prompts.
-    """
-    advice = "give a text file with one prompt per line"
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise FlagError(field, path, f"{error.strerror or error}; {advice}") from error
-    lines, bad = [], []
-    # Split at line feeds only: str.splitlines also breaks at U+2028 and would shift the numbers.
-    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        try:
-            lines.append(line.decode("utf-8").strip())
-        except UnicodeDecodeError as error:
-            bad.append(f"line {number} (byte 0x{line[error.start]:02x} at position {error.start + 1})")
-    if bad:
-        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
-        raise FlagError(field, path, f"not UTF-8 text: {', '.join(bad[:5])}{more}")
-    if lines and not lines[-1]:
-        lines.pop()  # nothing follows the last line feed
-    found = [line for line in lines if line]
-    if not found:
-        raise FlagError(field, path, f"no prompts in it; {advice}")
-    kept = list(dict.fromkeys(found)) if unique else found
-    return PromptFile(kept, empty=len(lines) - len(found), duplicates=len(found) - len(kept))

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from fastvideo.config import GRPOConfig
 from fastvideo.dataset.latent_flux_rl_datasets import LatentFluxRLDataset, collate
-from fastvideo.io.files import read_prompts, write_bytes
+from fastvideo.io.files import write_bytes
+from fastvideo.io.prompts import read_prompts
 from fastvideo.io.scores import evaluation_scores, write_scores
 from fastvideo.models.reward_model.utils import RewardModel, build_reward_models, check_reward_files, compute_reward
 from fastvideo.runtime.engines import Engine

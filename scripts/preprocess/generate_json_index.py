@@ -14,7 +14,8 @@ from pathlib import Path
 
 from fastvideo.cli import FlagError, flag_errors
 from fastvideo.dataset.latent_flux_rl_datasets import FOLDERS
-from fastvideo.io.files import is_tensor_file, read_prompts, write_json
+from fastvideo.io.files import is_tensor_file, write_json
+from fastvideo.io.prompts import read_prompts
 
 
 def make_index(folder: Path, output: Path, prompt_file: str | None = None) -> int:

@@ -1,0 +1,187 @@
+"""Reading of prompt files: plain text with one prompt per line, JSON, JSON Lines, and tables (CSV, TSV)."""
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastvideo.cli import FlagError
+
+KEYS = ("prompt", "caption", "text")  # of JSON objects and columns; the first that is there counts
+ADVICE = (
+    "give text with one prompt per line, a JSON list or JSON Lines of texts or objects with a prompt, caption or text, "
+    "or a CSV or TSV file with such a column"
+)
+_MARKS = {b"\xef\xbb\xbf": "utf-8", b"\xff\xfe\x00\x00": "utf-32-le", b"\x00\x00\xfe\xff": "utf-32-be"}
+_MARKS |= {b"\xff\xfe": "utf-16-le", b"\xfe\xff": "utf-16-be"}  # after UTF-32, whose mark begins alike
+# The first line of JSON that is spread over lines, or that begins with an object.
+_JSON_START = re.compile(r'[\[{]|\[\s*[\[{]|\[?\s*\{\s*"[^"]*"\s*:.*')
+
+
+@dataclass(frozen=True)
+class PromptFile:
+    """The prompts of a file, and how many entries were left out."""
+
+    prompts: list[str]
+    empty: int  # blank lines, empty texts
+    duplicates: int  # repeated prompts
+
+    def __str__(self) -> str:
+        return f"{len(self.prompts)} prompts ({self.empty} empty lines and {self.duplicates} duplicates left out)"
+
+
+def read_prompts(path: str | Path, field: str, unique: bool = True) -> PromptFile:
+    """The prompts of a file, in order. `unique`: a repeated prompt is kept once.
+
+    The suffixes .json, .jsonl, .csv and .tsv tell the format. In all other files every line is a prompt, unless the
+    whole file is JSON: a prompt may begin with a brace and have commas. Text is UTF-8, or UTF-16 with or without mark.
+
+    Raises FlagError about the setting `field` for a file that is missing, isn't text, has no prompts, or has an entry
+    that is none. The message names the bad lines: if they were skipped, nobody would notice the missing prompts.
+    """
+    suffix = Path(path).suffix.lower()
+    try:
+        text = _decode(Path(path).read_bytes())
+        if suffix in (".csv", ".tsv"):
+            found = list(_column(text, "\t" if suffix == ".tsv" else ",;\t"))
+        elif (entries := _json_entries(text, named=suffix in (".json", ".jsonl", ".ndjson"))) is not None:
+            found = [_text_of(*entry) for entry in entries]
+        else:
+            found = text.split("\n")
+            _check_plain(found)
+    except OSError as error:
+        raise FlagError(field, path, f"{error.strerror or error}; {ADVICE}") from error
+    except ValueError as error:
+        raise FlagError(field, path, f"{error}; {ADVICE}") from error
+    # A line break inside a prompt would make two of it wherever prompts are lines.
+    stripped = [re.sub(r"\s*\n\s*", " ", text.strip()) for text in found]
+    if stripped and not stripped[-1]:
+        stripped.pop()  # nothing follows the last line feed
+    prompts = [text for text in stripped if text]
+    if not prompts:
+        raise FlagError(field, path, f"no prompts in it; {ADVICE}")
+    kept = list(dict.fromkeys(prompts)) if unique else prompts
+    return PromptFile(kept, empty=len(stripped) - len(prompts), duplicates=len(prompts) - len(kept))
+
+
+def _decode(data: bytes) -> str:
+    """The text of a file, with line feeds as line ends. Raises ValueError, which names the bad lines."""
+    mark = next((mark for mark in _MARKS if data.startswith(mark)), b"")
+    encoding, data = _MARKS.get(mark, "utf-8"), data.removeprefix(mark)
+    unmarked = encoding == "utf-8" and data.count(b"\0") * 4 >= len(data) > 0  # half of the bytes of English in UTF-16
+    if unmarked:
+        encoding = "utf-16-be" if data[::2].count(b"\0") > data[1::2].count(b"\0") else "utf-16-le"
+    if encoding == "utf-8":
+        _check_lines(data)
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not {encoding.upper()} text: {error.reason} at byte {error.start}") from error
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    if control := re.search(r"[\0-\x08\x0e-\x1f]" if unmarked else r"\0", text):
+        line = text.count("\n", 0, control.start()) + 1
+        raise ValueError(f"not a text file: line {line} has the control character {ord(control[0])}")
+    return text
+
+
+def _check_lines(data: bytes) -> None:
+    """Raises ValueError, which names lines, for bytes that aren't UTF-8."""
+    bad = []
+    # Not str.splitlines, which also breaks at U+2028 and would shift the numbers.
+    for number, line in enumerate(re.split(rb"\r\n|\r|\n", data), start=1):
+        try:
+            line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            bad.append(f"line {number} (byte 0x{line[error.start]:02x} at position {error.start + 1})")
+    if bad:
+        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+        raise ValueError(f"not UTF-8 text: {', '.join(bad[:5])}{more}")
+
+
+def _json_entries(text: str, named: bool) -> list[tuple[str, Any]] | None:
+    """(place, entry) of a JSON list or of JSON Lines. None: not JSON.
+
+    named: the file's name says that it is JSON. Otherwise only lists and lines of texts and objects are taken for it.
+    Raises ValueError for JSON with a fault.
+    """
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    first = lines[0][1].strip() if lines else ""
+    if not named and not first.startswith(("[", "{")):
+        return None
+    try:
+        entries = _parse_json(text, lines)
+    except ValueError:
+        if named or _JSON_START.fullmatch(first):
+            raise
+        return None
+    return entries if named or all(isinstance(entry, (str, dict)) for _, entry in entries) else None
+
+
+def _parse_json(text: str, lines: list[tuple[int, str]]) -> list[tuple[str, Any]]:
+    try:
+        whole = json.loads(text)
+    except json.JSONDecodeError as error:
+        entries = []
+        for number, line in lines:
+            try:
+                entries.append((f"line {number}", json.loads(line)))
+            except (ValueError, RecursionError):
+                raise ValueError(f"line {number if entries else error.lineno}: not JSON") from error
+        return entries
+    except RecursionError as error:
+        raise ValueError("JSON with too many levels") from error
+    if isinstance(whole, list):
+        return [(f"entry {number}", entry) for number, entry in enumerate(whole)]
+    return [("line 1", whole)]
+
+
+def _text_of(place: str, entry: Any) -> str:
+    """The prompt of a JSON entry. Raises ValueError, which names the place, if it has none."""
+    found = next((entry[key] for key in KEYS if key in entry), None) if isinstance(entry, dict) else entry
+    if not isinstance(found, str):
+        raise ValueError(f"{place}: neither a text nor an object with a text under {', '.join(KEYS)}")
+    return found
+
+
+def _column(text: str, delimiters: str) -> Iterator[str]:
+    """The texts of a table's prompt column. Raises ValueError, which names the line."""
+    try:
+        for delimiter in delimiters:
+            rows = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True)
+            header = [name.strip().lower() for name in next(filter(None, rows), [])]
+            column = next((header.index(key) for key in KEYS if key in header), None)
+            if column is not None:
+                break
+        else:
+            raise ValueError(f"line 1: no column {', '.join(KEYS)}")
+        for row in rows:
+            if row and len(row) != len(header):
+                raise ValueError(f"line {rows.line_num}: {len(row)} fields; the header has {len(header)}")
+            yield row[column] if row else ""
+    except csv.Error as error:
+        raise ValueError(f"line {rows.line_num}: {error}") from error
+
+
+def _is_entry(line: str) -> bool:
+    """Whether a line is a JSON object with a prompt."""
+    try:
+        return line.lstrip().startswith("{") and bool(set(KEYS) & set(json.loads(line)))
+    except (ValueError, RecursionError):
+        return False
+
+
+def _check_plain(lines: list[str]) -> None:
+    """Raises ValueError for plain lines that are a table with a header, and for a JSON object among them."""
+    objects = (number for number, line in enumerate(lines, start=1) if _is_entry(line))
+    if (number := next(objects, None)) is not None:
+        raise ValueError(f"line {number}: a JSON object, the first line is none")
+    lines = [line for line in lines if line.strip()]
+    for delimiter in "\t,;":
+        header = [name.strip().lower() for name in lines[0].split(delimiter)] if lines else []
+        names = len(header) > 1 and all(re.fullmatch(r"[\w .-]{1,30}", name) for name in header)
+        if names and set(KEYS) & set(header) and all(line.count(delimiter) >= len(header) - 1 for line in lines):
+            raise ValueError("line 1: the header of a table; name the file .csv or .tsv")

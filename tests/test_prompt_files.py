@@ -1,0 +1,134 @@
+"""Formats of prompt files: what can be read is read, anything else is refused with one line that names the place."""
+
+import gzip
+import json
+import shutil
+from pathlib import Path
+
+from fastvideo import train_grpo_flux
+from fastvideo.cli import FlagError
+from fastvideo.data_preprocess import preprocess_flux_embedding
+from fastvideo.io.prompts import read_prompts
+from fastvideo.sample import sample_flux
+
+import pytest
+
+TWO = ["a red circle, big", "два синих квадрата"]
+LINES = "\n".join(TWO) + "\n"
+OBJECTS = [{"tag": 1, "prompt": TWO[0]}, {"tag": 2, "prompt": TWO[1]}]
+JSON_LINES = "".join(json.dumps(entry) + "\n" for entry in OBJECTS)
+READ = {
+    "lines.txt": LINES,
+    "windows.txt": LINES.replace("\n", "\r\n"),
+    "old_mac.txt": LINES.replace("\n", "\r"),
+    "no_suffix": LINES.rstrip(),
+    "mark.txt": LINES.encode("utf-8-sig"),
+    "utf16.txt": LINES.encode("utf-16"),
+    "utf16_be_mark.txt": b"\xfe\xff" + LINES.encode("utf-16-be"),
+    "utf32.txt": LINES.encode("utf-32"),
+    "list.json": json.dumps(TWO),
+    "list.txt": json.dumps(TWO, ensure_ascii=False),
+    "captions.json": json.dumps([{"caption": TWO[0]}, {"text": TWO[1]}], indent=1),
+    "captions.txt": json.dumps([{"caption": TWO[0]}, TWO[1]], indent=1),
+    "lines.jsonl": JSON_LINES,
+    "lines.json": "\n" + JSON_LINES,
+    "json_lines.txt": JSON_LINES.replace("\n", "\r\n"),
+    "texts.jsonl": "".join(json.dumps(text) + "\n" for text in TWO),
+    "table.csv": f'id,caption\n1,"{TWO[0]}"\n2,{TWO[1]}\n',
+    "excel.csv": f"Prompt;seed\n{TWO[0]};1\n{TWO[1]};2\n".encode("utf-8-sig"),
+    "tabs.tsv": f"seed\ttext\n1\t{TWO[0]}\n2\t{TWO[1]}\n",
+    "both.csv": f'text,prompt\nx,"{TWO[0]}"\nx,{TWO[1]}\n',
+}
+
+
+def write(folder: Path, name: str, content: str | bytes) -> Path:
+    path = folder / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+@pytest.mark.parametrize("name", READ)
+def test_every_format_gives_the_same_prompts(name, tmp_path):
+    assert read_prompts(write(tmp_path, name, READ[name]), "prompts_file").prompts == TWO
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf_16_is_read_without_a_mark(encoding, tmp_path):
+    text = "a red circle\nün café\n"
+    assert read_prompts(write(tmp_path, "p.txt", text.encode(encoding)), "x").prompts == text.splitlines()
+
+
+def test_plain_prompts_may_have_braces_brackets_commas_and_other_line_separators(tmp_path):
+    prompts = [
+        '{red|blue} circle, "big", id: 3',
+        "[close-up] a face",
+        "{}",
+        "prompt, caption",
+        "two\u2028still two",
+        "[1, 2]",
+    ]
+    for start in range(len(prompts)):
+        given = prompts[start:] + prompts[:start]
+        assert read_prompts(write(tmp_path, "p.txt", "\n".join(given)), "prompts_file").prompts == given
+    assert read_prompts(write(tmp_path, "p.txt", "[1, 2]"), "prompts_file").prompts == ["[1, 2]"]
+
+
+def test_a_line_break_inside_a_prompt_is_a_space_and_empty_entries_are_counted(tmp_path):
+    found = read_prompts(write(tmp_path, "p.jsonl", '"a\\n b"\n""\n"c"\n"c"\n'), "prompts_file")
+    assert (found.prompts, found.empty, found.duplicates) == (["a b", "c"], 1, 1)
+
+
+REFUSED = {
+    "cut.jsonl": (JSON_LINES[:-5], "line 2: not JSON"),
+    "cut.txt": (JSON_LINES[:-5], "line 2: not JSON"),
+    "cut.json": (json.dumps(OBJECTS, indent=1)[:-20], "line [0-9]+: not JSON"),
+    "cut_list.txt": (json.dumps(OBJECTS, indent=1)[:-20], "line [0-9]+: not JSON"),
+    "other_key.jsonl": (
+        '{"prompt": "a"}\n{"sentence": "b"}\n',
+        "line 2: neither a text nor an object",
+    ),
+    "other_key.txt": ('{"sentence": "a"}\n{"sentence": "b"}\n', "line 1: neither"),
+    "numbers.json": ("[1, 2]", "entry 0: neither"),
+    "null.json": ('["a", {"prompt": null}]', "entry 1: neither"),
+    "object.json": ('{"images": []}', "line 1: neither"),
+    "nested.json": ("[" * 100_000, "too many levels"),
+    "plain.json": ("a red circle\n", "line 1: not JSON"),
+    "empty.json": ("[]", "no prompts in it"),
+    "comment.txt": ("# prompts\n" + JSON_LINES, "line 2: a JSON object"),
+    "no_header.csv": ("1,a red circle\n2,a blue square\n", "line 1: no column prompt, caption, text"),
+    "unquoted.csv": ("id,prompt\n1,a\n2,a red, big circle\n", "line 3: 3 fields; the header has 2"),
+    "short.csv": ("id,prompt\n1\n", "line 2: 1 fields; the header has 2"),
+    "open_quote.csv": ('prompt\n"a\n', "line 2: unexpected end of data"),
+    "table.txt": ("id,caption\n1,a red circle\n", "line 1: the header of a table; name the file .csv"),
+    "tabs.txt": ("prompt\tseed\na red circle\t3\n", "line 1: the header of a table"),
+    "nul.txt": ("one\ntwo\0\n", "line 2 has the control character 0"),
+    "zeros.txt": (bytes(100), "line 1 has the control character"),
+    "latin1.txt": ("one\rcaf\xe9".encode("latin-1"), r"not UTF-8 text: line 2 \(byte 0xe9 at position 4\)"),
+    "odd.txt": ("\ufeffone".encode("utf-16-le")[:-1], "not UTF-16-LE text"),
+    "prompts.txt.gz": (gzip.compress(LINES.encode() * 20), "not UTF-8 text: line 1"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_no_list_of_prompts_is_refused_with_its_place_and_the_formats(name, tmp_path):
+    content, problem = REFUSED[name]
+    message = f"^prompts_file .*{name}: .*{problem}.*; give text with one prompt per line, a JSON"
+    with pytest.raises(FlagError, match=message) as error:
+        read_prompts(write(tmp_path, name, content), "prompts_file")
+    assert "\n" not in str(error.value)
+
+
+def test_all_programs_read_prompts_alike(tiny_flux, tmp_path, flags, refused):
+    table = write(tmp_path, "p.csv", "id,caption\n1,a red circle\n2,a blue square\n")
+    embed = ["--model_path", tiny_flux, "--output_dir", str(tmp_path / "embedded"), "--prompt_dir"]
+    index = preprocess_flux_embedding.main([*embed, str(table)])
+    assert [entry["caption"] for entry in json.loads(index.read_text())] == ["a red circle", "a blue square"]
+    shutil.rmtree(index.parent)
+    bad = str(write(tmp_path, "bad.csv", "1,a red circle\n"))
+    with refused("--prompt_dir .*bad.csv: line 1"):
+        preprocess_flux_embedding.main([*embed, bad])
+    with refused("--prompts_file .*bad.csv: line 1"):
+        sample_flux.main(["--pretrained_model_name_or_path", tiny_flux, "--baseline", "--prompts_file", bad])
+    with refused("--prompts_file .*bad.csv: line 1"):
+        train_grpo_flux.main(flags(prompts_file=bad))
+    assert not index.parent.exists() and not (tmp_path / "run").exists()
