@@ -435,6 +435,8 @@ class GRPOConfig(RewardSpecConfig):
         self._need(fits, "fsdp_sharding_startegy", f"goes with --parallel fsdp, not {engine}")
         instead = "splits nothing; choose --parallel ddp, or full, hybrid_full or hybrid_zero2"
         self._need(strategy != "none" or engine != "fsdp", "fsdp_sharding_startegy", instead)
+        fits = self.master_weight_type == "fp32" or self.mixed_precision == "bf16" or self.use_lora
+        self._need(fits, "master_weight_type", "goes with --mixed_precision bf16: the VAE and the inputs are fp32")
         if engine == "deepspeed":
             own = "DeepSpeed splits the weights its own way; choose --parallel fsdp"
             self._need(self.ema_decay == 0, "ema_decay", own)

@@ -33,11 +33,13 @@ from fastvideo.data_preprocess.preprocess_flux_embedding import embed_prompts
 from fastvideo.dataset.latent_flux_rl_datasets import LatentFluxRLDataset, PromptSampler, collate, outlive_signals
 from fastvideo.eval.live import live_report
 from fastvideo.io.processes import entry_point, stop_signals
+from fastvideo.io.prompts import read_prompts
 from fastvideo.io.scores import reward_schema
 from fastvideo.models.flux import (
     Conditioning,
     LatentShape,
     check_lora_targets,
+    check_pipeline,
     check_sequence_split,
     decode_latents,
     load_vae,
@@ -598,9 +600,12 @@ def set_up(config: GRPOConfig) -> tuple[Trainer, PromptSampler, DataLoader]:
     """Builds the trainer and its data. Everything that bad input can break happens here, the cheap checks first."""
     check_reward_files(config)
     check_evaluation(config)
+    check_pipeline(config.pretrained_model_name_or_path)
     dataset = (
         LatentFluxRLDataset(config.data_json_path, config.cfg, config.sampler_seed) if config.data_json_path else None
     )
+    if dataset is None:
+        read_prompts(config.prompts_file, "prompts_file")
     if config.use_lora:
         check_lora_targets(meta_transformer(config.pretrained_model_name_or_path), config.lora_target_modules)
     if config.train_micro_batch_size is None:

@@ -284,6 +284,7 @@ def test_contradictions_are_errors(capsys, argv, named):
         ("--max_iters_per_group 1 --min_iters_per_group 2", ("--max_iters_per_group 1", "min_iters_per_group")),
         ("--lr_scheduler sometimes", ("--lr_scheduler", "sometimes", "cosine")),
         ("--lr_scheduler piecewise_constant", ("--lr_scheduler", "cosine")),
+        ("--master_weight_type bf16 --mixed_precision no", ("--master_weight_type bf16", "--mixed_precision bf16")),
         ("--mixed_precision int8", ("--mixed_precision", "int8", "bf16")),
         ("--advantage_rerange_strategy sort", ("--advantage_rerange_strategy", "sort", "balance")),
         ("--sp_size 0", ("--sp_size 0",)),

@@ -5,7 +5,6 @@ is the VAE's down-scaling factor (8 in FLUX.1).
 """
 
 import math
-import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,14 +13,17 @@ from pathlib import Path
 
 import fastvideo.torchvision_repair  # noqa: F401  (before diffusers)
 from fastvideo.cli import FlagError
+from fastvideo.io.weights import mismatch, not_finite, stored_shapes
+from fastvideo.models.lora import Adapters, find_lora, read_adapters
 
 import torch
-from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
+from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel, ModelMixin
 from diffusers.image_processor import VaeImageProcessor
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from transformers import CLIPTextModel, T5EncoderModel
 
 BASE = "pretrained_model_name_or_path"  # the setting that names the base model
 
@@ -43,15 +45,37 @@ def _load(cls: type, path: str, field: str = BASE, **kwargs):
         )
     try:
         return cls.from_pretrained(path, **kwargs)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        cause = " ".join(str(error).split())[:300]
         if Path(path).exists():
-            raise ModelNotFoundError(field, path, str(error)) from error
+            raise ModelNotFoundError(field, path, cause) from error
         raise ModelNotFoundError(
             field,
             path,
             "the hub did not give it. For a gated repository such as FLUX.1-dev, accept the licence on its page and "
-            f"set HF_TOKEN; without a network give a local folder. Cause: {error}",
+            f"set HF_TOKEN; without a network give a local folder. Cause: {cause}",
         ) from error
+
+
+def _load_weights(cls: type, path: str, field: str = BASE, **kwargs) -> torch.nn.Module:
+    """`_load` of a model. Raises ModelNotFoundError too if weights are missing, unknown or not finite.
+
+    diffusers and transformers only warn of missing weights, and fill them with random numbers.
+    """
+    own = issubclass(cls, ModelMixin)  # of diffusers; the text encoders are of transformers
+    report_sizes = {} if own else {"ignore_mismatched_sizes": True}  # diffusers' error names the weight by itself
+    model, report = _load(cls, path, field, output_loading_info=True, **report_sizes, **kwargs)
+    wanted, stored = (dict.fromkeys(sorted(report[kind]), ()) for kind in ("missing_keys", "unexpected_keys"))
+    for name, shape, expected in report["mismatched_keys"]:
+        wanted[name], stored[name] = expected, shape
+    if not wanted and not own:
+        stored = {}  # text encoders come with parts that FLUX doesn't use
+    problem = mismatch(wanted, stored)
+    if problem is None and (name := not_finite(model.state_dict())):
+        problem = f"{name} has values that aren't finite"
+    if problem:
+        raise ModelNotFoundError(field, path, f"wrong weights in {kwargs.get('subfolder', 'it')}: {problem}")
+    return model
 
 
 def _transformer_place(path: str) -> dict[str, str]:
@@ -64,7 +88,7 @@ def load_transformer(path: str, dtype: torch.dtype = torch.float32, field: str =
 
     Raises ModelNotFoundError about the setting `field`.
     """
-    transformer = _load(FluxTransformer2DModel, path, field, dtype=dtype, **_transformer_place(path))
+    transformer = _load_weights(FluxTransformer2DModel, path, field, dtype=dtype, **_transformer_place(path))
     # Without a dtype conversion, weights are views of the file with any alignment. CPU kernels round differently on
     # unaligned tensors, so a resumed run would differ from an uninterrupted run.
     for parameter in transformer.parameters():
@@ -72,11 +96,55 @@ def load_transformer(path: str, dtype: torch.dtype = torch.float32, field: str =
     return transformer
 
 
-def meta_transformer(path: str, dtype: torch.dtype = torch.float32) -> FluxTransformer2DModel:
+def meta_transformer(path: str, dtype: torch.dtype = torch.float32, field: str = BASE) -> FluxTransformer2DModel:
     """The transformer without weights, on the meta device. Costs neither time nor memory."""
-    config = _load(_Config, path, **_transformer_place(path))
-    with torch.device("meta"):
-        return torch.nn.Module.to(FluxTransformer2DModel.from_config(config), dtype)  # ModelMixin.to would warn
+    place = _transformer_place(path)
+    return torch.nn.Module.to(_meta_model(FluxTransformer2DModel, path, field, **place), dtype)  # ModelMixin.to warns
+
+
+def _meta_model(cls: type, path: str, field: str = BASE, **place: str) -> torch.nn.Module:
+    config = _load(_Config, path, field, **place)
+    try:
+        with torch.device("meta"):
+            return cls.from_config(config)
+    except Exception as error:  # a constructor raises nearly anything for a value that it doesn't expect
+        problem = f"its config.json doesn't describe a {cls.__name__}: {type(error).__name__} {error}"
+        raise ModelNotFoundError(field, path, " ".join(problem.split())[:300]) from error
+
+
+def check_transformer(path: str, field: str = BASE) -> FluxTransformer2DModel:
+    """`meta_transformer`, whose weights fit its config.json as far as the headers of local files tell.
+
+    Raises ModelNotFoundError about the setting `field`.
+    """
+    transformer = meta_transformer(path, field=field)
+    check_files(path, Path(path, _transformer_place(path).get("subfolder", "")), field, transformer)
+    return transformer
+
+
+def check_files(path: str, place: Path, field: str = BASE, model: torch.nn.Module | None = None) -> None:
+    """Raises ModelNotFoundError about the setting `field` = `path` for damaged weights, or weights of another model.
+
+    place: a .safetensors file, or a folder with a part of the model at `path`. Nothing there: nothing to check.
+    """
+    try:
+        stored = stored_shapes(place)
+    except ValueError as error:
+        raise ModelNotFoundError(field, path, str(error)) from error
+    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()} if model and stored else stored
+    if problem := mismatch(wanted, stored):
+        raise ModelNotFoundError(field, path, f"wrong weights of the transformer: {problem}")
+
+
+def check_pipeline(path: str) -> None:
+    """Raises ModelNotFoundError for a pipeline with damaged files, before anything slow: reads headers, not weights.
+
+    Loading checks the rest, and pipelines of a hub.
+    """
+    check_transformer(path)
+    meta_vae(path)
+    for part in ("vae", "text_encoder", "text_encoder_2"):
+        check_files(path, Path(path, part))
 
 
 def random_transformer(path: str, dtype: torch.dtype, seed: int, device: torch.device | str) -> FluxTransformer2DModel:
@@ -98,12 +166,10 @@ class _Config:
 
     @staticmethod
     def from_pretrained(path: str, **kwargs) -> dict:
-        return FluxTransformer2DModel.load_config(path, **kwargs)
+        return FluxTransformer2DModel.load_config(path, **kwargs)  # of any model
 
 
 # --- LoRA -------------------------------------------------------------------------------------------------------------
-
-LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that FluxPipeline.load_lora_weights looks for
 
 
 def check_lora_targets(transformer: FluxTransformer2DModel, targets: Sequence[str]) -> None:
@@ -128,26 +194,25 @@ def add_lora(transformer: FluxTransformer2DModel, rank: int, alpha: int, targets
             parameter.data = parameter.data.float()
 
 
-def save_lora(folder: Path, weights: dict[str, torch.Tensor], transformer: FluxTransformer2DModel) -> None:
-    """Writes adapters to a file that FluxPipeline.load_lora_weights reads. weights: named as in the transformer."""
-    FluxPipeline.save_lora_weights(
-        folder,
-        transformer_lora_layers={name.replace(".default.", "."): tensor for name, tensor in weights.items()},
-        transformer_lora_adapter_metadata=transformer.peft_config["default"].to_dict(),
-    )
+def load_with_lora(
+    base: str, lora: str | Path, dtype: torch.dtype = torch.float32, field: str = "model_path"
+) -> FluxTransformer2DModel:
+    """The transformer of the pipeline `base` with the adapters of a LoRA file, or of a folder with one.
 
-
-def read_lora(folder: Path) -> dict[str, torch.Tensor]:
-    """The adapters that `save_lora` wrote, named as in a transformer whose adapter is `default`."""
-    stored = load_file(folder / LORA_FILE)
-    return {re.sub(r"\.(lora_[AB])\.", r".\1.default.", k.removeprefix("transformer.")): v for k, v in stored.items()}
-
-
-def load_with_lora(base: str, lora: str, dtype: torch.dtype = torch.float32) -> FluxTransformer2DModel:
-    """The transformer of the pipeline `base` with the adapters of the folder `lora`."""
+    Raises FlagError about the setting `field`, before weights of `base` are loaded, for adapters that aren't understood
+    in full or don't fit.
+    """
+    adapters = check_lora(base, lora, field)
     transformer = load_transformer(base, dtype)
-    transformer.load_lora_adapter(lora, weight_name=LORA_FILE, prefix="transformer")
+    adapters.put_into(transformer)
     return transformer
+
+
+def check_lora(base: str, lora: str | Path, field: str = "model_path") -> Adapters:
+    """The adapters of a LoRA file, or of a folder with one. Raises FlagError unless they fit the pipeline `base`."""
+    adapters = read_adapters(find_lora(lora, field), field)
+    adapters.check_fit(meta_transformer(base))
+    return adapters
 
 
 @contextmanager
@@ -166,19 +231,13 @@ def without_lora(transformer: FluxTransformer2DModel) -> Iterator[None]:
             layer._disable_adapters = False
 
 
-def is_lora(path: str | Path) -> bool:
-    """Whether the folder holds adapters rather than a whole transformer."""
-    return (Path(path) / LORA_FILE).is_file()
-
-
 def load_vae(path: str, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
-    return _load(AutoencoderKL, path, subfolder="vae", dtype=dtype).eval().requires_grad_(False)
+    return _load_weights(AutoencoderKL, path, subfolder="vae", dtype=dtype).eval().requires_grad_(False)
 
 
 def meta_vae(path: str) -> AutoencoderKL:
     """The VAE without weights, on the meta device."""
-    with torch.device("meta"):
-        return AutoencoderKL.from_config(_load(_Config, path, subfolder="vae"))
+    return _meta_model(AutoencoderKL, path, subfolder="vae")
 
 
 def load_text_encoders(path: str, dtype: torch.dtype = torch.float32) -> FluxPipeline:
@@ -186,7 +245,9 @@ def load_text_encoders(path: str, dtype: torch.dtype = torch.float32) -> FluxPip
 
     Raises FlagError if a tokenizer has no vocabulary: transformers 5 then makes one that encodes all prompts alike.
     """
-    pipe = _load(FluxPipeline, path, transformer=None, vae=None, dtype=dtype)
+    classes = {"text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel}
+    encoders = {part: _load_weights(cls, path, subfolder=part, dtype=dtype) for part, cls in classes.items()}
+    pipe = _load(FluxPipeline, path, transformer=None, vae=None, dtype=dtype, **encoders)
     for part in ("tokenizer", "tokenizer_2"):
         tokenizer = getattr(pipe, part)
         if len(tokenizer) <= len(tokenizer.all_special_tokens) + 1:  # an empty T5 tokenizer still has the space

@@ -19,7 +19,7 @@ class MergeConfig:
     pretrained_model_name_or_path: str | None = flag(
         None, "base FLUX pipeline: a folder or a hub id (None: the base model of the checkpoint)"
     )
-    model_path: str = flag("outputs/lora", "LoRA checkpoint, or its ema/ folder")
+    model_path: str = flag("outputs/lora", "LoRA checkpoint, its ema/ folder, or any LoRA file that diffusers reads")
     output_dir: str = flag("outputs/merged", "folder for the full transformer; must be empty or new")
     dtype: str = flag("bf16", "number format of the result; the sum is computed in fp32", choices=["fp32", "bf16"])
 
@@ -33,19 +33,18 @@ if __name__ == "__main__":  # before the slow imports: --help and a refused flag
     parse_first(MergeConfig, doc=__doc__)
 
 from fastvideo.io.devices import torch_dtype
-from fastvideo.models.flux import BASE, LORA_FILE, is_lora, load_with_lora
+from fastvideo.models.flux import BASE, load_with_lora
+from fastvideo.models.lora import find_lora
 from fastvideo.runtime.checkpoint import RECORD, read_record
 from fastvideo.runtime.resume import check_base_model
 
 
-def base_model(config: MergeConfig) -> str:
-    """The base model: the given one, or the one that the checkpoint names.
+def base_model(config: MergeConfig, adapters: Path) -> str:
+    """The base model of the file `adapters`: the given one, or the one that the checkpoint names.
 
-    Raises FlagError if `model_path` holds no adapters, and for adapters of another or an unknown base model.
+    Raises FlagError for adapters of another or an unknown base model.
     """
-    if not is_lora(config.model_path):
-        raise FlagError("model_path", config.model_path, f"no {LORA_FILE} in it; give a LoRA checkpoint folder")
-    folders = (Path(config.model_path), Path(config.model_path).parent)  # the checkpoint, or of its ema/
+    folders = (adapters.parent, adapters.parent.parent)  # the checkpoint, or of its ema/
     checkpoint = next((folder for folder in folders if (folder / RECORD).exists()), None)
     if checkpoint is None and config.pretrained_model_name_or_path is None:
         raise FlagError(BASE, None, f"needed, as {config.model_path} has no {RECORD}")
@@ -58,7 +57,8 @@ def base_model(config: MergeConfig) -> str:
 
 def merge(config: MergeConfig) -> Path:
     """Writes config.json and diffusion_pytorch_model.safetensors. Raises FlagError if a model can't be used."""
-    transformer = load_with_lora(base_model(config), config.model_path)
+    adapters = find_lora(config.model_path, "model_path")
+    transformer = load_with_lora(base_model(config, adapters), adapters)
     transformer.fuse_lora(safe_fusing=True)
     transformer.unload_lora()
     transformer.to(torch_dtype(config.dtype)).save_pretrained(config.output_dir, max_shard_size="1TB")

@@ -25,9 +25,7 @@ from typing import Any
 from fastvideo.config import GRPOConfig
 from fastvideo.io.files import write_json
 from fastvideo.io.fingerprint import local_folder, model_fingerprint, sample_file
-from fastvideo.models.flux import (
-    save_lora,
-)
+from fastvideo.models.lora import save_lora
 from fastvideo.runtime.engines import Engine, choose_engine
 
 import torch

@@ -13,9 +13,10 @@ from fastvideo.cli import FlagError
 from fastvideo.config import PLACES, GRPOConfig
 from fastvideo.io.files import write_bytes
 from fastvideo.io.fingerprint import sample_file
-from fastvideo.models.flux import add_lora, is_lora, load_transformer, read_lora
+from fastvideo.models.flux import add_lora, load_transformer
 from fastvideo.models.flux_speed import enable_gradient_checkpointing
 from fastvideo.models.int8 import quantize_blocks
+from fastvideo.models.lora import LORA_FILE, read_trained_lora
 from fastvideo.runtime.checkpoint import (
     FORMAT,
     RECORD,
@@ -127,7 +128,8 @@ def _damage(path: Path) -> str | None:
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     """The trained parameters in a checkpoint or its ema/, named as in the transformer."""
-    return read_lora(folder) if is_lora(folder) else load_transformer(str(folder)).state_dict()
+    adapters = folder / LORA_FILE
+    return read_trained_lora(adapters) if adapters.is_file() else load_transformer(str(folder)).state_dict()
 
 
 def load_trained(config: GRPOConfig, engine: Engine, checkpoint: Path | None) -> FluxTransformer2DModel:

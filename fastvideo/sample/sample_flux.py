@@ -164,20 +164,25 @@ if __name__ == "__main__":  # before the slow imports: --help and a refused flag
 
 from fastvideo.eval.benchmark import read_benchmark
 from fastvideo.io.devices import resolve_dtype, torch_dtype
-from fastvideo.io.files import read_prompts, write_bytes, write_json
+from fastvideo.io.files import write_bytes, write_json
 from fastvideo.io.fingerprint import model_fingerprint, sample_file
 from fastvideo.io.processes import Processes, barrier, processes
+from fastvideo.io.prompts import read_prompts
 from fastvideo.io.resumable import Claims, Store, digest, finish
+from fastvideo.io.weights import not_finite
 from fastvideo.models.flux import (
-    LORA_FILE,
     LatentShape,
-    is_lora,
+    check_files,
+    check_lora,
+    check_pipeline,
+    check_transformer,
     load_text_encoders,
     load_transformer,
     load_vae,
     load_with_lora,
     meta_transformer,
 )
+from fastvideo.models.lora import LORA_CONFIG, LORA_FILE, lora_file
 
 import numpy as np
 import torch
@@ -186,7 +191,6 @@ from accelerate.hooks import CpuOffload, UserCpuOffloadHook
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from PIL import Image, PngImagePlugin
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 PIPELINE_FOLDERS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae")
@@ -284,31 +288,42 @@ def _weight_file(model_path: str) -> Path | None:
     return file if file.is_file() and not (path / "config.json").is_file() else None
 
 
-def _lora_folder(model_path: str) -> str | None:
-    """The folder of LoRA adapters, if the path is that folder or the file in it; else None."""
-    path = Path(model_path)
-    folder = path.parent if path.name == LORA_FILE else path
-    return str(folder) if is_lora(folder) else None
+def check_tuned(base: str, model_path: str) -> None:
+    """Raises FlagError for a tuned model that isn't there, is damaged, or can't take the place of the base model's.
+
+    Reads LoRA adapters, and of whole models only the headers. Checks nothing of a hub id.
+    """
+    if lora_file(model_path):
+        check_lora(base, model_path)
+    elif file := _weight_file(model_path):
+        if file.suffix != ".safetensors":
+            problem = f"a {file.suffix} file may hold code; give a .safetensors file, LoRA or whole transformer"
+            raise FlagError("model_path", model_path, problem)
+        check_files(model_path, file, "model_path", meta_transformer(base))
+    elif Path(model_path).exists() or model_path.count("/") != 1:
+        found, wanted = check_transformer(model_path, "model_path").config, meta_transformer(base).config
+        for name in ("in_channels", "joint_attention_dim", "pooled_projection_dim", "guidance_embeds"):
+            if found[name] != wanted[name]:
+                problem = f"has {name} {found[name]}, --pretrained_model_name_or_path {base} has {wanted[name]}"
+                raise FlagError("model_path", model_path, problem)
 
 
 def load_tuned(base: str, model_path: str, dtype: torch.dtype) -> FluxTransformer2DModel:
     """The transformer that `--model_path` names. LoRA adapters are put into the transformer of the pipeline `base`.
 
-    Raises FlagError for a model that isn't there or doesn't fit the base model.
+    Raises FlagError for a model that isn't there, isn't finite, or doesn't fit the base model.
     """
-    folder, file = _lora_folder(model_path), _weight_file(model_path)
-    try:
-        if folder:
-            return load_with_lora(base, folder, dtype)
-        if file:
-            transformer = meta_transformer(base, dtype).eval()
-            weights = {name: tensor.to(dtype, copy=True) for name, tensor in load_file(file).items()}
-            transformer.load_state_dict(weights, assign=True)
-            return transformer
-        return load_transformer(model_path, dtype, field="model_path")
-    except (RuntimeError, SafetensorError) as error:  # from torch and peft: other names or shapes
-        problem = f"doesn't fit --pretrained_model_name_or_path {base}: {' '.join(str(error).split())[:300]}"
-        raise FlagError("model_path", model_path, problem) from error
+    check_tuned(base, model_path)
+    if lora_file(model_path):
+        return load_with_lora(base, model_path, dtype)
+    if file := _weight_file(model_path):
+        transformer = meta_transformer(base, dtype).eval()
+        weights = {name: tensor.to(dtype, copy=True) for name, tensor in load_file(file).items()}
+        if name := not_finite(weights):
+            raise FlagError("model_path", model_path, f"{name} has values that aren't finite")
+        transformer.load_state_dict(weights, assign=True)
+        return transformer
+    return load_transformer(model_path, dtype, field="model_path")
 
 
 class HybridPipeline:
@@ -324,7 +339,7 @@ class HybridPipeline:
         base = config.pretrained_model_name_or_path
         self.config = config
         self.tuned = load_tuned(base, config.model_path, dtype) if any(tuned_steps) else None
-        self.lora = self.tuned is not None and _lora_folder(config.model_path) is not None
+        self.lora = self.tuned is not None and lora_file(config.model_path) is not None
         only_tuned = self.lora or min(tuned_steps) == config.total_sampling_steps
         self.base = self.tuned if only_tuned else load_transformer(base, dtype)
         components = load_text_encoders(base, dtype).components
@@ -390,10 +405,14 @@ class HybridPipeline:
 
 
 def _tuned_fingerprint(model_path: str) -> str | None:
-    folder, file = _lora_folder(model_path), _weight_file(model_path)
-    if file and not folder:
-        return str(sample_file(file)["sha256"])
-    return model_fingerprint(folder or model_path, (".", "transformer"))
+    adapters, file = lora_file(model_path), _weight_file(model_path)
+    if adapters and adapters.name == LORA_FILE:
+        return model_fingerprint(str(adapters.parent))
+    if not (adapters or file):
+        return model_fingerprint(model_path, (".", "transformer"))
+    found = str(sample_file(adapters or file)["sha256"])
+    config = (adapters or file).with_name(LORA_CONFIG)
+    return digest([found, sample_file(config)["sha256"]], 64) if adapters and config.is_file() else found
 
 
 def _settings(config: SampleConfig, dtype: str) -> dict[str, object] | None:
@@ -458,6 +477,9 @@ def sample(config: SampleConfig) -> Path:
     """
     prompts = read_prompt_list(config.prompts_file)
     runs = config.runs()
+    check_pipeline(config.pretrained_model_name_or_path)
+    if any(run.tuned_steps for run in runs):
+        check_tuned(config.pretrained_model_name_or_path, config.model_path)
     vae = load_vae(config.pretrained_model_name_or_path)
     LatentShape.of(vae, config.h, config.w)  # raises for a size that doesn't fit
     with processes(config.device) as here:

@@ -1,0 +1,257 @@
+"""LoRA files, ours and those of other programs: which file a path means, what it holds, and how strongly it acts.
+
+A file is used if diffusers' own converter (FluxPipeline.lora_state_dict) understands every tensor in it. It then acts
+as FluxPipeline.load_lora_weights makes it act: W + alpha / rank · B A in every layer. All other files are refused.
+"""
+
+import json
+import math
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fastvideo.torchvision_repair  # noqa: F401  (before diffusers)
+from fastvideo.cli import FlagError
+
+import torch
+from diffusers import FluxPipeline, FluxTransformer2DModel
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from diffusers.utils import convert_unet_state_dict_to_peft
+from peft import LoraConfig
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that FluxPipeline.load_lora_weights looks for
+LORA_CONFIG = "lora_config.json"  # DanceGRPO writes alpha and rank into this file beside LORA_FILE
+
+# A layer's name, then the name of one of its tensors: A (down), B (up) or alpha.
+_TENSOR = re.compile(r"(.+?)\.(?:(?:lora_[AB]|lora_down|lora_up|lora\.down|lora\.up|down|up)\.weight|alpha)")
+_TEXT_ENCODER = re.compile(r"text_encoder|lora_te")
+# Settings of a LoraConfig that are read below, or that don't matter once the adapters are trained. Others must have
+# their default: they change what the adapters compute.
+_KNOWN_SETTINGS = set(
+    "r lora_alpha rank_pattern alpha_pattern use_rslora init_lora_weights lora_dropout target_modules exclude_modules "
+    "layers_to_transform layers_pattern base_model_name_or_path revision task_type peft_type peft_version auto_mapping "
+    "inference_mode runtime_config qalora_group_size loftq_config eva_config corda_config lora_ga_config".split()
+)
+
+
+def lora_file(path: str | Path, field: str = "model_path") -> Path | None:
+    """The file of adapters that a path means: itself, LORA_FILE in a folder, or the only .safetensors file of a folder.
+
+    None: the path means something else. Raises FlagError about the setting `field` if a folder holds several adapters.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path if path.name == LORA_FILE or _names_adapters(path) else None
+    if (path / LORA_FILE).is_file():
+        return path / LORA_FILE
+    found = [] if (path / "config.json").exists() else [p for p in path.glob("*.safetensors") if _names_adapters(p)]
+    if len(found) > 1:
+        raise FlagError(field, path, f"holds {len(found)} LoRA files, none of them named {LORA_FILE}; give one of them")
+    return found[0] if found else None
+
+
+def find_lora(path: str | Path, field: str) -> Path:
+    """`lora_file`. Raises FlagError about the setting `field` if there is none."""
+    file = lora_file(path, field)
+    if file is None:
+        problem = f"no LoRA file; give a .safetensors file with adapters, or a folder with {LORA_FILE}"
+        raise FlagError(field, path, problem)
+    return file
+
+
+def _names_adapters(path: Path) -> bool:
+    try:
+        with safe_open(path, "pt") as file:
+            return any(re.search(r"lora|lokr_|hada_", name) for name in file.keys())  # noqa: SIM118  (no iterator)
+    except (OSError, SafetensorError):
+        return False
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """Adapters of a FLUX transformer's linear layers.
+
+    weights: `{layer}.lora_A.weight` [rank, inputs] and `{layer}.lora_B.weight` [outputs, rank].
+    alphas: layer -> alpha. refuse: raises FlagError about the file.
+    """
+
+    weights: dict[str, torch.Tensor]
+    alphas: dict[str, float]
+    refuse: Callable[[str], None]
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Layer -> rank."""
+        return {layer: len(self.weights[f"{layer}.lora_A.weight"]) for layer in self.alphas}
+
+    def check_fit(self, transformer: FluxTransformer2DModel) -> None:
+        """Raises FlagError unless all adapters fit layers of the transformer, which may be on the meta device."""
+        layers = {name: m for name, m in transformer.named_modules() if isinstance(m, torch.nn.Linear)}
+        for layer, rank in self.ranks.items():
+            if layer not in layers:
+                self.refuse(f"{layer} is no linear layer of the base model")
+            inputs, outputs = layers[layer].in_features, layers[layer].out_features
+            for part, expected in {"lora_A": (rank, inputs), "lora_B": (outputs, rank)}.items():
+                shape = tuple(self.weights[f"{layer}.{part}.weight"].shape)
+                if shape != expected:
+                    self.refuse(f"made for another base model: {layer}.{part} is {shape}, expected {expected}")
+
+    def put_into(self, transformer: FluxTransformer2DModel) -> None:
+        """Adds the adapters, switched on, to a transformer that they fit."""
+        some = next(iter(self.ranks))
+        common = {"r": self.ranks[some], "lora_alpha": self.alphas[some]}
+
+        def others(values: Mapping[str, float], usual: float) -> dict[str, float]:
+            # peft takes a key for a pattern that may match the end of a name.
+            return {f"^{re.escape(layer)}": value for layer, value in values.items() if value != usual}
+
+        transformer.load_lora_adapter(
+            self.weights,
+            prefix=None,
+            metadata={
+                **common,
+                "rank_pattern": others(self.ranks, common["r"]),
+                "alpha_pattern": others(self.alphas, common["lora_alpha"]),
+                "target_modules": list(self.ranks),
+            },
+        )
+
+
+def read_adapters(file: Path, field: str = "model_path") -> Adapters:
+    """Reads a LoRA file in any naming that FluxPipeline.load_lora_weights understands.
+
+    Alpha comes from the file's `.alpha` tensors, its metadata or LORA_CONFIG beside it; without any, it is the rank, as
+    in diffusers. Raises FlagError about the setting `field` for a file that isn't understood in full.
+    """
+
+    def refuse(problem: str) -> None:
+        problem = " ".join(problem.split())
+        raise FlagError(field, file, f"this LoRA file can't be used: {problem[:200]}{'…' * (len(problem) > 200)}")
+
+    try:
+        stored = load_file(file)
+        with safe_open(file, "pt") as opened:
+            metadata = json.loads((opened.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "null"))
+    except (OSError, SafetensorError, ValueError) as error:
+        return refuse(f"it isn't readable: {error}")
+    tensors: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
+    for name, tensor in stored.items():
+        if _TEXT_ENCODER.match(name):
+            refuse(f"it has adapters of a text encoder too ({name}), but only the transformer's are taken here")
+        if not (match := _TENSOR.fullmatch(name)):
+            refuse(f"{name} is neither lora_A, lora_B nor alpha of a layer")
+        if not tensor.float().isfinite().all():
+            refuse(f"{name} has values that aren't finite")
+        tensors[match[1]][name] = tensor
+    weights, alphas = {}, {}
+    for layer, parts in tensors.items():  # one layer at a time, because the converter drops some layers silently
+        for name, tensor in _convert(layer, parts, refuse).items():
+            if name in weights or name in alphas:
+                refuse(f"{name} is in it twice, in different namings")
+            (alphas if name.endswith(".alpha") else weights)[name] = tensor
+    layers = list(dict.fromkeys(name.partition(".lora_")[0] for name in weights))
+    if not layers:
+        refuse("it is empty")
+    for layer in layers:
+        parts = [weights.get(f"{layer}.{part}.weight") for part in ("lora_A", "lora_B")]
+        if not all(part is not None and part.ndim == 2 for part in parts):
+            refuse(f"{layer} needs a lora_A and a lora_B of 2 dimensions")
+    ranks = {layer: len(weights[f"{layer}.lora_A.weight"]) for layer in layers}
+    found = []
+    if alphas:
+        found.append({name.removesuffix(".alpha"): float(alpha) for name, alpha in alphas.items()})
+    if metadata is not None:
+        own = {key.removeprefix("transformer."): value for key, value in metadata.items()}
+        found.append(_alphas_of_settings(own, ranks, refuse))
+    if (file.parent / LORA_CONFIG).is_file():
+        found.append(_alphas_of_settings(_dancegrpo_settings(file.parent / LORA_CONFIG, refuse), ranks, refuse))
+    given = found[0] if found else {layer: float(rank) for layer, rank in ranks.items()}
+    if given.keys() != ranks.keys():
+        refuse("some layers have an alpha, others don't")
+    for other in found[1:]:
+        if differing := [layer for layer in ranks if not math.isclose(other[layer], given[layer], rel_tol=1e-4)]:
+            layer = differing[0]
+            refuse(f"its statements of alpha differ: {given[layer]:g} and {other[layer]:g} for {layer}")
+    return Adapters(weights, given, refuse)
+
+
+def _convert(
+    layer: str, tensors: dict[str, torch.Tensor], refuse: Callable[[str], None]
+) -> dict[str, torch.Tensor | float]:
+    """The tensors of one layer in diffusers' naming, without `transformer.`; alphas are floats.
+
+    A layer of kohya's may become several. The converter multiplies its weights by alpha / rank; alpha is then the rank.
+    """
+    try:
+        converted, alphas = FluxPipeline.lora_state_dict(dict(tensors), return_alphas=True)
+        alphas = None if alphas is None else {name: float(alpha) for name, alpha in alphas.items()}
+    except Exception as error:  # half a dozen types for a naming that the converters don't know
+        refuse(f"diffusers can't read {layer}: {type(error).__name__} {error}")
+    converted = convert_unet_state_dict_to_peft(converted)
+    layers = [
+        match[1] for match in map(re.compile(r"(transformer\..+)\.lora_[AB]\.weight").fullmatch, converted) if match
+    ]
+    if not layers or len(layers) < len(converted):
+        refuse(f"{layer} isn't named as FluxPipeline.load_lora_weights wants it (transformer.… or lora_unet_…)")
+    if alphas is None:
+        alphas = {f"{name}.alpha": float(len(converted[f"{name}.lora_A.weight"])) for name in layers}
+    if not all(math.isfinite(alpha) and alpha > 0 for alpha in alphas.values()):
+        refuse(f"the alpha of {layer} isn't above 0")
+    return {name.removeprefix("transformer."): value for name, value in (converted | alphas).items()}
+
+
+def _alphas_of_settings(settings: Any, ranks: dict[str, int], refuse: Callable[[str], None]) -> dict[str, float]:
+    """Layer -> alpha by the settings of a peft LoraConfig, which must agree with the ranks of the weights."""
+    defaults, alphas = LoraConfig().to_dict(), {}
+    try:
+        acting = {n: v for n, v in settings.items() if n not in _KNOWN_SETTINGS and v and v != defaults.get(n)}
+        if settings.get("init_lora_weights") not in (True, False, None, "gaussian"):  # others change the base model
+            acting["init_lora_weights"] = settings["init_lora_weights"]
+        patterns = [settings.get(name) or {} for name in ("rank_pattern", "alpha_pattern")]
+        if not all(re.fullmatch(r"\^?[\w.\\]+\$?", key) for pattern in patterns for key in pattern):
+            raise ValueError("a pattern is no layer's name")
+        for layer, rank in ranks.items():
+            stated, alpha = (
+                pattern.get(get_pattern_key(pattern, layer), settings[usual])
+                for pattern, usual in zip(patterns, ("r", "lora_alpha"), strict=True)
+            )
+            if stated != rank:
+                raise ValueError(f"{layer} has rank {rank}, its settings say {stated}")
+            alphas[layer] = float(alpha) * (math.sqrt(rank) if settings.get("use_rslora") else 1)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        refuse(f"its settings of rank and alpha aren't understood: {type(error).__name__} {error}")
+    for name, value in acting.items():
+        refuse(f"it was trained with {name} {value}, which isn't supported")
+    return alphas
+
+
+def _dancegrpo_settings(file: Path, refuse: Callable[[str], None]) -> dict[str, Any]:
+    try:
+        given = json.loads(file.read_text(encoding="utf-8"))["lora_params"]
+        return {"r": given["lora_rank"], "lora_alpha": given["lora_alpha"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return refuse(f"{LORA_CONFIG} beside it has no lora_params with lora_rank and lora_alpha: {error!r}")
+
+
+def save_lora(folder: Path, weights: dict[str, torch.Tensor], transformer: FluxTransformer2DModel) -> None:
+    """Writes adapters to LORA_FILE. weights: named as in the transformer, with its adapter `default`.
+
+    Alpha is written as `.alpha` tensors, which all programs read. Only diffusers reads it from the metadata, and it
+    refuses a file that has both.
+    """
+    alpha = torch.tensor(float(transformer.peft_config["default"].lora_alpha))
+    named = {name.replace(".default.", "."): tensor for name, tensor in weights.items()}
+    named |= {f"{name.partition('.lora_A.')[0]}.alpha": alpha.clone() for name in named if ".lora_A." in name}
+    FluxPipeline.save_lora_weights(folder, transformer_lora_layers=named)
+
+
+def read_trained_lora(file: Path) -> dict[str, torch.Tensor]:
+    """The adapters that `save_lora` wrote, without alpha, named as in a transformer whose adapter is `default`."""
+    stored = {k.removeprefix("transformer."): v for k, v in load_file(file).items() if not k.endswith(".alpha")}
+    return {re.sub(r"\.(lora_[AB])\.", r".\1.default.", name): tensor for name, tensor in stored.items()}
