@@ -43,7 +43,6 @@ from fastvideo.models.flux import (
     check_sequence_split,
     decode_latents,
     load_vae,
-    meta_transformer,
     predict_velocity,
     without_lora,
 )
@@ -600,14 +599,17 @@ def set_up(config: GRPOConfig) -> tuple[Trainer, PromptSampler, DataLoader]:
     """Builds the trainer and its data. Everything that bad input can break happens here, the cheap checks first."""
     check_reward_files(config)
     check_evaluation(config)
-    check_pipeline(config.pretrained_model_name_or_path)
-    dataset = (
-        LatentFluxRLDataset(config.data_json_path, config.cfg, config.sampler_seed) if config.data_json_path else None
-    )
+    transformer = check_pipeline(config.pretrained_model_name_or_path)
+
+    def cached(index: str | Path) -> LatentFluxRLDataset:
+        widths = (transformer.config.joint_attention_dim, transformer.config.pooled_projection_dim)
+        return LatentFluxRLDataset(index, config.cfg, config.sampler_seed, widths)
+
+    dataset = cached(config.data_json_path) if config.data_json_path else None
     if dataset is None:
         read_prompts(config.prompts_file, "prompts_file")
     if config.use_lora:
-        check_lora_targets(meta_transformer(config.pretrained_model_name_or_path), config.lora_target_modules)
+        check_lora_targets(transformer, config.lora_target_modules)
     if config.train_micro_batch_size is None:
         config = replace(config, train_micro_batch_size=predict_memory(config, world_size_of_environment())["rows"])
     engine = build_engine(config, world_size_of_environment())
@@ -629,9 +631,8 @@ def set_up(config: GRPOConfig) -> tuple[Trainer, PromptSampler, DataLoader]:
     scoring = Scoring(config, accelerator.device)
     held_out = build_held_out(config, accelerator.device)
     if dataset is None:
-        dataset = LatentFluxRLDataset(embed("prompts_file", "rl_embeddings"), config.cfg, config.sampler_seed)
+        dataset = cached(embed("prompts_file", "rl_embeddings"))
     eval_index = embed("eval_prompts", "eval_embeddings") if config.eval_steps else None
-    dataset.check_files()  # before the models are loaded
     if config.sp_size > 1:
         text_tokens = len(dataset[0]["prompt_embeds"])
         check_sequence_split(config.pretrained_model_name_or_path, config.h, config.w, text_tokens, config.sp_size)

@@ -3,9 +3,12 @@
 import itertools
 import json
 import multiprocessing
+import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
+from fastvideo import train_grpo_flux
 from fastvideo.dataset.latent_flux_rl_datasets import (
     FOLDERS,
     Draw,
@@ -110,10 +113,79 @@ def test_cfg_zeroes_its_share_of_draws_the_same_for_every_layout(tmp_path):
         LatentFluxRLDataset(path, cfg_rate=1.5)
 
 
+def change(path: Path, number: int, folder: str, new: Callable[[torch.Tensor], object]) -> None:
+    file = path.parent / folder / f"{number}.pt"
+    torch.save(new(torch.load(file)), file)
+
+
+WIDTHS = (6, 3)  # of the embeddings of make_data
+
+
+def test_embeddings_of_the_references_are_read_in_any_layout_whose_meaning_is_certain(tmp_path):
+    path = make_data(tmp_path)
+    expected = collate([LatentFluxRLDataset(path)[i] for i in range(5)])
+    change(path, 0, "text_ids", lambda ids: ids[0].clone())  # MixGRPO and DanceGRPO store one row of the text ids
+    change(path, 1, "text_ids", lambda ids: ids[None].long())
+    change(path, 2, "prompt_embed", lambda embeds: embeds[None].half())
+    change(path, 3, "prompt_embed", lambda embeds: embeds.bfloat16())
+    change(path, 4, "pooled_prompt_embeds", lambda pooled: pooled[None].bfloat16())
+    index = path.rename(path.with_name("videos2caption.json"))
+    found = collate([LatentFluxRLDataset(index, widths=WIDTHS)[i] for i in range(5)])
+    for name in ("prompt_embeds", "pooled_prompt_embeds", "text_ids"):
+        assert torch.equal(found[name].float(), expected[name]), name
+
+
+@pytest.mark.parametrize(
+    ("folder", "new", "problem"),
+    [
+        ("prompt_embed", lambda x: x[:3], "4 for 'caption 0' and 3 for 'caption 1'|has 3 tokens"),
+        ("prompt_embed", lambda x: x[:, :5], "prompt embedding of 'caption 1' is 5 wide, the transformer .* takes 6"),
+        ("pooled_prompt_embeds", lambda x: x[:2], "pooled embedding of 'caption 1' is 2 wide, .* takes 3"),
+        ("prompt_embed", lambda x: x[None].expand(2, 4, 6), r"1.pt holds no tensor of 2 dimensions .*\[2, 4, 6\]"),
+        ("prompt_embed", lambda x: x.long(), "1.pt holds no tensor of 2 dimensions .*int64"),
+        ("prompt_embed", lambda x: {"embeds": x}, "1.pt holds no tensor of 2 dimensions .*dict"),
+        ("prompt_embed", lambda x: x[:0], "1.pt holds no tensor of 2 dimensions"),
+        ("prompt_embed", lambda x: x.index_fill(0, torch.tensor([2]), torch.nan), "'caption 1' has values that aren't"),
+        ("pooled_prompt_embeds", lambda x: x / 0, "'caption 1' has values that aren't finite"),
+        ("text_ids", lambda x: x[0] + 1, "1.pt holds no tensor of 2 dimensions"),
+        ("text_ids", lambda x: x[:3], r"has 4 tokens, its text_ids are \[3, 3\]"),
+        ("text_ids", lambda x: x + 1, "the text ids of 'caption 0' and 'caption 1' differ"),
+        ("text_ids", lambda x: Path("code"), "1.pt can't be read"),
+    ],
+)
+def test_an_embedding_that_cannot_be_used_is_refused_when_the_data_is_opened(tmp_path, folder, new, problem):
+    path = make_data(tmp_path)
+    change(path, 1, folder, new)
+    with pytest.raises(ValueError, match=f"^data_json_path {path}: .*({problem})") as refusal:
+        LatentFluxRLDataset(path, widths=WIDTHS)
+    assert "\n" not in str(refusal.value)
+
+
 def test_embeddings_of_different_length_are_refused_with_both_captions(tmp_path):
-    dataset = LatentFluxRLDataset(make_data(tmp_path, lengths=(4, 5)))
+    path = make_data(tmp_path, lengths=(4, 5))
+    with pytest.raises(ValueError, match=r"4 for 'caption 0' and 5 for 'caption 1'; preprocess with one --max_seq"):
+        LatentFluxRLDataset(path, widths=WIDTHS)
+    dataset = LatentFluxRLDataset(path)
     with pytest.raises(ValueError, match=r"shapes \(4, 6\) for 'caption 0' and \(5, 6\) for 'caption 1'"):
         collate([dataset[0], dataset[1]])
+
+
+def test_training_uses_cached_embeddings_of_the_references_and_refuses_others_before_rewards(
+    train, flags, embedded_prompts, refused, tmp_path, monkeypatch
+):
+    ours = train(max_train_steps=1)
+    copied = Path(shutil.copytree(embedded_prompts.parent, tmp_path / "theirs")) / "videos2caption.json"
+    (tmp_path / "theirs/prompt.json").rename(copied)
+    for file in (tmp_path / "theirs/text_ids").iterdir():
+        torch.save(torch.load(file)[0].clone(), file)
+    theirs = train(data_json_path=copied, max_train_steps=1)
+    assert torch.equal(theirs.gradient(), ours.gradient())
+    monkeypatch.setattr(train_grpo_flux, "Scoring", lambda *_: pytest.fail("rewards were loaded"))
+    for file in (tmp_path / "theirs/prompt_embed").iterdir():
+        torch.save(torch.load(file)[:, :32].clone(), file)
+    with refused(f"--data_json_path {copied}: the prompt embedding of '.*' is 32 wide, the transformer .* takes 64"):
+        train_grpo_flux.main(flags(data_json_path=copied))
+    assert not (tmp_path / "run").exists()
 
 
 def without_key(path: Path) -> None:

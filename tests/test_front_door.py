@@ -271,7 +271,7 @@ def test_preprocessing_and_index_as_the_readme_of_e_grpo_writes_them(
     generate("--data_dir", folder, "--output_name", "some.json", "--prompt_file", tmp_path / "some.txt")
     assert json.loads((folder / "some.json").read_text()) == [index[3]]
     for flags, named in (
-        (("--embedding_dir", tmp_path), "no prompt.json"),
+        (("--embedding_dir", tmp_path), "prompt.json: No such file"),
         (("--embedding_dir", folder, "--output_path", tmp_path / "x.json"), "--output_path"),
     ):
         done = generate(*flags)

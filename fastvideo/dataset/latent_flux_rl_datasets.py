@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastvideo.cli import FlagError
-from fastvideo.io.files import is_tensor_file
 
 import numpy as np
 import torch
@@ -26,6 +25,7 @@ FOLDERS = {
     "pooled_prompt_embeds_path": "pooled_prompt_embeds",
     "text_ids": "text_ids",
 }
+HINT = "(scripts/preprocess/preprocess_flux_rl_embeddings.sh makes it from a prompt file)"
 TENSORS = ("prompt_embeds", "pooled_prompt_embeds", "text_ids")  # in the order of FOLDERS
 
 
@@ -36,57 +36,122 @@ class Draw(NamedTuple):
     position: int
 
 
+def read_index(path: Path, field: str = "data_json_path") -> list[dict[str, str]]:
+    """The entries of prompt.json, or of a reference's videos2caption.json: FOLDERS' keys and `caption`, all texts.
+
+    Raises FlagError about the setting `field` for a missing or malformed file, and for an empty list.
+    """
+
+    def error(problem: str) -> FlagError:
+        return FlagError(field, path, f"{problem} {HINT}")
+
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as cause:
+        raise error(cause.strerror or str(cause)) from cause
+    except ValueError as cause:
+        raise error(f"not a JSON file: {cause}") from cause
+    if not isinstance(entries, list) or not entries:
+        raise error("expected a list with at least one entry")
+    for number, entry in enumerate(entries):
+        values = entry if isinstance(entry, dict) else {}
+        missing = [key for key in (*FOLDERS, "caption") if not isinstance(values.get(key), str)]
+        if missing:
+            raise error(f"entry {number} has no text under {', '.join(missing)}")
+    return entries
+
+
 class LatentFluxRLDataset(torch.utils.data.Dataset):
-    """Prompt embeddings on disk. Everything but the tensors' content is checked at construction.
+    """Prompt embeddings on disk, also those that MixGRPO and DanceGRPO have cached.
 
     Args:
-        json_path: prompt.json, with the three folders beside it.
+        json_path: prompt.json or videos2caption.json, with the three folders beside it.
         cfg_rate: the share of draws whose embeddings are replaced by zeros, 0 to 1. Whether a draw's embeddings are
             replaced depends only on `seed` and the draw's position in the stream, not on ranks, workers or a restart.
             An item asked for by a plain index is never replaced.
+        widths: D and D' that the transformer takes: checks all embeddings. None: only checks that the files are there.
 
     Raises:
-        FlagError: a missing or malformed file, an empty list, or an embedding that isn't there.
+        FlagError: a missing or malformed file, an empty list, or an embedding that isn't there or can't be used.
     """
 
-    def __init__(self, json_path: str | Path, cfg_rate: float = 0.0, seed: int = 0) -> None:
+    def __init__(
+        self, json_path: str | Path, cfg_rate: float = 0.0, seed: int = 0, widths: tuple[int, int] | None = None
+    ) -> None:
         self.json_path, self.cfg_rate, self.seed = Path(json_path), cfg_rate, seed
         if not 0 <= cfg_rate <= 1:
             raise FlagError("cfg", cfg_rate, "must be between 0 and 1")
-        self.entries = self._read()
-
-    def _error(self, problem: str) -> FlagError:
-        hint = "(scripts/preprocess/preprocess_flux_rl_embeddings.sh makes it from a prompt file)"
-        return FlagError("data_json_path", self.json_path, f"{problem} {hint}")
-
-    def _read(self) -> list[dict[str, str]]:
-        try:
-            entries = json.loads(self.json_path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise self._error(f"{error.strerror or error}") from error
-        except ValueError as error:
-            raise self._error(f"not a JSON file: {error}") from error
-        if not isinstance(entries, list) or not entries:
-            raise self._error("expected a list with at least one entry")
-        for number, entry in enumerate(entries):
-            values = entry if isinstance(entry, dict) else {}
-            missing = [key for key in (*FOLDERS, "caption") if not isinstance(values.get(key), str)]
-            if missing:
-                raise self._error(f"entry {number} has no text under {', '.join(missing)}")
-        absent = [path for entry in entries for path in self._paths(entry) if not path.is_file()]
+        self.entries = read_index(self.json_path)
+        absent = [path for entry in self.entries for path in self._paths(entry) if not path.is_file()]
         if absent:
             raise self._error(f"{len(absent)} embedding files are missing, such as {absent[0]}")
-        return entries
+        if widths:
+            self._check(*widths)
+
+    def _error(self, problem: str) -> FlagError:
+        return FlagError("data_json_path", self.json_path, f"{problem} {HINT}")
 
     def _paths(self, entry: dict[str, str]) -> list[Path]:
         return [self.json_path.parent / folder / entry[key] for key, folder in FOLDERS.items()]
 
-    def check_files(self) -> None:
-        """Raises FlagError for the first embedding that can't be read. Maps files without reading them."""
+    def _check(self, width: int, pooled_width: int) -> None:
+        """Raises FlagError for the first embedding that can't be read, isn't finite, or has another shape.
+
+        All must have the first one's length, and the widths that the transformer takes: D and D'. Files are mapped.
+        Where T5's embeddings take more than 2 GiB, only the first and the last token are tested for finite values.
+        """
+        first: dict[str, torch.Tensor] = {}
+        large = sum(self._paths(entry)[0].stat().st_size for entry in self.entries) > 2**31
         for entry in self.entries:
-            for path in self._paths(entry):
-                if not is_tensor_file(path):
-                    raise self._error(f"{path} can't be read; delete it and preprocess again")
+            item, caption = self._read(entry, mmap=True), entry["caption"]
+            embeds, pooled, first = item["prompt_embeds"], item["pooled_prompt_embeds"], first or item
+            for name, found, wanted in (("prompt", embeds, width), ("pooled", pooled, pooled_width)):
+                if found.shape[-1] != wanted:
+                    model = "the transformer of --pretrained_model_name_or_path"
+                    problem = f"the {name} embedding of {caption!r} is {found.shape[-1]} wide, {model} takes {wanted}"
+                    raise self._error(f"{problem}; preprocess with the same model")
+            if len(embeds) != len(first["prompt_embeds"]):
+                lengths = " and ".join(f"{len(x['prompt_embeds'])} for {x['caption']!r}" for x in (first, item))
+                raise self._error(f"different numbers of tokens, {lengths}; preprocess with one --max_sequence_length")
+            if not torch.equal(item["text_ids"].float(), first["text_ids"].float()):
+                raise self._error(f"the text ids of {first['caption']!r} and {caption!r} differ")
+            tested = embeds[:: max(1, len(embeds) - 1)] if large else embeds
+            if not (tested.float().isfinite().all() and pooled.float().isfinite().all()):
+                raise self._error(f"the embedding of {caption!r} has values that aren't finite; preprocess it again")
+
+    def _read(self, entry: dict[str, str], mmap: bool = False) -> dict[str, Any]:
+        """One prompt: prompt_embeds [L, D], pooled_prompt_embeds [D'], text_ids [L, 3], caption.
+
+        A first dimension of 1 is taken away. Text ids of FLUX are 0: for text ids [3], which the references store, all
+        tokens get them.
+        """
+        item: dict[str, Any] = {"caption": entry["caption"]}
+        for name, path in zip(TENSORS, self._paths(entry), strict=True):
+            try:
+                tensor = torch.load(path, weights_only=True, map_location="cpu", mmap=mmap)
+            except Exception as error:  # torch raises half a dozen types for a damaged file
+                cause = str(error).partition("\n")[0]
+                raise self._error(f"{path} can't be read; delete it and preprocess again: {cause}") from error
+            dims = 1 if name == "pooled_prompt_embeds" else 2
+            fits = isinstance(tensor, torch.Tensor) and (tensor.is_floating_point() or name == "text_ids")
+            if fits and tensor.ndim == dims + 1 and len(tensor) == 1:
+                tensor = tensor[0]
+            if fits and name == "text_ids" and tensor.shape in ((3,), (1, 3)) and not tensor.any():
+                tensor = tensor.expand(len(item["prompt_embeds"]), 3)
+            if not fits or tensor.ndim != dims or 0 in tensor.shape:
+                what = (
+                    f"{tensor.dtype} {list(tensor.shape)}"
+                    if isinstance(tensor, torch.Tensor)
+                    else type(tensor).__name__
+                )
+                raise self._error(
+                    f"{path} holds no tensor of {dims} dimensions ({what}); delete it and preprocess again"
+                )
+            item[name] = tensor
+        if item["text_ids"].shape != (len(item["prompt_embeds"]), 3):
+            problem = f"has {len(item['prompt_embeds'])} tokens, its text_ids are {list(item['text_ids'].shape)}"
+            raise self._error(f"{self._paths(entry)[0]} {problem}; preprocess again")
+        return item
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -98,19 +163,7 @@ class LatentFluxRLDataset(torch.utils.data.Dataset):
         """
         index, position = draw if isinstance(draw, tuple) else (draw, None)
         entry = self.entries[index]
-        item: dict[str, Any] = {"caption": entry["caption"], "index": index}
-        for name, path in zip(TENSORS, self._paths(entry), strict=True):
-            try:
-                tensor = torch.load(path, weights_only=True, map_location="cpu")
-            except Exception as error:  # torch raises half a dozen types for a damaged file
-                cause = str(error).partition("\n")[0]
-                raise self._error(f"{path} can't be read; delete it and preprocess again: {cause}") from error
-            dims = 1 if name == "pooled_prompt_embeds" else 2
-            if not isinstance(tensor, torch.Tensor) or tensor.ndim != dims:
-                raise self._error(f"{path} holds no tensor of {dims} dimensions; delete it and preprocess again")
-            item[name] = tensor
-        if len(item["text_ids"]) != len(item["prompt_embeds"]):
-            raise self._error(f"{self._paths(entry)[0]} and its text_ids differ in length; preprocess again")
+        item = self._read(entry) | {"index": index}
         if position is not None and np.random.default_rng([self.seed, position]).random() < self.cfg_rate:
             for name in ("prompt_embeds", "pooled_prompt_embeds"):
                 item[name] = torch.zeros_like(item[name])

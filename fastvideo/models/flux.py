@@ -136,15 +136,16 @@ def check_files(path: str, place: Path, field: str = BASE, model: torch.nn.Modul
         raise ModelNotFoundError(field, path, f"wrong weights of the transformer: {problem}")
 
 
-def check_pipeline(path: str) -> None:
+def check_pipeline(path: str) -> FluxTransformer2DModel:
     """Raises ModelNotFoundError for a pipeline with damaged files, before anything slow: reads headers, not weights.
 
-    Loading checks the rest, and pipelines of a hub.
+    Loading checks the rest, and pipelines of a hub. Returns the transformer without weights.
     """
-    check_transformer(path)
+    transformer = check_transformer(path)
     meta_vae(path)
     for part in ("vae", "text_encoder", "text_encoder_2"):
         check_files(path, Path(path, part))
+    return transformer
 
 
 def random_transformer(path: str, dtype: torch.dtype, seed: int, device: torch.device | str) -> FluxTransformer2DModel:

@@ -8,12 +8,11 @@ embeddings were deleted. The captions come from prompt.json.
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from fastvideo.cli import FlagError, flag_errors
-from fastvideo.dataset.latent_flux_rl_datasets import FOLDERS
+from fastvideo.dataset.latent_flux_rl_datasets import FOLDERS, read_index
 from fastvideo.io.files import is_tensor_file, write_json
 from fastvideo.io.prompts import read_prompts
 
@@ -26,10 +25,7 @@ def make_index(folder: Path, output: Path, prompt_file: str | None = None) -> in
     """
     if output.resolve().parent != folder.resolve():
         raise FlagError("output_path", output, f"must lie in --embedding_dir {folder}")
-    try:
-        entries = json.loads((folder / "prompt.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FlagError("embedding_dir", folder, f"no prompt.json that can be read in it: {error}") from error
+    entries = read_index(folder / "prompt.json", "embedding_dir")
     if prompt_file is not None:
         wanted = set(read_prompts(prompt_file, "prompt_file").prompts)
         entries = [entry for entry in entries if entry["caption"] in wanted]
