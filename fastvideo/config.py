@@ -91,7 +91,9 @@ class GRPOConfig(RewardSpecConfig):
     data_json_path: str | None = flag(None, "prompt.json written by the preprocessing script")
     prompts_file: str | None = flag(None, "text file, one prompt per line; embedded and cached under output_dir")
     output_dir: str = flag("outputs/mixgrpo", "folder for args.json, metrics.jsonl, images and checkpoints")
-    resume_from_checkpoint: str | None = flag(None, "checkpoint folder to go on from, or `latest`")
+    resume_from_checkpoint: str | None = flag(
+        None, "checkpoint folder to go on from; `latest`: the newest in output_dir; `auto`: this or a new run"
+    )
     seed: int = flag(714, "seed of all noise and of the samples' order", at_least=0)
     sampler_seed: int = flag(7144, "seed of the prompts' order", at_least=0)
     cfg: float = flag(

@@ -17,7 +17,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -32,6 +32,7 @@ if __name__ == "__main__":  # before the slow imports of torch and diffusers, so
 from fastvideo.data_preprocess.preprocess_flux_embedding import embed_prompts
 from fastvideo.dataset.latent_flux_rl_datasets import LatentFluxRLDataset, PromptSampler, collate, outlive_signals
 from fastvideo.eval.live import live_report
+from fastvideo.io.lock import FolderLock
 from fastvideo.io.processes import entry_point, stop_signals
 from fastvideo.io.prompts import read_prompts
 from fastvideo.io.scores import reward_schema
@@ -314,11 +315,11 @@ class Trainer:
             self._resume(checkpoint)
 
     def _resume(self, checkpoint: Path) -> None:
+        output = Path(self.config.output_dir)
         self.engine.load_optimizer(checkpoint / "optimizer")
         self.progress = Progress.of_checkpoint(checkpoint)
-        best = Path(self.config.output_dir) / "best"
-        if not self.engine.any_process(self.accelerator.is_main_process and best.exists()):  # a new --output_dir
-            self.progress.best = None
+        if not self.engine.any_process(self.accelerator.is_main_process and self.progress.best_is_in(output)):
+            self.progress.best = None  # a new --output_dir
         if self.progress.optimizer_steps:  # moves the schedule that the flags ask for to this optimizer step
             self.lr_scheduler._step_count = self.lr_scheduler.last_epoch = self.progress.optimizer_steps - 1
             self.lr_scheduler.step()
@@ -595,8 +596,11 @@ class Trainer:
 # --- command line -----------------------------------------------------------------------------------------------------
 
 
-def set_up(config: GRPOConfig) -> tuple[Trainer, PromptSampler, DataLoader]:
-    """Builds the trainer and its data. Everything that bad input can break happens here, the cheap checks first."""
+def set_up(config: GRPOConfig, lock: FolderLock | None = None) -> tuple[Trainer, PromptSampler, DataLoader]:
+    """Builds the trainer and its data. Everything that bad input can break happens here, the cheap checks first.
+
+    lock: of --output_dir; the first process takes it. None: no other program can want the folder.
+    """
     check_reward_files(config)
     check_evaluation(config)
     transformer = check_pipeline(config.pretrained_model_name_or_path)
@@ -614,7 +618,7 @@ def set_up(config: GRPOConfig) -> tuple[Trainer, PromptSampler, DataLoader]:
         config = replace(config, train_micro_batch_size=predict_memory(config, world_size_of_environment())["rows"])
     engine = build_engine(config, world_size_of_environment())
     accelerator, config = engine.accelerator, engine.config
-    checkpoint = main_process_first(accelerator, lambda: open_output(config, accelerator.num_processes))
+    checkpoint = main_process_first(accelerator, lambda: open_output(config, accelerator.num_processes, lock))
 
     def embed(flag: str, folder: str) -> Path:
         return embed_prompts(
@@ -727,7 +731,7 @@ def train(trainer: Trainer, sampler: PromptSampler, loader: DataLoader) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line. Bad input prints one line and exits with status 2; a stopped run, with status 1."""
     config = parse_dataclass(GRPOConfig, argv, __doc__, translate)
-    with flag_errors("train_grpo_flux.py"):
+    with flag_errors("train_grpo_flux.py"), ExitStack() as held:
         text = describe(config, world_size_of_environment())
         if os.environ.get("RANK", "0") == "0":
             print(text, describe_memory(config, world_size_of_environment()), sep="\n")
@@ -738,9 +742,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if config.dry_run:
             return
         live = live_report(config.output_dir, config.serve_report)
-        run = set_up(config)
+        run = set_up(config, held.enter_context(FolderLock("output_dir", config.output_dir)))
+        held = held.pop_all()  # the lock lasts until the run ends
     try:
-        with live:
+        with held, live:
             train(*run)
     except (TrainingStopped, CheckpointNotWritten) as error:
         sys.stderr.write(f"train_grpo_flux.py: stopped: {error}\n")

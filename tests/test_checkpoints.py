@@ -93,7 +93,8 @@ def test_resuming_from_an_earlier_checkpoint_sets_later_ones_aside(train, capsys
     assert [path.name.split("-")[1] for path in run.checkpoints] == ["2", "3"]
     assert [line["step"] for line in run.metrics] == [1, 2, 3]
     moved = sorted((run.folder / "superseded").iterdir())
-    assert [path.name for path in moved] == ["checkpoint-4-0.0", "checkpoint-6-1.0"]
+    assert [path.name for path in moved] == ["checkpoint-4-0.0", "checkpoint-6-1.0", "metrics.jsonl.0"]
+    assert [json.loads(line)["step"] for line in moved[-1].read_text().splitlines()] == [3, 4, 5, 6]
     assert same_weights(later, load_file(moved[0] / "diffusion_pytorch_model.safetensors"))
     assert latest(run.folder) == run.checkpoints[-1]
     assert "was moved to" in capsys.readouterr().err
@@ -135,12 +136,24 @@ def test_a_damaged_checkpoint_is_refused_with_what_is_wrong(out, train, refuse, 
     assert out.numbers() == lines
 
 
-def test_a_record_that_is_no_json_or_of_another_format_is_refused(out, train, refuse):
+def test_a_record_that_is_cut_off_edited_or_of_another_format_is_refused(out, train, refuse):
     record = out.checkpoints[-1] / "checkpoint.json"
     whole = json.loads(record.read_text())
-    for text, message in (("{", "can't be read"), (json.dumps({**whole, "format": 99}), "format 99"), ("[]", "read")):
+    for text, message in (
+        (record.read_text()[:-100], "can't be read"),
+        ("[]", "can't be read"),
+        (json.dumps(whole | {"format": 99}), "format 99"),
+        (json.dumps(whole | {"optimizer_steps": 1}), "checkpoint.json has changed since it was written"),
+    ):
         record.write_text(text)
-        assert message in refuse("out", resume_from_checkpoint="latest")
+        error = refuse("out", resume_from_checkpoint="latest")
+        assert message in error and f"the newest sound one is {out.checkpoints[0]}" in error
+
+
+def edit(record: Path, **given) -> None:
+    """Changes entries of a record, and leaves it without a hash of itself, as older versions wrote it."""
+    entries = json.loads(record.read_text()) | given
+    record.write_text(json.dumps({name: value for name, value in entries.items() if name != "record_sha256"}))
 
 
 def test_a_record_that_lacks_something_is_refused_with_what_it_lacks(out, train, refuse):
@@ -151,6 +164,7 @@ def test_a_record_that_lacks_something_is_refused_with_what_it_lacks(out, train,
     assert str(record.parent) in error and "checkpoint.json lacks iteration, " in error and "settings" in error
     del whole["settings"]["zero_stage"]
     record.write_text(json.dumps(whole))
+    edit(record)
     assert "checkpoint.json lacks settings.zero_stage" in refuse("out", resume_from_checkpoint="latest")
 
 
@@ -161,7 +175,7 @@ def test_a_record_that_lacks_something_is_refused_with_what_it_lacks(out, train,
 def test_a_record_of_another_checkpoint_is_refused_before_anything_is_moved(out, train, refuse, given, message):
     before = out.checkpoints
     record = before[-1] / "checkpoint.json"
-    record.write_text(json.dumps(json.loads(record.read_text()) | given))
+    edit(record, **given)
     assert message in refuse("out", resume_from_checkpoint="latest")
     assert out.checkpoints == before and latest(out.folder) == before[-1]
 
@@ -177,8 +191,7 @@ def test_a_checkpoint_of_another_base_model_or_kind_is_refused(out, train, refus
 
 def test_changed_versions_are_listed_and_a_finished_run_says_so(out, train, capsys):
     record = out.checkpoints[-1] / "checkpoint.json"
-    whole = json.loads(record.read_text())
-    record.write_text(json.dumps(whole | {"versions": whole["versions"] | {"torch": "1.0"}}))
+    edit(record, versions=json.loads(record.read_text())["versions"] | {"torch": "1.0"})
     capsys.readouterr()
     train("out", **SETTINGS, resume_from_checkpoint="latest")
     told = capsys.readouterr().out

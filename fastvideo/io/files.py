@@ -47,10 +47,15 @@ def check_writable(field: str, path: str | Path, file: bool = False, needed: int
             sync(probe.fileno())
         free = shutil.disk_usage(place).free
     except OSError as error:
-        raise FlagError(field, path, f"can't be written: {error.strerror or error}") from error
+        raise not_written(field, path, error) from error
     if free < needed:
         problem = f"needs {needed / 2**30:.1f} GiB for what will be written, but has {free / 2**30:.1f} GiB free"
         raise FlagError(field, path, problem)
+
+
+def not_written(field: str, path: str | Path, error: OSError) -> FlagError:
+    """The error about the setting `field` for a place that the operating system lets nobody write to."""
+    return FlagError(field, path, f"can't be written: {error.strerror or error}")
 
 
 def _nearest(place: Path) -> Path:
@@ -68,6 +73,21 @@ def sync(number: int) -> None:
     except OSError as error:
         if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ESTALE, errno.EROFS):
             raise  # the content is lost; other errors mean that this file system has no such operation
+
+
+def usual_modes(folder: Path) -> None:
+    """Gives the files in a folder the mode of files that are made there, as the umask or the folder says.
+
+    safetensors makes files that only their owner can read.
+    """
+    probe = folder / ".mode"
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with suppress(OSError):  # a file system without modes
+                path.chmod(mode)
 
 
 def write_bytes(path: Path, data: bytes) -> None:

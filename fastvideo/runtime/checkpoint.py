@@ -5,7 +5,8 @@ checkpoint-{step}-{epoch}/
     pytorch_lora_weights.safetensors                   with --use_lora instead: FluxPipeline.load_lora_weights
     ema/                                               with --ema_decay: the average of the weights, same files
     optimizer/                                         optimizer state, only for resuming; one share per process
-    checkpoint.json                                    iteration, settings, versions, sizes and hashes of all files
+    checkpoint.json                                    iteration, settings, versions, sizes and hashes of all files,
+                                                       and a hash of this record itself
 latest                                                 link to the newest checkpoint
 best                                                   link to the checkpoint of the best evaluation (--eval_steps)
 """
@@ -17,14 +18,17 @@ import os
 import platform
 import re
 import shutil
+import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from fastvideo.cli import FlagError
 from fastvideo.config import GRPOConfig
-from fastvideo.io.files import write_json
+from fastvideo.io.files import sync, usual_modes, write_json
 from fastvideo.io.fingerprint import local_folder, model_fingerprint, sample_file
+from fastvideo.io.resumable import digest
 from fastvideo.models.lora import save_lora
 from fastvideo.runtime.engines import Engine, choose_engine
 
@@ -37,6 +41,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 RECORD = "checkpoint.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 FORMAT = 1
+LINKS = ("latest", "best")
 
 
 class CheckpointNotWritten(RuntimeError):
@@ -62,8 +67,24 @@ def base_model_hash(path: str) -> str | None:
     return model_fingerprint(path, ("transformer",)) if here else None
 
 
-def read_record(checkpoint: Path) -> dict[str, Any]:
-    return json.loads((checkpoint / RECORD).read_text(encoding="utf-8"))
+def read_record(checkpoint: Path, field: str = "resume_from_checkpoint") -> dict[str, Any]:
+    """The record of a checkpoint. Records of older versions have no hash.
+
+    Raises:
+        FlagError: about the setting `field`: the record is missing, cut off, edited or of another format.
+    """
+    try:
+        record = json.loads((checkpoint / RECORD).read_text(encoding="utf-8"))
+        if record["format"] != FORMAT:
+            raise FlagError(field, checkpoint, f"{RECORD} has format {record['format']}, this version reads {FORMAT}")
+        known = record.pop("record_sha256", None)
+    except OSError as error:
+        raise FlagError(field, checkpoint, f"{RECORD} can't be read: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FlagError(field, checkpoint, f"{RECORD} can't be read: {error!r}") from error
+    if known is not None and known != digest(record, 64):
+        raise FlagError(field, checkpoint, f"{RECORD} has changed since it was written")
+    return record
 
 
 def run_settings(config: GRPOConfig, processes: int) -> dict[str, object]:
@@ -88,7 +109,7 @@ def _sync(path: Path) -> None:
     """Waits until the disk has a file's content, or a folder's list of names."""
     number = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(number)
+        sync(number)
     finally:
         os.close(number)
 
@@ -161,13 +182,14 @@ class CheckpointWriter:
             "format": FORMAT,
             "files": {path.relative_to(part).as_posix(): sample_file(path) for path in files},
         }
-        write_json(part / RECORD, record)
+        write_json(part / RECORD, record | {"record_sha256": digest(record, 64)})
+        usual_modes(part)
         for path in (*part.rglob("*"), part):
             _sync(path)
         os.replace(part, final)
         _sync(final.parent)
         point_to(final.parent, place["best"])
-        _rotate(final.parent, config.checkpoints_total_limit)
+        _rotate(final.parent, config.checkpoints_total_limit, place["best"])
 
     @property
     def failed(self) -> bool:
@@ -223,24 +245,51 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
+def checkpoint_at(output_dir: Path, iteration: int) -> Path | None:
+    """The checkpoint of an iteration in a folder, if it is there."""
+    return next((path for path in checkpoints(output_dir) if int(path.name.split("-")[1]) == iteration), None)
+
+
+def linked(path: Path, field: str) -> Path:
+    """`path`; but for a run's missing `latest` or `best`, or the ema/ in it, what the link would point to.
+
+    Disks without links, and folders copied without them, lack the links. Raises FlagError about the setting `field` if
+    the record of the newest checkpoint is damaged.
+    """
+    if path.name == "ema" and path.parent.name in LINKS:
+        return linked(path.parent, field) / path.name
+    found = checkpoints(path.parent)
+    if path.name not in LINKS or path.exists() or not found:
+        return path
+    best = read_record(found[-1], field).get("best")
+    return found[-1] if path.name == "latest" else (best and checkpoint_at(path.parent, best["iteration"])) or path
+
+
 def point_to(output_dir: Path, best: dict[str, Any] | None) -> None:
     """Links `latest` to the newest checkpoint and `best` to the checkpoint of the best evaluation, atomically.
 
-    Removes a link whose checkpoint doesn't exist.
+    Removes a link whose checkpoint doesn't exist. Warns where the file system has no links; `linked` does without.
     """
-    found = {int(path.name.split("-")[1]): path for path in checkpoints(output_dir)}
-    for name, iteration in {"latest": max(found, default=None), "best": best and best["iteration"]}.items():
+    targets = {"latest": next(iter(checkpoints(output_dir)[-1:]), None)}
+    targets["best"] = checkpoint_at(output_dir, best["iteration"]) if best else None
+    for name, target in targets.items():
         link, part = output_dir / name, output_dir / f".{name}.part"
-        if iteration not in found:
-            link.unlink(missing_ok=True)
-            continue
-        part.unlink(missing_ok=True)  # left by a killed run
-        part.symlink_to(found[iteration].name)
-        os.replace(part, link)
+        try:
+            part.unlink(missing_ok=True)  # left by a killed run
+            if target is None:
+                link.unlink(missing_ok=True)
+            else:
+                part.symlink_to(target.name)
+                os.replace(part, link)
+        except OSError as error:
+            with suppress(OSError):
+                link.unlink()  # it would mean an older checkpoint
+            warnings.warn(f"{output_dir} gets no link `{name}`: {error.strerror or error}", stacklevel=1)  # shown once
 
 
-def _rotate(output_dir: Path, limit: int | None) -> None:
-    best = (output_dir / "best").resolve()
-    for path in [p for p in checkpoints(output_dir)[: -limit if limit else 0] if p.resolve() != best]:
+def _rotate(output_dir: Path, limit: int | None, best: dict[str, Any] | None) -> None:
+    """Deletes all but the last `limit` checkpoints and the best one. What remains is deleted at the next start."""
+    keep = best and checkpoint_at(output_dir, best["iteration"])
+    for path in [p for p in checkpoints(output_dir)[: -limit if limit else 0] if p != keep]:
         os.replace(path, _part_of(path))  # so that a half deleted folder isn't taken for a checkpoint
-        shutil.rmtree(_part_of(path))
+        shutil.rmtree(_part_of(path), ignore_errors=True)

@@ -6,6 +6,7 @@ step, and methods that save and load state. docs/distributed.md explains the fla
 
 import math
 import os
+import pickle
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -17,6 +18,7 @@ from fastvideo.cli import FlagError
 from fastvideo.config import GRPOConfig
 from fastvideo.models.flux import load_transformer, meta_transformer, random_transformer
 from fastvideo.models.flux_speed import StreamwiseAttnProcessor, compile_transformer, cudnn_attention, split_sequence
+from fastvideo.runtime.optimizer_files import TensorReader, tensors_only
 
 import torch
 import torch.distributed as dist
@@ -434,7 +436,8 @@ class Engine:
         if not self.any_process(self.accelerator.is_main_process and folder.is_dir()):
             return
         template = get_optimizer_state_dict(self.model, self.raw_optimizer)
-        dcp.load({"optimizer": template["state"]}, checkpoint_id=folder, no_dist=not dist.is_initialized())
+        reader = TensorReader(folder)
+        dcp.load({"optimizer": template["state"]}, storage_reader=reader, no_dist=not dist.is_initialized())
         set_optimizer_state_dict(self.model, self.raw_optimizer, template)
 
 
@@ -483,7 +486,11 @@ class DeepSpeedEngine(Engine):
 
     def load_optimizer(self, folder: Path) -> None:
         wanted = [{k: v for k, v in group.items() if k != "params"} for group in self.raw_optimizer.param_groups]
-        loaded, _ = self.model.load_checkpoint(folder, tag="state", load_lr_scheduler_states=False)
+        try:
+            with tensors_only():
+                loaded, _ = self.model.load_checkpoint(folder, tag="state", load_lr_scheduler_states=False)
+        except pickle.UnpicklingError as error:
+            raise FlagError("resume_from_checkpoint", folder.parent, f"DeepSpeed's state: {error}") from error
         if loaded is None:
             raise FlagError("resume_from_checkpoint", folder.parent, "DeepSpeed can't read its state")
         for group, values in zip(self.raw_optimizer.param_groups, wanted, strict=True):

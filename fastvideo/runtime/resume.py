@@ -5,24 +5,28 @@ import os
 import shutil
 import sys
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fastvideo.cli import FlagError
 from fastvideo.config import PLACES, GRPOConfig
-from fastvideo.io.files import write_bytes
+from fastvideo.io.files import check_writable, not_written, write_bytes
 from fastvideo.io.fingerprint import sample_file
+from fastvideo.io.lock import FolderLock
 from fastvideo.models.flux import add_lora, load_transformer
 from fastvideo.models.flux_speed import enable_gradient_checkpointing
 from fastvideo.models.int8 import quantize_blocks
 from fastvideo.models.lora import LORA_FILE, read_trained_lora
 from fastvideo.runtime.checkpoint import (
-    FORMAT,
+    LINKS,
     RECORD,
     base_model_hash,
+    checkpoint_at,
     checkpoints,
     is_checkpoint,
+    linked,
     point_to,
     read_record,
     run_settings,
@@ -30,6 +34,7 @@ from fastvideo.runtime.checkpoint import (
     versions,
 )
 from fastvideo.runtime.engines import Engine, choose_engine
+from fastvideo.runtime.optimizer_files import unreadable
 
 import torch
 from diffusers import FluxTransformer2DModel
@@ -68,31 +73,44 @@ class Progress:
         names = ("iteration", "optimizer_steps", "wandb_id")
         return cls(**{n: record[n] for n in names}, prompts=record.get("prompts"), best=record.get("best"))
 
+    def best_is_in(self, output_dir: Path) -> bool:
+        """Whether the checkpoint of the best evaluation is in the folder."""
+        return self.best is not None and checkpoint_at(output_dir, self.best["iteration"]) is not None
+
     def record(self, epoch: int, prompts: int) -> dict[str, Any]:
         """The entries of checkpoint.json. prompts: number of prompts of the training stream used so far."""
         found = {"iteration": self.iteration, "epoch": epoch, "optimizer_steps": self.optimizer_steps}
         return found | {"prompts": prompts, "wandb_id": self.wandb_id, "best": self.best}
 
 
-def find_checkpoint(value: str, output_dir: Path) -> Path:
-    """The checkpoint folder of `--resume_from_checkpoint`; `latest` means the highest iteration in output_dir.
+def find_checkpoint(value: str, output_dir: Path) -> Path | None:
+    """The checkpoint folder that `--resume_from_checkpoint` means. None: the run starts from the beginning.
+
+    `latest` is the newest checkpoint in output_dir, or the beginning of a run that has none yet. `auto` also begins a
+    new run. Other values are paths.
 
     Raises:
         FlagError: there is no checkpoint, or it is damaged, or another program wrote it.
     """
-    if value == "latest":
+    if value in ("auto", "latest"):
         found = checkpoints(output_dir)
+        if not found and value == "latest" and not is_used(output_dir):
+            problem = f"no checkpoint in --output_dir {output_dir}, and no run; `auto` also starts a new run"
+            raise FlagError("resume_from_checkpoint", value, problem)
         if not found:
-            raise FlagError("resume_from_checkpoint", "latest", f"no checkpoint in --output_dir {output_dir}")
+            return None
         path = found[-1]
     else:
-        path = Path(value)
-    if not (path / RECORD).is_file():
-        problem = f"no {RECORD} in it; give a checkpoint folder, or `latest`"
-        raise FlagError("resume_from_checkpoint", path, problem)
+        path = linked(Path(value), "resume_from_checkpoint")
+        if not (path / RECORD).is_file() and not is_checkpoint(path):
+            problem = f"no {RECORD} in it; give a checkpoint folder, `latest` or `auto`"
+            raise FlagError("resume_from_checkpoint", path, problem)
     problem = _damage(path)
     if problem:
-        raise FlagError("resume_from_checkpoint", path, f"damaged: {problem}; resume from an earlier checkpoint")
+        others = (other for other in reversed(checkpoints(path.parent)) if other != path and _damage(other) is None)
+        sound = next(others, None)
+        advice = f"the newest sound one is {sound}" if sound else f"no other one in {path.parent} is sound"
+        raise FlagError("resume_from_checkpoint", path, f"damaged: {problem}; {advice}")
     return path
 
 
@@ -100,8 +118,6 @@ def _damage(path: Path) -> str | None:
     """What is wrong with a checkpoint's files; None if nothing is."""
     try:
         record = read_record(path)
-        if record["format"] != FORMAT:
-            return f"{RECORD} has format {record['format']}, this version reads {FORMAT}"
         missing = [name for name in NEEDED if name not in record]
         settings = record.get("settings", NEEDED_SETTINGS)
         missing += [f"settings.{name}" for name in NEEDED_SETTINGS if name not in settings]
@@ -121,6 +137,12 @@ def _damage(path: Path) -> str | None:
                 return f"{name} has {found['bytes']} bytes instead of {expected['bytes']}"
             if found != expected:
                 return f"the content of {name} has changed"
+        if problem := unreadable(path / "optimizer"):
+            return f"optimizer/.metadata can't be read: {problem}"
+    except FlagError as error:
+        return error.problem
+    except OSError as error:
+        return f"a file can't be read: {error}"
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{RECORD} can't be read: {error!r}"
     return None
@@ -170,48 +192,103 @@ def changed_settings(record: dict[str, Any], settings: dict[str, Any]) -> list[s
     return [f"{n}: {then.get(n)} -> {settings.get(n)}" for n in names if then.get(n) != settings.get(n)]
 
 
-def set_aside_later(checkpoint: Path, output_dir: Path) -> list[Path]:
-    """Moves later checkpoints into superseded/, so that `latest` means the resumed run. Returns their new paths."""
-    later = [p for p in checkpoints(output_dir) if int(p.name.split("-")[1]) > read_record(checkpoint)["iteration"]]
-    moved = []
-    for path in later:
-        attempt = 0
-        while (target := output_dir / "superseded" / f"{path.name}.{attempt}").exists():
-            attempt += 1
-        target.parent.mkdir(exist_ok=True)
-        os.replace(path, target)
-        moved.append(target)
-    return moved
+def is_used(output_dir: Path) -> bool:
+    """Whether a run has done something in the folder."""
+    return (output_dir / "metrics.jsonl").exists() or bool(checkpoints(output_dir))
+
+
+def _free(output_dir: Path, name: str) -> Path:
+    """A path in superseded/ that isn't taken yet: `name` with the next number."""
+    attempt = 0
+    while (target := output_dir / "superseded" / f"{name}.{attempt}").exists():
+        attempt += 1
+    return target
+
+
+def _set_aside(path: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(path, target)
+
+
+def set_aside_later(checkpoint: Path, output_dir: Path) -> None:
+    """Moves later checkpoints into superseded/, the last one first, so that `latest` means the resumed run."""
+    for path in reversed(checkpoints(output_dir)):
+        if int(path.name.split("-")[1]) <= read_record(checkpoint)["iteration"]:
+            break
+        target = _free(output_dir, path.name)
+        _set_aside(path, target)
+        print(f"warning: a checkpoint after {checkpoint.name} was moved to {target}", file=sys.stderr)
+
+
+def set_aside_run(output_dir: Path) -> None:
+    """Moves what a run without a checkpoint has written into superseded/run.N/. Its embeddings are used again."""
+    target = _free(output_dir, "run")
+    for name in ("args.json", "wandb.json", "images", "evaluation", "metrics.jsonl"):  # is_used until the last is moved
+        if (output_dir / name).exists():
+            _set_aside(output_dir / name, target / name)
+    print(f"{output_dir} has no checkpoint yet: the run starts from the beginning; what was there is in {target}")
+
+
+def copies_to_checkpoints(output_dir: Path) -> None:
+    """`latest` and `best` may be folders, in a run's folder that was copied without links: gives them back their names.
+
+    A copy of a checkpoint that is there as well, or of something else, goes to superseded/.
+    """
+    for path in (output_dir / name for name in LINKS):
+        if path.is_symlink() or not path.exists():
+            continue
+        target = _free(output_dir, path.name)
+        with suppress(FlagError, KeyError):  # something else
+            record = read_record(path)
+            own = output_dir / f"checkpoint-{record['iteration']}-{record['epoch']}"
+            target = target if own.exists() else own
+        _set_aside(path, target)
+        print(f"warning: {path} was no link; it was moved to {target}", file=sys.stderr)
 
 
 def remove_leftovers(output_dir: Path) -> None:
-    """Deletes incomplete checkpoints of a killed run."""
+    """Deletes incomplete checkpoints and files of a killed run."""
     for path in output_dir.glob(".checkpoint-*.part"):
         shutil.rmtree(path)
+    for path in output_dir.glob(".*.tmp"):
+        path.unlink()
 
 
-def open_output(config: GRPOConfig, processes: int) -> Path | None:
-    """Prepares the output folder and returns the checkpoint to resume from. Never mixes two runs in one folder."""
+def open_output(config: GRPOConfig, processes: int, lock: FolderLock | None = None) -> Path | None:
+    """Prepares the output folder and returns the checkpoint to resume from. Never mixes two runs in one folder.
+
+    Raises:
+        FlagError: the folder can't be written to, or another run has it or is in it, or nothing can be resumed.
+    """
     output = Path(config.output_dir)
-    used = (output / "metrics.jsonl").exists() or bool(checkpoints(output))
+    check_writable("output_dir", output)
+    try:
+        if lock is not None:
+            lock.take()
+        output.mkdir(parents=True, exist_ok=True)
+        return _open(config, processes, output)
+    except OSError as error:
+        raise not_written("output_dir", output, error) from error
+
+
+def _open(config: GRPOConfig, processes: int, output: Path) -> Path | None:
+    copies_to_checkpoints(output)
+    if not config.resume_from_checkpoint and is_used(output):
+        problem = "holds a run already; choose another folder or --resume_from_checkpoint latest"
+        raise FlagError("output_dir", output, problem)
     checkpoint = None
     if config.resume_from_checkpoint:
         checkpoint = find_checkpoint(config.resume_from_checkpoint, output)
-        if used and checkpoint.resolve().parent != output.resolve():
+    if checkpoint is not None:
+        if is_used(output) and checkpoint.resolve().parent != output.resolve():
             raise FlagError("output_dir", output, f"holds another run than --resume_from_checkpoint {checkpoint}")
         check_resumable(checkpoint, config, processes)
-    elif used:
-        problem = "holds a run already; choose another folder or --resume_from_checkpoint latest"
-        raise FlagError("output_dir", output, problem)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FlagError("output_dir", output, f"can't be made: {error.strerror}") from error
-    remove_leftovers(output)  # first of all, because they may fill the disk
-    if checkpoint is not None:
-        for moved in set_aside_later(checkpoint, output):
-            print(f"warning: a checkpoint after {checkpoint.name} was moved to {moved}", file=sys.stderr)
-        truncate_metrics(output / "metrics.jsonl", read_record(checkpoint)["iteration"])
+    remove_leftovers(output)  # before anything is written, because they may fill the disk
+    if checkpoint is None and is_used(output):
+        set_aside_run(output)
+    elif checkpoint is not None:
+        set_aside_later(checkpoint, output)
+        truncate_metrics(output, read_record(checkpoint)["iteration"])
         point_to(output, read_record(checkpoint).get("best"))
     return checkpoint
 
@@ -263,15 +340,25 @@ def check_base_model(checkpoint: Path, base_model: str, field: str = "resume_fro
         )
 
 
-def truncate_metrics(path: Path, last_step: int) -> None:
-    """Removes the lines of metrics.jsonl after iteration `last_step`, atomically. A resumed run writes them again."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+def truncate_metrics(output_dir: Path, last_step: int) -> None:
+    """Moves the lines of metrics.jsonl after iteration `last_step` to superseded/. A resumed run writes them again."""
+    path = output_dir / "metrics.jsonl"
+    data = path.read_bytes() if path.exists() else b""
+    lines, kept = data.splitlines(), 0
+    for line in lines:
         try:
-            if json.loads(line)["step"] <= last_step:
-                kept.append(line + "\n")
-        except ValueError:
+            if json.loads(line)["step"] > last_step:
+                break
+        except (ValueError, KeyError, TypeError):
             break  # a killed run left half a line
-    write_bytes(path, "".join(kept).encode())
+        kept += 1
+    if kept < len(lines):
+        target = _free(output_dir, path.name)
+        target.parent.mkdir(exist_ok=True)
+        write_bytes(target, _joined(lines[kept:]))
+    if data != _joined(lines[:kept]):
+        write_bytes(path, _joined(lines[:kept]))
+
+
+def _joined(lines: list[bytes]) -> bytes:
+    return b"".join(line + b"\n" for line in lines)
