@@ -2,7 +2,7 @@
 # Sets up the environment, checks lint and format, and runs the tests that .ci/run runs. `--long` runs the rest instead:
 # the tests marked `long`, which take minutes to hours. Both together are all tests; a release needs both.
 # Other arguments go to pytest, e.g. scripts/test.sh -k window
-#   TEST_PROCESSES  how many tests run side by side, one thread each (default: 2)
+#   TEST_PROCESSES  how many tests run side by side, one thread each (default: 3: some wait more than they compute)
 cd "$(dirname "$0")/.." && bash env_setup.sh
 source scripts/environment.sh
 export HF_HUB_OFFLINE=1 WANDB_MODE=${WANDB_MODE:-offline} TOKENIZERS_PARALLELISM=false
@@ -15,4 +15,4 @@ if [ "${1:-}" = --long ]; then
 fi
 "$PYTHON_BIN" -m ruff check .
 "$PYTHON_BIN" -m ruff format --check .
-exec "$PYTHON_BIN" -m pytest -q -m "$which" -n "${TEST_PROCESSES:-2}" --dist loadgroup --durations=15 "$@"
+exec "$PYTHON_BIN" -m pytest -q -m "$which" -n "${TEST_PROCESSES:-3}" --dist loadgroup --durations=15 "$@"

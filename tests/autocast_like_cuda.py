@@ -3,6 +3,7 @@
 import sys
 
 from fastvideo import train_grpo_flux
+from fastvideo.io.processes import entry_point
 
 import torch
 
@@ -15,4 +16,4 @@ def rms_norm(x, shape, weight=None, eps=None):
 
 
 library.impl("rms_norm", rms_norm)
-train_grpo_flux.main(sys.argv[1:])
+entry_point(lambda: train_grpo_flux.main(sys.argv[1:]))

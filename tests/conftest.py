@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -54,6 +55,8 @@ TIME_LIMIT = 1200
 PASSED = pytest.StashKey[bool]()
 
 torch.set_num_threads(1)
+# A shell starts background jobs with SIGINT ignored. Processes that tests start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

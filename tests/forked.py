@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["fastvideo.train_grpo_flux"])
+CONTEXT.set_forkserver_preload(["fastvideo.train_grpo_flux", "deepspeed.comm.torch"])
 GRACE = 30  # seconds in which the other processes may end after one has failed, as with torchrun
 
 
@@ -37,8 +37,11 @@ def _run(
         import resource
 
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+    import deepspeed.comm.torch
     import torch
 
+    # DeepSpeed compiles a C++ operator for processes on CPUs, which takes 100 seconds. Without it, it uses gloo.
+    deepspeed.comm.torch.build_shm_op = lambda: None
     torch.set_num_threads(1)
     sys.argv = [script, *argv]
     added = environment.get("PYTHONPATH", "").split(os.pathsep)

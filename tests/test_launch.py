@@ -184,6 +184,7 @@ def test_two_nodes_train_what_one_process_trains(start, train, hostfile, tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("trainer", ["stub"])
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_all_processes_of_all_nodes_run_and_say_where(start, tmp_path, launcher):
     process, log = start("run", launcher, "--ends"), tmp_path / "run.log"
@@ -193,6 +194,7 @@ def test_all_processes_of_all_nodes_run_and_say_where(start, tmp_path, launcher)
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("trainer", ["trainer"])
 def test_two_nodes_train_exactly_what_one_node_trains_with_either_launcher(start, flags, environment, tmp_path):
     alone = {**environment, "HOSTFILE": "", "NPROC_PER_NODE": "4"}
     command = ["bash", RECIPE, *flags(output_dir=tmp_path / "one", **FOUR_PROMPTS)]
@@ -208,6 +210,7 @@ def test_two_nodes_train_exactly_what_one_node_trains_with_either_launcher(start
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("trainer", ["trainer"])
 def test_shards_within_a_node_and_copies_between_nodes_train_the_same(start, train, tmp_path, hostfile):
     hostfile.write_text("\n".join(HOSTS))
     given = {"prompts_per_iteration": 4, "reward_model": "custom_rewards:rough_brightness", "parallel": "fsdp"}

@@ -1,9 +1,6 @@
 """--sp_size: processes that compute each picture together give the samples, scores and updates of one process."""
 
 import re
-import subprocess
-import sys
-from collections.abc import Sequence
 
 from fastvideo.data_preprocess.preprocess_flux_embedding import embed_prompts
 from fastvideo.models.flux import check_sequence_split
@@ -11,27 +8,9 @@ from fastvideo.models.flux import check_sequence_split
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TIME_LIMIT, TRAINER, Run, assert_same_update
+from conftest import Run, assert_same_update, torchrun
 from PIL import Image
 from test_engines import LORA, UNEVEN, assert_same_numbers
-
-
-def torchrun(
-    argv: Sequence[object], environment: dict[str, str], script: str = TRAINER, processes: int = 2
-) -> subprocess.CompletedProcess:
-    """The real torchrun, not forked processes: of these one has once died silently while attention was exchanged."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        str(processes),
-        script,
-    ]
-    command += map(str, argv)
-    return subprocess.run(command, cwd=ROOT, env=environment, timeout=TIME_LIMIT, capture_output=True, text=True)
-
 
 SHARED = UNEVEN | {"image_log_steps": 1, "prompts_per_iteration": 2}
 
@@ -98,7 +77,7 @@ def test_a_frozen_copy_and_edge_probabilities_are_shared_too(train, together):
     assert_same_numbers(train(**settings), together("shared", 4, **settings, sp_size=2))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_bf16_trains_where_norms_return_float32(flags, tmp_path, subprocess_environment):
     """The rounded gradient points in the direction of float32's, with two processes as well as with one."""
     gradients = {}
