@@ -1,6 +1,8 @@
 """Command lines from dataclasses: one documented field per flag, and one line for a setting that can't be used.
 
-`--flag_name` and `--flag-name` are the same; every switch has a `--no_` form; the text None means "not set".
+`--flag_name` and `--flag-name` are the same; every switch has a `--no_` form; the text None means "not set". The word
+`--override` stands between a recipe's flags, the environment's and those given by hand: where two exclude each other,
+the later one counts.
 
 A program reads its command line before it imports torch, so that --help and a refused flag answer at once:
 
@@ -35,6 +37,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, Field, field, fields
+from itertools import groupby
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin
@@ -63,9 +66,18 @@ class FlagError(ValueError):
         return f"{self.field}: {self.problem}" if self.value is None else f"{self.field} {self.value}: {self.problem}"
 
 
+class FlagErrors(FlagError):
+    """Several settings that can't be used, one line each."""
+
+    def __init__(self, errors: Sequence[FlagError]) -> None:
+        super().__init__(errors[0].field, errors[0].value, errors[0].problem)
+        self.errors = errors
+
+
 @contextmanager
 def flag_errors(program: str, names: Mapping[str, str] | None = None) -> Iterator[None]:
-    """The edge of a command line, a decorator of `main` too: a FlagError ends the program with one line and status 2.
+    """The edge of a command line, a decorator of `main` too: a FlagError ends the program with one line and status 2,
+    FlagErrors with several lines.
 
     Any other error is a fault of the code and keeps its traceback. names: flags that this program calls differently,
     {field: flag}.
@@ -73,9 +85,10 @@ def flag_errors(program: str, names: Mapping[str, str] | None = None) -> Iterato
     try:
         yield
     except FlagError as error:
-        named = FlagError((names or {}).get(error.field, error.field), error.value, error.problem)
+        found = error.errors if isinstance(error, FlagErrors) else [error]
+        named = [FlagError((names or {}).get(e.field, e.field), e.value, e.problem) for e in found]
         # One write: other processes may write to the same stream at this moment.
-        sys.stderr.write(f"{program}: error: --{named}\n")
+        sys.stderr.write("".join(f"{program}: error: --{line}\n" for line in named))
         raise SystemExit(2) from error
 
 
@@ -193,10 +206,20 @@ class _Parser(argparse_dataclass.ArgumentParser):
         aliases = [f"--{f.metadata['alias']}"] if "alias" in f.metadata else []
         return super().add_argument(f"--{f.name}", *aliases, **kwargs)
 
+    def given(self, argv: Sequence[str]) -> dict[str, Any]:
+        """{name: value} of the flags in a command line."""
+        namespace, unknown = argparse.ArgumentParser.parse_known_args(self, argv)
+        if unknown:
+            name = unknown[0].partition("=")[0]
+            known = [option[2:] for option in self._option_string_actions if option[:2] == "--" and option != "--help"]
+            self.error(f"unknown flag {name}" + (answer(name.lstrip("-"), known) if name.startswith("-") else ""))
+        return {name: value for name, value in vars(namespace).items() if value is not argparse_dataclass.MISSING}
+
     def error(self, message: str) -> Any:
         self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
 
 
+OVERRIDE = "--override"  # see the module's first lines
 _READ: dict[type, Any] = {}  # what parse_first has read, by class, until the program's main asks for it
 # Turns a command line of another program, with underscores, into (this program's, notes to print).
 Translate = Callable[[Sequence[str]], tuple[list[str], list[str]]]
@@ -214,7 +237,8 @@ def parse_dataclass(
 ) -> Config:
     """Parses a command line into the dataclass `cls`. A FlagError of its validation ends the program with one line.
 
-    If the class has a `create(**explicit)` constructor, it is called with just the flags that were given.
+    If the class has a `create(**explicit)` constructor, it is called with just the flags that were given. If it has a
+    method `outdone(before, after)`, this names the flags before an OVERRIDE that flags after it exclude.
 
     Args:
         argv: None is the process's own command line, which `parse_first` may have read already.
@@ -226,12 +250,13 @@ def parse_dataclass(
     argv = [_plain(word, aliases) for word in (sys.argv[1:] if argv is None else argv)]
     parser = _Parser(cls, description=doc)
     argv, notes = translate(argv) if translate else (argv, [])
-    namespace, unknown = argparse.ArgumentParser.parse_known_args(parser, argv)
-    if unknown:
-        name = unknown[0].partition("=")[0]
-        known = [option[2:] for option in parser._option_string_actions if option[:2] == "--" and option != "--help"]
-        parser.error(f"unknown flag {name}" + (answer(name.lstrip("-"), known) if name.startswith("-") else ""))
-    explicit = {name: value for name, value in vars(namespace).items() if value is not argparse_dataclass.MISSING}
+    explicit: dict[str, Any] = {}
+    for given in map(parser.given, _split(argv)):
+        for name, by in getattr(cls, "outdone", lambda *_: {})(explicit, given).items():
+            notes.append(
+                f"note: --{name} {explicit.pop(name)} isn't used, because --{by} {given[by]} is given after it"
+            )
+        explicit |= given
     try:
         settings = getattr(cls, "create", cls)(**explicit)
     except FlagError as error:
@@ -244,6 +269,11 @@ def say(*lines: str) -> None:
     """Prints to stderr, on the first process only."""
     if os.environ.get("RANK", "0") == "0":
         sys.stderr.write("".join(f"{line}\n" for line in lines))
+
+
+def _split(argv: Sequence[str]) -> list[list[str]]:
+    """The parts of a command line between OVERRIDE words."""
+    return [list(part) for override, part in groupby(argv, lambda word: word == OVERRIDE) if not override]
 
 
 def _plain(word: str, aliases: Mapping[str, str]) -> str:

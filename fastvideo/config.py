@@ -43,6 +43,7 @@ ALGORITHMS: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
 }
+DERIVED = tuple(ALGORITHMS)
 # These run only if --algorithm names them. Most of them need all samples of a prompt to start from the same noise.
 _SHARED_START = {
     "training_strategy": "all",
@@ -486,6 +487,29 @@ class GRPOConfig(RewardSpecConfig):
         at_least=0,
         below=65536,
     )
+
+    @staticmethod
+    def outdone(before: dict[str, Any], after: dict[str, Any]) -> dict[str, str]:
+        """{flag of a recipe or the environment: flag given after it that excludes it}, see fastvideo/cli.py."""
+        given, found = before | after, {}
+        pairs = [("data_json_path", "prompts_file")]
+        if (given.get("fsdp_sharding_startegy") == "none") == (given.get("parallel") == "fsdp"):
+            pairs.append(("parallel", "fsdp_sharding_startegy"))
+        for a, b in (*pairs, *(pair[::-1] for pair in pairs)):
+            if before.get(a) is not None and after.get(b) is not None:
+                found[a] = b
+        if algorithm := after.get("algorithm"):
+            owners = {f.name: f.metadata["algorithms"] for f in fields(GRPOConfig) if "algorithms" in f.metadata}
+            for name, value in before.items():
+                needed = ALGORITHMS[algorithm]["requires"].get(name, value)
+                if needed != value or algorithm not in owners.get(name, ALGORITHMS):
+                    found[name] = "algorithm"
+        elif before.get("algorithm") in DERIVED:
+            requires = ALGORITHMS[before["algorithm"]]["requires"]
+            for name, value in after.items():
+                if requires.get(name, value) != value:  # the flags choose another algorithm
+                    found["algorithm"] = name
+        return {name: by for name, by in found.items() if name not in after}
 
     @classmethod
     def create(cls, **explicit: Any) -> "GRPOConfig":

@@ -8,6 +8,8 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from fastvideo.cli import OVERRIDE
+
 
 class Reference(NamedTuple):
     """A flag of the references. ours: this trainer's flags for it, {} is its value; none: it has no effect here."""
@@ -68,9 +70,15 @@ class Line:
     def remove(self, name: str) -> None:
         self.flags = [flag for flag in self.flags if flag[0] != name]
 
-    def put_first(self, flag: str) -> None:
-        """Adds --name=value before all others, so that a value in the line itself counts more."""
-        self.flags.insert(0, (flag[2:].partition("=")[0], [flag]))
+    def put_first(self, flag: str, beside: str = "") -> None:
+        """Adds --name=value before all others, so that a value in the line itself counts more.
+
+        beside: a flag of the line. Flags of a recipe that stand before an OVERRIDE before it count less.
+        """
+        names = [name for name, _ in self.flags]
+        before = names[: names.index(beside)] if beside in names else []
+        place = max((i + 1 for i, name in enumerate(before) if f"--{name}" == OVERRIDE), default=0)
+        self.flags.insert(place, (flag[2:].partition("=")[0], [flag]))
 
     def ignore(self, name: str, why: str) -> None:
         self.remove(name)
@@ -79,8 +87,8 @@ class Line:
     def replace(self, name: str, ours: str, why: str = "") -> None:
         typed = f"--{name} {self.value(name)}".strip()
         ours = ours.format(self.value(name))
+        self.put_first(ours, beside=name)
         self.remove(name)
-        self.put_first(ours)
         self.notes.append(f"note: {typed} is {ours.replace('=', ' ')} here{why}")
 
 

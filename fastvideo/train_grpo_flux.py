@@ -34,26 +34,26 @@ from fastvideo.dataset.latent_flux_rl_datasets import LatentFluxRLDataset, Promp
 from fastvideo.eval.live import live_report
 from fastvideo.io.lock import FolderLock
 from fastvideo.io.processes import entry_point, stop_signals
-from fastvideo.io.prompts import read_prompts
 from fastvideo.io.scores import reward_schema
 from fastvideo.models.flux import (
     Conditioning,
     LatentShape,
     check_lora_targets,
-    check_pipeline,
     check_sequence_split,
     decode_latents,
     load_vae,
+    meta_transformer,
     predict_velocity,
     without_lora,
 )
-from fastvideo.models.reward_model.utils import check_reward_files, compute_reward
+from fastvideo.models.reward_model.utils import compute_reward
 from fastvideo.rollout_plan import describe, make_plan, optimizer_steps
 from fastvideo.runtime.checkpoint import CheckpointNotWritten, CheckpointWriter
 from fastvideo.runtime.engines import Engine, build_engine, main_process_first
-from fastvideo.runtime.evaluation import Evaluation, build_held_out, check_evaluation
+from fastvideo.runtime.evaluation import Evaluation, build_held_out
 from fastvideo.runtime.log import Log
-from fastvideo.runtime.memory import describe_memory, predict_memory
+from fastvideo.runtime.memory import predict_memory
+from fastvideo.runtime.preflight import check_run
 from fastvideo.runtime.resume import Progress, load_ema, load_trained, open_output
 from fastvideo.runtime.scoring import Scoring
 from fastvideo.runtime.throughput import Stopwatch, Throughput
@@ -601,17 +601,13 @@ def set_up(config: GRPOConfig, lock: FolderLock | None = None) -> tuple[Trainer,
 
     lock: of --output_dir; the first process takes it. None: no other program can want the folder.
     """
-    check_reward_files(config)
-    check_evaluation(config)
-    transformer = check_pipeline(config.pretrained_model_name_or_path)
+    transformer = meta_transformer(config.pretrained_model_name_or_path)
 
     def cached(index: str | Path) -> LatentFluxRLDataset:
         widths = (transformer.config.joint_attention_dim, transformer.config.pooled_projection_dim)
         return LatentFluxRLDataset(index, config.cfg, config.sampler_seed, widths)
 
     dataset = cached(config.data_json_path) if config.data_json_path else None
-    if dataset is None:
-        read_prompts(config.prompts_file, "prompts_file")
     if config.use_lora:
         check_lora_targets(transformer, config.lora_target_modules)
     if config.train_micro_batch_size is None:
@@ -734,11 +730,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with flag_errors("train_grpo_flux.py"), ExitStack() as held:
         text = describe(config, world_size_of_environment())
         if os.environ.get("RANK", "0") == "0":
-            print(text, describe_memory(config, world_size_of_environment()), sep="\n")
-            given = {name: getattr(config, name) for name in ("data_json_path", "prompts_file", "eval_prompts")}
-            for name, path in given.items() if config.dry_run else ():
-                if path and not Path(path).is_file():
-                    print(f"warning: --{name} {path}: no such file yet")
+            print(text, flush=True)
+        check_run(config, world_size_of_environment())
         if config.dry_run:
             return
         live = live_report(config.output_dir, config.serve_report)

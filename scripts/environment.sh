@@ -26,6 +26,9 @@ run_distributed() {
   if [ -n "${HOSTFILE:-}" ]; then
     exec "$PYTHON_BIN" scripts/finetune/launch.py "$@"
   fi
+  if [[ " $* " =~ \ (--dry[-_]run|dry_run=[Tt]rue)\  ]]; then # describes the run of all processes in one
+    WORLD_SIZE=${NPROC_PER_NODE:-1} LOCAL_WORLD_SIZE=${NPROC_PER_NODE:-1} exec "$PYTHON_BIN" "$@"
+  fi
   if [ "${NPROC_PER_NODE:-1}" = 1 ]; then
     exec "$PYTHON_BIN" "$@" # torchrun would end every error with a traceback of its own, and with status 1
   fi

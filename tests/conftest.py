@@ -290,6 +290,14 @@ def subprocess_environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
 
 
+@contextmanager
+def parts_missing() -> Iterator[None]:
+    """A dry run in this context prints the plan, then names what isn't here, such as FLUX.1, and ends with status 2."""
+    with pytest.raises(SystemExit) as stop:
+        yield
+    assert stop.value.code == 2
+
+
 @pytest.fixture
 def refused(capsys):
     """refused(regex): the command line in this context ends with status 2 and a last line on stderr that matches."""

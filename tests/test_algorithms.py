@@ -807,6 +807,10 @@ def test_bad_input_is_refused_in_one_line(capsys, argv, named):
     assert ": error: " in line and all(text in line for text in named), line
 
 
+TO_PLAN = ["--pretrained_model_name_or_path", str(ROOT / "data/tiny_flux"), "--reward_model", "shapes"]
+TO_PLAN += ["--prompts_file", str(ROOT / "data/tiny_prompts.txt")]
+
+
 @pytest.mark.parametrize(
     "argv,named",
     [
@@ -815,7 +819,7 @@ def test_bad_input_is_refused_in_one_line(capsys, argv, named):
     ],
 )
 def test_a_plan_that_trains_nothing_is_refused_before_anything_is_loaded(capsys, argv, named):
-    flags = ["--data_json_path", "unused", "--reward_model", "shapes", "--dry_run", "--algorithm", *argv.split()]
+    flags = [*TO_PLAN, "--dry_run", "--algorithm", *argv.split()]
     with pytest.raises(SystemExit) as stop:
         train_grpo_flux.main(flags)
     assert stop.value.code == 2
@@ -825,7 +829,7 @@ def test_a_plan_that_trains_nothing_is_refused_before_anything_is_loaded(capsys,
 
 def test_a_tree_of_one_late_split_trains_that_split_alone(capsys):
     """Other steps can't be trained: before the split all samples are one row, and the last step of cps has no noise."""
-    flags = ["--data_json_path", "unused", "--reward_model", "shapes", "--dry_run", "--algorithm", "branch_grpo"]
+    flags = [*TO_PLAN, "--dry_run", "--algorithm", "branch_grpo"]
     flags += "--sde_type cps --eta 0.5 --no_drop_last_sample --sampling_steps 3 --tree_split_points 1".split()
     train_grpo_flux.main(flags)
     plan = [line for line in capsys.readouterr().out.splitlines() if " -> " in line]
@@ -833,7 +837,7 @@ def test_a_tree_of_one_late_split_trains_that_split_alone(capsys):
 
 
 def test_a_dry_run_shows_merges_entropies_and_inactive_steps(capsys):
-    flags = ["--data_json_path", "unused", "--reward_model", "shapes", "--dry_run", "--algorithm", "grpo_merge"]
+    flags = [*TO_PLAN, "--dry_run", "--algorithm", "grpo_merge"]
     train_grpo_flux.main(flags)
     text = capsys.readouterr().out
     assert "1 prompts x 97 samples = 97 images" in text and "8 optimizer steps per iteration" in text

@@ -484,8 +484,9 @@ def test_a_dry_run_prints_the_plan_and_each_node_s_command(environment, flags, t
         return done.stdout.splitlines()
 
     environment |= {"NPROC_PER_NODE": "3", "LAUNCHER": "ssh", "REMOTE_SHELL": "false"}
-    plan, *_, memory, first, second, summary = dry_run(RECIPE)
+    plan, *_, memory, room, first, second, summary = dry_run(RECIPE)
     assert "5 process(es)" in plan and memory.startswith("predicted peak memory of each process: ")
+    assert room.startswith("checkpoints: 1 of 0.0182 GB")
     assert first.startswith(f"127.0.0.2: cd {ROOT} && {sys.executable} -m torch.distributed.run ")
     assert "--nnodes 2 --nproc_per_node 2 --node_rank 0 --master_addr 127.0.0.2 --master_port FREE_PORT" in first
     assert "--nnodes 2 --nproc_per_node 3 --node_rank 1 --master_addr 127.0.0.2" in second

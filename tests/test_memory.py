@@ -11,7 +11,7 @@ from fastvideo.train_grpo_flux import main
 
 import pytest
 import torch
-from conftest import ROOT, Run, torchrun
+from conftest import ROOT, Run, parts_missing, torchrun
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 
 
@@ -140,7 +140,8 @@ def test_processes_whose_gpus_differ_take_the_smallest_micro_batches(flags, tmp_
 def test_a_dry_run_prints_the_prediction_or_that_there_is_none(flags, capsys):
     main(flags(dry_run=True))
     assert "predicted peak memory of each process: 0." in capsys.readouterr().out
-    main(flags(dry_run=True, pretrained_model_name_or_path="owner/not-downloaded"))
+    with parts_missing():
+        main(flags(dry_run=True, pretrained_model_name_or_path="owner/not-downloaded"))
     assert "predicted peak memory: unknown until the model is here" in capsys.readouterr().out
 
 
@@ -175,7 +176,8 @@ def test_the_readme_s_recipes_pass_a_dry_run_and_take_what_it_says(flux_1, capsy
     for processes, gigabytes, adapters, flags, said in rows:
         monkeypatch.setenv("WORLD_SIZE", processes)
         argv = f"--pretrained_model_name_or_path {flux_1} --data_json_path unused {flags} {lora if adapters else ''}"
-        main([*argv.split(), "--dry_run"])
+        with parts_missing():
+            main([*argv.split(), "--dry_run"])
         found = float(re.search(r"predicted peak memory of each process: ([\d.]+) GiB", capsys.readouterr().out)[1])
         assert found == pytest.approx(float(said), abs=0.05), flags
         assert found + 4 < float(gigabytes) * 1e9 / 2**30, flags  # with room for a reward model

@@ -17,9 +17,8 @@ from pathlib import Path
 from fastvideo.config import GRPOConfig
 from fastvideo.dataset.latent_flux_rl_datasets import LatentFluxRLDataset, collate
 from fastvideo.io.files import write_bytes
-from fastvideo.io.prompts import read_prompts
 from fastvideo.io.scores import evaluation_scores, write_scores
-from fastvideo.models.reward_model.utils import RewardModel, build_reward_models, check_reward_files, compute_reward
+from fastvideo.models.reward_model.utils import RewardModel, build_reward_models, compute_reward
 from fastvideo.runtime.engines import Engine
 from fastvideo.runtime.resume import Progress
 from fastvideo.runtime.scoring import Scoring
@@ -41,14 +40,6 @@ def noise_free_plan(config: GRPOConfig) -> Plan:
     sigmas = sigma_schedule(config.sampling_steps, config.shift)
     steps = (Step(i, sigma, sigmas[i + 1], sigmas[1], "ode") for i, sigma in enumerate(sigmas[:-1]))
     return Plan(tuple(steps))
-
-
-def check_evaluation(config: GRPOConfig) -> None:
-    """Raises FlagError if prompts or files of held-out rewards are missing. Loads no model."""
-    if config.eval_steps:
-        read_prompts(config.eval_prompts, "eval_prompts")
-    if config.eval_reward:
-        check_reward_files(config.held_out(), evaluation=True, field="eval_reward")
 
 
 def build_held_out(config: GRPOConfig, device: torch.device) -> tuple[dict[str, RewardModel], dict[str, float]] | None:

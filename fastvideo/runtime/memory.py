@@ -12,6 +12,7 @@ from fastvideo.runtime.engines import choose_engine
 from fastvideo.utils.grpo_states import windows
 
 import torch
+from diffusers import FluxTransformer2DModel
 
 TEXT_TOKENS, ROWS_ON_A_CPU = 512, 8
 # Bytes per token and unit of width, measured in bf16 on an H100 (benchmarks/results/h100_iteration.txt).
@@ -34,18 +35,11 @@ def predict_memory(config: GRPOConfig, world_size: int) -> dict[str, float]:
         FlagError: a model's config.json can't be read.
     """
     path, engine = config.pretrained_model_name_or_path, choose_engine(config, world_size)
-    transformer = meta_transformer(path)
-    everything = sum(p.numel() for p in transformer.parameters())
-    trained = everything
-    compute = 2 if config.mixed_precision == "bf16" else 4
-    frozen = 0
-    if config.quantize_base:
-        quantize_blocks(transformer, "meta")
-    if config.use_lora:
-        frozen = sum(p.numel() * (1 if p.dtype == torch.int8 else compute) for p in transformer.parameters())
-        with torch.device("meta"):
-            add_lora(transformer, config.lora_rank, config.lora_alpha, config.lora_target_modules, config.seed)
-        trained = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
+    transformer, compute = trained_model(config), 2 if config.mixed_precision == "bf16" else 4
+    trained = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
+    held = [p for p in transformer.parameters() if not p.requires_grad]  # with LoRA, the base model
+    frozen = sum(p.numel() * (1 if p.dtype == torch.int8 else compute) for p in held)
+    everything = sum(p.numel() for p in held) or trained
     master = 2 if config.master_weight_type == "bf16" else 4
     split = world_size if engine in ("fsdp", "deepspeed") else 1
     if engine == "fsdp" and (config.fsdp_sharding_startegy or "").startswith("hybrid"):
@@ -86,6 +80,27 @@ def predict_memory(config: GRPOConfig, world_size: int) -> dict[str, float]:
     peak = weights + moments + max(gradients + training, sampling, decoding)
     parts = dict(weights=weights, gradients=gradients, moments=moments, activations=activations, peak=peak)
     return {"rows": rows} | {name: size / 2**30 for name, size in parts.items()}
+
+
+def trained_model(config: GRPOConfig) -> FluxTransformer2DModel:
+    """The model of the run on the meta device, with its adapters if it has any: what is trained has requires_grad.
+
+    Raises:
+        FlagError: a model's config.json can't be read, or has no layers of --lora_target_modules.
+    """
+    transformer = meta_transformer(config.pretrained_model_name_or_path)
+    if config.quantize_base:
+        quantize_blocks(transformer, "meta")
+    if config.use_lora:
+        with torch.device("meta"):
+            add_lora(transformer, config.lora_rank, config.lora_alpha, config.lora_target_modules, config.seed)
+    return transformer
+
+
+def checkpoint_size(config: GRPOConfig) -> int:
+    """Bytes of a checkpoint: trained weights, AdamW's two moments and, with --ema_decay, the averaged weights."""
+    trained = sum(p.numel() for p in trained_model(config).parameters() if p.requires_grad)
+    return trained * (2 if config.master_weight_type == "bf16" else 4) * (4 if config.ema_decay else 3)
 
 
 def gpu_sizes() -> list[int]:

@@ -91,6 +91,12 @@ class SampleConfig:
             raise FlagError("compile", None, "its graphs can't move layers; choose --cpu_offload none or model")
         self._check_mix()
 
+    @staticmethod
+    def outdone(before: dict[str, object], after: dict[str, object]) -> dict[str, str]:
+        """{flag from the environment: flag given by hand that is another name of it}, see fastvideo/cli.py."""
+        base, other = "pretrained_model_name_or_path", "flux_baseline_model_dir"
+        return {base: other} if base in before and other in after and base not in after else {}
+
     def _check_mix(self) -> None:
         steps, total = self.mix_sampling_steps, self.total_sampling_steps
         if self.mix_fraction:

@@ -24,4 +24,6 @@ flag learning_rate 2e-4
 flag lr_scheduler cosine
 flag reward_model shapes
 flag mixed_precision no
-launch --no_gradient_checkpointing --no_use_wandb --dataloader_num_workers 0 "$@"
+flag dataloader_num_workers 0
+args+=(--no_gradient_checkpointing --no_use_wandb)
+launch "$@"

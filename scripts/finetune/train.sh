@@ -6,6 +6,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/../environment.sh"
 
 train() {
   mention_hostfile
+  [[ " $* " != *prompts_file=* ]] || DATA_PATH= # the prompts given by hand count
   run_distributed fastvideo/train.py \
     ${MODEL_PATH:+model.pretrained_model_name_or_path="$MODEL_PATH"} ${DATA_PATH:+data.json_path="$DATA_PATH"} "$@"
 }

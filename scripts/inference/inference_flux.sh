@@ -14,4 +14,4 @@ given pretrained_model_name_or_path BASE_MODEL_PATH
 given model_path MODEL_PATH
 given prompts_file PROMPT_FILE
 given output_dir OUTPUT_DIR
-run_distributed -m fastvideo.sample.sample_flux "${args[@]}" "$@"
+run_distributed -m fastvideo.sample.sample_flux "${args[@]}" --override "$@"

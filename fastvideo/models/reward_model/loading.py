@@ -18,6 +18,7 @@ from fastvideo.models.reward_model.spec import REWARDS, File
 
 import numpy as np
 import torch
+from huggingface_hub import try_to_load_from_cache
 from PIL import Image
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,15 @@ def check_file(file: File, setting: str | None) -> None:
         raise FlagError(file.field, None, f"not given; {file.what} belongs there")
     if not Path(path).exists() and (_is_local(path) or not file.hub):
         raise bad_file(file.field, path, f"no such file; {file.what} belongs there")
+
+
+def on_the_hub_only(path: str) -> bool:
+    """Whether `path` names a repository of a hub, owner/name or hf-hub:owner/name, that isn't in the hub's cache."""
+    name = path.removeprefix("hf-hub:")
+    if Path(path).exists() or _is_local(path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return False
+    configs = ("config.json", "open_clip_config.json")
+    return not any(isinstance(try_to_load_from_cache(name, config), str) for config in configs)
 
 
 def check_device(device: str | None) -> None:

@@ -7,7 +7,7 @@ module is imported when the model is built. `--reward_model package.module:funct
 
 import importlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from fastvideo.cli import FlagError
@@ -51,7 +51,13 @@ class FunctionReward:
 
 
 def check_reward_files(config: Any, evaluation: bool = False, field: str = "reward_model") -> None:
-    """Raises FlagError if a reward named in `field` lacks something: a file, a URL, weights of its components.
+    """Raises FlagError for the first of `reward_problems`."""
+    for error in reward_problems(config, evaluation, field):
+        raise error
+
+
+def reward_problems(config: Any, evaluation: bool = False, field: str = "reward_model") -> Iterator[FlagError]:
+    """What the rewards named in `field` lack: files, a URL, weights of their components.
 
     Loads nothing, and looks up no name on a hub. Custom rewards are imported. With --reward_server nothing has to be
     on this machine; the servers are asked whether they give the same scores.
@@ -59,20 +65,30 @@ def check_reward_files(config: Any, evaluation: bool = False, field: str = "rewa
     if config.reward_server:
         from fastvideo.models.reward_model.remote import connect  # imports the HTTP client, which few runs need
 
-        connect(config, evaluation, field)
-        return
-    check_device(config.reward_device)
-    for key in resolve_reward_spec(config, field):
-        if key not in REWARDS:
-            FunctionReward(key, field)
-            continue
-        entry = REWARDS[key]
-        mode = entry.chosen_mode(config, evaluation)
-        for file in entry.files:
-            if file.mode in (None, mode):
-                check_file(file, getattr(config, file.field))
+        checks = [lambda: connect(config, evaluation, field)]
+    else:
+        checks = [lambda: check_device(config.reward_device)]
+        for key in resolve_reward_spec(config, field):
+            checks += _checks(key, config, evaluation, field)
+    for check in checks:
+        try:
+            check()
+        except FlagError as error:
+            yield error
+
+
+def _checks(key: str, config: Any, evaluation: bool, field: str) -> list[Callable[[], object]]:
+    """The checks of one reward. Each raises FlagError if something is missing."""
+    if key not in REWARDS:
+        return [lambda: FunctionReward(key, field)]
+    entry = REWARDS[key]
+    mode = entry.chosen_mode(config, evaluation)
+
+    def address() -> None:
         if entry.url and not getattr(config, entry.url):
             raise FlagError(entry.url, None, f"not given; {key} needs the URL of its server")
+
+    def schedule() -> None:
         if entry.components:
             check_schedule(
                 config.granular_start_weights,
@@ -81,6 +97,9 @@ def check_reward_files(config: Any, evaluation: bool = False, field: str = "rewa
                 config.granular_gamma,
                 entry.components,
             )
+
+    files = [file for file in entry.files if file.mode in (None, mode)]
+    return [*(lambda f=f: check_file(f, getattr(config, f.field)) for f in files), address, schedule]
 
 
 def _build(entry: Reward, config: Any, device: str, evaluation: bool) -> RewardModel:

@@ -1,0 +1,168 @@
+"""Looks, before anything slow, whether all that a run needs is there: models, rewards, prompts, room for checkpoints.
+
+A real run and --dry_run check the same, and name everything that is missing, not only the first.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from fastvideo.cli import FlagError, FlagErrors, say
+from fastvideo.config import GRPOConfig
+from fastvideo.dataset.latent_flux_rl_datasets import LatentFluxRLDataset
+from fastvideo.io.files import check_writable
+from fastvideo.io.fingerprint import local_folder
+from fastvideo.io.prompts import read_prompts
+from fastvideo.models.flux import BASE, check_pipeline, meta_transformer
+from fastvideo.models.reward_model.loading import on_the_hub_only
+from fastvideo.models.reward_model.spec import REWARDS, resolve_reward_spec
+from fastvideo.models.reward_model.utils import reward_problems
+from fastvideo.runtime.checkpoint import checkpoints
+from fastvideo.runtime.memory import checkpoint_size, describe_memory
+
+from huggingface_hub import is_offline_mode
+
+WEIGHTS = ("*.safetensors", "*.bin")
+VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
+
+
+def check_run(config: GRPOConfig, world_size: int) -> None:
+    """Prints the prediction of the memory. Warns if checkpoints won't fit on the disk. Loads no model.
+
+    Raises:
+        FlagErrors: all that is missing.
+    """
+    path = config.pretrained_model_name_or_path
+    found, configs = list(_missing_in_pipeline(config)), local_folder(path) is not None
+    if configs and not found and not config.init_random_flux:
+        found += _raised([lambda: check_pipeline(path)])
+    try:
+        memory = describe_memory(config, world_size)
+        if os.environ.get("RANK", "0") == "0":
+            print(memory, flush=True)
+    except FlagError as error:
+        found += [] if found and error.field == BASE else [error]
+        configs = False
+    for rewards, field in ((config, "reward_model"), (config.held_out(), "eval_reward")):
+        if getattr(config, field) is not None:
+            found += reward_problems(rewards, field == "eval_reward", field)
+            found += _not_downloaded(rewards, field)
+    checks: list[Callable[[], object]] = [lambda: _check_room(config)]
+    if not configs:
+        checks = [lambda: check_writable("output_dir", config.output_dir)]
+    if config.data_json_path:
+        checks.append(lambda: _check_embeddings(config, configs))
+    texts = [name for name in ("prompts_file", "eval_prompts") if getattr(config, name) is not None]
+    checks += [lambda name=name: read_prompts(getattr(config, name), name) for name in texts]
+    found += _raised(checks)
+    if found:
+        raise FlagErrors(found)
+
+
+def _check_embeddings(config: GRPOConfig, configs: bool) -> None:
+    """Raises FlagError for cached embeddings that can't be used. A run that goes on checks their content only later.
+
+    configs: whether the transformer's config.json can be read.
+    """
+    widths = None
+    if config.dry_run and configs:
+        sizes = meta_transformer(config.pretrained_model_name_or_path).config
+        widths = (sizes.joint_attention_dim, sizes.pooled_projection_dim)
+    LatentFluxRLDataset(config.data_json_path, widths=widths)
+
+
+def _not_downloaded(config: GRPOConfig, field: str) -> Iterator[FlagError]:
+    """The models on a hub that the rewards named in `field` need and that can't be downloaded, as no hub is asked."""
+    entries = [REWARDS[key] for key in resolve_reward_spec(config, field) if key in REWARDS]
+    for entry in entries if not config.reward_server else ():
+        mode = entry.chosen_mode(config, field == "eval_reward")
+        for name in [file.field for file in entry.files if file.hub and file.mode in (None, mode)]:
+            if on_the_hub_only(getattr(config, name)):
+                yield from _from_hub(name, getattr(config, name))
+
+
+def _from_hub(field: str, name: str) -> Iterator[FlagError]:
+    if is_offline_mode():
+        yield FlagError(field, name, "not here, and HF_HUB_OFFLINE is set, so no hub is asked; download it first")
+    else:
+        say(f"note: --{field} {name} isn't on this machine yet; the run downloads it first")
+
+
+def _raised(checks: Iterable[Callable[[], object]]) -> Iterator[FlagError]:
+    for check in checks:
+        try:
+            check()
+        except FlagError as error:
+            yield error
+
+
+def _missing_in_pipeline(config: GRPOConfig) -> Iterator[FlagError]:
+    """What the folder of --pretrained_model_name_or_path lacks of the parts that the run loads."""
+    path = config.pretrained_model_name_or_path
+    folder = local_folder(path)
+    if folder is None:
+        if path.count("/") == 1 and not path.startswith((".", "/", "data/", "outputs/")):
+            yield from _from_hub(BASE, path)
+        else:
+            problem = "no such folder; give a diffusers FLUX pipeline folder such as data/tiny_flux, or a hub id"
+            yield FlagError(BASE, path, problem)
+        return
+    if not Path(path).is_dir() and not is_offline_mode():
+        return  # from a hub, which completes it
+    for part, files in _parts(config).items():
+        if not (folder / part).is_dir():
+            yield FlagError(BASE, path, f"no folder {part}/ in it")
+            continue
+        for names in files:
+            if not any(any((folder / part).glob(name)) for name in names):
+                yield FlagError(BASE, path, f"{part or 'it'} has no {' or '.join(names)}")
+        yield from (FlagError(BASE, path, problem) for problem in _lost_shards(folder, part))
+
+
+def _parts(config: GRPOConfig) -> dict[str, list[tuple[str, ...]]]:
+    """{folder of the pipeline that a run loads: file patterns, of which one each must be there}."""
+    parts: dict[str, list[tuple[str, ...]]] = {part: [("config.json",), WEIGHTS] for part in ("transformer", "vae")}
+    if config.init_random_flux:
+        parts["transformer"].remove(WEIGHTS)
+    if config.prompts_file or config.eval_steps:
+        parts |= {"": [("model_index.json",)], "scheduler": [("scheduler_config.json",)]}
+        parts |= {part: [("config.json",), WEIGHTS] for part in ("text_encoder", "text_encoder_2")}
+        parts |= {part: [VOCABULARIES] for part in ("tokenizer", "tokenizer_2")}
+    return parts
+
+
+def _lost_shards(folder: Path, part: str) -> Iterator[str]:
+    for index in (folder / part).glob("*.index.json") if part else ():
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            yield f"{part}/{index.name} can't be read: {error!r}"
+            continue
+        if lost := sorted(name for name in names if not (folder / part / name).is_file()):
+            yield f"{part} lacks {len(lost)} of the {len(names)} files in {index.name}, such as {lost[0]}"
+
+
+def _check_room(config: GRPOConfig) -> None:
+    """Raises FlagError unless a checkpoint fits on the disk. Warns if not all fit that the run will keep.
+
+    One more has to fit than --checkpoints_total_limit says: an old one is deleted when the new one is complete.
+    """
+    size, output = checkpoint_size(config), Path(os.path.abspath(config.output_dir))
+    check_writable("output_dir", config.output_dir)
+    saved = max(1, -(-config.max_train_steps // config.checkpointing_steps) - len(checkpoints(output)))
+    kept = min(saved, (config.checkpoints_total_limit or saved) + 1)
+    place = next(folder for folder in (output, *output.parents) if folder.exists())
+    leftovers = [path for part in output.glob(".checkpoint-*.part") for path in part.rglob("*") if path.is_file()]
+    free = shutil.disk_usage(place).free + sum(path.stat().st_size for path in leftovers)  # which the run deletes
+    fit = free // size
+    if not fit:
+        problem = f"a checkpoint takes {size / 1e9:.3g} GB, but {free / 1e9:.3g} GB are free"
+        raise FlagError("output_dir", config.output_dir, problem)
+    text = f"checkpoints: {saved} of {size / 1e9:.3g} GB, at most {kept} at a time; --output_dir has room for {fit}"
+    if fit < kept:
+        advice = f"--checkpoints_total_limit {fit - 1}" if fit > 1 else "another --output_dir"
+        text = f"warning: {text}; choose {advice}"
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
