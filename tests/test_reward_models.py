@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 
 from fastvideo import train_grpo_flux
+from fastvideo.cli import FlagError
 from fastvideo.models.reward_model import image_reward_compat
 from fastvideo.models.reward_model.clip_score import CLIPScoreRewardModel
 from fastvideo.models.reward_model.hps_score import HPSClipRewardModel, hps_preprocess
@@ -38,6 +39,7 @@ from reward_checkpoints import (
     pictures,
 )
 from reward_servers import QuietHandler
+from safetensors.torch import load_file, save_file
 
 TOLERANCE = dict(rtol=0, atol=1e-5)
 RGB = [image.convert("RGB") for image in pictures()]
@@ -284,6 +286,48 @@ def test_hps_refuses_other_files(narrow_rewards, tmp_path):
     torch.save({"state_dict": {"logit_scale": torch.zeros(())}}, tmp_path / "part.pt")
     with pytest.raises(ValueError, match=r"hps_path .*part.pt: wrong checkpoint .* is missing \(and \d+ more\)"):
         HPSClipRewardModel(str(tmp_path / "part.pt"))
+
+
+DAMAGE = {
+    "truncated": lambda path, state: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "NaN": lambda path, state: store(path, {k: v * torch.nan if v.ndim > 1 else v for k, v in state.items()}),
+    "a prefix": lambda path, state: store(path, {f"module.{k}": v for k, v in state.items()}),
+    "another width": lambda path, state: store(path, {k: v[..., :3] if v.ndim > 1 else v for k, v in state.items()}),
+    "no tensors": lambda path, state: store(path, {k: "x" for k in state}),
+    "code": lambda path, state: torch.save({k: Path(k) for k in state}, path),
+}
+
+
+def store(path: Path, state: dict) -> None:
+    if path.suffix == ".safetensors":
+        if all(isinstance(value, torch.Tensor) for value in state.values()):
+            save_file({k: v.contiguous() for k, v in state.items()}, path, {"format": "pt"})
+        else:
+            path.write_text(json.dumps(state))
+    else:
+        torch.save(state, path)
+
+
+@pytest.mark.parametrize("kind", ["hps", "clip_score", "pick_score", "granular", "overall"])
+def test_damaged_weights_of_a_reward_are_one_line_not_random_numbers(kind, narrow_rewards, tmp_path):
+    file = {
+        "hps": f"hps_ckpt/{HPS_FILE}",
+        "clip_score": f"{CLIP_SCORE_FOLDER}/open_clip_pytorch_model.bin",
+        "pick_score": f"{PICK_SCORE_FOLDER}/model.safetensors",
+        "granular": "image_reward_ckpt/model_large.pth",
+        "overall": "image_reward_ckpt/ImageReward.pt",
+    }[kind]
+    for damage, apply in DAMAGE.items():
+        folder = tmp_path / damage
+        shutil.copytree((narrow_rewards / file).parent, folder / Path(file).parent)
+        path = folder / file
+        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+        apply(path, state.get("state_dict", state.get("model", state)))
+        with pytest.raises(FlagError) as refusal:
+            build(kind, folder)
+        assert "\n" not in str(refusal.value) and str(folder) in str(refusal.value), damage
+        assert len(str(refusal.value)) < 500 + len(str(path)), refusal.value
+        shutil.rmtree(folder)
 
 
 def test_the_file_of_hps_2_0_loads_under_its_name(narrow_rewards, tmp_path):

@@ -116,6 +116,7 @@ from fastvideo.eval.benchmark import benchmark_entries, read_benchmark
 from fastvideo.eval.hacking import MIN_PROMPTS, diversity
 from fastvideo.eval.summary import Scores, csv_lines, finite, mean_lines, pair_up, summarize, table
 from fastvideo.io.files import write_bytes, write_json
+from fastvideo.io.pictures import open_picture
 from fastvideo.io.processes import Processes, processes
 from fastvideo.io.resumable import Journal, digest, finish
 from fastvideo.io.scores import companion, reward_schema, write_scores
@@ -164,13 +165,11 @@ def read_manifest(path: Path, field: str) -> list[dict[str, Any]]:
 def _open(path: Path) -> Image.Image | str:
     """The picture in RGB, or what is wrong with it."""
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
+        return open_picture(path)
     except FileNotFoundError:
         return "no such file"
-    # no picture, a truncated file, a broken PNG, a file that unpacks to gigabytes
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return f"not a readable picture: {error}"
+    except ValueError as error:
+        return str(error)
 
 
 @dataclass(eq=False)
@@ -327,6 +326,13 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     before = config.baseline_manifest and _entries(config, config.baseline_manifest, "baseline_manifest")
     if before:
         pair_up(entries, before)  # raises before anything loads
+    for entry in entries:
+        if not isinstance(problem := _open(entry["path"]), str):
+            break
+    else:
+        field = "manifest" if config.manifest else "image"
+        problem = f"not one picture could be read; {entries[-1]['path']}: {problem}"
+        raise FlagError(field, getattr(config, field), problem)
     output = _output(config)
     with processes(config.device) as here:
         models, _ = build_reward_models(config, here.device, evaluation=True, field="reward_model_type")
@@ -336,10 +342,6 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         journal = ScoreJournal(output, settings, purpose)
         rest = (models, config.reward_batch_size, journal, here, config.hacking_measures)
         scores = score(entries, *rest)
-        if not scores.entries:
-            journal.withdraw()
-            field = "manifest" if config.manifest else "image"
-            raise FlagError(field, getattr(config, field), "not one picture could be read")
         baseline = score(before, *rest) if before else None
         trained = config.trained_keys()
         if trained is not None:  # the models have the spec's order

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvideo.eval.statistics import RIGHT, number
+from fastvideo.io.pictures import open_picture
 from fastvideo.io.scores import ScoreName, score_names
 from fastvideo.models.reward_model.granular import GranularRewardModel
 
@@ -384,10 +385,8 @@ def inline_svg(figure: Figure, alt: str, name: str) -> str:
 def read_picture(path: Path) -> Image.Image | None:
     """The picture in RGB; None where no picture can be read."""
     try:
-        with Image.open(path) as file:
-            return file.convert("RGB")
-    # missing, truncated, no picture, a PNG with a broken chunk, a file that unpacks to gigabytes
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return open_picture(path)
+    except (FileNotFoundError, ValueError):
         return None
 
 

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -54,6 +54,23 @@ def mismatch(wanted: Shapes, stored: Shapes) -> str | None:
     problems += [f"{k} has shape {tuple(stored[k])}, expected {tuple(wanted[k])}" for k in other[:1]]
     more = len(missing) + len(unknown) + len(other) - len(problems)
     return (", ".join(problems) + (f", and {more} more" if more else "")) or None
+
+
+def loading_problem(model: "torch.nn.Module", report: Mapping[str, Any], strict: bool) -> str | None:
+    """What is wrong with weights that from_pretrained has loaded; None if nothing is.
+
+    diffusers and transformers only warn of missing weights, and fill them with random numbers.
+
+    Args:
+        report: from `output_loading_info=True`. strict: unknown weights are wrong even if none is missing.
+    """
+    wanted, stored = (dict.fromkeys(sorted(report[kind]), ()) for kind in ("missing_keys", "unexpected_keys"))
+    for name, shape, expected in report["mismatched_keys"]:
+        wanted[name], stored[name] = expected, shape
+    problem = mismatch(wanted, stored) if wanted or strict else None
+    if problem is None and (name := not_finite(model.state_dict())):
+        problem = f"{name} has values that aren't finite"
+    return problem
 
 
 def not_finite(weights: "Mapping[str, torch.Tensor]") -> str | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import fastvideo.torchvision_repair  # noqa: F401  (before diffusers)
 from fastvideo.cli import FlagError
-from fastvideo.io.weights import mismatch, not_finite, stored_shapes
+from fastvideo.io.weights import loading_problem, mismatch, stored_shapes
 from fastvideo.models.lora import Adapters, find_lora, read_adapters
 
 import torch
@@ -58,22 +58,11 @@ def _load(cls: type, path: str, field: str = BASE, **kwargs):
 
 
 def _load_weights(cls: type, path: str, field: str = BASE, **kwargs) -> torch.nn.Module:
-    """`_load` of a model. Raises ModelNotFoundError too if weights are missing, unknown or not finite.
-
-    diffusers and transformers only warn of missing weights, and fill them with random numbers.
-    """
-    own = issubclass(cls, ModelMixin)  # of diffusers; the text encoders are of transformers
-    report_sizes = {} if own else {"ignore_mismatched_sizes": True}  # diffusers' error names the weight by itself
-    model, report = _load(cls, path, field, output_loading_info=True, **report_sizes, **kwargs)
-    wanted, stored = (dict.fromkeys(sorted(report[kind]), ()) for kind in ("missing_keys", "unexpected_keys"))
-    for name, shape, expected in report["mismatched_keys"]:
-        wanted[name], stored[name] = expected, shape
-    if not wanted and not own:
-        stored = {}  # text encoders come with parts that FLUX doesn't use
-    problem = mismatch(wanted, stored)
-    if problem is None and (name := not_finite(model.state_dict())):
-        problem = f"{name} has values that aren't finite"
-    if problem:
+    """`_load` of a model. Raises ModelNotFoundError too if weights are missing, unknown or not finite."""
+    own = issubclass(cls, ModelMixin)  # of diffusers, whose errors name a weight of another size by themselves
+    sizes = {} if own else {"ignore_mismatched_sizes": True}  # then the report names it
+    model, report = _load(cls, path, field, output_loading_info=True, **sizes, **kwargs)
+    if problem := loading_problem(model, report, strict=own):  # text encoders come with parts that FLUX doesn't use
         raise ModelNotFoundError(field, path, f"wrong weights in {kwargs.get('subfolder', 'it')}: {problem}")
     return model
 

@@ -251,7 +251,7 @@ class Pictures(Store[Picture, Image.Image]):
 
     def has(self, picture: Picture) -> bool:
         try:
-            with Image.open(picture.path) as image:
+            with Image.open(picture.path, formats=("PNG", "JPEG")) as image:
                 image.load()
                 record = image.text if image.format == "PNG" else json.loads(image.info["comment"])
                 return record == self.record(picture)

@@ -37,12 +37,16 @@ def _load_local(path: Path, architecture: str) -> tuple[torch.nn.Module, Any, An
         path = found[0]
     preprocess = {}
     if (folder / CONFIG_FILE).is_file():
-        config = json.loads((folder / CONFIG_FILE).read_text())
+        try:
+            config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+            model_config = json.dumps(config["model_cfg"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise bad_file("clip_score_path", folder / CONFIG_FILE, f"no open_clip configuration: {error!r}") from error
         # open_clip 2 builds models from named configurations only, and reads new ones from files only.
         with tempfile.TemporaryDirectory() as scratch:
             architecture = f"local-{folder.resolve().name}"
             config_file = Path(scratch) / f"{architecture}.json"
-            config_file.write_text(json.dumps(config["model_cfg"]))
+            config_file.write_text(model_config)
             open_clip.add_model_config(config_file)
         names = {"mean": "image_mean", "std": "image_std", "interpolation": "image_interpolation"}
         names["resize_mode"] = "image_resize_mode"

@@ -8,6 +8,7 @@ from typing import Any
 
 from fastvideo.cli import FlagError
 from fastvideo.io.devices import DTYPES, resolve_device
+from fastvideo.io.pictures import open_picture
 from fastvideo.models.reward_model.granular import GranularRewardModel, as_scores
 
 from PIL import Image
@@ -28,9 +29,17 @@ def demo_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def print_scores(model: Any, args: argparse.Namespace) -> None:
+def _open(path: str) -> Image.Image:
+    try:
+        return open_picture(Path(path))
+    except (FileNotFoundError, ValueError) as error:
+        raise FlagError(
+            "image", path, "no such file" if isinstance(error, FileNotFoundError) else str(error)
+        ) from error
+
+
+def print_scores(model: Any, images: list[Image.Image], args: argparse.Namespace) -> None:
     """Scores args.image against args.prompt and prints one line per image, with the components of a granular model."""
-    images = [Image.open(path) for path in args.image]
     prompts = [args.prompt] * len(images)
     components: dict[str, Any] = {}
     if isinstance(model, GranularRewardModel):
@@ -48,7 +57,8 @@ def run_demo(build: Callable[..., Any], parser: argparse.ArgumentParser) -> None
     args = parser.parse_args()
     known = inspect.signature(build).parameters
     try:
-        print_scores(build(**{name: value for name, value in vars(args).items() if name in known}), args)
+        images = [_open(path) for path in args.image]
+        print_scores(build(**{name: value for name, value in vars(args).items() if name in known}), images, args)
     except FlagError as error:  # it names the trainer's flag; this command line may call it differently
         parser.error(f"--{error}".splitlines()[0])
     except (ValueError, OSError) as error:

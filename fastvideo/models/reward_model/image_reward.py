@@ -10,13 +10,15 @@ plain sum, whatever the weights. `--granular_mix advantage` puts the three on on
     python fastvideo/models/reward_model/image_reward.py --device cpu --mode overall --http_proxy http://...
 """
 
+import json
 import os
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fastvideo.cli import FlagError
+from fastvideo.io.pictures import open_picture
+from fastvideo.io.weights import not_finite
 from fastvideo.models.reward_model.demo import demo_parser, run_demo
 from fastvideo.models.reward_model.granular import GranularRewardModel, SmoothFunc
 from fastvideo.models.reward_model.image_reward_compat import import_image_reward, tokenizer_source
@@ -60,7 +62,7 @@ class ComponentScorer:
 
         Two lists always; the package gives two numbers for a single picture.
         """
-        pictures = [image if isinstance(image, Image.Image) else Image.open(image) for image in images]
+        pictures = [image if isinstance(image, Image.Image) else open_picture(Path(image)) for image in images]
         scores = self.model.score_components(pictures, prompt)[self.component]
         ranks = np.argsort(np.argsort(-scores, kind="stable")) + 1
         return ranks.tolist(), scores.tolist()
@@ -147,10 +149,12 @@ class ImageRewardModel(GranularRewardModel):
         # normalised with the same mean and deviation. clip.load reads a given file without checking its sum.
         try:
             clip_model, _ = clip.load(str(clip_file), device="cpu", jit=False)
-        except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        except Exception as error:  # half a dozen types for another file
             raise bad_file("image_reward_score_dir", clip_file, "not a readable CLIP checkpoint") from error
         if clip_model.visual.input_resolution != 224:
             raise bad_file("image_reward_score_dir", clip_file, "a CLIP for 224 pixel pictures is needed")
+        if name := not_finite(clip_model.state_dict()):
+            raise bad_file("image_reward_score_dir", clip_file, f"{name} has values that aren't finite")
         self.clip = prepare(clip_model, self.device, self.dtype)
         self.tokenize = clip.tokenize
         aesthetic = MLP(clip_model.text_projection.shape[1])
@@ -274,9 +278,13 @@ def _download(package: Any, file: str, folder: Path) -> str:
 def _med_config(package: Any, path: str | None, score_dir: Path) -> str:
     if path is None:
         local = score_dir / MED_CONFIG_FILE
-        return str(local) if local.is_file() else _download(package, MED_CONFIG_FILE, score_dir)
+        path = str(local) if local.is_file() else _download(package, MED_CONFIG_FILE, score_dir)
     if not os.path.isfile(path):
         raise bad_file("image_reward_med_config", path, "no such file")
+    try:
+        json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise bad_file("image_reward_med_config", path, f"not a readable JSON file: {error}") from error
     return path
 
 

@@ -3,7 +3,6 @@
 import importlib
 import logging
 import os
-import pickle
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import Any
 import fastvideo.torchvision_repair  # noqa: F401  (before transformers and open_clip)
 from fastvideo.cli import FlagError
 from fastvideo.io.devices import DTYPES, torch_dtype
+from fastvideo.io.weights import not_finite
 from fastvideo.models.reward_model.granular import prompt_per_image
 from fastvideo.models.reward_model.spec import REWARDS, File
 
@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from huggingface_hub import try_to_load_from_cache
 from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 logger = logging.getLogger(__name__)
 
@@ -96,11 +98,14 @@ def proxies(http_proxy: str | None, https_proxy: str | None) -> Iterator[None]:
 
 
 def _hub_errors() -> tuple[type[Exception], ...]:
-    """The exceptions of a failed download. A proxy's refusal is an error of the HTTP client that the hub uses."""
+    """The exceptions of a failed download, and of a damaged file.
+
+    A proxy's refusal is an error of the HTTP client that the hub uses.
+    """
     from huggingface_hub import get_session
 
     client = importlib.import_module(type(get_session()).__module__.partition(".")[0])
-    return OSError, client.HTTPError
+    return OSError, client.HTTPError, SafetensorError
 
 
 @contextmanager
@@ -132,22 +137,24 @@ def read_checkpoint(path: str | Path, field: str) -> dict[str, Any]:
         raise bad_file(field, path, "no such file")
     try:
         if Path(path).suffix == ".safetensors":
-            from safetensors.torch import load_file
-
             return load_file(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-        raise bad_file(field, path, f"not a readable checkpoint ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # torch and safetensors raise half a dozen types for a damaged file
+        cause = (str(error) or repr(error)).splitlines()[0]
+        raise bad_file(field, path, f"not a readable checkpoint ({cause[:200]})") from error
     if not isinstance(loaded, dict):
         raise bad_file(field, path, f"holds a {type(loaded).__name__}, expected a dict of weights")
     return loaded
 
 
 def load_weights(module: torch.nn.Module, state: dict[str, torch.Tensor], path: str | Path, field: str) -> None:
-    """Loads weights by name. Raises FlagError for a weight that is missing, of another shape or unknown to the module.
+    """Loads weights by name.
 
+    Raises FlagError for a weight that is missing, of another shape, unknown to the module or not finite.
     Weights of whole parts that the module doesn't have, for example a momentum encoder, are left out and logged.
     """
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise bad_file(field, path, "holds other things than named weights")
     wanted = module.state_dict()
     parts = {name.split(".")[0] for name in wanted}
     # position_ids are always 0, 1, 2, ...; only some versions of the packages store them.
@@ -163,6 +170,8 @@ def load_weights(module: torch.nn.Module, state: dict[str, torch.Tensor], path: 
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise bad_file(field, path, f"wrong checkpoint for {type(module).__name__}: {problems[0]}{more}")
+    if name := not_finite({k: known[k] for k in needed}):
+        raise bad_file(field, path, f"{name} has values that aren't finite")
     left_out = sorted({k.split(".")[0] for k in state} - parts)
     if left_out:
         logger.info("%s: not needed and left out: %s", path, ", ".join(left_out))

@@ -7,6 +7,7 @@ s = logit_scale * cosine is about 18 to 24. Training uses (s - 18) / 8, evaluati
 
 from pathlib import Path
 
+from fastvideo.io.weights import loading_problem
 from fastvideo.models.reward_model.clip_base import CLIPReward
 from fastvideo.models.reward_model.demo import demo_parser, run_demo
 from fastvideo.models.reward_model.loading import bad_file, check_tokenizer, downloading
@@ -48,10 +49,12 @@ class PickScoreRewardModel(CLIPReward):
         with downloading("pick_score_path", model_path, http_proxy, https_proxy):
             self.processor = CLIPProcessor.from_pretrained(processor_path)
             check_tokenizer(self.processor.tokenizer, processor_path)
-            model, report = CLIPModel.from_pretrained(model_path, output_loading_info=True)
-        missing = [key for key in report["missing_keys"] if not key.endswith("position_ids")]
-        if missing or report["mismatched_keys"]:
-            raise bad_file("pick_score_path", model_path, f"wrong checkpoint for CLIPModel: {report}")
+            model, report = CLIPModel.from_pretrained(
+                model_path, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+        report["missing_keys"] = [key for key in report["missing_keys"] if not key.endswith("position_ids")]
+        if problem := loading_problem(model, report, strict=False):
+            raise bad_file("pick_score_path", model_path, f"wrong checkpoint for CLIPModel: {problem}")
         super().__init__(model, device, batch_size, dtype)
         self.scale, self.shift = (100.0, 0.0) if evaluation else (8.0, 18.0)
 
