@@ -1,9 +1,12 @@
 """LoRA through the command line: what is trained, saved, resumed, merged and sampled with."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 from fastvideo import train_grpo_flux
+from fastvideo.io.lock import FolderLock
 from fastvideo.models import merge_lora
 from fastvideo.models.flux import add_lora, load_transformer, load_with_lora
 from fastvideo.models.lora import LORA_FILE
@@ -143,6 +146,32 @@ def test_a_merged_model_computes_what_the_adapters_do(adapters, tiny_flux, tmp_p
     assert (predict(base) - with_adapters).abs().max() > 0.05
     with pytest.raises(SystemExit):  # the folder is in use
         merge_lora.main(argv)
+
+
+def test_two_merges_dont_mix_and_a_killed_or_failed_one_leaves_nothing(
+    adapters, tiny_flux, tmp_path, refused, monkeypatch
+):
+    argv = ["--pretrained_model_name_or_path", tiny_flux, "--model_path", str(adapters)]
+    argv += ["--output_dir", str(tmp_path / "merged")]
+    with FolderLock("output_dir", tmp_path / "merged") as other:
+        other.take()
+        with refused(f"--output_dir .*merged: process {os.getpid()} on .* is working in it"):
+            merge_lora.main(argv)
+    with monkeypatch.context() as patched:
+        patched.setattr(merge_lora, "usual_modes", full_disk)
+        with refused("--output_dir .*merged: can't be written: .*No space left on device"):
+            merge_lora.main(argv)
+    assert not (tmp_path / "merged").exists()
+    (tmp_path / "merged/.part").mkdir(parents=True)  # of a killed merge
+    (tmp_path / "merged/.part/config.json").write_text("{")
+    merge_lora.main(argv)
+    files = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "merged").iterdir()}
+    usual = (tmp_path / "merged/config.json").stat().st_mode & 0o777
+    assert files == {"config.json": usual, "diffusion_pytorch_model.safetensors": usual}
+
+
+def full_disk(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_merging_takes_the_base_model_that_the_checkpoint_names_and_no_other(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvideo.eval.statistics import RIGHT, number
+from fastvideo.io.files import write_bytes
 from fastvideo.io.pictures import open_picture
 from fastvideo.io.scores import ScoreName, score_names
 from fastvideo.models.reward_model.granular import GranularRewardModel
@@ -367,6 +368,13 @@ def describe(plot: Plot) -> str:
     return f"{plot.title} over the iterations: " + "; ".join(parts)
 
 
+def write_png(path: str | Path, figure: Figure, dpi: int) -> None:
+    """Writes a figure atomically: two reports of one run may be drawn at a time."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=dpi)
+    write_bytes(Path(path), buffer.getvalue())
+
+
 def inline_svg(figure: Figure, alt: str, name: str) -> str:
     """The figure as SVG for the page: colours are CSS variables, ids are unique in the page, nothing is loaded."""
     buffer = io.StringIO()
@@ -437,7 +445,7 @@ def draw_pairs(path: Path, columns: Sequence[Column], labels: tuple[str, str], a
             ax.text(x, above + 2 * pitch - 4, text, va="top", fontsize=11.5, linespacing=1.2)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box stands for it
-        figure.savefig(path, dpi=100)
+        write_png(path, figure, 100)
 
 
 def _text(text: str) -> str:
@@ -499,4 +507,4 @@ def draw_schedules(path: str | Path) -> None:
             ax.plot(progress, share, label=label, color=SERIES[i], lw=1.8)
         ax.set(title="share of the way from start to end weight", xlabel="progress  p = step / total steps")
         ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-        figure.savefig(path, dpi=200)
+        write_png(path, figure, 200)

@@ -67,6 +67,7 @@ from fastvideo.eval.plots import (
     draw_schedules,
     inline_svg,
     plan_plots,
+    write_png,
 )
 from fastvideo.eval.report_page import page, shares
 from fastvideo.eval.runs import Comparison, Pair, Run, group_runs
@@ -161,7 +162,7 @@ def write_report(
     with matplotlib.rc_context(STYLE):
         for plot in plots_of(groups):
             figure = draw(plot)
-            figure.savefig(output_dir / f"{plot.name}.png", dpi=200)
+            write_png(output_dir / f"{plot.name}.png", figure, 200)
             curves.append(
                 f"<figure><h3>{plot.title}</h3>{inline_svg(figure, describe(plot), plot.name)}"
                 f"<figcaption>{html.escape(plot.caption)}</figcaption></figure>"

@@ -1,13 +1,15 @@
 """Atomic writing of files."""
 
 import errno
+import fcntl
 import io
 import json
 import os
 import shutil
 import socket
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +66,18 @@ def _nearest(place: Path) -> Path:
         os.lstat(place)  # raises the other errors: a name that is too long, a forbidden folder
         return place
     return _nearest(place.parent)
+
+
+@contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Other processes wait in this context for each other, where the file system has locks."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(number, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(number)
 
 
 def sync(number: int) -> None:

@@ -28,6 +28,7 @@ from fastvideo.io.files import not_written, sync
 BEAT = 10  # seconds between two signs of life
 SILENCE = 60  # seconds without one after which a process of another machine counts as dead
 SETTLE = 1  # seconds in which another program that starts at the same moment has written its name
+LOCK_FILE = "run.lock"
 IDENTITY = ("host", "pid", "started", "machine")
 
 _held: set[int] = set()  # file numbers
@@ -74,8 +75,9 @@ class FolderLock:
 
     def __init__(self, field: str, folder: str | Path) -> None:
         """field: the setting that the folder comes from, for errors. Takes nothing yet."""
-        self.field, self.folder, self.path = field, Path(folder), Path(folder) / "run.lock"
+        self.field, self.folder, self.path = field, Path(folder), Path(folder) / LOCK_FILE
         self._number: int | None = None
+        self._made = False  # the folder
         self._beats, self._ended = 0, threading.Event()
         self._thread = threading.Thread(target=self._live, name="sign of life", daemon=True)
 
@@ -88,6 +90,7 @@ class FolderLock:
         pid = os.getpid()
         self._me = {"host": socket.gethostname(), "pid": pid, "started": _start_of(pid), "machine": _machine()}
         try:
+            self._made = not self.folder.exists()
             self.folder.mkdir(parents=True, exist_ok=True)
             while self._number is None:
                 self._try()
@@ -183,7 +186,7 @@ class FolderLock:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Gives the folder back, if it was taken."""
+        """Gives the folder back, if it was taken. A new folder that is still empty is removed."""
         if self._number is None:
             return
         self._ended.set()
@@ -191,6 +194,8 @@ class FolderLock:
         with suppress(OSError):
             if self._is_at_path(self._number):
                 self.path.unlink()
+                if self._made:
+                    self.folder.rmdir()
         _held.discard(self._number)
         os.close(self._number)
         self._number = None

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from fastvideo.cli import FlagError
-from fastvideo.io.files import process_name, write_json
+from fastvideo.io.files import locked_folder, process_name, write_json
 from fastvideo.io.processes import Processes, barrier
 
 from tqdm import tqdm
@@ -122,7 +122,9 @@ class Claims:
                         except FileExistsError:
                             continue
                         except OSError:  # a file system without links
-                            os.replace(own, path)
+                            with locked_folder(self.folder):
+                                if not path.exists():
+                                    os.replace(own, path)
             finally:
                 own.unlink(missing_ok=True)
         barrier()

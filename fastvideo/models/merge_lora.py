@@ -5,11 +5,17 @@
 The result loads with FluxTransformer2DModel.from_pretrained, and as --model_path wherever a full checkpoint does.
 """
 
+import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from fastvideo.cli import FlagError, check_fields, flag, flag_errors, parse_dataclass, parse_first
+from fastvideo.io.files import usual_modes
+from fastvideo.io.lock import LOCK_FILE, FolderLock
+
+PART = ".part"  # what isn't complete yet, in output_dir
 
 
 @dataclass
@@ -25,7 +31,12 @@ class MergeConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if Path(self.output_dir).exists() and any(Path(self.output_dir).iterdir()):
+        self.check_empty()
+
+    def check_empty(self) -> None:
+        """Raises FlagError if output_dir has more in it than a killed merge leaves."""
+        folder = Path(self.output_dir)
+        if folder.exists() and any(path.name not in (PART, LOCK_FILE) for path in folder.iterdir()):
             raise FlagError("output_dir", self.output_dir, "is not empty; choose another folder")
 
 
@@ -35,8 +46,10 @@ if __name__ == "__main__":  # before the slow imports: --help and a refused flag
 from fastvideo.io.devices import torch_dtype
 from fastvideo.models.flux import BASE, load_with_lora
 from fastvideo.models.lora import find_lora
-from fastvideo.runtime.checkpoint import RECORD, read_record
+from fastvideo.runtime.checkpoint import RECORD, linked, read_record
 from fastvideo.runtime.resume import check_base_model
+
+from safetensors import SafetensorError
 
 
 def base_model(config: MergeConfig, adapters: Path) -> str:
@@ -50,19 +63,37 @@ def base_model(config: MergeConfig, adapters: Path) -> str:
         raise FlagError(BASE, None, f"needed, as {config.model_path} has no {RECORD}")
     if checkpoint is None:
         return config.pretrained_model_name_or_path
-    base = config.pretrained_model_name_or_path or read_record(checkpoint)["settings"][BASE]
+    base = config.pretrained_model_name_or_path or read_record(checkpoint, "model_path")["settings"][BASE]
     check_base_model(checkpoint, base, "model_path")
     return base
 
 
 def merge(config: MergeConfig) -> Path:
-    """Writes config.json and diffusion_pytorch_model.safetensors. Raises FlagError if a model can't be used."""
-    adapters = find_lora(config.model_path, "model_path")
-    transformer = load_with_lora(base_model(config, adapters), adapters)
-    transformer.fuse_lora(safe_fusing=True)
-    transformer.unload_lora()
-    transformer.to(torch_dtype(config.dtype)).save_pretrained(config.output_dir, max_shard_size="1TB")
-    return Path(config.output_dir)
+    """Writes config.json and diffusion_pytorch_model.safetensors, both or none. Returns the folder.
+
+    Raises FlagError if a model can't be used, or the folder can't be written to or another merge works in it.
+    """
+    output = Path(config.output_dir)
+    with FolderLock("output_dir", output) as lock:
+        lock.take()
+        config.check_empty()  # another merge may have ended meanwhile
+        adapters = find_lora(linked(Path(config.model_path), "model_path"), "model_path")
+        transformer = load_with_lora(base_model(config, adapters), adapters)
+        transformer.fuse_lora(safe_fusing=True)
+        transformer.unload_lora()
+        transformer.to(torch_dtype(config.dtype))
+        part = output / PART
+        shutil.rmtree(part, ignore_errors=True)
+        try:
+            transformer.save_pretrained(part, max_shard_size="1TB")
+            usual_modes(part)
+            for path in sorted(part.iterdir(), key=lambda path: path.name == "config.json"):
+                os.replace(path, output / path.name)  # config.json last: a folder without it is no model
+        except (OSError, SafetensorError) as error:
+            raise FlagError("output_dir", output, f"can't be written: {error}") from error
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    return output
 
 
 @flag_errors("merge_lora.py")

@@ -330,7 +330,7 @@ def check_resumable(checkpoint: Path, config: GRPOConfig, processes: int) -> Non
 
 def check_base_model(checkpoint: Path, base_model: str, field: str = "resume_from_checkpoint") -> None:
     """Raises FlagError about the setting `field` if the checkpoint is known to have another base model."""
-    record, now = read_record(checkpoint), base_model_hash(base_model)
+    record, now = read_record(checkpoint, field), base_model_hash(base_model)
     if None not in (now, record["base_model_hash"]) and now != record["base_model_hash"]:
         raise FlagError(
             field,

@@ -189,6 +189,7 @@ from fastvideo.models.flux import (
     meta_transformer,
 )
 from fastvideo.models.lora import LORA_CONFIG, LORA_FILE, lora_file
+from fastvideo.runtime.checkpoint import linked
 
 import numpy as np
 import torch
@@ -481,6 +482,8 @@ def sample(config: SampleConfig) -> Path:
 
     Raises FlagError for missing models or prompts, an impossible size, or a folder with other pictures.
     """
+    if config.model_path:
+        config = replace(config, model_path=str(linked(Path(config.model_path), "model_path")))
     prompts = read_prompt_list(config.prompts_file)
     runs = config.runs()
     check_pipeline(config.pretrained_model_name_or_path)
