@@ -61,6 +61,7 @@ DAMAGE = {
         other_weights(lambda w, _: {f"module.{k}": v for k, v in w.items()}),
         r"is missing, module\..* is unknown, and",
     ),
+    "no weights": (other_weights(lambda w, name: {}), "weight is missing, and|bias is missing, and"),
     "NaN": (other_weights(lambda w, name: w | {name: w[name] * torch.nan}), "values that aren't finite"),
 }
 

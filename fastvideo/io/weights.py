@@ -29,21 +29,22 @@ def weight_files(folder: Path) -> list[Path]:
     return []
 
 
-def stored_shapes(place: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of all weights in a .safetensors file or in a model's folder, read from headers.
+def stored_shapes(place: Path) -> dict[str, tuple[int, ...]] | None:
+    """The shapes of all weights in a .safetensors file or in a model's folder, read from headers. None: no such file.
 
     Raises ValueError, one line, for a file that is missing, truncated or damaged.
     """
     from safetensors import SafetensorError, safe_open
 
     shapes: dict[str, tuple[int, ...]] = {}
-    for path in [place] if place.is_file() else weight_files(place):
+    files = [place] if place.is_file() else weight_files(place)
+    for path in files:
         try:
             with safe_open(path, "pt") as file:
                 shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path.name} is missing or damaged: {' '.join(str(error).split())[:200]}") from error
-    return shapes
+    return shapes if files else None
 
 
 def mismatch(wanted: Shapes, stored: Shapes) -> str | None:

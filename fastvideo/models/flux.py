@@ -120,8 +120,9 @@ def check_files(path: str, place: Path, field: str = BASE, model: torch.nn.Modul
         stored = stored_shapes(place)
     except ValueError as error:
         raise ModelNotFoundError(field, path, str(error)) from error
-    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()} if model and stored else stored
-    if problem := mismatch(wanted, stored):
+    if model is None or stored is None:
+        return
+    if problem := mismatch({name: tensor.shape for name, tensor in model.state_dict().items()}, stored):
         raise ModelNotFoundError(field, path, f"wrong weights of the transformer: {problem}")
 
 
