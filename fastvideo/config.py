@@ -364,8 +364,8 @@ class GRPOConfig(RewardSpecConfig):
         choices=["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"],
     )
     lr_warmup_steps: int = flag(0, "optimizer steps of warm-up", at_least=0)
-    lr_num_cycles: int = flag(1, "cycles of cosine_with_restarts")
-    lr_power: float = flag(1.0, "power of polynomial")
+    lr_num_cycles: int = flag(1, "cycles of cosine_with_restarts", at_least=1)
+    lr_power: float = flag(1.0, "power of polynomial", at_least=0)
     weight_decay: float = flag(1e-4, "AdamW weight decay", at_least=0)
     max_grad_norm: float = flag(1.0, "gradient norm is clipped to this", above=0)
     max_skipped_steps: int = flag(
@@ -438,6 +438,8 @@ class GRPOConfig(RewardSpecConfig):
         self._need(fits, "fsdp_sharding_startegy", f"goes with --parallel fsdp, not {engine}")
         instead = "splits nothing; choose --parallel ddp, or full, hybrid_full or hybrid_zero2"
         self._need(strategy != "none" or engine != "fsdp", "fsdp_sharding_startegy", instead)
+        fits = self.lr_scheduler != "polynomial" or self.learning_rate > 1e-7
+        self._need(fits, "learning_rate", "--lr_scheduler polynomial ends at 1e-7; choose more")
         fits = self.master_weight_type == "fp32" or self.mixed_precision == "bf16" or self.use_lora
         self._need(fits, "master_weight_type", "goes with --mixed_precision bf16: the VAE and the inputs are fp32")
         if engine == "deepspeed":

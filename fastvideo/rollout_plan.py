@@ -279,6 +279,11 @@ def describe(config: GRPOConfig, world_size: int) -> str:
     k, plans = config.gradient_accumulation_steps, plans_of_run(config)
     evaluations, iterations = zip(*((plan.evaluations, number) for plan, number in plans), strict=True)
     first, steps = plans[0][0], optimizer_steps(config)
+    if config.lr_scheduler == "polynomial" and config.lr_warmup_steps >= config.max_train_steps * steps:
+        problem = (
+            f"--lr_scheduler polynomial needs less than the run's {config.max_train_steps * steps} optimizer steps"
+        )
+        raise FlagError("lr_warmup_steps", config.lr_warmup_steps, problem)
     taken = f"{k} samples per prompt" if first.parts is None else f"at most about {k} edges per prompt"
     trained = [first[position].index for position in first.trained]
     wanted = config.eta_step_list or range(config.sampling_steps // 2) if config.algorithm in MERGES else ()

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 
-from fastvideo.cli import parse_dataclass
+from fastvideo.cli import FlagError, parse_dataclass
 from fastvideo.config import ALGORITHMS, GRPOConfig
 from fastvideo.models.reward_model.spec import REWARDS, SHARED
 from fastvideo.reference_flags import REFERENCE_FLAGS, translate
+from fastvideo.rollout_plan import describe
 from fastvideo.runtime import preflight
 from fastvideo.train_grpo_flux import main
 
@@ -285,6 +286,9 @@ def test_contradictions_are_errors(capsys, argv, named):
         ("--max_iters_per_group 1 --min_iters_per_group 2", ("--max_iters_per_group 1", "min_iters_per_group")),
         ("--lr_scheduler sometimes", ("--lr_scheduler", "sometimes", "cosine")),
         ("--lr_scheduler piecewise_constant", ("--lr_scheduler", "cosine")),
+        ("--lr_scheduler polynomial --learning_rate 1e-7", ("--learning_rate 1e-07", "polynomial")),
+        ("--lr_power -1", ("--lr_power -1",)),
+        ("--lr_num_cycles 0", ("--lr_num_cycles 0",)),
         ("--master_weight_type bf16 --mixed_precision no", ("--master_weight_type bf16", "--mixed_precision bf16")),
         ("--mixed_precision int8", ("--mixed_precision", "int8", "bf16")),
         ("--advantage_rerange_strategy sort", ("--advantage_rerange_strategy", "sort", "balance")),
@@ -343,6 +347,14 @@ def test_a_hub_model_that_cannot_be_had_says_what_gated_models_need(refused, mon
     monkeypatch.setattr(preflight, "is_offline_mode", lambda: False)
     line = refused(may_load=True, pretrained_model_name_or_path="black-forest-labs/FLUX.1-dev")
     assert "black-forest-labs/FLUX.1-dev" in line and "licence" in line and "HF_TOKEN" in line
+
+
+def test_a_polynomial_schedule_needs_steps_after_its_warm_up():
+    """diffusers would divide by 0 after the last optimizer step, before the last checkpoint."""
+    settings = {"prompts_file": "p.txt", "reward_model": "shapes", "lr_scheduler": "polynomial", "max_train_steps": 100}
+    describe(GRPOConfig.create(**settings, lr_warmup_steps=399), 1)
+    with pytest.raises(FlagError, match="^lr_warmup_steps 400: .* less than the run's 400 optimizer steps"):
+        describe(GRPOConfig.create(**settings, lr_warmup_steps=400), 1)
 
 
 @pytest.mark.parametrize(
