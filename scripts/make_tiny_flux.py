@@ -26,6 +26,7 @@ from datetime import date
 from pathlib import Path
 
 import fastvideo.torchvision_repair  # noqa: F401  (before diffusers)
+from fastvideo.io.files import usual_modes
 from fastvideo.models.reward_model.shapes import IMAGE_SIZE, JITTER, Scene, ShapesRewardModel, all_scenes, draw
 
 import diffusers
@@ -149,6 +150,7 @@ def save_pipeline(pipe: FluxPipeline, output_dir: str | Path) -> None:
         if isinstance(part, torch.nn.Module):
             parts[name] = copy.deepcopy(part).half()
     FluxPipeline(**parts).save_pretrained(output_dir)
+    usual_modes(Path(output_dir))
 
 
 def build_tiny_flux(

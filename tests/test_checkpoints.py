@@ -398,23 +398,21 @@ def test_a_second_signal_ends_a_run_at_once_unless_it_comes_with_the_first(start
 def kill_at_random_moments(start, train, run_at, tmp_path, kills: int, processes: int) -> None:
     """A run that saves all the time and is killed many times ends like an uninterrupted run."""
     settings = {**SETTINGS, "max_train_steps": 6 * kills, "checkpointing_steps": 1, "prompts_per_iteration": 2}
+    settings |= {"resume_from_checkpoint": "auto"}  # one command line for every start
     moments, cut, begun = random.Random(0), run_at("cut"), tmp_path / "cut/args.json"
     for kill in range(kills):
         begun.unlink(missing_ok=True)
-        go_on = {"resume_from_checkpoint": "latest"} if cut.checkpoints else {}
-        process = start("cut", processes, **settings, **go_on)
+        process = start("cut", processes, **settings)
         wait_for(begun.exists, process, tmp_path / "cut.log")
         time.sleep(moments.random() * 1.5)
         victims = [process.pid] if processes == 1 else children(process.pid)
         for victim in victims if kill % 2 else victims[-1:]:  # all, or the last alone
             os.kill(victim, signal.SIGKILL)
         assert process.wait(TIME_LIMIT) != 0, "the run was too fast to be killed"
-        if cut.folder.exists() and not cut.checkpoints:
-            shutil.rmtree(cut.folder)  # killed before the first checkpoint
-    train("cut", **settings, **({"resume_from_checkpoint": "latest"} if cut.checkpoints else {}))
+    train("cut", **settings)
     whole = train("whole", **settings)
     assert [line["step"] for line in cut.metrics] == list(range(1, 6 * kills + 1))
-    assert not list(cut.folder.glob(".*.part"))
+    assert not list(cut.folder.glob(".*")) and not (cut.folder / "run.lock").exists()
     if processes == 1:
         assert cut.numbers() == whole.numbers()
         assert same_weights(cut.weights(), whole.weights())

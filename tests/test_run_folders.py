@@ -17,6 +17,7 @@ from fastvideo.cli import FlagError
 from fastvideo.io import lock
 from fastvideo.io.files import check_writable, write_json
 from fastvideo.io.fingerprint import sample_file
+from fastvideo.io.resumable import Journal
 from fastvideo.runtime import checkpoint
 from fastvideo.runtime.optimizer_files import tensors_only
 
@@ -194,6 +195,23 @@ def test_of_programs_that_start_together_without_file_locks_one_gets_the_folder(
     for thread in threads:
         thread.join()
     assert len(list(tmp_path.glob("got.*"))) == 1
+
+
+class Numbers(Journal[int, int]):
+    def key(self, item: int) -> str:
+        return str(item)
+
+
+def test_two_evaluations_for_one_file_dont_mix_without_file_locks(child, tmp_path, without_file_locks):
+    output = tmp_path / "scores.json"
+    pid = child(lambda: Numbers(output, "these flags").keep(1, 2))
+    with pytest.raises(FlagError, match="with other flags is under way"):
+        Numbers(output, "other flags")
+    assert Numbers(output, "these flags").has(1)
+    os.kill(pid, signal.SIGKILL)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    Numbers(output, "these flags").remove()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow(0.2)

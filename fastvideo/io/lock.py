@@ -44,7 +44,7 @@ def _close_in_child() -> None:
 os.register_at_fork(after_in_child=_close_in_child)
 
 
-def _start_of(pid: int) -> str | None:
+def start_of(pid: int) -> str | None:
     """When a process of this machine started, in ticks since the machine did. None: it doesn't run."""
     try:
         state, *values = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -88,7 +88,7 @@ class FolderLock:
             FlagError: another running program has the folder; or it can't be written to.
         """
         pid = os.getpid()
-        self._me = {"host": socket.gethostname(), "pid": pid, "started": _start_of(pid), "machine": _machine()}
+        self._me = {"host": socket.gethostname(), "pid": pid, "started": start_of(pid), "machine": _machine()}
         try:
             self._made = not self.folder.exists()
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -136,7 +136,7 @@ class FolderLock:
     def _runs(self, other: dict[str, Any], locked: bool) -> bool:
         """Whether the program of a record still runs. locked: this program has the operating system's lock."""
         if other["machine"] == self._me["machine"]:
-            return not locked and not self._is_me(other) and _start_of(other["pid"]) == other["started"]
+            return not locked and not self._is_me(other) and start_of(other["pid"]) == other["started"]
         print(
             f"waiting up to {SILENCE} s for a sign of life of process {other['pid']} on {other['host']}, "
             f"which had {self.folder}",

@@ -14,6 +14,7 @@ import fcntl
 import hashlib
 import json
 import os
+import socket
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -23,6 +24,7 @@ from typing import Any, Generic, TypeVar
 
 from fastvideo.cli import FlagError
 from fastvideo.io.files import locked_folder, process_name, write_json
+from fastvideo.io.lock import start_of
 from fastvideo.io.processes import Processes, barrier
 
 from tqdm import tqdm
@@ -243,6 +245,9 @@ def _is_locked(path: Path) -> bool:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: others may be asking, too
     except BlockingIOError:
         return True
-    except OSError:  # the file has just been removed, or the file system has no locks
+    except FileNotFoundError:  # it has just been removed
         return False
+    except OSError:  # a file system without locks: the name tells the process, of this machine
+        host, _, pid = path.stem.rpartition(".")[0].rpartition(".")
+        return host.endswith(f".{socket.gethostname()}") and pid.isdigit() and start_of(int(pid)) is not None
     return False

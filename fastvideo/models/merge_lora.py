@@ -34,9 +34,10 @@ class MergeConfig:
         self.check_empty()
 
     def check_empty(self) -> None:
-        """Raises FlagError if output_dir has more in it than a killed merge leaves."""
+        """Raises FlagError if output_dir has more in it than a killed merge leaves, PART beside its other files."""
         folder = Path(self.output_dir)
-        if folder.exists() and any(path.name not in (PART, LOCK_FILE) for path in folder.iterdir()):
+        names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+        if PART not in names and names - {LOCK_FILE}:
             raise FlagError("output_dir", self.output_dir, "is not empty; choose another folder")
 
 
