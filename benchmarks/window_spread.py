@@ -17,8 +17,8 @@ from typing import Any
 
 from fastvideo.cli import FlagError, flag, flag_errors, parse_dataclass
 from fastvideo.config import GRPOConfig
-from fastvideo.eval.plots import INK, SERIES, STYLE
-from fastvideo.io.files import write_json
+from fastvideo.eval.plots import INK, SERIES, STYLE, save
+from fastvideo.io.files import check_writable, write_json, writing
 from fastvideo.io.prompts import read_prompts
 from fastvideo.models.flux import (
     Conditioning,
@@ -76,6 +76,8 @@ class SpreadConfig:
         if self.samples < 2:
             raise FlagError("samples", self.samples, "a distance needs 2")
         last = self.sampling_steps - 1 - self.group_size  # the step to σ = 0 can't be stochastic
+        if Path(self.output).suffix not in (".png", ".svg", ".pdf"):
+            raise FlagError("output", self.output, "name a .png, .svg or .pdf file")
         if not self.windows or not all(0 <= start <= last for start in self.windows):
             raise FlagError("windows", self.windows, f"choose from 0 to {last}")
 
@@ -134,6 +136,7 @@ def sample_windows(config: SpreadConfig) -> tuple[list[str], dict[int, torch.Ten
 def main(argv: Sequence[str] | None = None) -> dict:
     """The command line; returns what the JSON file holds."""
     config = parse_dataclass(SpreadConfig, argv, __doc__)
+    check_writable("output", config.output, file=True)
     prompts, windows, plain = sample_windows(config)
     found = {"windows": list(windows), "group_size": config.group_size, "prompts": []}
     with matplotlib.rc_context(STYLE):
@@ -157,9 +160,9 @@ def main(argv: Sequence[str] | None = None) -> dict:
         axes[-1].set_ylim(bottom=0)
         axes[-1].legend()
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2 * len(axes))
-        Path(config.output).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(config.output, dpi=200)
-    write_json(Path(config.output).with_suffix(".json"), found)
+    with writing("output", config.output, file=True):
+        save(figure, config.output)
+        write_json(Path(config.output).with_suffix(".json"), found)
     print(json.dumps({"windows": found["windows"], "mean_distance": [p["mean_distance"] for p in found["prompts"]]}))
     print(config.output)
     return found

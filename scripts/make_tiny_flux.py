@@ -14,19 +14,21 @@ colours or objects exchanged or a shape changed. Flow matching learns that distr
 a model that draws what a caption says less than half of the time. That leaves reinforcement learning something to do.
 """
 
-import argparse
 import copy
 import json
 import os
 import platform
 import string
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
 import fastvideo.torchvision_repair  # noqa: F401  (before diffusers)
-from fastvideo.io.files import usual_modes
+from fastvideo.cli import FlagError, check_fields, flag, flag_errors, parse_dataclass
+from fastvideo.io.devices import resolve_device
+from fastvideo.io.files import usual_modes, write_bytes, writing
 from fastvideo.models.reward_model.shapes import IMAGE_SIZE, JITTER, Scene, ShapesRewardModel, all_scenes, draw
 
 import diffusers
@@ -395,11 +397,12 @@ def _bytes(pixels: torch.Tensor) -> np.ndarray:
 
 def write_prompts(folder: Path) -> None:
     """tiny_prompts.txt: 240 training scenes; tiny_prompts_test.txt: the 270 withheld ones, in mixed order."""
+    folder.mkdir(parents=True, exist_ok=True)
     for name, scenes in {
         "tiny_prompts.txt": _choose(all_scenes(False), 240, seed=0),
         "tiny_prompts_test.txt": _choose(all_scenes(True), 270, seed=0),
     }.items():
-        (folder / name).write_text("".join(f"{scene.caption()}\n" for scene in scenes), encoding="utf-8")
+        write_bytes(folder / name, "".join(f"{scene.caption()}\n" for scene in scenes).encode())
 
 
 def _versions() -> str:
@@ -408,42 +411,59 @@ def _versions() -> str:
     return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Command line: train (`--output_dir`), measure (`--evaluate`) or write the prompt files (`--prompts`)."""
-    parser = argparse.ArgumentParser(description="Train or measure the tiny FLUX that draws two coloured shapes.")
-    task = parser.add_mutually_exclusive_group(required=True)
-    task.add_argument("--output_dir", type=Path, help="train from scratch and save the pipeline here")
-    task.add_argument("--evaluate", type=Path, help="measure the pipeline in this directory")
-    task.add_argument("--prompts", type=Path, help="write tiny_prompts.txt and tiny_prompts_test.txt to this folder")
-    parser.add_argument("--vae_steps", type=int, default=1500, help="optimizer steps of the VAE")
-    parser.add_argument("--steps", type=int, default=4500, help="optimizer steps of the flow matching part")
-    parser.add_argument("--lies", type=float, default=LIES, help="share of training captions that lie, 0-1")
-    parser.add_argument("--check_every", type=int, default=200, help="steps between measurements")
-    parser.add_argument("--seed", type=int, default=2, help="seed of weights and pictures; some converge later")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: all)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args(argv)
-    torch.set_num_threads(args.threads)
-    device = torch.device(args.device)
+@dataclass
+class TinyFluxConfig:
+    """Train or measure the tiny FLUX that draws two coloured shapes. Give one of the first three flags."""
+
+    output_dir: str | None = flag(None, "train from scratch and save the pipeline here")
+    evaluate: str | None = flag(None, "measure the pipeline in this folder")
+    prompts: str | None = flag(None, "write tiny_prompts.txt and tiny_prompts_test.txt to this folder")
+    vae_steps: int = flag(1500, "optimizer steps of the VAE", at_least=1)
+    steps: int = flag(4500, "optimizer steps of the flow matching part", at_least=1)
+    lies: float = flag(LIES, "share of training captions that lie", at_least=0, at_most=1)
+    check_every: int = flag(200, "steps between measurements", at_least=1)
+    seed: int = flag(2, "seed of weights and pictures; some converge later", at_least=0, below=2**32)
+    threads: int | None = flag(None, "CPU threads (None: all)", at_least=1)
+    device: str = flag("auto", "cpu, cuda, cuda:1, ... or auto")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        tasks = (self.output_dir, self.evaluate, self.prompts)
+        if sum(task is not None for task in tasks) != 1:
+            raise FlagError("output_dir", self.output_dir, "give one of --output_dir, --evaluate and --prompts")
+        if self.evaluate and not (Path(self.evaluate) / "model_index.json").is_file():
+            raise FlagError("evaluate", self.evaluate, "no model_index.json there, so no pipeline")
+
+
+@flag_errors("make_tiny_flux.py")
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line: trains (--output_dir), measures (--evaluate) or writes the prompt files (--prompts)."""
+    config = parse_dataclass(TinyFluxConfig, argv, __doc__)
+    torch.set_num_threads(config.threads or os.cpu_count())
+    device = torch.device(resolve_device(config.device))
     transformers.utils.logging.disable_progress_bar()  # they would break up the ones of training
     diffusers.utils.logging.disable_progress_bar()
-    if args.prompts:
-        write_prompts(args.prompts)
-        return
-    if args.evaluate:
-        if not (args.evaluate / "model_index.json").is_file():
-            parser.error(f"--evaluate {args.evaluate}: no model_index.json there, so no pipeline")
-        print(f"python scripts/make_tiny_flux.py --evaluate {args.evaluate}  ({date.today()}, {_versions()})")
-        print(evaluate(args.evaluate, device))
-        return
+    if config.prompts:
+        with writing("prompts", config.prompts):
+            write_prompts(Path(config.prompts))
+    elif config.evaluate:
+        print(f"python scripts/make_tiny_flux.py --evaluate {config.evaluate}  ({date.today()}, {_versions()})")
+        print(evaluate(Path(config.evaluate), device))
+    else:
+        with writing("output_dir", config.output_dir):
+            make_tiny_flux(config, device)
+
+
+def make_tiny_flux(config: TinyFluxConfig, device: torch.device) -> None:
+    """Trains the pipeline and saves it in `output_dir`."""
     start = time.monotonic()
-    torch.manual_seed(args.seed)
-    pipe = make_pipeline(seed=args.seed).to(device)
-    bank = PictureBank(copies=8, seed=args.seed, device=device)
-    train_vae(pipe.vae, bank, args.vae_steps)
+    torch.manual_seed(config.seed)
+    pipe = make_pipeline(seed=config.seed).to(device)
+    bank = PictureBank(copies=8, seed=config.seed, device=device)
+    train_vae(pipe.vae, bank, config.vae_steps)
     print(f"VAE after {(time.monotonic() - start) / 60:.1f} minutes", flush=True)
-    train_flow(pipe, bank, args.steps, args.output_dir, args.check_every, args.lies)
-    print(f"saved {args.output_dir} after {(time.monotonic() - start) / 60:.1f} minutes")
+    train_flow(pipe, bank, config.steps, Path(config.output_dir), config.check_every, config.lies)
+    print(f"saved {config.output_dir} after {(time.monotonic() - start) / 60:.1f} minutes")
 
 
 if __name__ == "__main__":

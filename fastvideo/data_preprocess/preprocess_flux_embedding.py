@@ -49,7 +49,7 @@ if __name__ == "__main__":  # before the slow imports: --help and a refused flag
 
 from fastvideo.dataset.latent_flux_rl_datasets import FOLDERS
 from fastvideo.io.devices import resolve_dtype, torch_dtype
-from fastvideo.io.files import is_tensor_file, write_json, write_tensor
+from fastvideo.io.files import is_tensor_file, write_json, write_tensor, writing
 from fastvideo.io.fingerprint import model_fingerprint
 from fastvideo.io.processes import Processes, processes
 from fastvideo.io.prompts import read_prompts
@@ -119,35 +119,38 @@ def embed_prompts(
     prompt_file = read_prompts(prompts_file, prompts_flag)
     captions, output_dir = prompt_file.prompts, Path(output_dir)
 
-    pipe, model_path = None, str(model_path)
-    model = model_fingerprint(model_path, ENCODERS)
-    if model is None:
-        pipe = load_text_encoders(model_path, torch_dtype(dtype))
-        model = model_fingerprint(model_path, ENCODERS) or model_path
+    with writing("output_dir", output_dir):
+        pipe, model_path = None, str(model_path)
+        model = model_fingerprint(model_path, ENCODERS)
+        if model is None:
+            pipe = load_text_encoders(model_path, torch_dtype(dtype))
+            model = model_fingerprint(model_path, ENCODERS) or model_path
 
-    store = Embeddings(output_dir, (model, max_sequence_length, dtype))
-    here = Processes(rank, world_size, device)
+        store = Embeddings(output_dir, (model, max_sequence_length, dtype))
+        here = Processes(rank, world_size, device)
 
-    def embed(batch: Sequence[str]) -> list[tuple[torch.Tensor, ...]]:
-        nonlocal pipe
-        # A run that finds all embeddings loads no encoders: T5-XXL has 9 GB.
-        pipe = (pipe or load_text_encoders(model_path, torch_dtype(dtype))).to(device)
-        prompt_embeds, pooled, text_ids = encode_prompts(pipe, batch, max_sequence_length)
-        return [(*row, text_ids) for row in zip(prompt_embeds, pooled, strict=True)]
+        def embed(batch: Sequence[str]) -> list[tuple[torch.Tensor, ...]]:
+            nonlocal pipe
+            # A run that finds all embeddings loads no encoders: T5-XXL has 9 GB.
+            pipe = (pipe or load_text_encoders(model_path, torch_dtype(dtype))).to(device)
+            prompt_embeds, pooled, text_ids = encode_prompts(pipe, batch, max_sequence_length)
+            return [(*row, text_ids) for row in zip(prompt_embeds, pooled, strict=True)]
 
-    made, there = store.complete(captions, batch_size, embed, here, "embedding prompts")
-    index_path = output_dir / "prompt.json"
+        made, there = store.complete(captions, batch_size, embed, here, "embedding prompts")
+        index_path = output_dir / "prompt.json"
 
-    def write() -> None:
-        lost = [path for caption in captions for path in store.paths(caption) if not path.exists()]
-        if lost:
-            raise RuntimeError(f"{len(lost)} embeddings are missing after all processes finished, such as {lost[0]}")
-        write_json(index_path, [dict.fromkeys(FOLDERS, store.file_name(c)) | {"caption": c} for c in captions])
-        print(f"{prompts_file}: {prompt_file}; embeddings in {dtype}; {index_path}")
+        def write() -> None:
+            lost = [path for caption in captions for path in store.paths(caption) if not path.exists()]
+            if lost:
+                raise RuntimeError(
+                    f"{len(lost)} embeddings are missing after all processes finished, such as {lost[0]}"
+                )
+            write_json(index_path, [dict.fromkeys(FOLDERS, store.file_name(c)) | {"caption": c} for c in captions])
+            print(f"{prompts_file}: {prompt_file}; embeddings in {dtype}; {index_path}")
 
-    print(f"rank {rank}: {made} embedded, {there} were there")
-    finish(here, write)
-    return index_path
+        print(f"rank {rank}: {made} embedded, {there} were there")
+        finish(here, write)
+        return index_path
 
 
 @flag_errors("preprocess_flux_embedding.py", {BASE: "model_path"})

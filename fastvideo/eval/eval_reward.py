@@ -30,6 +30,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from functools import cached_property
 from hashlib import sha256
@@ -115,7 +116,7 @@ if __name__ == "__main__":  # before the slow imports: --help and a refused flag
 from fastvideo.eval.benchmark import benchmark_entries, read_benchmark
 from fastvideo.eval.hacking import MIN_PROMPTS, diversity
 from fastvideo.eval.summary import Scores, csv_lines, finite, mean_lines, pair_up, summarize, table
-from fastvideo.io.files import write_bytes, write_json
+from fastvideo.io.files import write_bytes, write_json, writing
 from fastvideo.io.pictures import open_picture
 from fastvideo.io.processes import Processes, processes
 from fastvideo.io.resumable import Journal, digest, finish
@@ -378,7 +379,10 @@ def _report(output: Path | None, scores: Scores, baseline: Scores | None, summar
 @flag_errors("eval_reward.py")
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 1 when a picture or a score is missing."""
-    summary = evaluate(parse_dataclass(EvalConfig, argv, __doc__))
+    config = parse_dataclass(EvalConfig, argv, __doc__)
+    output = _output(config)
+    with writing("output_json", output, file=True) if output else nullcontext():
+        summary = evaluate(config)
     return int(summary["successful"] < summary["images"] or bool(summary["skipped"]))
 
 

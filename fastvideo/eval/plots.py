@@ -368,10 +368,11 @@ def describe(plot: Plot) -> str:
     return f"{plot.title} over the iterations: " + "; ".join(parts)
 
 
-def write_png(path: str | Path, figure: Figure, dpi: int) -> None:
-    """Writes a figure atomically: two reports of one run may be drawn at a time."""
+def save(figure: Figure, path: str | Path, dpi: int = 200) -> None:
+    """Writes a figure atomically, in the format of the path's suffix, such as .png, .svg or .pdf."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=dpi)
+    figure.savefig(buffer, dpi=dpi, format=Path(path).suffix[1:])
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_bytes(Path(path), buffer.getvalue())
 
 
@@ -445,7 +446,7 @@ def draw_pairs(path: Path, columns: Sequence[Column], labels: tuple[str, str], a
             ax.text(x, above + 2 * pitch - 4, text, va="top", fontsize=11.5, linespacing=1.2)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box stands for it
-        write_png(path, figure, 100)
+        save(figure, path, dpi=100)
 
 
 def _text(text: str) -> str:
@@ -507,4 +508,4 @@ def draw_schedules(path: str | Path) -> None:
             ax.plot(progress, share, label=label, color=SERIES[i], lw=1.8)
         ax.set(title="share of the way from start to end weight", xlabel="progress  p = step / total steps")
         ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-        write_png(path, figure, 200)
+        save(figure, path)

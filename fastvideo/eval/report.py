@@ -48,6 +48,8 @@ class ReportConfig:
             raise FlagError(field, getattr(self, field), "give both --baseline_scores and --tuned_scores, or neither")
         if self.serve_report is not None and len(self.run_dir) != 1:
             raise FlagError("serve_report", self.serve_report, "give one --run_dir")
+        if self.schedules is not None and Path(self.schedules).suffix not in (".png", ".svg", ".pdf"):
+            raise FlagError("schedules", self.schedules, "name a .png, .svg or .pdf file")
         check_fields(self)
 
 
@@ -67,12 +69,12 @@ from fastvideo.eval.plots import (
     draw_schedules,
     inline_svg,
     plan_plots,
-    write_png,
+    save,
 )
 from fastvideo.eval.report_page import page, shares
 from fastvideo.eval.runs import Comparison, Pair, Run, group_runs
 from fastvideo.eval.statistics import RIGHT, with_error
-from fastvideo.io.files import write_bytes, write_json
+from fastvideo.io.files import write_bytes, write_json, writing
 from fastvideo.io.scores import read_signs
 
 import matplotlib
@@ -162,7 +164,7 @@ def write_report(
     with matplotlib.rc_context(STYLE):
         for plot in plots_of(groups):
             figure = draw(plot)
-            write_png(output_dir / f"{plot.name}.png", figure, 200)
+            save(figure, output_dir / f"{plot.name}.png")
             curves.append(
                 f"<figure><h3>{plot.title}</h3>{inline_svg(figure, describe(plot), plot.name)}"
                 f"<figcaption>{html.escape(plot.caption)}</figcaption></figure>"
@@ -181,15 +183,17 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
     """The command line; returns the path of report.html."""
     config = parse_dataclass(ReportConfig, argv, __doc__)
     if config.schedules:
-        draw_schedules(config.schedules)
+        with writing("schedules", config.schedules, file=True):
+            draw_schedules(config.schedules)
         return None
     if config.serve_report is not None:
         with LiveReport(config.run_dir[0], config.serve_report), suppress(KeyboardInterrupt):
             threading.Event().wait()
         return None
-    path, comparison = write_report(
-        config.run_dir, config.baseline_scores, config.tuned_scores, config.output_dir, config.title, config.max_gallery
-    )
+    output = config.output_dir or config.run_dir[0] / "report"
+    scores = (config.baseline_scores, config.tuned_scores)
+    with writing("output_dir", output):
+        path, comparison = write_report(config.run_dir, *scores, output, config.title, config.max_gallery)
     for line in score_lines(comparison):
         print(line)
     for text in read_signs(Path(config.tuned_scores)) if config.tuned_scores else ():

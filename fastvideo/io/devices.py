@@ -22,7 +22,7 @@ def torch_dtype(name: str) -> "torch.dtype":
 
 
 def resolve_device(name: str = "auto") -> str:
-    """The torch device for `name`. auto: a GPU if there is one, else the CPU.
+    """The torch device for `name`. auto: a GPU if there is one, else the CPU. Raises FlagError for any other name.
 
     cuda (also chosen by auto) is this process's own GPU: torchrun numbers the processes of a machine by LOCAL_RANK.
     """
@@ -30,6 +30,10 @@ def resolve_device(name: str = "auto") -> str:
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    choices = ["auto", "cpu", *(["cuda", *gpus] if gpus else [])]
+    if name not in choices:
+        raise FlagError("device", name, f"choose from {', '.join(choices)}")
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
 
 

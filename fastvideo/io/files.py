@@ -60,6 +60,26 @@ def not_written(field: str, path: str | Path, error: OSError) -> FlagError:
     return FlagError(field, path, f"can't be written: {error.strerror or error}")
 
 
+# A full disk or quota, a disk that became read-only or broken, a file that the place can't hold.
+LOST = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.EFBIG, errno.EACCES, errno.EPERM)
+
+
+@contextmanager
+def writing(field: str, path: str | Path, file: bool = False, needed: int = 0) -> Iterator[None]:
+    """Checks a place as `check_writable` does, before the work in this context, and writes that fail during the work.
+
+    Raises:
+        FlagError: the place can't be written to, or not any more.
+    """
+    check_writable(field, path, file, needed)
+    try:
+        yield
+    except OSError as error:
+        if error.errno in LOST:
+            raise not_written(field, path, error) from error
+        raise
+
+
 def _nearest(place: Path) -> Path:
     """`place`, or the nearest folder above it that exists."""
     with suppress(FileNotFoundError, NotADirectoryError):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastvideo.cli import FlagError, check_fields, flag, flag_errors, parse_dataclass, parse_first
-from fastvideo.io.files import usual_modes
+from fastvideo.io.files import check_writable, usual_modes
 from fastvideo.io.lock import LOCK_FILE, FolderLock
 
 PART = ".part"  # what isn't complete yet, in output_dir
@@ -36,7 +36,7 @@ class MergeConfig:
     def check_empty(self) -> None:
         """Raises FlagError if output_dir has more in it than a killed merge leaves, PART beside its other files."""
         folder = Path(self.output_dir)
-        names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+        names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
         if PART not in names and names - {LOCK_FILE}:
             raise FlagError("output_dir", self.output_dir, "is not empty; choose another folder")
 
@@ -45,7 +45,7 @@ if __name__ == "__main__":  # before the slow imports: --help and a refused flag
     parse_first(MergeConfig, doc=__doc__)
 
 from fastvideo.io.devices import torch_dtype
-from fastvideo.models.flux import BASE, load_with_lora
+from fastvideo.models.flux import BASE, load_with_lora, meta_transformer
 from fastvideo.models.lora import find_lora
 from fastvideo.runtime.checkpoint import RECORD, linked, read_record
 from fastvideo.runtime.resume import check_base_model
@@ -79,10 +79,13 @@ def merge(config: MergeConfig) -> Path:
         lock.take()
         config.check_empty()  # another merge may have ended meanwhile
         adapters = find_lora(linked(Path(config.model_path), "model_path"), "model_path")
-        transformer = load_with_lora(base_model(config, adapters), adapters)
+        base, dtype = base_model(config, adapters), torch_dtype(config.dtype)
+        size = sum(parameter.numel() for parameter in meta_transformer(base).parameters()) * dtype.itemsize
+        check_writable("output_dir", output, needed=size)
+        transformer = load_with_lora(base, adapters)
         transformer.fuse_lora(safe_fusing=True)
         transformer.unload_lora()
-        transformer.to(torch_dtype(config.dtype))
+        transformer.to(dtype)
         part = output / PART
         shutil.rmtree(part, ignore_errors=True)
         try:

@@ -170,7 +170,7 @@ if __name__ == "__main__":  # before the slow imports: --help and a refused flag
 
 from fastvideo.eval.benchmark import read_benchmark
 from fastvideo.io.devices import resolve_dtype, torch_dtype
-from fastvideo.io.files import write_bytes, write_json
+from fastvideo.io.files import check_writable, write_bytes, write_json, writing
 from fastvideo.io.fingerprint import model_fingerprint, sample_file
 from fastvideo.io.processes import Processes, barrier, processes
 from fastvideo.io.prompts import read_prompts
@@ -528,7 +528,11 @@ def sample(config: SampleConfig) -> Path:
 @flag_errors("sample_flux.py")
 def main(argv: Sequence[str] | None = None) -> Path:
     """The command line; returns the path of the manifest, or of sweep.json."""
-    return sample(parse_dataclass(SampleConfig, argv, __doc__))
+    config = parse_dataclass(SampleConfig, argv, __doc__)
+    if config.output_json:
+        check_writable("output_json", config.output_json, file=True)
+    with writing("output_dir", config.output_dir):
+        return sample(config)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,13 @@ Preprocessing writes such an index itself, prompt.json; this one serves E-GRPO's
 embeddings were deleted. The captions come from prompt.json.
 """
 
-import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from fastvideo.cli import FlagError, flag_errors
+from fastvideo.cli import FlagError, flag, flag_errors, parse_dataclass
 from fastvideo.dataset.latent_flux_rl_datasets import FOLDERS, read_index
-from fastvideo.io.files import is_tensor_file, write_json
+from fastvideo.io.files import is_tensor_file, write_json, writing
 from fastvideo.io.prompts import read_prompts
 
 
@@ -36,16 +36,23 @@ def make_index(folder: Path, output: Path, prompt_file: str | None = None) -> in
     return len(whole)
 
 
+@dataclass
+class IndexConfig:
+    """Settings of an index."""
+
+    embedding_dir: str = flag("data/rl_embeddings", "folder of the embeddings", alias="data_dir")
+    output_path: str | None = flag(None, "index to write (None: --output_name in the folder)")
+    output_name: str = flag("videos2caption.json", "name of the index in the folder")
+    prompt_file: str | None = flag(None, "text file: index only these prompts")
+
+
+@flag_errors("generate_json_index.py")
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--embedding_dir", "--data_dir", type=Path, default=Path("data/rl_embeddings"))
-    parser.add_argument("--output_path", type=Path, help="index to write (default: --output_name in the folder)")
-    parser.add_argument("--output_name", default="videos2caption.json")
-    parser.add_argument("--prompt_file", help="text file: index only these prompts")
-    given = parser.parse_args(argv)
-    output = given.output_path or given.embedding_dir / given.output_name
-    with flag_errors("generate_json_index.py"):
-        count = make_index(given.embedding_dir, output, given.prompt_file)
+    config = parse_dataclass(IndexConfig, argv, __doc__)
+    folder = Path(config.embedding_dir)
+    output = Path(config.output_path) if config.output_path else folder / config.output_name
+    with writing("output_path", output, file=True):
+        count = make_index(folder, output, config.prompt_file)
     print(f"{output}: {count} prompts")
 
 
