@@ -43,6 +43,7 @@ from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin
 
 from fastvideo.familiar_flags import answer
+from fastvideo.io.secrets import redact
 
 import argparse_dataclass
 
@@ -88,7 +89,7 @@ def flag_errors(program: str, names: Mapping[str, str] | None = None) -> Iterato
         found = error.errors if isinstance(error, FlagErrors) else [error]
         named = [FlagError((names or {}).get(e.field, e.field), e.value, e.problem) for e in found]
         # One write: other processes may write to the same stream at this moment.
-        sys.stderr.write("".join(f"{program}: error: --{line}\n" for line in named))
+        sys.stderr.write(redact("".join(f"{program}: error: --{line}\n" for line in named)))
         raise SystemExit(2) from error
 
 
@@ -216,7 +217,7 @@ class _Parser(argparse_dataclass.ArgumentParser):
         return {name: value for name, value in vars(namespace).items() if value is not argparse_dataclass.MISSING}
 
     def error(self, message: str) -> Any:
-        self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
+        self.exit(2, redact(f"{self.prog}: error: {message} (--help lists the flags)\n"))
 
 
 OVERRIDE = "--override"  # see the module's first lines
@@ -268,7 +269,7 @@ def parse_dataclass(
 def say(*lines: str) -> None:
     """Prints to stderr, on the first process only."""
     if os.environ.get("RANK", "0") == "0":
-        sys.stderr.write("".join(f"{line}\n" for line in lines))
+        sys.stderr.write(redact("".join(f"{line}\n" for line in lines)))
 
 
 def _split(argv: Sequence[str]) -> list[list[str]]:

@@ -6,11 +6,11 @@ the section's fields. ALGORITHMS says what an algorithm is; a field's `algorithm
 
 import math
 import os
-import re
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from fastvideo.cli import FlagError, check_fields, default_of, flag
+from fastvideo.io.secrets import redact
 from fastvideo.models.reward_model.spec import RewardSpecConfig, resolve_reward_spec
 from fastvideo.utils.steps import SDE_KINDS
 
@@ -103,7 +103,7 @@ class GRPOConfig(RewardSpecConfig):
         at_least=0,
         below=1,
     )
-    dataloader_num_workers: int = flag(4, "processes that read embeddings ahead", at_least=0)
+    dataloader_num_workers: int = flag(4, "threads that read embeddings ahead; 0: none", at_least=0)
     dry_run: bool = flag(False, "print the derived arithmetic and the rollout plan, then exit")
 
     def _check_data(self) -> None:
@@ -326,6 +326,11 @@ class GRPOConfig(RewardSpecConfig):
     )
     granular_progress: str = flag(
         "train_step", "progress over training, or over the group", choices=["train_step", "batch_index"]
+    )
+    reward_timeout: float = flag(
+        3600.0,
+        "seconds in which the rewards must score the pictures sampled together; else the run is saved and ends",
+        above=0,
     )
     max_reward_failures: int | None = flag(
         None,
@@ -598,11 +603,10 @@ class GRPOConfig(RewardSpecConfig):
         return self.prompts_per_iteration // ranks
 
     def to_public_dict(self) -> dict[str, Any]:
-        """All fields for args.json and wandb, without credentials that a URL may hold."""
-        without_login = re.compile(r"(?:(?<=://)|(?<![^,\s]))[^/@\s,]+@")
+        """All fields for args.json, checkpoints and wandb, without secrets that a URL may hold."""
         values = asdict(self)
         values.pop("wandb_key")
-        return {k: without_login.sub("", v) if isinstance(v, str) else v for k, v in values.items()}
+        return {k: redact(v) if isinstance(v, str) else v for k, v in values.items()}
 
 
 def world_size_of_environment() -> int:

@@ -10,13 +10,11 @@ scripts/finetune holds recipes. docs/algorithms.md gives each formula beside its
 differs from the references on purpose.
 """
 
-import errno
 import math
 import os
 import signal
-import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
@@ -30,7 +28,7 @@ if __name__ == "__main__":  # before the slow imports of torch and diffusers, so
     parse_first(GRPOConfig, None, __doc__, translate)
 
 from fastvideo.data_preprocess.preprocess_flux_embedding import embed_prompts
-from fastvideo.dataset.latent_flux_rl_datasets import LatentFluxRLDataset, PromptSampler, collate, outlive_signals
+from fastvideo.dataset.latent_flux_rl_datasets import LatentFluxRLDataset, PromptSampler, read_ahead
 from fastvideo.eval.live import live_report
 from fastvideo.io.lock import FolderLock
 from fastvideo.io.processes import entry_point, stop_signals
@@ -46,9 +44,8 @@ from fastvideo.models.flux import (
     predict_velocity,
     without_lora,
 )
-from fastvideo.models.reward_model.utils import compute_reward
 from fastvideo.rollout_plan import describe, make_plan, optimizer_steps
-from fastvideo.runtime.checkpoint import CheckpointNotWritten, CheckpointWriter
+from fastvideo.runtime.checkpoint import CheckpointWriter
 from fastvideo.runtime.engines import Engine, build_engine, main_process_first
 from fastvideo.runtime.evaluation import Evaluation, build_held_out
 from fastvideo.runtime.log import Log
@@ -56,6 +53,7 @@ from fastvideo.runtime.memory import predict_memory
 from fastvideo.runtime.preflight import check_run
 from fastvideo.runtime.resume import Progress, load_ema, load_trained, open_output
 from fastvideo.runtime.scoring import Scoring
+from fastvideo.runtime.stopping import Interrupted, TrainingStopped, last_line, saving_on_error
 from fastvideo.runtime.throughput import Stopwatch, Throughput
 from fastvideo.utils.advantages import plan_advantages
 from fastvideo.utils.grpo_states import windows
@@ -66,11 +64,9 @@ from fastvideo.utils.transitions import Transition, deal_out
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from PIL import Image
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 # In bf16 on an H100, batches of 2 or more rows round alike. A batch of 1 row differs by as much as the clip range.
@@ -264,18 +260,6 @@ def transitions_loss(
 # --- one run ----------------------------------------------------------------------------------------------------------
 
 
-class TrainingStopped(RuntimeError):
-    """Raised when too many optimizer steps in a row had non-finite numbers, or too many scores failed."""
-
-
-class Interrupted(TrainingStopped):
-    """Raised after SIGTERM or SIGINT, when the current iteration is finished and saved."""
-
-    def __init__(self, number: int, message: str) -> None:
-        super().__init__(message)
-        self.number = number
-
-
 class Trainer:
     """A run: its models, its optimizer and its progress. `iteration` does the work."""
 
@@ -311,6 +295,7 @@ class Trainer:
         self.throughput = Throughput(config, device, transformer)
         self.evaluation: Evaluation | None = None
         self.progress = Progress()
+        self.unread = False  # whether the result of an optimizer step is still to be read
         if checkpoint is not None:
             self._resume(checkpoint)
 
@@ -329,6 +314,8 @@ class Trainer:
     def save(self, sampler: PromptSampler) -> None:
         """Starts to write checkpoint-{iterations done}-{epoch}."""
         done = self.progress.iteration
+        if self.unread:  # an error came between two optimizer steps, which then are part of the checkpoint
+            self._after_step(done + 1)
         self.writer.save(self.progress.record(sampler.epoch_of(done), sampler.position(done + 1)))
 
     # --- pictures ---------------------------------------------------------------------------------------------------
@@ -416,14 +403,13 @@ class Trainer:
         Returns scores, name -> [P, pictures], NaN where failed; and looks, name -> mean over a prompt's trained
         pictures [P]. Looks may show reward hacking (see `group_measures`).
         """
-        per_prompt, reward_models, reward_weights = plan.pictures, self.scoring.models, self.scoring.weights
+        per_prompt = plan.pictures
         prompts = [caption for caption in captions for _ in range(per_prompt)]
         curr_step, total_steps = self.scoring.progress(plan, len(captions), number)
-        _, _, rewards_dict, _ = compute_reward(
-            pictures, prompts, reward_models, reward_weights, curr_step=curr_step, total_steps=total_steps
-        )
+        models = self.scoring.models
+        scores = self.scoring.compute(pictures, prompts, models, curr_step=curr_step, total_steps=total_steps)
         groups = [pictures[i : i + plan.trained_pictures] for i in range(0, len(pictures), per_prompt)]
-        return {name: v.reshape(-1, per_prompt) for name, v in rewards_dict.items()}, group_measures(groups)
+        return {name: v.reshape(-1, per_prompt) for name, v in scores.items()}, group_measures(groups)
 
     def collect(
         self, plan: Plan, number: int, conditioning: Conditioning, captions: list[str]
@@ -446,7 +432,7 @@ class Trainer:
             images += pictures
             scored.append(self.scoring.begin(self.score, pictures, captions[begin:end], plan, number))
         with self.throughput.phase("reward"):  # the time that does not overlap with sampling
-            found = gather_object([future.result() for future in scored])
+            found = self.scoring.gather(scored)
         scores, looks = (
             {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
             for batches in zip(*found, strict=True)
@@ -516,6 +502,7 @@ class Trainer:
             if self.progress.skipped_in_a_row >= config.max_skipped_steps:
                 break
             self.engine.step(step_loss)
+            self.unread = True
         else:
             norms.append(self._after_step(number))
         taken = [norm for norm in norms if norm is not None]
@@ -539,7 +526,7 @@ class Trainer:
 
     def _after_step(self, number: int) -> float | None:
         """Updates schedule, counters and EMA after an optimizer step. Returns its gradient norm; None: skipped."""
-        norm = self.engine.gradient_norm()
+        norm, self.unread = self.engine.gradient_norm(), False
         if norm is None:
             self.progress.skipped_in_a_row += 1
             return None
@@ -596,7 +583,7 @@ class Trainer:
 # --- command line -----------------------------------------------------------------------------------------------------
 
 
-def set_up(config: GRPOConfig, lock: FolderLock | None = None) -> tuple[Trainer, PromptSampler, DataLoader]:
+def set_up(config: GRPOConfig, lock: FolderLock | None = None) -> tuple[Trainer, PromptSampler, Iterator[dict]]:
     """Builds the trainer and its data. Everything that bad input can break happens here, the cheap checks first.
 
     lock: of --output_dir; the first process takes it. None: no other program can want the folder.
@@ -654,24 +641,17 @@ def set_up(config: GRPOConfig, lock: FolderLock | None = None) -> tuple[Trainer,
         start_iteration=trainer.progress.iteration + 1,
         prompts_before=trainer.progress.prompts,
     )
-    loader = DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        collate_fn=collate,
-        num_workers=config.dataloader_num_workers,
-        pin_memory=accelerator.device.type == "cuda",
-        worker_init_fn=outlive_signals,
-    )
-    return trainer, sampler, loader
+    return trainer, sampler, read_ahead(dataset, sampler, config.dataloader_num_workers, accelerator.device)
 
 
-def train(trainer: Trainer, sampler: PromptSampler, loader: DataLoader) -> None:
+def train(trainer: Trainer, sampler: PromptSampler, batches: Iterator[dict]) -> None:
     """Runs iterations and writes metrics, pictures and checkpoints, until exactly max_train_steps.
 
     Raises:
         TrainingStopped: max_skipped_steps optimizer steps in a row had non-finite numbers, or more than
             max_reward_failures scores failed. A checkpoint is saved first.
         Interrupted: SIGTERM or SIGINT came to any process. A checkpoint is saved first.
+        IterationFailed: after any other error. A checkpoint is saved first if possible.
         CheckpointNotWritten: for instance, the disk is full.
     """
     config, progress, main_process = trainer.config, trainer.progress, trainer.accelerator.is_main_process
@@ -680,17 +660,25 @@ def train(trainer: Trainer, sampler: PromptSampler, loader: DataLoader) -> None:
     log = Log(config, progress.wandb_id, names) if main_process else None
     schedule = islice(windows(config), progress.iteration, config.max_train_steps)
     bar = tqdm(total=config.max_train_steps, initial=progress.iteration, desc="training", disable=not main_process)
-    with closing(log) if log else nullcontext(), bar, stop_signals() as asked, trainer.writer.thread:
+
+    def save() -> None:
+        trainer.save(sampler)
+        trainer.writer.finish()
+
+    rescue = saving_on_error(progress, save, trainer.accelerator.num_processes == 1)
+    with closing(log) if log else nullcontext(), bar, stop_signals() as asked, trainer.writer.thread, rescue:
         before = trainer.evaluate(0)  # the model before training
         if log is not None and before:
             log.write({"step": 0} | before)
-        for window, batch in zip(schedule, loader, strict=False):
+        for window, batch in zip(schedule, batches, strict=False):
             metrics, images = trainer.iteration(batch, window)
-            metrics |= trainer.evaluate(metrics["step"])
-            if log is not None:
-                log.write(metrics | {"epoch": sampler.epoch_of(metrics["step"])})
-                if config.image_log_steps and metrics["step"] % config.image_log_steps == 0:
-                    log.write_images(metrics["step"], images[: config.num_generations])
+            try:
+                metrics |= trainer.evaluate(metrics["step"])
+            finally:
+                if log is not None:
+                    log.write(metrics | {"epoch": sampler.epoch_of(metrics["step"])})
+            if log is not None and config.image_log_steps and metrics["step"] % config.image_log_steps == 0:
+                log.write_images(metrics["step"], images[: config.num_generations])
             first, *_, last = metrics["window"] * 2
             bar.set_postfix(reward=f"{metrics['reward']:.4f}", window=f"{first}-{last}")
             bar.update()
@@ -737,20 +725,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         live = live_report(config.output_dir, config.serve_report)
         run = set_up(config, held.enter_context(FolderLock("output_dir", config.output_dir)))
         held = held.pop_all()  # the lock lasts until the run ends
-    try:
-        with held, live:
-            train(*run)
-    except (TrainingStopped, CheckpointNotWritten) as error:
-        sys.stderr.write(f"train_grpo_flux.py: stopped: {error}\n")
-        raise SystemExit(128 + error.number if isinstance(error, Interrupted) else 1) from error
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        sys.stderr.write(
-            f"train_grpo_flux.py: stopped: {error}: --output_dir {config.output_dir} is full; its checkpoints are "
-            "complete, --resume_from_checkpoint latest continues from the last one\n"
-        )
-        raise SystemExit(1) from error
+    with last_line("train_grpo_flux.py", config.output_dir), held, live:
+        train(*run)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(__file__).parents[1] / ".
 import fastvideo.torchvision_repair  # noqa: F401  (before transformers)
 from fastvideo import train_grpo_flux
 from fastvideo.data_preprocess.preprocess_flux_embedding import embed_prompts
+from fastvideo.models.reward_model import utils as reward_utils
+from fastvideo.models.reward_model.custom import FunctionReward
 
 import pytest
 import torch
@@ -92,6 +94,12 @@ def reset_accelerate():
     torch.set_num_threads(1)
     yield
     forget_accelerator()
+
+
+@pytest.fixture(autouse=True)
+def custom_rewards_are_only_imported(monkeypatch):
+    """Runs in this process call custom rewards not once before training: some functions exist only in this process."""
+    monkeypatch.setattr(reward_utils, "probe", lambda path, field, *_: FunctionReward(path, field))
 
 
 @pytest.fixture(scope="session")

@@ -24,3 +24,9 @@ def lost_on_rank_1_in_iteration_2(images: list, prompts: list[str]) -> list[floa
 def lost_for_circles(images: list, prompts: list[str]) -> list[float]:
     found = rough_brightness(images, prompts)
     return [math.nan if "circle" in prompt else value for prompt, value in zip(prompts, found, strict=True)]
+
+
+def raises_once_on_rank_1(images: list, prompts: list[str]) -> list[float]:
+    if next(CALLS) == 2 and os.environ["RANK"] == "1":
+        raise ConnectionError("the API is down")
+    return rough_brightness(images, prompts)

@@ -2,21 +2,22 @@
 
 import itertools
 import json
-import multiprocessing
 import shutil
-import subprocess
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 from fastvideo import train_grpo_flux
+from fastvideo.dataset import latent_flux_rl_datasets
 from fastvideo.dataset.latent_flux_rl_datasets import (
     FOLDERS,
     Draw,
     LatentFluxRLDataset,
     PromptSampler,
     collate,
-    outlive_signals,
+    read_ahead,
 )
+from fastvideo.io.waiting import WaitedTooLong
 
 import pytest
 import torch
@@ -47,8 +48,8 @@ def test_items_carry_their_own_tensors_and_caption_and_batches_stack_them(tmp_pa
     dataset = LatentFluxRLDataset(make_data(tmp_path))
     assert len(dataset) == 5
     sampler = PromptSampler(5, 2, seed=3)
-    loader = torch.utils.data.DataLoader(dataset, batch_sampler=sampler, collate_fn=collate)
-    for batch, draws in zip(itertools.islice(loader, 4), sampler, strict=False):
+    batches = read_ahead(dataset, sampler, 1, torch.device("cpu"))
+    for batch, draws in zip(itertools.islice(batches, 4), sampler, strict=False):
         indices = [draw.index for draw in draws]
         assert batch["index"].tolist() == indices
         assert batch["caption"] == [f"caption {i}" for i in indices]
@@ -226,19 +227,18 @@ def test_a_corrupt_embedding_is_named(tmp_path):
         dataset[1]
 
 
-@pytest.mark.parametrize("name", ["TERM", "INT"])
-def test_a_worker_outlives_a_signal_to_all_processes_but_not_its_trainer_s(tmp_path, name):
-    dataset, sampler = LatentFluxRLDataset(make_data(tmp_path)), PromptSampler(5, 2)
-    batches = iter(
-        torch.utils.data.DataLoader(
-            dataset, batch_sampler=sampler, collate_fn=collate, num_workers=1, worker_init_fn=outlive_signals
-        )
+def test_threads_read_the_same_batches_and_a_read_that_never_ends_is_named(tmp_path, monkeypatch):
+    dataset, cpu = LatentFluxRLDataset(make_data(tmp_path)), torch.device("cpu")
+    none, three = (
+        [batch["caption"] for batch in itertools.islice(read_ahead(dataset, PromptSampler(5, 2), threads, cpu), 9)]
+        for threads in (0, 3)
     )
-    next(batches)
-    (worker,) = multiprocessing.active_children()
-    for _ in range(2):
-        subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)  # another process than the trainer
-        assert [len(batch["index"]) for batch in itertools.islice(batches, 5)] == [2] * 5
-    worker.terminate()
-    worker.join(20)
-    assert worker.exitcode == 0
+    assert none == three
+
+    def stuck(_: object) -> None:
+        threading.Event().wait(5)
+
+    monkeypatch.setattr(latent_flux_rl_datasets, "collate", stuck)
+    monkeypatch.setattr(latent_flux_rl_datasets, "READ_LIMIT", 0.1)
+    with pytest.raises(WaitedTooLong, match=r"embeddings beside .*prompt\.json did not come within 0\.1 seconds"):
+        next(read_ahead(dataset, PromptSampler(5, 2), 1, cpu))

@@ -10,7 +10,7 @@ from fastvideo.runtime.engines import ComputeCopy, choose_engine
 
 import pytest
 import torch
-from conftest import Run, assert_same_update, relative_difference, torchrun
+from conftest import Run, assert_same_update, relative_difference, same_weights, torchrun
 from safetensors.torch import load_file
 
 # Samples draw their own steps: the processes have different numbers of micro-batches.
@@ -277,3 +277,40 @@ def test_the_command_line_refuses_an_engine_without_torchrun(train, capsys, para
         train("out", parallel=parallel)
     assert stop.value.code == 2 and f"--parallel {parallel}" in capsys.readouterr().err.splitlines()[-1]
     assert not Path(tmp_path / "out").exists()
+
+
+# What `accelerate launch` and a shell hand on: each would change numbers, or the engine.
+HOSTILE = {
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
+    "ACCELERATE_MIXED_PRECISION": "bf16",
+    "ACCELERATE_DOWNCAST_BF16": "true",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
+    "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2",
+    "ACCELERATE_USE_FSDP": "true",
+    "ACCELERATE_USE_DEEPSPEED": "true",
+    "ACCELERATE_USE_MEGATRON_LM": "true",
+    "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR",
+    "ACCELERATE_GRADIENT_CLIPPING": "0.001",
+    "ACCELERATE_TORCH_DEVICE": "meta",
+    "ACCELERATE_FP8_BACKEND": "TE",
+    "FSDP_VERSION": "1",
+    "FSDP_RESHARD_AFTER_FORWARD": "false",
+    "FSDP_OFFLOAD_PARAMS": "true",
+    "FSDP_ACTIVATION_CHECKPOINTING": "true",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+    "NVIDIA_TF32_OVERRIDE": "1",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [None, *engines()])
+def test_the_launcher_s_environment_changes_no_number(flags, tmp_path, subprocess_environment, name):
+    given, processes = (ENGINES[name], 2) if name else ({}, 1)
+    runs = []
+    for folder, more in {"plain": {}, "hostile": HOSTILE}.items():
+        argv = flags(output_dir=tmp_path / folder, **given)
+        done = torchrun(argv, {**subprocess_environment, **more}, processes=processes)
+        assert done.returncode == 0, done.stderr[-4000:]
+        assert done.stderr.count("this program's flags decide: ACCELERATE_") == len(runs)
+        runs.append(Run(tmp_path / folder))
+    assert runs[0].numbers() == runs[1].numbers() and same_weights(runs[0].weights(), runs[1].weights())

@@ -565,7 +565,7 @@ def test_a_server_that_changed_its_rewards_gives_no_scores(serve, troubled):
     [
         ("localhost:8100", "reward_server localhost:8100: must start with http"),
         ("user:secret@here:8100", "reward_server here:8100: must start with http"),
-        ("http://user:sec/ret@here:8100", "reward_server here:8100: not a URL"),
+        ("http://user:sec/ret@here:8100", "reward_server http://here:8100: not a URL"),
         (",", "no URL in it"),
     ],
 )

@@ -4,12 +4,14 @@ import base64
 import io
 import time
 
+from fastvideo.models.reward_model.network import ask_in_turn
 from fastvideo.models.reward_model.unified_reward import QUESTIONS, UnifiedRewardModel, parse_score
 
 import numpy as np
 import pytest
 from PIL import Image
 from reward_checkpoints import PROMPTS, pictures
+from reward_servers import QuietHandler
 
 
 def red(level):
@@ -159,3 +161,29 @@ def test_requests_run_at_the_same_time_up_to_num_workers(chat_server):
 def test_wrong_settings_are_refused(urls, question_type, message):
     with pytest.raises(ValueError, match=message):
         UnifiedRewardModel(urls, question_type)
+
+
+def test_a_key_in_the_url_stays_in_its_query_and_goes_to_no_other_server(chat_server, http_server, caplog):
+    server = chat_server(lambda content: (200, "Alignment Score (1-5): 4"))
+    assert UnifiedRewardModel(f"{server.url}/v1?api_key=hush")([red(0)], ["x"]).tolist() == [4]
+    assert server.requests[0][0] == "/v1/chat/completions?api_key=hush"
+
+    class Elsewhere(QuietHandler):
+        def do_POST(self):
+            self.read_json()
+            self.reply(307, b"moved, and your key was hush", {"Location": server.url})
+
+    moved = http_server(Elsewhere)
+    assert np.isnan(UnifiedRewardModel(f"{moved.url}/v1?api_key=hush&x=1")([red(0)], ["x"])).all()
+    assert len(server.requests) == 1 and "api_key=***" in caplog.text and "HTTP 307" in caplog.text
+
+
+def test_pauses_between_attempts_stay_short(monkeypatch):
+    pauses = []
+    monkeypatch.setattr("time.sleep", pauses.append)
+
+    def send(url: str) -> None:
+        raise ValueError("no")
+
+    assert ask_in_turn(send, ["http://a"], 0, 30, 0.5)[0] is None
+    assert len(pauses) == 30 and max(pauses) <= 90

@@ -2,19 +2,19 @@
 
 dataset = LatentFluxRLDataset("data/rl_embeddings/prompt.json")
 sampler = PromptSampler(len(dataset), prompts_per_iteration=8, rank=0, world_size=1, seed=7144)
-for batch in torch.utils.data.DataLoader(dataset, batch_sampler=sampler, collate_fn=collate): ...
+for batch in read_ahead(dataset, sampler, threads=4, device=torch.device("cpu")): ...
 """
 
 import functools
 import json
-import os
-import signal
-import threading
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastvideo.cli import FlagError
+from fastvideo.io.waiting import result_of
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ FOLDERS = {
 }
 HINT = "(scripts/preprocess/preprocess_flux_rl_embeddings.sh makes it from a prompt file)"
 TENSORS = ("prompt_embeds", "pooled_prompt_embeds", "text_ids")  # in the order of FOLDERS
+READ_LIMIT = 1800.0  # seconds to read the prompts of one iteration; only a file system that is gone needs more
 
 
 class Draw(NamedTuple):
@@ -252,19 +253,32 @@ def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def outlive_signals(_worker: int) -> None:
-    """A DataLoader's worker_init_fn: the worker ignores SIGTERM and SIGINT, except SIGTERM from the trainer.
+def read_ahead(
+    dataset: LatentFluxRLDataset, sampler: Iterable[list[Draw]], threads: int, device: torch.device
+) -> Iterator[dict[str, Any]]:
+    """The batches of the sampler's draws, in order, without end. Each thread reads one batch ahead (0: none does).
 
-    torchrun and Slurm send signals to every process, but the trainer still needs prompts to end its iteration. The
-    trainer's own SIGTERM ends a worker that doesn't end by itself.
+    Threads, because prompts are small and reading them is waiting for the disk: no copies in /dev/shm, which may be too
+    small, and no processes that a signal or the system may end. For a GPU the batches lie in pinned memory.
+
+    Raises:
+        WaitedTooLong: a batch could not be read within READ_LIMIT.
     """
-    trainer = os.getppid()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
 
-    def obey_trainer() -> None:
-        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != trainer:
-            continue
-        os._exit(0)
+    def read(draws: list[Draw]) -> dict[str, Any]:
+        batch = collate([dataset[draw] for draw in draws])
+        if device.type == "cuda":
+            return {k: v.pin_memory() if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+        return batch
 
-    threading.Thread(target=obey_trainer, daemon=True).start()
+    if not threads:
+        yield from map(read, sampler)
+    start = {"initializer": torch.cuda.set_device, "initargs": (device,)} if device.type == "cuda" else {}
+    pool, draws = ThreadPoolExecutor(threads, "reader", **start), iter(sampler)
+    try:
+        ahead = deque(pool.submit(read, next(draws)) for _ in range(threads))
+        while True:
+            ahead.append(pool.submit(read, next(draws)))
+            yield result_of(ahead.popleft(), f"embeddings beside {dataset.json_path}", READ_LIMIT)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from fastvideo.cli import FlagError
 
+DRAW_LIMIT = 600  # seconds
 WAITING = '<!DOCTYPE html><meta http-equiv="refresh" content="5"><title>report</title><p>%s</p>'
 
 
@@ -79,7 +80,10 @@ class LiveReport(ThreadingHTTPServer):
             if str(metrics.stat().st_mtime_ns) == self._version:
                 return ""
             command = [sys.executable, "-m", "fastvideo.eval.report", "--run_dir", str(self.run_dir)]
-            done = subprocess.run(command, capture_output=True, text=True)
+            try:
+                done = subprocess.run(command, capture_output=True, text=True, timeout=DRAW_LIMIT)
+            except subprocess.TimeoutExpired:
+                return f"The report was not drawn within {DRAW_LIMIT} seconds."
             if done.returncode:
                 return done.stderr[-2000:]
             self._page = (self.run_dir / "report" / "report.html").read_bytes()

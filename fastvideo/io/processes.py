@@ -5,11 +5,14 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from fastvideo.io.devices import resolve_device
+from fastvideo.io.secrets import redact
+from fastvideo.io.waiting import EXIT_GRACE, end_within, waiting
 
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -27,10 +30,11 @@ class Processes:
     device: str  # where this process computes
 
 
-def barrier() -> None:
-    """Waits for the other processes, if there are any."""
+def barrier(what: str = "the other processes") -> None:
+    """Waits for the other processes, if there are any. what: what they do, for a report of a long wait."""
     if dist.is_initialized():
-        dist.barrier()
+        with waiting(what):
+            dist.barrier()
 
 
 def write_whole_lines() -> None:
@@ -40,11 +44,32 @@ def write_whole_lines() -> None:
 
 
 def entry_point(main: Callable[[], None]) -> None:
-    """Runs a program that torchrun starts. torchrun's last lines are the traceback of the process that failed first."""
+    """Runs a program that torchrun starts. torchrun's last lines are the traceback of the process that failed first.
+
+    The process always ends, and no traceback shows a secret.
+    """
+
+    def without_secrets() -> None:
+        try:
+            main()
+        except Exception as error:
+            text = traceback.format_exc()
+            if redact(text) == text:
+                raise
+            raise RuntimeError(f"{type(error).__name__}; without its secrets:\n{redact(text)}") from None
+
     write_whole_lines()
-    record(main)()
-    if dist.is_initialized():
-        dist.destroy_process_group()  # its threads could abort the interpreter's exit
+    status = 1
+    try:
+        record(without_secrets)()
+        status = 0
+    except SystemExit as stop:
+        status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        raise
+    finally:
+        end_within(EXIT_GRACE, status)
+        if status == 0 and dist.is_initialized():
+            dist.destroy_process_group()  # its threads could abort the interpreter's exit
 
 
 @contextmanager
@@ -57,9 +82,9 @@ def processes(device: str = "auto") -> Iterator[Processes]:
     started = world_size > 1 and not dist.is_initialized()
     if started:
         write_whole_lines()
-        # A slow rank may reach the barrier hours later, so wait and don't time out. When a process dies, torchrun ends
-        # the others.
-        dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
+        # After a restart one rank may have hours of work more than another. When a process dies, torchrun ends the
+        # others.
+        dist.init_process_group("gloo", timeout=datetime.timedelta(days=1))
     try:
         yield Processes(rank, world_size, resolve_device(device))
     finally:

@@ -29,6 +29,7 @@ from fastvideo.config import GRPOConfig
 from fastvideo.io.files import sync, usual_modes, write_json
 from fastvideo.io.fingerprint import local_folder, model_fingerprint, sample_file
 from fastvideo.io.resumable import digest
+from fastvideo.io.waiting import PATIENCE, result_of
 from fastvideo.models.lora import save_lora
 from fastvideo.runtime.engines import Engine, choose_engine
 
@@ -204,7 +205,12 @@ class CheckpointWriter:
         """
         if self.final is None:
             return
-        error = self.pending.exception() if self.pending is not None else None
+        error = None
+        if self.pending is not None:
+            try:
+                result_of(self.pending, f"the disk to write {self.final}", PATIENCE.total_seconds())
+            except (Exception, CheckpointException) as problem:  # torch's is a BaseException
+                error = problem
         if error is not None and not isinstance(error, (OSError, SafetensorError, CheckpointException)):
             raise error
         if self.engine.any_process(error is not None):

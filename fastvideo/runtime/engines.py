@@ -12,10 +12,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
-from fastvideo.cli import FlagError
+from fastvideo.cli import FlagError, say
 from fastvideo.config import GRPOConfig
+from fastvideo.io.waiting import PATIENCE, waiting
 from fastvideo.models.flux import load_transformer, meta_transformer, random_transformer
 from fastvideo.models.flux_speed import StreamwiseAttnProcessor, compile_transformer, cudnn_attention, split_sequence
 from fastvideo.runtime.optimizer_files import TensorReader, tensors_only
@@ -45,6 +47,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
+# Variables in which `accelerate launch` and a shell hand settings to Accelerate, or to NVIDIA's libraries.
+LAUNCHER_SETTINGS = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_", "MEGATRON_LM_", "NVIDIA_TF32_OVERRIDE")
 # The types that Accelerate may report for each engine.
 EXPECTED = {
     # Under torchrun Accelerate reports a type for several processes, even for the one process of --parallel none.
@@ -88,16 +92,30 @@ def choose_engine(config: GRPOConfig, world_size: int) -> str:
     return name
 
 
+def ignore_launcher_settings() -> None:
+    """Removes the environment's settings of numbers and engines: nothing but this program's flags decides them.
+
+    Some of them would count even more than arguments: ACCELERATE_GRADIENT_ACCUMULATION_STEPS divides all gradients.
+    """
+    found = sorted(name for name in os.environ if name.startswith(LAUNCHER_SETTINGS))
+    if found:
+        say(f"ignored, because this program's flags decide: {', '.join(found)}")
+    for name in found:
+        del os.environ[name]
+
+
 def build_accelerator(config: GRPOConfig, name: str) -> Accelerator:
     """The Accelerator of engine `name`.
 
     Raises:
         FlagError: Accelerate set up another type.
     """
+    ignore_launcher_settings()
     cpu = not torch.cuda.is_available()
     if config.use_cpu_offload and cpu:
         raise FlagError("use_cpu_offload", None, "this machine has no GPU")
-    settings = {"mixed_precision": config.mixed_precision, "cpu": cpu}
+    together = InitProcessGroupKwargs(timeout=PATIENCE + timedelta(seconds=config.reward_timeout))
+    settings = {"mixed_precision": config.mixed_precision, "cpu": cpu, "kwargs_handlers": [together]}
     if name == "fsdp":
         compute = torch.bfloat16 if config.mixed_precision == "bf16" else None
         settings["fsdp_plugin"] = FullyShardedDataParallelPlugin(
@@ -121,10 +139,10 @@ def build_accelerator(config: GRPOConfig, name: str) -> Accelerator:
         # Uncompiled single blocks of FLUX return views. The warning is harmless: nothing changes the views in place.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         if cpu:  # on a CPU Accelerate silently skips FSDP
-            PartialState(cpu=True)
+            PartialState(cpu=True, timeout=together.timeout)
             PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     elif name == "ddp":  # gradients are views of DDP's buckets, not copies
-        settings["kwargs_handlers"] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
+        settings["kwargs_handlers"].append(DistributedDataParallelKwargs(gradient_as_bucket_view=True))
     elif name == "deepspeed":
         offload = "cpu" if config.use_cpu_offload else "none"
         settings["deepspeed_plugin"] = DeepSpeedPlugin(
@@ -142,7 +160,7 @@ def build_accelerator(config: GRPOConfig, name: str) -> Accelerator:
         )
         settings["cpu"] = False  # True would silently drop the plugin
         if cpu:
-            settings["kwargs_handlers"] = [InitProcessGroupKwargs(backend="gloo")]
+            together.backend = "gloo"
     accelerator = Accelerator(**settings)
     if accelerator.distributed_type not in EXPECTED[name]:
         raise FlagError("parallel", name, f"Accelerate set up {accelerator.distributed_type.value} instead")
@@ -208,7 +226,7 @@ class Engine:
         self.config, self.name = config, name
         self.accelerator = build_accelerator(config, name)
         # For the threads that write checkpoints, so that their collectives don't mix with the training's.
-        self.disk_group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self.disk_group = dist.new_group(backend="gloo", timeout=PATIENCE) if dist.is_initialized() else None
         # torch.distributed.checkpoint warns when there is only one process.
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         self.data_ranks = config.data_ranks(self.accelerator.num_processes)
@@ -526,7 +544,8 @@ def main_process_first(accelerator: Accelerator, work: Callable[[], object]) -> 
             answer[0] = work()
         except FlagError as error:
             answer[1] = (error.field, error.value, error.problem)
-    broadcast_object_list(answer)
+    with waiting("the first process"):
+        broadcast_object_list(answer)
     if answer[1] is not None:
         raise FlagError(*answer[1])
     return answer[0]

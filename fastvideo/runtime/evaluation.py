@@ -12,13 +12,14 @@ import io
 import json
 import time
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 
 from fastvideo.config import GRPOConfig
 from fastvideo.dataset.latent_flux_rl_datasets import LatentFluxRLDataset, collate
 from fastvideo.io.files import write_bytes
 from fastvideo.io.scores import evaluation_scores, write_scores
-from fastvideo.models.reward_model.utils import RewardModel, build_reward_models, compute_reward
+from fastvideo.models.reward_model.utils import RewardModel, build_reward_models
 from fastvideo.runtime.engines import Engine
 from fastvideo.runtime.resume import Progress
 from fastvideo.runtime.scoring import Scoring
@@ -28,7 +29,6 @@ from fastvideo.utils.steps import Step, sigma_schedule
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
 from PIL import Image
 
 # draw(plan, batch of one prompt, slot of the prompt) -> pictures; empty on processes that don't decode.
@@ -62,7 +62,7 @@ class Evaluation:
         self.dataset = LatentFluxRLDataset(index)
         self.prompts = [entry["caption"] for entry in self.dataset.entries]
         self.plan = noise_free_plan(config)
-        self.models, self.weights = scoring.models, scoring.weights
+        self.scoring, self.models, self.weights = scoring, scoring.models, scoring.weights
         if held_out:
             self.models, self.weights = self.models | held_out[0], held_out[1]
         settings = "seed h w sampling_steps shift guidance_scale pretrained_model_name_or_path".split()
@@ -92,10 +92,14 @@ class Evaluation:
                 data = io.BytesIO()
                 images[-1].save(data, "PNG")
                 write_bytes(path.with_name(f"{index:05d}.png"), data.getvalue())
-        prompts = [self.prompts[index] for index in indices]
-        scores = compute_reward(images, prompts, self.models, self.weights)[2] if images else {}
-        found = [(index, {k: float(v[i]) for k, v in scores.items()}) for i, index in enumerate(indices)]
-        found = [values for _, values in sorted(gather_object(found), key=lambda entry: entry[0])]
+
+        def score() -> list[tuple[int, dict[str, float]]]:
+            prompts = [self.prompts[index] for index in indices]
+            scores = self.scoring.compute(images, prompts, self.models) if images else {}
+            return [(index, {k: float(v[i]) for k, v in scores.items()}) for i, index in enumerate(indices)]
+
+        parts = self.scoring.gather([self.scoring.begin(score)])
+        found = [values for _, values in sorted(chain.from_iterable(parts), key=lambda entry: entry[0])]
         if engine.accelerator.is_main_process:
             entries = [
                 {"index": index, "path": path.with_name(f"{index:05d}.png"), "prompt": prompt, "reward": scores}

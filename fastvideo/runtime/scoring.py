@@ -1,27 +1,37 @@
 """Runs the reward models in a separate thread, and computes the scores' weights in the advantage and their metrics."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from fastvideo.config import GRPOConfig
-from fastvideo.models.reward_model.granular import GranularRewardModel
-from fastvideo.models.reward_model.utils import build_reward_models
+from fastvideo.io.secrets import one_line
+from fastvideo.io.waiting import WaitedTooLong, result_of, waiting
+from fastvideo.models.reward_model.granular import GranularRewardModel, RewardModel
+from fastvideo.models.reward_model.utils import build_reward_models, compute_reward
 from fastvideo.utils.advantages import reward_means
 from fastvideo.utils.plan import Plan
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
+from PIL import Image
 
 Arguments, Result = ParamSpec("Arguments"), TypeVar("Result")
 
 
+class RewardFailed(RuntimeError):
+    """Raised on all processes when a reward raised an error or did not answer in time on any of them."""
+
+
 class Scoring:
-    """Attributes: models, name -> reward model; weights, name -> share of the model in the reward."""
+    """Attributes: models, name -> reward model; weights, name -> share of the model in the reward; current, the name of
+    the model that scores now or was the last to score."""
 
     def __init__(self, config: GRPOConfig, device: torch.device) -> None:
         self.config = config
         self.models, self.weights = build_reward_models(config, str(device))
+        self.current = ", ".join(self.models)
         self._thread = ThreadPoolExecutor(1, "scorer")
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
@@ -35,6 +45,38 @@ class Scoring:
                 return work(*args, **kwargs)
 
         return self._thread.submit(in_stream)
+
+    def compute(
+        self, images: list[Image.Image], prompts: list[str], models: dict[str, RewardModel], **progress: Any
+    ) -> dict[str, np.ndarray]:
+        """The scores of `compute_reward`, name -> float64 [N]. `current` says whose turn it is."""
+
+        def begins(name: str) -> None:
+            self.current = name
+
+        return compute_reward(images, prompts, models, dict.fromkeys(models, 1.0), **progress, begins=begins)[2]
+
+    def gather(self, futures: "Sequence[Future[Result]]") -> list[Result]:
+        """The results of the work that `begin` has started on all processes, sorted by process. All must call it.
+
+        Raises:
+            RewardFailed: on all processes, if the work raised an error on any, or took longer than --reward_timeout.
+        """
+        found, failed = [], None
+        try:
+            for future in futures:
+                found.append(result_of(future, f"the scores of {self.current}", self.config.reward_timeout))
+        except (Exception, SystemExit) as error:  # a reward may call sys.exit
+            late = isinstance(error, WaitedTooLong)
+            problem = f"gave no scores within --reward_timeout {self.config.reward_timeout:g} seconds"
+            failed = (f"{self.current} {problem if late else f'raised {one_line(error)}'}", error)
+        with waiting("the scores of the other processes"):
+            everywhere = gather_object([(found, failed and failed[0])])
+        ranks = [f" (rank {rank})" if len(everywhere) > 1 else "" for rank in range(len(everywhere))]
+        problems = [problem + rank for (_, problem), rank in zip(everywhere, ranks, strict=True) if problem]
+        if problems:
+            raise RewardFailed(f"the reward {problems[0]}") from (failed and failed[1])
+        return [result for results, _ in everywhere for result in results]
 
     def progress(self, plan: Plan, prompts: int, iteration: int) -> tuple[int | np.ndarray, int]:
         """curr_step and total_steps of the granular weights.

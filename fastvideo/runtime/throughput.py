@@ -5,10 +5,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from fastvideo.config import GRPOConfig
+from fastvideo.io.waiting import waiting
 from fastvideo.models.flux import forward_flops
 
 import torch
 from diffusers import FluxTransformer2DModel
+
+SLOW_PHASE = 1800.0  # seconds after which a phase of an iteration is reported
 
 
 class Stopwatch:
@@ -74,7 +77,8 @@ class Throughput:
     def phase(self, name: str) -> Iterator[None]:
         """Adds the time of a phase. The CPU waits for the GPU only at the end of the phase."""
         start = time.perf_counter()
-        with torch.profiler.record_function(name):
+        # Names the phase if another process leaves this one alone in it.
+        with torch.profiler.record_function(name), waiting(f"the end of the phase {name}", SLOW_PHASE):
             yield
             if self.device.type == "cuda":
                 torch.cuda.current_stream().synchronize()

@@ -15,6 +15,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 from fastvideo.cli import FlagError
 from fastvideo.models.reward_model.spec import SCHEDULES
@@ -205,9 +206,28 @@ def prompt_per_image(prompts: str | Sequence[str], n: int) -> list[str]:
     return texts
 
 
-def as_scores(values: Sequence[float], n: int, name: str) -> np.ndarray:
-    """A model's answer as float64 [n]; values that aren't finite become NaN (failed). ValueError for another length."""
-    scores = np.asarray([np.nan if v is None else v for v in values], dtype=np.float64)
-    if scores.shape != (n,):
-        raise ValueError(f"{name} returned {scores.shape} scores for {n} images")
+def _on_cpu(value: Any) -> Any:
+    """A tensor of any device and number format as a float64 array; other values unchanged."""
+    return value.detach().double().cpu().numpy() if hasattr(value, "detach") and not value.is_complex() else value
+
+
+def as_scores(values: Any, n: int, name: str) -> np.ndarray:
+    """A model's answer as float64 [n]; None and numbers that aren't finite become NaN (failed).
+
+    values: n numbers as a list, tuple, numpy array or tensor, [n] or [n, 1], of any number format and device.
+    Raises ValueError for anything else.
+    """
+    problem = f"{name} returned {{}} for {n} pictures; expected {n} numbers, as a list, array or tensor"
+    try:
+        found = _on_cpu(values)
+        if isinstance(found, (list, tuple)):
+            found = [np.nan if v is None else _on_cpu(v) for v in found]
+        scores = np.asarray(found)
+    except (TypeError, ValueError, RuntimeError):  # lists of different lengths, or complex, sparse or quantized tensors
+        raise ValueError(problem.format(f"a {type(values).__name__} that is no array of numbers")) from None
+    if scores.dtype.kind not in "fiub" and n:  # float, integers, bool
+        raise ValueError(problem.format(f"a {type(values).__name__} of {scores.dtype.name} values"))
+    if scores.shape not in ((n,), (n, 1)):
+        raise ValueError(problem.format(f"scores of shape {scores.shape}"))
+    scores = scores.reshape(n).astype(np.float64)
     return np.where(np.isfinite(scores), scores, np.nan)

@@ -7,22 +7,25 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from fastvideo.cli import FlagError
+from fastvideo.io.secrets import redact
 
 import httpx
 
 Answer = TypeVar("Answer")
 
+LONGEST_PAUSE = 60.0  # seconds between two attempts at one server
+
 
 def server_urls(urls: str, field: str) -> list[str]:
     """The URLs in a comma-separated setting. Raises FlagError if there is none, or one is no address of an HTTP server.
 
-    field: name of the setting, for errors. They don't show the password in a URL.
+    field: name of the setting, for errors. They don't show the secrets in a URL.
     """
     found = [url.strip().rstrip("/") for url in urls.split(",") if url.strip()]
     if not found:
         raise FlagError(field, repr(urls), "no URL in it; give http://host:port")
     for url in found:
-        shown = url.rpartition("@")[2]  # the text before the @ may be a password
+        shown = redact(url)
         if not url.startswith(("http://", "https://")):
             raise FlagError(field, shown, "must start with http:// or https://")
         try:
@@ -32,9 +35,10 @@ def server_urls(urls: str, field: str) -> list[str]:
     return found
 
 
-def public_url(url: str) -> str:
-    """The URL for messages and logs: without user, password, and query, which may hold a key."""
-    return str(httpx.URL(url).copy_with(userinfo=b"", query=None, fragment=None))
+def below(url: str, path: str) -> str:
+    """The URL of a path below a server's URL. The query, which may hold a key, stays at the end."""
+    base = httpx.URL(url)
+    return str(base.copy_with(path=base.path.rstrip("/") + path))
 
 
 def ask_in_turn(
@@ -43,9 +47,10 @@ def ask_in_turn(
     """Asks servers one after the other until one answers: (send(url), ""), or (None, the last problem).
 
     The first attempt goes to urls[first % len(urls)], each of `retries` further attempts to the next server. Before a
-    server is asked again there is a pause of `backoff` seconds. The pause doubles each time, and varies by half, so
-    that many clients don't return at the same moment. A server that refuses (a 4xx status except 408 and 429, which a
-    second request can't change) isn't asked again. An answer that `send` can't read is a failure.
+    server is asked again there is a pause of `backoff` seconds. The pause doubles each time up to LONGEST_PAUSE, and
+    varies by half, so that many clients don't return at the same moment. A server that refuses (a 4xx status except 408
+    and 429, or a redirect, which a second request can't change) isn't asked again. An answer that `send` can't read is
+    a failure.
     """
     turn = deque(urls)
     turn.rotate(-first)
@@ -55,18 +60,17 @@ def ask_in_turn(
             break
         url = turn.popleft()
         if url in asked:
-            time.sleep(backoff * random.uniform(0.5, 1.5))
+            time.sleep(min(backoff, LONGEST_PAUSE) * random.uniform(0.5, 1.5))
             backoff *= 2
         asked.add(url)
         try:
             return send(url), ""
         except httpx.HTTPStatusError as error:
-            # The message of httpx contains the whole URL with its password.
             status, text = error.response.status_code, error.response.text[:300]
             problem, refused = f"HTTP {status} {text}", status < 500 and status not in (408, 429)
         except (httpx.HTTPError, ValueError, LookupError, TypeError, RecursionError) as error:
             problem, refused = repr(error), False
-        problem = f"{public_url(url)}: {problem}".splitlines()[0]
+        problem = redact(f"{url}: {problem}".splitlines()[0])
         if not refused:
             turn.append(url)
     return None, problem

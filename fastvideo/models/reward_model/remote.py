@@ -14,8 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from fastvideo.cli import FlagError, check_fields
+from fastvideo.io.secrets import redact
+from fastvideo.io.waiting import waiting
 from fastvideo.models.reward_model.granular import GranularRewardModel, RewardModel, prompt_per_image
-from fastvideo.models.reward_model.network import ask_in_turn, public_url, server_urls
+from fastvideo.models.reward_model.network import ask_in_turn, below, server_urls
 from fastvideo.models.reward_model.spec import resolve_reward_spec, reward_settings
 
 import httpx
@@ -58,7 +60,7 @@ def check_limits(url: str, limits: dict[str, int], config: Any) -> None:
         if amount > limit:
             raise FlagError(
                 "reward_server",
-                public_url(url),
+                url,
                 f"{given}: up to {amount} {what} per request, the server takes {limit}; lower {name} or start the "
                 f"server with {flag} {-(-amount // unit)}",
             )
@@ -89,12 +91,12 @@ class Servers:
         """({url: settings, models and limits of the server}, the problems of the servers that don't answer)."""
 
         def send(url: str) -> dict[str, Any]:
-            response = self.client.get(f"{url}/health")
+            response = self.client.get(below(url, "/health"))
             response.raise_for_status()
             found = response.json()
             return {part: dict(found[part]) for part in ("settings", "models", "limits")}
 
-        with ThreadPoolExecutor(len(self.urls)) as pool:
+        with ThreadPoolExecutor(len(self.urls)) as pool, waiting(redact(f"{', '.join(self.urls)} to answer")):
             answers = list(pool.map(lambda url: ask_in_turn(send, [url], 0, self.retries, BACKOFF), self.urls))
         alive = {url: found for url, (found, _) in zip(self.urls, answers, strict=True) if found is not None}
         return alive, [problem for _, problem in answers if problem]
@@ -125,9 +127,8 @@ class Servers:
             content = json.dumps(body).encode()
 
             def send(url: str) -> dict[str, list[float | None]]:
-                response = self.client.post(
-                    f"{url}/score", content=content, headers={"Content-Type": "application/json"}
-                )
+                kind = {"Content-Type": "application/json"}
+                response = self.client.post(below(url, "/score"), content=content, headers=kind)
                 response.raise_for_status()
                 return _read_scores(response, keys, len(body["prompts"]))
 
@@ -212,13 +213,13 @@ def connect(
             if settings.get(key) != theirs.get(key):
                 raise FlagError(
                     "reward_server",
-                    public_url(url),
+                    url,
                     f"it has {key} {theirs.get(key)!r}, this run {settings.get(key)!r}; start the server with the "
                     "reward flags of the run (and --evaluation for evaluations)",
                 )
         if found["models"] != names or names.keys() != spec.keys():
             problem = f"it serves {found['models']}, expected {names} for {', '.join(spec)}"
-            raise FlagError("reward_server", public_url(url), problem)
+            raise FlagError("reward_server", url, problem)
         check_limits(url, found["limits"], config)
     models: dict[str, RewardModel] = {}
     for key in spec:

@@ -18,7 +18,7 @@ from fastvideo.cli import FlagError
 from fastvideo.models.reward_model.demo import demo_parser, run_demo
 from fastvideo.models.reward_model.granular import prompt_per_image
 from fastvideo.models.reward_model.loading import proxies
-from fastvideo.models.reward_model.network import ask_in_turn, server_urls
+from fastvideo.models.reward_model.network import ask_in_turn, below, server_urls
 from fastvideo.models.reward_model.spec import RewardConfig
 
 import httpx
@@ -55,9 +55,10 @@ def parse_score(reply: str, question_type: str) -> float:
 
 
 def _endpoint(url: str) -> str:
-    if url.endswith("/chat/completions"):
+    path = httpx.URL(url).path
+    if path.endswith("/chat/completions"):
         return url
-    return f"{url}/chat/completions" if url.endswith("/v1") else f"{url}/v1/chat/completions"
+    return below(url, "/chat/completions" if path.endswith("/v1") else "/v1/chat/completions")
 
 
 def _data_url(image: Image.Image) -> str:

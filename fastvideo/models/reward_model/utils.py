@@ -7,10 +7,12 @@ module is imported when the model is built. `--reward_model package.module:funct
 
 import importlib
 import inspect
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from fastvideo.cli import FlagError
+from fastvideo.models.reward_model.custom import FunctionReward, probe
 from fastvideo.models.reward_model.granular import (
     GranularRewardModel,
     RewardModel,
@@ -24,30 +26,7 @@ from fastvideo.models.reward_model.spec import REWARDS, SHARED, Reward, resolve_
 import numpy as np
 from PIL import Image
 
-
-class FunctionReward:
-    """A custom reward, `package.module:function`: a function of images and prompts that returns one number per image.
-
-    Raises FlagError, naming the setting `field`, if there is no such function.
-    """
-
-    def __init__(self, path: str, field: str = "reward_model") -> None:
-        module_name, _, function_name = path.partition(":")
-        try:
-            function = getattr(importlib.import_module(module_name), function_name)
-        except ModuleNotFoundError as error:
-            if error.name is None or not (module_name + ".").startswith(error.name + "."):
-                raise  # the module exists, but something that it imports doesn't
-            raise FlagError(field, path, f"no module {error.name!r} (is it on PYTHONPATH?)") from None
-        except AttributeError:
-            raise FlagError(field, path, f"{module_name} has no {function_name!r}") from None
-        if not callable(function):
-            raise FlagError(field, path, f"{function_name} is not callable")
-        self.function = function
-        self.name = function_name
-
-    def __call__(self, images: list[Image.Image], prompts: list[str]) -> Sequence[float]:
-        return self.function(images, prompts)
+PROBE_LIMIT = 600.0  # seconds for a custom reward's first call in programs without --reward_timeout
 
 
 def check_reward_files(config: Any, evaluation: bool = False, field: str = "reward_model") -> None:
@@ -59,8 +38,8 @@ def check_reward_files(config: Any, evaluation: bool = False, field: str = "rewa
 def reward_problems(config: Any, evaluation: bool = False, field: str = "reward_model") -> Iterator[FlagError]:
     """What the rewards named in `field` lack: files, a URL, weights of their components.
 
-    Loads nothing, and looks up no name on a hub. Custom rewards are imported. With --reward_server nothing has to be
-    on this machine; the servers are asked whether they give the same scores.
+    Loads nothing, and looks up no name on a hub. The first process calls custom rewards once, see `probe`. With
+    --reward_server nothing has to be on this machine; the servers are asked whether they give the same scores.
     """
     if config.reward_server:
         from fastvideo.models.reward_model.remote import connect  # imports the HTTP client, which few runs need
@@ -80,7 +59,9 @@ def reward_problems(config: Any, evaluation: bool = False, field: str = "reward_
 def _checks(key: str, config: Any, evaluation: bool, field: str) -> list[Callable[[], object]]:
     """The checks of one reward. Each raises FlagError if something is missing."""
     if key not in REWARDS:
-        return [lambda: FunctionReward(key, field)]
+        size = (getattr(config, "w", 256), getattr(config, "h", 256))
+        limit = getattr(config, "reward_timeout", PROBE_LIMIT)
+        return [lambda: probe(key, field, size, limit)] if os.environ.get("RANK", "0") == "0" else []
     entry = REWARDS[key]
     mode = entry.chosen_mode(config, evaluation)
 
@@ -156,6 +137,7 @@ def compute_reward(
     reward_weights: dict[str, float],
     curr_step: float | np.ndarray | None = None,
     total_steps: float | None = None,
+    begins: Callable[[str], None] = lambda name: None,
 ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Scores N images with every model: (rewards, successes, rewards_dict, successes_dict).
 
@@ -165,6 +147,7 @@ def compute_reward(
     rewards_dict: {name: float64 [N]}, NaN where a score failed. A granular model also has an entry
     `{name}_{component}` per component and check; these never enter `rewards`. successes_dict: the same keys, bool [N].
     curr_step, total_steps: training progress for granular models; curr_step may be an array with one entry per image.
+    begins: called with the name of each model before it scores.
 
     An exception of a model is not caught: a broken scorer is not a failed sample.
     """
@@ -181,6 +164,7 @@ def compute_reward(
 
     rewards_dict: dict[str, np.ndarray] = {}
     for name, model in reward_models.items():
+        begins(name)
         if isinstance(model, GranularRewardModel):
             scores, components = model.score(images, prompts, curr_step, total_steps)
             rewards_dict[name] = as_scores(scores, n, name)

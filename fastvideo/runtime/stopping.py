@@ -1,0 +1,90 @@
+"""Why a run ends early, and what it saves before."""
+
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from fastvideo.io.secrets import one_line, redact
+from fastvideo.runtime.checkpoint import CheckpointNotWritten
+from fastvideo.runtime.resume import Progress
+from fastvideo.runtime.scoring import RewardFailed
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class TrainingStopped(RuntimeError):
+    """Raised when too many optimizer steps in a row had non-finite numbers, or too many scores failed."""
+
+
+class Interrupted(TrainingStopped):
+    """Raised after SIGTERM or SIGINT, when the current iteration is finished and saved."""
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.number = number
+
+
+class IterationFailed(TrainingStopped):
+    """Raised when an error ended an iteration, from this error. What was trained before is saved if it can be."""
+
+
+@contextmanager
+def saving_on_error(progress: Progress, save: Callable[[], None], alone: bool) -> Iterator[None]:
+    """Saves the iterations that were done before an error.
+
+    Processes save together. So with several (`alone` is False), only an error that all know about leads to a
+    checkpoint: that of a reward on any process. After another error the process ends, and torchrun ends the others.
+
+    save: writes a checkpoint of `progress` and waits for it.
+
+    Raises:
+        IterationFailed: from the error.
+    """
+    try:
+        yield
+    except (TrainingStopped, CheckpointNotWritten):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in DISK_FULL:  # nothing can be saved
+            raise
+        done, problem = progress.iteration, str(error) if isinstance(error, RewardFailed) else one_line(error)
+        if not done:
+            kept = "no iteration was done"
+        elif alone or isinstance(error, RewardFailed):
+            traceback.clear_frames(error.__traceback__)  # their tensors take the memory that saving needs
+            try:
+                save()
+                kept = f"iterations up to {done} are saved; --resume_from_checkpoint latest continues after them"
+            except Exception as second:  # such as no memory left on the GPU
+                kept = f"iterations up to {done} can't be saved ({one_line(second)})"
+        else:
+            kept = "this process failed alone; --resume_from_checkpoint latest continues from the last checkpoint"
+        raise IterationFailed(f"{problem}; {kept}") from error
+
+
+@contextmanager
+def last_line(program: str, output_dir: str) -> Iterator[None]:
+    """The edge of a run: ends it with a last line on stderr that says why, and status 1, or 128 + n after signal n.
+
+    An error comes with its traceback. With several processes torchrun writes the last lines; so it gets the error.
+    """
+    try:
+        yield
+    except (TrainingStopped, CheckpointNotWritten) as error:
+        if isinstance(error, IterationFailed):
+            if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                raise
+            sys.stderr.write(redact("".join(traceback.format_exception(error.__cause__))))
+        sys.stderr.write(redact(f"{program}: stopped: {error}\n"))
+        raise SystemExit(128 + error.number if isinstance(error, Interrupted) else 1) from error
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        sys.stderr.write(
+            f"{program}: stopped: {error}: --output_dir {output_dir} is full; its checkpoints are "
+            "complete, --resume_from_checkpoint latest continues from the last one\n"
+        )
+        raise SystemExit(1) from error
