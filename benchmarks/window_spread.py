@@ -52,7 +52,9 @@ def as_in_training(name: str) -> Any:
 class SpreadConfig:
     pretrained_model_name_or_path: str = flag("data/flux", "diffusers FLUX pipeline: a folder or a hub id")
     model_path: str | None = flag(None, "tuned transformer or LoRA adapters; None: the pipeline's own")
-    prompts_file: str = flag("data/prompts.txt", "text file with one prompt per line; the first ones are used")
+    prompts_file: str = flag(
+        "data/prompts.txt", "prompts: text with one per line, JSON, JSON Lines, CSV or TSV; the first ones are used"
+    )
     prompts: int = flag(3, "how many prompts")
     windows: list[int] = flag([0, 4, 8, 12, 16, 20], "first steps of the windows", metavar="STEP")
     samples: int = flag(24, "samples per prompt and window")

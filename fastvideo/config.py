@@ -90,7 +90,9 @@ class GRPOConfig(RewardSpecConfig):
         "for measurements: random weights for the transformer whose config.json is in that pipeline",
     )
     data_json_path: str | None = flag(None, "prompt.json written by the preprocessing script")
-    prompts_file: str | None = flag(None, "text file, one prompt per line; embedded and cached under output_dir")
+    prompts_file: str | None = flag(
+        None, "prompts: text with one per line, JSON, JSON Lines, CSV or TSV; embedded and cached under output_dir"
+    )
     output_dir: str = flag("outputs/mixgrpo", "folder for args.json, metrics.jsonl, images and checkpoints")
     resume_from_checkpoint: str | None = flag(
         None, "checkpoint folder to go on from; `latest`: the newest in output_dir; `auto`: this or a new run"
@@ -468,7 +470,7 @@ class GRPOConfig(RewardSpecConfig):
         "them, also before training and after the last iteration; the link `best` points to the best checkpoint",
         at_least=0,
     )
-    eval_prompts: str | None = flag(None, "text file with the prompts of these evaluations, one per line")
+    eval_prompts: str | None = flag(None, "file with the prompts of these evaluations, in a format of prompts_file")
     eval_reward: str | None = flag(
         None,
         "what decides which checkpoint is best, named as in --reward_model: rewards that training doesn't see "

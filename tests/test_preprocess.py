@@ -1,5 +1,6 @@
 """Prompt files to cached embeddings: which caption gets which file, restarts, kills, several processes, bad files."""
 
+import errno
 import json
 import os
 import shutil
@@ -141,7 +142,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     write_bytes(path, b"old")
 
     def full_disk(_):
-        raise OSError("No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(OSError, match="No space"):

@@ -120,22 +120,23 @@ def check_files(path: str, place: Path, field: str = BASE, model: torch.nn.Modul
         stored = stored_shapes(place)
     except ValueError as error:
         raise ModelNotFoundError(field, path, str(error)) from error
-    if model is None or stored is None:
-        return
+    if model is None or stored is None or any(".proj_attn." in name for name in stored):
+        return  # diffusers renames the attention weights of VAEs that are as old as this name
     if problem := mismatch({name: tensor.shape for name, tensor in model.state_dict().items()}, stored):
-        raise ModelNotFoundError(field, path, f"wrong weights of the transformer: {problem}")
+        raise ModelNotFoundError(field, path, f"wrong weights in {place.name or 'it'}: {problem}")
 
 
-def check_pipeline(path: str) -> FluxTransformer2DModel:
+def check_pipeline(path: str, prompts: bool = True) -> None:
     """Raises ModelNotFoundError for a pipeline with damaged files, before anything slow: reads headers, not weights.
 
-    Loading checks the rest, and pipelines of a hub. Returns the transformer without weights.
+    Loading checks the rest, and pipelines of a hub. prompts: whether the text encoders are needed too.
     """
-    transformer = check_transformer(path)
-    meta_vae(path)
-    for part in ("vae", "text_encoder", "text_encoder_2"):
-        check_files(path, Path(path, part))
-    return transformer
+    check_transformer(path)
+    check_files(path, Path(path, "vae"), model=meta_vae(path))
+    if prompts and Path(path).is_dir():
+        load_tokenizers(path)
+        for part in ("text_encoder", "text_encoder_2"):
+            check_files(path, Path(path, part))
 
 
 def random_transformer(path: str, dtype: torch.dtype, seed: int, device: torch.device | str) -> FluxTransformer2DModel:
@@ -231,18 +232,25 @@ def meta_vae(path: str) -> AutoencoderKL:
     return _meta_model(AutoencoderKL, path, subfolder="vae")
 
 
-def load_text_encoders(path: str, dtype: torch.dtype = torch.float32) -> FluxPipeline:
-    """The pipeline without transformer and VAE, for embedding prompts.
+def load_tokenizers(path: str) -> FluxPipeline:
+    """The pipeline without its models: tokenizers and scheduler, quickly.
 
     Raises FlagError if a tokenizer has no vocabulary: transformers 5 then makes one that encodes all prompts alike.
     """
-    classes = {"text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel}
-    encoders = {part: _load_weights(cls, path, subfolder=part, dtype=dtype) for part, cls in classes.items()}
-    pipe = _load(FluxPipeline, path, transformer=None, vae=None, dtype=dtype, **encoders)
+    models = ("transformer", "vae", "text_encoder", "text_encoder_2")
+    pipe = _load(FluxPipeline, path, **dict.fromkeys(models))
     for part in ("tokenizer", "tokenizer_2"):
         tokenizer = getattr(pipe, part)
         if len(tokenizer) <= len(tokenizer.all_special_tokens) + 1:  # an empty T5 tokenizer still has the space
             raise FlagError(BASE, path, f"no vocabulary in its {part}")
+    return pipe
+
+
+def load_text_encoders(path: str, dtype: torch.dtype = torch.float32) -> FluxPipeline:
+    """The pipeline without transformer and VAE, for embedding prompts."""
+    pipe = load_tokenizers(path)
+    for part, cls in {"text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel}.items():
+        pipe.register_modules(**{part: _load_weights(cls, path, subfolder=part, dtype=dtype)})
     return pipe
 
 

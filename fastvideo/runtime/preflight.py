@@ -37,7 +37,7 @@ def check_run(config: GRPOConfig, world_size: int) -> None:
     path = config.pretrained_model_name_or_path
     found, configs = list(_missing_in_pipeline(config)), local_folder(path) is not None
     if configs and not found and not config.init_random_flux:
-        found += _raised([lambda: check_pipeline(path)])
+        found += _raised([lambda: check_pipeline(path, bool(config.prompts_file or config.eval_steps))])
     try:
         memory = describe_memory(config, world_size)
         if os.environ.get("RANK", "0") == "0":

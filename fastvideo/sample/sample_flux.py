@@ -43,7 +43,8 @@ class SampleConfig:
     baseline: bool = flag(False, "sample only the base model, even if model_path is given")
     prompts_file: str = flag(
         "data/prompts_test.txt",
-        "text file with one prompt per line, or a folder of HPSv2 benchmark prompts (anime.json, ...)",
+        "prompts: text with one per line, JSON, JSON Lines, CSV or TSV, or a folder of HPSv2 benchmark prompts "
+        "(anime.json, ...)",
     )
     output_dir: str = flag("outputs/samples", "folder for the pictures")
     output_json: str | None = flag(None, "manifest to write (None: manifest.json in output_dir; sweep.json of a sweep)")
