@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes (or reuses) the virtual environment .venv with the pinned packages and this project in editable mode.
 #   PYTHON           interpreter to use, 3.10 or newer (default: python3)
-#   TORCH_INDEX_URL  package index of another torch build, e.g. a CPU-only or an older-CUDA one
+#   TORCH_INDEX_URL  package index of another build of torch and torchvision, e.g. a CPU-only or an older-CUDA one
 # After it: source .venv/bin/activate
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -18,7 +18,13 @@ fi
 rm -f "$stamp"
 pip=(.venv/bin/python -m pip install --quiet --disable-pip-version-check)
 echo "Installing the environment into .venv (some minutes the first time) ..."
-"${pip[@]}" ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} "$(grep '^torch==' requirements.txt)"
+# Of one index: a torchvision of another build can't be imported beside torch.
+mapfile -t torch < <(grep -E '^torch(vision)?==' requirements.txt)
+"${pip[@]}" ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} "${torch[@]}"
 DS_BUILD_OPS=0 "${pip[@]}" -r requirements.txt
 "${pip[@]}" --no-deps --no-build-isolation -e .
+# Where torch is a CPU-only build and torchvision isn't, `import diffusers` works all the same: see the module imported.
+for folder in .venv/lib/python3*/site-packages; do
+  echo 'import importlib.util; importlib.util.find_spec("fastvideo") and __import__("fastvideo.torchvision_repair")' > "$folder/torchvision_repair.pth"
+done
 printf '%s' "$want" > "$stamp"

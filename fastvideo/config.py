@@ -97,15 +97,15 @@ class GRPOConfig(RewardSpecConfig):
     resume_from_checkpoint: str | None = flag(
         None, "checkpoint folder to go on from; `latest`: the newest in output_dir; `auto`: this or a new run"
     )
-    seed: int = flag(714, "seed of all noise and of the samples' order", at_least=0)
-    sampler_seed: int = flag(7144, "seed of the prompts' order", at_least=0)
+    seed: int = flag(714, "seed of all noise and of the samples' order", at_least=0, below=2**63)
+    sampler_seed: int = flag(7144, "seed of the prompts' order", at_least=0, below=2**63)
     cfg: float = flag(
         0.0,
         "share of prompts whose embeddings are replaced by zeros (classifier-free dropout)",
         at_least=0,
         below=1,
     )
-    dataloader_num_workers: int = flag(4, "threads that read embeddings ahead; 0: none", at_least=0)
+    dataloader_num_workers: int = flag(4, "threads that read embeddings ahead; 0: none", at_least=0, at_most=256)
     dry_run: bool = flag(False, "print the derived arithmetic and the rollout plan, then exit")
 
     def _check_data(self) -> None:
@@ -114,12 +114,12 @@ class GRPOConfig(RewardSpecConfig):
         self._need(given == 1, "data_json_path", both)
 
     # --- how much of it ---------------------------------------------------------------------------------------------
-    max_train_steps: int = flag(300, "iterations; the run stops after exactly this many", at_least=1)
-    train_batch_size: int = flag(1, "prompts per rank and iteration", at_least=1)
+    max_train_steps: int = flag(300, "iterations; the run stops after exactly this many", at_least=1, at_most=10**9)
+    train_batch_size: int = flag(1, "prompts per rank and iteration", at_least=1, at_most=10**5)
     prompts_per_iteration: int | None = flag(
-        None, "prompts per iteration over all ranks; overrides train_batch_size", at_least=1
+        None, "prompts per iteration over all ranks; overrides train_batch_size", at_least=1, at_most=10**6
     )
-    num_generations: int = flag(12, "images per prompt (G), the group of the advantages", at_least=2)
+    num_generations: int = flag(12, "images per prompt (G), the group of the advantages", at_least=2, at_most=10**4)
     gradient_accumulation_steps: int = flag(
         3,
         "samples of each group per optimizer step (k): G/k steps per iteration; E-GRPO: all samples; trees: edges of "
@@ -150,11 +150,13 @@ class GRPOConfig(RewardSpecConfig):
 
     # --- sampling ---------------------------------------------------------------------------------------------------
     algorithm: str | None = flag(None, "derived from the flags below if not given", choices=list(ALGORITHMS))
-    h: int = flag(720, "picture height in pixels", at_least=16)
-    w: int = flag(720, "picture width in pixels", at_least=16)
-    sampling_steps: int = flag(25, "denoising steps T", at_least=3)
-    shift: float = flag(3.0, "shift of the sigma schedule towards noise", above=0)
-    eta: float = flag(0.7, "noise level of the stochastic steps; deterministic steps can't be trained", above=0)
+    h: int = flag(720, "picture height in pixels", at_least=16, at_most=2**14)
+    w: int = flag(720, "picture width in pixels", at_least=16, at_most=2**14)
+    sampling_steps: int = flag(25, "denoising steps T", at_least=3, at_most=1000)
+    shift: float = flag(3.0, "shift of the sigma schedule towards noise", at_least=1e-3, at_most=1e3)
+    eta: float = flag(
+        0.7, "noise level of the stochastic steps; deterministic steps can't be trained", at_least=1e-3, at_most=10
+    )
     guidance_scale: float = flag(3.5, "distilled guidance; only for models with guidance embeds (FLUX.1-dev)", above=0)
     sde_type: str = flag("flow", "kind of stochastic step", choices=list(SDE_KINDS))
     init_same_noise: bool = flag(True, "all samples of a prompt start from the same noise")
@@ -282,15 +284,15 @@ class GRPOConfig(RewardSpecConfig):
         self._need(inside, "depth_pruning", f"depths lie between 1 and {steps - 1}")
 
     # --- MixGRPO's window -------------------------------------------------------------------------------------------
-    group_size: int = flag(4, "window size: stochastic, trained steps per iteration", at_least=1)
+    group_size: int = flag(4, "window size: stochastic, trained steps per iteration", at_least=1, at_most=1000)
     sample_strategy: str = flag(
         "progressive", "how the window moves", choices=["progressive", "random", "decay", "exp_decay"]
     )
-    iters_per_group: int = flag(25, "iterations before the window moves", at_least=1)
+    iters_per_group: int = flag(25, "iterations before the window moves", at_least=1, at_most=10**9)
     prog_overlap: bool = flag(True, "move the window by prog_overlap_step instead of by its size")
-    prog_overlap_step: int = flag(1, "window stride; 0 freezes the window", at_least=0)
-    max_iters_per_group: int = flag(10, "decay: iterations of the first window position", at_least=1)
-    min_iters_per_group: int = flag(1, "decay: iterations of the last window position", at_least=1)
+    prog_overlap_step: int = flag(1, "window stride; 0 freezes the window", at_least=0, at_most=1000)
+    max_iters_per_group: int = flag(10, "decay: iterations of the first window position", at_least=1, at_most=10**9)
+    min_iters_per_group: int = flag(1, "decay: iterations of the last window position", at_least=1, at_most=10**9)
     roll_back: bool = flag(True, "past the end restart at step 0 instead of staying on the last window")
 
     def _check_window(self) -> None:
@@ -364,7 +366,7 @@ class GRPOConfig(RewardSpecConfig):
         self._need(fits, "granular_mix", "advantage needs --multi_reward_mix advantage_aggr")
 
     # --- optimizer --------------------------------------------------------------------------------------------------
-    learning_rate: float = flag(1e-5, "AdamW learning rate", above=0)
+    learning_rate: float = flag(1e-5, "AdamW learning rate", above=0, at_most=1)
     lr_scheduler: str = flag(
         "constant_with_warmup",
         "learning rate over optimizer steps, a schedule of diffusers",
@@ -402,8 +404,8 @@ class GRPOConfig(RewardSpecConfig):
 
     # --- LoRA -------------------------------------------------------------------------------------------------------
     use_lora: bool = flag(False, "train low-rank adapters; the model itself stays frozen")
-    lora_rank: int = flag(128, "rank of the adapters", at_least=1)
-    lora_alpha: int = flag(256, "scale of the adapters, times their rank", at_least=1)
+    lora_rank: int = flag(128, "rank of the adapters", at_least=1, at_most=2**14)
+    lora_alpha: int = flag(256, "scale of the adapters, times their rank", at_least=1, at_most=10**6)
     lora_target_modules: list[str] = flag(
         ["to_q", "to_k", "to_v", "to_out.0"], "linear layers that get an adapter", metavar="MODULE"
     )

@@ -37,7 +37,9 @@ class ReportConfig:
     max_gallery: int = flag(
         60, "most before/after pairs shown, spread evenly over the ranking by score change", at_least=0
     )
-    serve_report: int | None = flag(None, "show it at this port of this machine, refreshed while the run goes on")
+    serve_report: int | None = flag(
+        None, "show it at this port of this machine, refreshed while the run goes on", at_least=0, below=65536
+    )
     schedules: str | None = flag(None, "only draw the granular weight schedules to this image file, then exit")
 
     def __post_init__(self) -> None:

@@ -49,13 +49,13 @@ class SampleConfig:
     output_dir: str = flag("outputs/samples", "folder for the pictures")
     output_json: str | None = flag(None, "manifest to write (None: manifest.json in output_dir; sweep.json of a sweep)")
     image_format: str = flag("png", "file format; jpg loses detail", choices=["png", "jpg"])
-    seed: int = flag(42, "seed of the initial noise", at_least=0)
-    images_per_prompt: int = flag(1, "pictures of each prompt, each with its own noise", at_least=1)
+    seed: int = flag(42, "seed of the initial noise", at_least=0, below=2**63)
+    images_per_prompt: int = flag(1, "pictures of each prompt, each with its own noise", at_least=1, at_most=10**4)
     batch_size: int = flag(1, "pictures sampled at a time; changes speed and memory only", at_least=1)
-    h: int = flag(1024, "picture height in pixels", at_least=1)
-    w: int = flag(1024, "picture width in pixels", at_least=1)
+    h: int = flag(1024, "picture height in pixels", at_least=16, at_most=2**14)
+    w: int = flag(1024, "picture width in pixels", at_least=16, at_most=2**14)
     guidance_scale: float = flag(3.5, "distilled guidance; only for models with guidance embeds (FLUX.1-dev)")
-    total_sampling_steps: int = flag(50, "denoising steps", at_least=1)
+    total_sampling_steps: int = flag(50, "denoising steps", at_least=1, at_most=1000)
     mix_sampling_steps: int | None = flag(
         None, "steps the tuned model takes before the base model goes on (None, 0 or -1: all, as in MixGRPO's script)"
     )
@@ -63,7 +63,7 @@ class SampleConfig:
         [], "the same as a share of all steps (the paper recommends 0.8); several are sampled one after the other"
     )
     shift: float | None = flag(
-        None, "static shift of the sigma schedule (None: the base pipeline's own scheduler)", above=0
+        None, "static shift of the sigma schedule (None: the base pipeline's own scheduler)", at_least=1e-3, at_most=1e3
     )
     max_sequence_length: int = flag(512, "T5 tokens; cut to what the model's tokenizer declares", at_least=1)
     dtype: str = flag("auto", "number format; auto: bf16 on a GPU, fp32 on the CPU", choices=["auto", *DTYPES])

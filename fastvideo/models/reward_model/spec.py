@@ -41,7 +41,7 @@ class RewardConfig:
     pick_score_https_proxy: str | None = flag(None, "HTTPS proxy for downloading PickScore")
     unified_reward_url: str | None = flag(None, "UnifiedReward endpoints, comma-separated, shared over the ranks")
     unified_reward_default_question_type: str = flag("semantic", "question asked", choices=["semantic", "score"])
-    unified_reward_num_workers: int = flag(1, "concurrent requests to UnifiedReward", at_least=1)
+    unified_reward_num_workers: int = flag(1, "concurrent requests to UnifiedReward", at_least=1, at_most=1024)
     granular_start_weights: list[float] = flag([0.5, 0.3, 0.2], "component weights at the start", metavar="W")
     reward_batch_size: int = flag(12, "images per forward pass of a reward model", at_least=1)
     reward_device: str | None = flag(None, "device of the reward models (None: the rank's own)")
@@ -49,9 +49,11 @@ class RewardConfig:
     reward_server: str | None = flag(
         None, "score at these reward servers (server.py), comma-separated, shared over the ranks; None: in this process"
     )
-    reward_server_timeout: float = flag(120.0, "seconds until a request to a reward server has failed", above=0)
+    reward_server_timeout: float = flag(
+        120.0, "seconds until a request to a reward server has failed", above=0, at_most=10**6
+    )
     reward_server_retries: int = flag(
-        3, "further attempts after a failed request, at the next reward server", at_least=0
+        3, "further attempts after a failed request, at the next reward server", at_least=0, at_most=10**4
     )
 
 
