@@ -117,7 +117,7 @@ def flag(default: Any, help: str, **metadata: Any) -> Any:
 
 
 def check_fields(config: Any) -> None:
-    """Raises FlagError for the first field of a dataclass that is not finite, out of its range or none of its choices.
+    """Raises FlagError for the first field that is empty, not finite, out of its range or none of its choices.
 
     argparse checks the choices of a command line; this also serves callers that make the object themselves.
     """
@@ -125,6 +125,8 @@ def check_fields(config: Any) -> None:
         value, optional = getattr(config, f.name), get_origin(f.type) is UnionType
         if optional and value is None:
             continue
+        if isinstance(value, str) and not optional and not value.strip():
+            raise FlagError(f.name, repr(value), "must not be empty")
         if isinstance(value, float) and not math.isfinite(value):
             raise FlagError(f.name, value, "must be a finite number")
         bounds = [(*BOUNDS[key], bound) for key, bound in f.metadata.items() if key in BOUNDS]

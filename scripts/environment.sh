@@ -8,6 +8,12 @@ if [ -z "${PYTHON_BIN:-}" ]; then
   [ -x .venv/bin/python ] && PYTHON_BIN=$PWD/.venv/bin/python
 fi
 
+command -v "$PYTHON_BIN" > /dev/null || { echo "PYTHON_BIN=$PYTHON_BIN: no such program" >&2 && exit 2; }
+case ${NPROC_PER_NODE:-1} in
+  gpu | cpu | auto) ;; # words of torchrun
+  *[!0-9]* | 0*) echo "NPROC_PER_NODE=$NPROC_PER_NODE: give a number of processes, at least 1" >&2 && exit 2 ;;
+esac
+
 # given FLAG VARIABLE: adds --FLAG to the list `args`, with the value of the environment variable, if it has one.
 args=()
 given() {
@@ -27,7 +33,9 @@ run_distributed() {
     exec "$PYTHON_BIN" scripts/finetune/launch.py "$@"
   fi
   if [[ " $* " =~ \ (--dry[-_]run|dry_run=[Tt]rue)\  ]]; then # describes the run of all processes in one
-    WORLD_SIZE=${NPROC_PER_NODE:-1} LOCAL_WORLD_SIZE=${NPROC_PER_NODE:-1} exec "$PYTHON_BIN" "$@"
+    local processes=${NPROC_PER_NODE:-1}
+    processes=${processes//[!0-9]/}
+    WORLD_SIZE=${processes:-1} LOCAL_WORLD_SIZE=${processes:-1} exec "$PYTHON_BIN" "$@"
   fi
   if [ "${NPROC_PER_NODE:-1}" = 1 ]; then
     exec "$PYTHON_BIN" "$@" # torchrun would end every error with a traceback of its own, and with status 1

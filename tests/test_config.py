@@ -242,6 +242,9 @@ def test_contradictions_are_errors(capsys, argv, named):
     "argv,named",
     [
         ("--h 700", ("--h 700", "16")),
+        ("--output_dir=", ("--output_dir ''", "empty")),
+        ("--sampling_steps 100000", ("--sampling_steps 100000", "1000")),
+        (f"--seed {2**64}", ("--seed", "below")),
         ("--w 1000", ("--w 1000", "16")),
         ("--h 0", ("--h 0",)),
         ("--group_size 24", ("--group_size 24", "23")),
@@ -604,6 +607,17 @@ def test_the_environment_sets_every_flag_that_a_recipe_has_ever_named():
         "lr_scheduler"
     )
     assert set(names) >= set(promised.split())
+
+
+@pytest.mark.parametrize(
+    "variable,value",
+    [("NPROC_PER_NODE", "many"), ("NPROC_PER_NODE", "0"), ("NPROC_PER_NODE", "-1"), ("PYTHON_BIN", "/no/python")],
+)
+def test_a_script_refuses_a_variable_that_it_cannot_use_in_one_line(variable, value):
+    environment = {**os.environ, "PYTHON_BIN": sys.executable, variable: value}
+    done = subprocess.run(["bash", str(MIX_GRPO), "--dry_run"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith(f"{variable}={value}: "), done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_a_recipe_starts_several_processes_with_torchrun(tmp_path):
