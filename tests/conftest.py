@@ -57,8 +57,9 @@ TIME_LIMIT = 1200
 PASSED = pytest.StashKey[bool]()
 
 torch.set_num_threads(1)
-# A shell starts background jobs with SIGINT ignored. Processes that tests start would inherit that.
+# A shell starts background jobs with SIGINT ignored, and nohup ignores SIGHUP. Processes that tests start inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
