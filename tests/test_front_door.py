@@ -231,6 +231,12 @@ def test_every_script_passes_a_dry_run(tmp_path, capsys):
         assert {key: getattr(config, key) for key in expected} == expected
 
 
+def test_prompts_given_by_hand_replace_the_embeddings_of_the_environment(tmp_path):
+    script = ROOT / "scripts/finetune/train_mix_grpo.sh"
+    _, *overrides = recipe_command(script, tmp_path, "data.prompts_file=p.txt", DATA_PATH="prompt.json", MODEL_PATH="m")
+    assert (settings(*overrides).prompts_file, settings(*overrides).data_json_path) == ("p.txt", None)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_trains_the_tiny_model_and_saves(name, run_at, tiny_flux, embedded_prompts, tmp_path):
