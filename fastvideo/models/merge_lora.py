@@ -34,7 +34,7 @@ class MergeConfig:
         self.check_empty()
 
     def check_empty(self) -> None:
-        """Raises FlagError if output_dir has more in it than a killed merge leaves, PART beside its other files."""
+        """Raises FlagError if output_dir has files in it, unless a killed merge has left them, and PART beside them."""
         folder = Path(self.output_dir)
         names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
         if PART not in names and names - {LOCK_FILE}:
