@@ -153,7 +153,7 @@ class CheckpointWriter:
         try:
             self.pending = engine.save_optimizer(part / "optimizer")
         except OSError as error:
-            raise _not_written(final, error) from error
+            raise _not_written(final, error, main) from error
         self.final = final
         weights = {".": engine.trained_weights()}
         if ema is not None:
@@ -214,7 +214,8 @@ class CheckpointWriter:
         if error is not None and not isinstance(error, (OSError, SafetensorError, CheckpointException)):
             raise error
         if self.engine.any_process(error is not None):
-            raise _not_written(self.final, error or OSError("another process failed")) from error
+            error = error or OSError("another process failed")
+            raise _not_written(self.final, error, self.engine.accelerator.is_main_process) from error
         self.final = self.pending = None
 
 
@@ -233,9 +234,10 @@ def _cause(error: BaseException) -> BaseException:
     return next((one for one in chain if isinstance(one, OSError)), error)
 
 
-def _not_written(final: Path, error: BaseException) -> CheckpointNotWritten:
+def _not_written(final: Path, error: BaseException, main_process: bool) -> CheckpointNotWritten:
     free = shutil.disk_usage(next(folder for folder in final.parents if folder.exists())).free
-    shutil.rmtree(_part_of(final), ignore_errors=True)
+    if main_process:  # which has the folder; the others may outlive it, when another run has the folder already
+        shutil.rmtree(_part_of(final), ignore_errors=True)
     cause = _cause(error)  # the disk's error is unknown here if another process failed
     reason = f"{type(cause).__name__}: {cause}".splitlines()[0]
     return CheckpointNotWritten(f"{final} can't be written, with {free / 2**30:.1f} GiB free there: {reason}")
