@@ -9,10 +9,11 @@ if [ -z "${PYTHON_BIN:-}" ]; then
 fi
 
 command -v "$PYTHON_BIN" > /dev/null || { echo "PYTHON_BIN=$PYTHON_BIN: no such program" >&2 && exit 2; }
-case ${NPROC_PER_NODE:-1} in
-  gpu | cpu | auto) ;; # words of torchrun
-  *[!0-9]* | 0*) echo "NPROC_PER_NODE=$NPROC_PER_NODE: give a number of processes, at least 1" >&2 && exit 2 ;;
-esac
+# With HOSTFILE, launch.py checks it. The words are torchrun's.
+if [ -z "${HOSTFILE:-}" ] && ! [[ ${NPROC_PER_NODE:-1} =~ ^([1-9][0-9]*|gpu|cpu|auto)$ ]]; then
+  echo "NPROC_PER_NODE=$NPROC_PER_NODE: give a number of processes, at least 1" >&2
+  exit 2
+fi
 
 # given FLAG VARIABLE: adds --FLAG to the list `args`, with the value of the environment variable, if it has one.
 args=()
