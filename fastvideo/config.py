@@ -12,7 +12,7 @@ from typing import Any
 from fastvideo.cli import FlagError, check_fields, default_of, flag
 from fastvideo.io.secrets import redact
 from fastvideo.models.reward_model.spec import RewardSpecConfig, resolve_reward_spec
-from fastvideo.utils.steps import SDE_KINDS
+from fastvideo.utils.steps import SDE_KINDS, STEP_WEIGHTS
 
 # An algorithm is what its `requires` fields say; `defaults` are its values where the user gives none. "Published
 # recipes" in docs/algorithms.md says where papers and scripts have other values.
@@ -276,10 +276,12 @@ class GRPOConfig(RewardSpecConfig):
         self._need(inside, "tree_split_points", f"choose from 0 to {steps - 2}")
         leaves = f"the tree has {children}^{len(splits)} = {children ** len(splits)}"
         self._need(self.num_generations == children ** len(splits), "num_generations", leaves)
-        if self.sde_type == "cps":
-            most = 1 / math.sin(self.eta * math.pi / 2)
+        if self.sde_type in ("cps", "precise"):  # a precise step from σ = 1 draws all noise anew
+            most, of = (
+                (1 / math.sin(self.eta * math.pi / 2), f" --eta {self.eta}") if self.sde_type == "cps" else (1, "")
+            )
             fits = self.tree_split_noise_scale <= most
-            self._need(fits, "tree_split_noise_scale", f"at most {most:.3g} with --sde_type cps --eta {self.eta}")
+            self._need(fits, "tree_split_noise_scale", f"at most {most:.3g} with --sde_type {self.sde_type}{of}")
         inside = all(1 <= depth < steps for depth in self.depth_pruning)
         self._need(inside, "depth_pruning", f"depths lie between 1 and {steps - 1}")
 
@@ -350,8 +352,37 @@ class GRPOConfig(RewardSpecConfig):
     advantage_rerange_strategy: str | None = flag(
         None, "order of the samples over optimizer steps", choices=["random", "balance"]
     )
+    advantage_norm: str = flag(
+        "std",
+        "what divides a group's rewards less their mean: the standard deviation, or lp, (Σ|A|^p)^(1/p)",
+        choices=["std", "lp"],
+    )
+    advantage_p: float = flag(0.8, "p of --advantage_norm lp", above=0)
+    flat_group_std: float = flag(
+        1e-5,
+        "a group whose rewards have a standard deviation of at most this times max(1, |mean|) differs by the scorer's "
+        "rounding alone: its advantages are 0",
+        at_least=0,
+    )
     adv_clip_max: float = flag(5.0, "advantages are clamped to ± this", above=0)
     clip_range: float = flag(1e-4, "clip range of the probability ratio", above=0)
+    ratio_norm: bool = flag(
+        False,
+        "GRPO-Guard: log-ratios with a mean of 0 and the same spread in all steps; goes with --clip_range 2e-6",
+    )
+    step_weights: str = flag(
+        "equal",
+        "weight of each trained step's loss: equal; velocity: GRPO-Guard, the inverse of how far the velocity moves "
+        "the step's mean; noise: TempFlow-GRPO, the step's noise",
+        choices=list(STEP_WEIGHTS),
+    )
+    trust_region: str = flag(
+        "clip",
+        "what stops an update that went far: clip, the clipped ratio; divergence, Flow-DPPO's mask of transitions that "
+        "are farther than --divergence_limit from the old policy's",
+        choices=["clip", "divergence"],
+    )
+    divergence_limit: float = flag(1e-5, "mean(Δμ²)/(2·std²) from which --trust_region divergence stops", above=0)
     kl_coeff: float = flag(0.0, "weight of the squared log-probability change against the old policy", at_least=0)
     ref_kl_coeff: float = flag(
         0.0, "weight of the KL divergence from the base model's transitions; 0: not computed", at_least=0
@@ -548,8 +579,8 @@ class GRPOConfig(RewardSpecConfig):
                 leaves = tree["tree_split_children"] ** len(tree["tree_split_points"])
                 if leaves >= 2:  # else _check_tree says what is wrong
                     explicit.setdefault("num_generations", leaves)
-                if explicit["sde_type"] == "cps":
-                    explicit.setdefault("tree_split_noise_scale", 1.0)  # cps keeps the noise level
+                if explicit["sde_type"] in ("cps", "precise"):
+                    explicit.setdefault("tree_split_noise_scale", 1.0)  # they keep the noise level
             if name in MERGES:
                 explicit["gradient_accumulation_steps"] = explicit.get("num_generations", base["num_generations"])
         return cls(**explicit)

@@ -59,7 +59,16 @@ from fastvideo.utils.advantages import plan_advantages
 from fastvideo.utils.grpo_states import windows
 from fastvideo.utils.picture_measures import group_measures
 from fastvideo.utils.plan import Plan
-from fastvideo.utils.sampling_utils import Noise, log_prob, to_device, transition_mean, transition_table
+from fastvideo.utils.sampling_utils import (
+    Noise,
+    gaussian_kl,
+    log_prob,
+    normalised_log_ratio,
+    to_device,
+    transition_mean,
+    transition_table,
+)
+from fastvideo.utils.step_statistics import StepStatistics
 from fastvideo.utils.transitions import Transition, deal_out
 
 import numpy as np
@@ -91,12 +100,14 @@ class Rollout:
     latents: torch.Tensor  # [P·pictures, L, C] at σ = 0, sorted by prompt, then in the order of plan.leaves
     before: dict[int, torch.Tensor] = field(default_factory=dict)  # x, [P·rows, L, C]
     after: dict[int, torch.Tensor] = field(default_factory=dict)  # x', [P·rows·branch, L, C]
+    means: dict[int, torch.Tensor] = field(default_factory=dict)  # mean of x' while sampling, as `after`
     log_probs: dict[int, torch.Tensor] = field(default_factory=dict)  # log p(x') while sampling, [P·rows·branch]
 
     @classmethod
     def join(cls, parts: Sequence["Rollout"]) -> "Rollout":
         """Joins rollouts of consecutive prompts into one."""
-        by_position = ([getattr(part, name) for part in parts] for name in ("before", "after", "log_probs"))
+        names = ("before", "after", "means", "log_probs")
+        by_position = ([getattr(part, name) for part in parts] for name in names)
         return cls(
             torch.cat([part.latents for part in parts]),
             *({position: torch.cat([d[position] for d in dicts]) for position in dicts[0]} for dicts in by_position),
@@ -144,7 +155,7 @@ def rollout(
             mean = mean + weight * x0
         latents = mean + std * noise(position + 1, rows * step.branch) if numbers.std else mean
         if step.train:
-            result.after[position] = latents
+            result.after[position], result.means[position] = latents, mean
         if step.train or step.branch > 1:
             result.log_probs[position] = log_prob(latents, mean, std)
         states[position] = (latents, tuple(history))
@@ -182,35 +193,40 @@ class InParts:
 
 
 def policy_loss(
-    new: torch.Tensor, old: torch.Tensor, advantages: torch.Tensor, clip_range: float, kl_coeff: float
+    log_ratio: torch.Tensor,
+    advantages: torch.Tensor,
+    clip_range: float,
+    kl_coeff: float,
+    too_far: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Clipped surrogate of each transition, max(−A·r, −A·clip(r, 1 ± ε)), plus kl_coeff · ½(log p_new − log p_old)².
+    """Clipped surrogate of each transition, max(−A·r, −A·clip(r, 1 ± ε)), plus kl_coeff · ½(log r)².
 
     Args:
-        new, old: log-probabilities [N] under the current policy and under the sampling policy. advantages: [N].
+        log_ratio: log p_new − log p_old, [N]. advantages: A, [N].
+        too_far: [N], bool. Flow-DPPO (arXiv 2606.11025) clips nothing: the surrogate −A·r has no gradient where the
+            transition is too far from the old policy's and the update would take it further.
 
     Returns:
-        loss [N], and the parts `policy_loss`, `kl_loss`, `ratio`, `clipped`, each [N] and without gradient.
+        loss [N], and the parts `policy_loss`, `kl_loss`, `ratio`, `clip_high`, `clip_low`, each [N] and without
+        gradient. clip_high, clip_low: 1 where r is above, below what clipping or `too_far` allows.
     """
-    difference = new - old
-    ratio = torch.exp(difference)
-    surrogate = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range))
-    kl = 0.5 * difference**2
+    ratio = torch.exp(log_ratio)
+    if too_far is None:
+        surrogate = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range))
+        high, low = ratio > 1 + clip_range, ratio < 1 - clip_range
+    else:
+        high, low = too_far & (ratio > 1), too_far & (ratio < 1)
+        stopped = (high & (advantages > 0)) | (low & (advantages < 0))
+        surrogate = -advantages * torch.where(stopped, ratio.detach(), ratio)
+    kl = 0.5 * log_ratio**2
     parts = {
         "policy_loss": surrogate,
         "kl_loss": kl,
         "ratio": ratio,
-        "clipped": ((ratio - 1).abs() > clip_range).float(),
+        "clip_high": high.float(),
+        "clip_low": low.float(),
     }
     return surrogate + kl_coeff * kl, {name: part.detach() for name, part in parts.items()}
-
-
-def reference_kl(mean: torch.Tensor, reference: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-    """KL divergence [N] of the policy's transition from the base model's: mean((μ − μ_ref)²) / (2 std²), equal std.
-
-    mean, reference: [N, L, C]. std: [N, 1, 1]. The mean is over elements, as in `log_prob`.
-    """
-    return ((mean - reference) ** 2 / (2 * std**2)).mean(dim=(1, 2))
 
 
 def predicted_transitions(
@@ -228,9 +244,9 @@ def predicted_transitions(
     return transition_mean(latents[leaving], v[leaving], x_weight, v_weight), std
 
 
-def sampled_after(batch: list[Transition], sampled: Rollout) -> torch.Tensor:
-    """The states x' that the rollout reached by a micro-batch's transitions, [N, L, C]."""
-    return torch.stack([sampled.after[t.position][t.child] for t in batch])
+def of_children(batch: list[Transition], values: dict[int, torch.Tensor]) -> torch.Tensor:
+    """What the rollout stored for each of a micro-batch's N transitions: [N, ...]. values: as Rollout.after."""
+    return torch.stack([values[t.position][t.child] for t in batch])
 
 
 def transitions_loss(
@@ -247,12 +263,18 @@ def transitions_loss(
     """
     base_mean = predicted_transitions(batch, sampled, table, reference)[0] if reference else None
     mean, std = predicted_transitions(batch, sampled, table, velocity)
-    new = log_prob(sampled_after(batch, sampled), mean, std)
-    old = torch.stack([sampled.log_probs[t.position][t.child] for t in batch])
-    advantages = to_device([t.advantage for t in batch], new.device)
-    loss, parts = policy_loss(new, old, advantages, config.clip_range, config.kl_coeff)
+    after, old_mean = of_children(batch, sampled.after), of_children(batch, sampled.means)
+    if config.ratio_norm:
+        log_ratio = normalised_log_ratio(after, mean, old_mean, std)
+    else:
+        log_ratio = log_prob(after, mean, std) - of_children(batch, sampled.log_probs)
+    by_divergence = config.trust_region == "divergence"
+    too_far = gaussian_kl(mean.detach(), old_mean, std) >= config.divergence_limit if by_divergence else None
+    advantages = to_device([t.advantage for t in batch], mean.device)
+    loss, parts = policy_loss(log_ratio, advantages, config.clip_range, config.kl_coeff, too_far)
+    parts["log_ratio"] = log_ratio.detach()
     if base_mean is not None:
-        divergence = reference_kl(mean, base_mean, std)
+        divergence = gaussian_kl(mean, base_mean, std)
         loss, parts = loss + config.ref_kl_coeff * divergence, parts | {"ref_kl_loss": divergence.detach()}
     return loss, parts
 
@@ -477,11 +499,13 @@ class Trainer:
         if config.recompute_old_log_prob:
             for batch in chain.from_iterable(work):
                 with self.engine.micro_batch(last=False):
-                    mean, std = predicted_transitions(batch, sampled, table, velocity)
-                    new = log_prob(sampled_after(batch, sampled), mean, std).detach()
-                for transition, value in zip(batch, new, strict=True):
-                    sampled.log_probs[transition.position][transition.child] = value
+                    mean, std = (x.detach() for x in predicted_transitions(batch, sampled, table, velocity))
+                    new = log_prob(of_children(batch, sampled.after), mean, std)
+                for t, value, old_mean in zip(batch, new, mean, strict=True):
+                    sampled.log_probs[t.position][t.child] = value
+                    sampled.means[t.position][t.child] = old_mean
         sums: dict[str, torch.Tensor] = {}
+        by_step = StepStatistics(plan, accelerator.device)
         deviations, norms, first = [], [], 0
         for place, batches in enumerate(work):
             step_loss = torch.zeros((), device=accelerator.device)
@@ -491,11 +515,13 @@ class Trainer:
                     loss, parts = transitions_loss(batch, sampled, table, velocity, config, reference)
                     loss = loss @ weights
                     self.engine.backward(loss)
+                by_step.add(batch, parts)
                 step_loss += loss.detach()
+                deviations.append((parts["ratio"] - 1).abs().max())
+                del parts["log_ratio"]  # its mean over steps says little
                 for name, part in (parts | {"loss": loss.detach()}).items():
                     share = part if name == "loss" else part @ weights
                     sums[name] = sums.get(name, 0) + share / self.steps_per_iteration
-                deviations.append((parts["ratio"] - 1).abs().max())
             first = first or len(deviations)  # micro-batches before the first update
             if place:  # reads the previous step's result only now, so that the GPU has work while the CPU waits
                 norms.append(self._after_step(number))
@@ -506,14 +532,15 @@ class Trainer:
         else:
             norms.append(self._after_step(number))
         taken = [norm for norm in norms if norm is not None]
-        local_values = torch.stack(
-            [*sums.values(), torch.stack(deviations).max(), torch.stack(deviations[:first]).max()]
-        )
-        everywhere = accelerator.gather(local_values[None]).cpu()
-        names = ["clip_frac" if n == "clipped" else "ratio_mean" if n == "ratio" else n for n in sums]
-        metrics = dict(zip(names, everywhere.mean(0).tolist(), strict=False))
+        most = [torch.stack(deviations).max(), torch.stack(deviations[:first]).max()]
+        local_values = torch.cat([torch.stack([*sums.values(), *most]), by_step.sums.flatten()])
+        everywhere, count = accelerator.gather(local_values[None]).cpu(), len(sums)
+        metrics = dict(zip(sums, everywhere[:, :count].mean(0).tolist(), strict=True))
+        metrics["ratio_mean"], metrics["clip_frac"] = metrics.pop("ratio"), metrics["clip_high"] + metrics["clip_low"]
         metrics["grad_norm"] = float(np.mean(taken)) if taken else math.nan
-        metrics["ratio_max_deviation"], metrics["ratio_first_deviation"] = everywhere.max(0).values[-2:].tolist()
+        deviations = everywhere[:, count : count + 2].max(0).values.tolist()
+        metrics["ratio_max_deviation"], metrics["ratio_first_deviation"] = deviations
+        metrics |= by_step.metrics(everywhere[:, count + 2 :].sum(0))
         if accelerator.is_main_process and metrics["ratio_first_deviation"] > config.clip_range / 10:
             warnings.warn(DRIFT, stacklevel=1)  # shown once
         trained = {(i, t.position, t.parent) for i, step in enumerate(work) for t in chain(*step)}

@@ -2,6 +2,7 @@
 
 import math
 
+from fastvideo.config import GRPOConfig
 from fastvideo.utils.advantages import group_advantages, mix_advantages, sample_order
 
 import numpy as np
@@ -10,8 +11,13 @@ import pytest
 NAN = math.nan
 
 
-def advantages(scores: list, trimmed_ratio: float = 0.0) -> tuple[list[float], bool]:
-    found, flat = group_advantages(np.array(scores, dtype=float), trimmed_ratio)
+def config(**given) -> GRPOConfig:
+    return GRPOConfig(prompts_file="prompts.txt", reward_model="shapes", **given)
+
+
+def advantages(scores: list, trimmed_ratio: float = 0.0, **given) -> tuple[list[float], bool]:
+    settings = config(trimmed_ratio=trimmed_ratio, **given)
+    found, flat = group_advantages(np.array(scores, dtype=float), settings)
     return found.tolist(), flat.tolist()
 
 
@@ -49,9 +55,24 @@ def test_a_flat_group_teaches_nothing_and_is_counted():
     assert advantages([0.7, 0.7 + 1e-7, 0.7]) == ([0, 0, 0], True)  # rounding is no spread
     assert advantages([1e6, 1e6 + 0.1, 1e6]) == ([0, 0, 0], True)  # relative to the mean
     assert advantages([0.7, 0.7 + 1e-4, 0.7])[1] is False
-    found, flat = group_advantages(np.array([[1.0, 2, 3], [5, 5, 5]]))
+    assert advantages([0.3, 0.30001, 0.30002, 0.30001]) == ([0, 0, 0, 0], True)
+    assert advantages([0.3, 0.30001, 0.30002, 0.30001], flat_group_std=1e-6)[0] == pytest.approx(
+        [-1.225, 0, 1.225, 0], abs=2e-3
+    )
+    found, flat = group_advantages(np.array([[1.0, 2, 3], [5, 5, 5]]), config())
     np.testing.assert_allclose(found, [[-1, 0, 1], [0, 0, 0]], atol=1e-7)
     assert flat.tolist() == [False, True]
+
+
+def test_the_lp_norm_gives_a_single_hit_less_than_the_deviation_does():
+    # mean 1/12: A = 11/12 once and −1/12 eleven times; Σ|A|^0.8 = 0.93276 + 11·0.13698 = 2.43953, ^1.25: 3.04882
+    hit = [1] + [0] * 11
+    found, flat = advantages(hit, advantage_norm="lp")
+    assert found == pytest.approx([0.916667 / 3.04882] + [-0.083333 / 3.04882] * 11, rel=1e-4) and not flat
+    assert advantages(hit)[0][0] == pytest.approx(3.1754, rel=1e-4)
+    assert advantages([1, 2, 3], advantage_norm="lp", advantage_p=2)[0] == pytest.approx([-(0.5**0.5), 0, 0.5**0.5])
+    # trimming leaves the lowest of [1, 2, 4] out of mean and norm: mean 3, Σ|A| = 2
+    assert advantages([1, 2, 4], 0.34, advantage_norm="lp", advantage_p=1)[0] == pytest.approx([-1, -0.5, 0.5])
 
 
 A, B = np.array([[1.0, 2, 3]]), np.array([[0.0, 0, 3]])
@@ -59,7 +80,8 @@ WEIGHTS = {"A": 0.25, "B": 0.75}
 
 
 def mixed(scores: dict, mix: str, use_group: bool = True, weights: dict = WEIGHTS, trim: float = 0.0):
-    found, flat = mix_advantages(scores, weights, mix, use_group, trim)
+    settings = config(multi_reward_mix=mix, use_group=use_group, trimmed_ratio=trim)
+    found, flat = mix_advantages(scores, weights, settings)
     return found.tolist(), flat
 
 

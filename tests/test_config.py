@@ -523,6 +523,7 @@ RECIPE_VALUES = {
         "lora_rank": 128, "lora_alpha": 256, "lora_target_modules": ["to_q", "to_k", "to_v", "to_out.0"],
         "reward_model": "hpsv2",
     }),
+    "GRPO_Guard": ("mix_grpo", {"ratio_norm": True, "step_weights": "velocity", "clip_range": 2e-6}),
     "FlowGRPO": ("flow_grpo", {"sde_type": "flow", "flow_grpo_fast_steps": 0}),
 }  # fmt: skip
 
@@ -537,6 +538,8 @@ def test_every_recipe_trains_with_the_values_of_its_paper(tmp_path, capsys):
         title = "MixGRPO" if name == "FastGRPO" else name
         places = {"experiment_name": title, "output_dir": f"outputs/{title}", "dry_run": True}
         places["reward_model"] = values.get("reward_model", "image_reward")
+        if name == "GRPO_Guard":
+            places |= values  # the other values are the algorithm's own
         data = "data/rl_embeddings/prompt.json"
         assert config == GRPOConfig.create(algorithm=algorithm, data_json_path=data, **places)
         assert program == "fastvideo/train_grpo_flux.py"

@@ -16,13 +16,16 @@ import torch
 from conftest import relative_difference
 
 
-def loss_and_slope(ratio: float, advantage: float, clip_range: float = 0.1, kl_coeff: float = 0.0):
+def loss_and_slope(
+    ratio: float, advantage: float, clip_range: float = 0.1, kl_coeff: float = 0.0, too_far: bool | None = None
+):
     """Loss of one transition, its derivative by the new log-probability, and the parts."""
-    old = torch.tensor([-1.3], dtype=torch.float64)
-    new = (old + math.log(ratio)).requires_grad_()
-    loss, parts = policy_loss(new, old, torch.tensor([advantage], dtype=torch.float64), clip_range, kl_coeff)
+    change = torch.tensor([math.log(ratio)], dtype=torch.float64, requires_grad=True)
+    advantages = torch.tensor([advantage], dtype=torch.float64)
+    too_far = None if too_far is None else torch.tensor([too_far])
+    loss, parts = policy_loss(change, advantages, clip_range, kl_coeff, too_far)
     loss.sum().backward()
-    return loss.item(), new.grad.item(), {name: part.item() for name, part in parts.items()}
+    return loss.item(), change.grad.item(), {name: part.item() for name, part in parts.items()}
 
 
 @pytest.mark.parametrize(
@@ -41,8 +44,26 @@ def loss_and_slope(ratio: float, advantage: float, clip_range: float = 0.1, kl_c
 def test_the_clipped_surrogate(ratio, advantage, loss, slope, clipped):
     found_loss, found_slope, parts = loss_and_slope(ratio, advantage)
     assert found_loss == pytest.approx(loss) and found_slope == pytest.approx(slope)
-    assert parts["ratio"] == pytest.approx(ratio) and parts["clipped"] == clipped
-    assert parts["policy_loss"] == pytest.approx(loss)
+    assert parts["ratio"] == pytest.approx(ratio) and parts["policy_loss"] == pytest.approx(loss)
+    assert (parts["clip_high"], parts["clip_low"]) == (clipped * (ratio > 1), clipped * (ratio < 1))
+
+
+@pytest.mark.parametrize(
+    "ratio,advantage,too_far,slope,high,low",
+    [
+        (1.5, 1.0, False, -1.5, 0, 0),  # within the limit nothing is clipped, whatever the ratio
+        (1.5, 1.0, True, 0.0, 1, 0),  # a good sample, likelier than before and too far: no further
+        (1.5, -1.0, True, 1.5, 1, 0),  # a bad one that became likelier: back
+        (0.5, 1.0, True, -0.5, 0, 1),  # a good one that became less likely: back
+        (0.5, -1.0, True, 0.0, 0, 1),
+        (1.0, 2.0, True, -2.0, 0, 0),
+    ],
+)
+def test_a_transition_too_far_away_is_only_moved_back(ratio, advantage, too_far, slope, high, low):
+    """Flow-DPPO's mask. The loss keeps the value −A·r; its gradient is 0 where the mask stops it."""
+    found_loss, found_slope, parts = loss_and_slope(ratio, advantage, too_far=too_far)
+    assert found_loss == pytest.approx(-advantage * ratio) and found_slope == pytest.approx(slope)
+    assert (parts["clip_high"], parts["clip_low"]) == (high, low)
 
 
 @pytest.mark.parametrize("ratio", [0.8, 1.0, 1.2])
@@ -56,8 +77,7 @@ def test_kl_coeff_adds_half_the_squared_change_of_the_log_probability(ratio):
 
 
 def test_the_parts_carry_no_gradient():
-    new = torch.zeros(3, requires_grad=True)
-    _, parts = policy_loss(new, torch.zeros(3), torch.ones(3), 0.1, 1.0)
+    _, parts = policy_loss(torch.zeros(3, requires_grad=True), torch.ones(3), 0.1, 1.0)
     assert not any(part.requires_grad for part in parts.values())
 
 
@@ -89,7 +109,7 @@ def test_the_gradient_of_a_transition_by_hand(flags):
     ]
     # When sampled, the first transition was 5 % less likely than now, the second equally likely.
     old = torch.tensor([gaussian[0] - math.log(1.05), gaussian[1]])
-    sampled = Rollout(after, {0: x}, {0: after}, {0: old})
+    sampled = Rollout(after, {0: x}, {0: after}, {0: torch.zeros_like(after)}, {0: old})
     transitions = [Transition(0, 0, 0, 0, 1.5), Transition(0, 0, 1, 0, -0.5)]
     table = transition_table(plan, torch.device("cpu"))
     loss, parts = transitions_loss(transitions, sampled, table, lambda x, *_: w * x, settings)

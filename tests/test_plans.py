@@ -55,7 +55,7 @@ def flags(draw, algorithm: str) -> dict:
     if algorithm in TREES:
         splits = draw(st.lists(st.integers(0, steps - 2), min_size=1, max_size=3, unique=True))
         found |= {"tree_split_points": sorted(splits), "tree_split_children": draw(st.integers(2, 3))}
-        most = 1 / math.sin(found["eta"] * math.pi / 2) if sde == "cps" else 5
+        most = {"cps": 1 / math.sin(found["eta"] * math.pi / 2), "precise": 1}.get(sde, 5)
         found["tree_split_noise_scale"] = draw(st.floats(0.5, min(most, 5) * 0.999))
         # Depths that never prune the last split's edges, however far the depths move.
         free = [depth for depth in range(1, steps) if depth <= splits[-1] - 1]
@@ -91,7 +91,7 @@ def test_every_picture_comes_down_the_whole_schedule_and_every_trained_step_has_
         rows = plan.rows
         for step, numbers, count in zip(plan, plan.coefficients, rows, strict=True):
             assert all(map(math.isfinite, (numbers.x, numbers.v, numbers.std, *numbers.history)))
-            ends = step.kind == "cps" and step.sigma_next == 0  # cps noise is a share of σ' = 0
+            ends = step.kind in ("cps", "precise") and step.sigma_next == 0  # their noise is a share of σ' = 0
             assert (numbers.std > 0) == (KINDS[step.kind].sde_type is not None and not ends)
             assert not step.train or (count >= 2 and numbers.std > 0)
         for leaf in plan.leaves:

@@ -52,6 +52,8 @@ def test_the_documentation_has_a_formula_for_every_kind_of_step():
 @pytest.mark.parametrize("kind", SDE_KINDS.values())
 @pytest.mark.parametrize("index", [0, 1, 12, 23, 24])
 def test_without_noise_a_stochastic_step_is_the_ode_step(kind, index):
+    if (kind, index) == ("precise", 0):
+        pytest.skip("from σ = 1 all noise is new, whatever eta is")
     ode = coefficients(step("ode", index))
     for eta, tolerance in ((1e-2, 1e-2), (1e-4, 1e-6), (0.0, 1e-12)):
         found = coefficients(step(kind, index, eta))

@@ -190,6 +190,8 @@ def plan_plots(rows: list[dict], settings: dict, schema: Mapping[str, Any] | Non
     deviation = some("ratio_max_deviation")
     log = any(np.nanmax(v) > 0 for v in deviation.values())
 
+    sides = {"clip_high": "above", "clip_low": "below"}
+    sides = {sides[k]: v for k, v in some(*sides).items()}
     width = smoothing_width(len(rows))
     mean = f" Thin: each iteration; thick: mean over {width} iterations." if width > 1 else ""
     planned = settings.get("sampling_steps")
@@ -209,10 +211,13 @@ def plan_plots(rows: list[dict], settings: dict, schema: Mapping[str, Any] | Non
              [Panel(k.removeprefix("hacking_").replace("_", " "), {k: v}, colour=i) for i, (k, v) in enumerate(looks)]),
         Plot("granular_weights", "Granular weights", "Weight of each component in the reward; they sum to 1.",
              [Panel("weight", weights, smooth=False)]),
-        Plot("ratio", "Policy ratio and clipping", "How far new and old policy differ, and the share of clipped terms.",
+        Plot("ratio", "Policy ratio and clipping", "How far new and old policy differ, and the share of terms beyond "
+             "each side of the clip range. If means of log r lie below 0, only the lower side acts: see --ratio_norm.",
              [Panel("max |ratio − 1|", deviation, log=log, limit=clip if log else None),
               Panel("mean ratio − 1", {k: v - 1 for k, v in some("ratio_mean").items()}, colour=4),
-              Panel("clip fraction", some("clip_frac"), colour=1)]),
+              Panel("share clipped", sides or some("clip_frac"), colour=1),
+              Panel("mean of log r", over_steps(rows, "log_ratio_mean"), colour=2),
+              Panel("standard deviation of log r", over_steps(rows, "log_ratio_std"), colour=2)]),
         Plot("optimisation", "Optimisation", "Loss, gradient norm before clipping, learning rate.",
              [Panel("loss", some("loss")), Panel("gradient norm", some("grad_norm"), colour=2),
               Panel("learning rate", some("lr"), smooth=False, colour=3)]),
@@ -227,6 +232,15 @@ def plan_plots(rows: list[dict], settings: dict, schema: Mapping[str, Any] | Non
         plot.steps = {"evaluation": step_numbers(evaluated), "right": step_numbers(every)}.get(plot.name, steps)
         plot.panels = [panel for panel in plot.panels if panel.series]
     return [plot for plot in plots if plot.panels]
+
+
+def over_steps(rows: list[dict], measure: str) -> dict[str, np.ndarray]:
+    """The highest and the lowest of a measure's values over the trained steps, per iteration. Empty: it isn't there."""
+    values = [[v for k, v in row.items() if k.startswith(f"{measure}/step_")] for row in rows]
+    if not any(values):
+        return {}
+    ends = {"highest step": max, "lowest step": min}
+    return {name: np.array([end(found, default=math.nan) for found in values], float) for name, end in ends.items()}
 
 
 def compare_plots(groups: dict[str, list[list[Plot]]]) -> list[Plot]:

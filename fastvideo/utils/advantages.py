@@ -10,15 +10,17 @@ from fastvideo.utils.plan import Plan
 
 import numpy as np
 
-FLAT = 1e-6  # a standard deviation of at most FLAT · max(1, |mean|) is rounding error
 
+def group_advantages(rewards: np.ndarray, config: GRPOConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Advantages of groups along the last axis: A = R − mean, divided by the group's spread.
 
-def group_advantages(rewards: np.ndarray, trimmed_ratio: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
-    """(R − mean)/(std + 1e-8) along the last axis, with the unbiased std (GRPO, arXiv 2402.03300, eq. 3).
+    advantage_norm `std`: A/(std + 1e-8) with the unbiased std (GRPO, arXiv 2402.03300, eq. 3). `lp`: A/(Σ|A|^p)^(1/p)
+    with p = advantage_p (Pref-GRPO, arXiv 2508.20751).
 
     Args:
         rewards: [..., G]; NaN marks a failed sample, which the statistics leave out and whose advantage is 0.
-        trimmed_ratio: share of each group, its lowest rewards, that mean and std leave out; all samples get advantages.
+        config: trimmed_ratio is the share of each group, its lowest rewards, that mean and spread leave out; all
+            samples get advantages. A std of at most flat_group_std·max(1, |mean|) counts as noise of the scorer.
 
     Returns:
         advantages [..., G], and flat [...]: whether a group has no spread or fewer than two scores. Flat groups get 0.
@@ -27,11 +29,13 @@ def group_advantages(rewards: np.ndarray, trimmed_ratio: float = 0.0) -> tuple[n
     for group in np.ndindex(rewards.shape[:-1]):
         valid = np.isfinite(rewards[group])
         scores = np.sort(rewards[group][valid])
-        kept = scores[int(trimmed_ratio * len(scores)) :]
-        mean, std = (kept.mean(), kept.std(ddof=1)) if len(kept) > 1 else (0.0, 0.0)
-        flat[group] = std <= FLAT * max(1.0, abs(mean))
+        kept = scores[int(config.trimmed_ratio * len(scores)) :]
+        mean, spread = (kept.mean(), kept.std(ddof=1)) if len(kept) > 1 else (0.0, 0.0)
+        flat[group] = spread <= config.flat_group_std * max(1.0, abs(mean))
         if not flat[group]:
-            advantages[group][valid] = (rewards[group][valid] - mean) / (std + 1e-8)
+            if config.advantage_norm == "lp":
+                spread = (np.abs(kept - mean) ** config.advantage_p).sum() ** (1 / config.advantage_p)
+            advantages[group][valid] = (rewards[group][valid] - mean) / (spread + 1e-8)
     return advantages, flat
 
 
@@ -82,25 +86,25 @@ def kept_pictures(advantages: np.ndarray, siblings: int, mode: int, share: float
 
 
 def mix_advantages(
-    scores: dict[str, np.ndarray], weights: dict[str, np.ndarray], mix: str, use_group: bool, trimmed_ratio: float
+    scores: dict[str, np.ndarray], weights: dict[str, np.ndarray], config: GRPOConfig
 ) -> tuple[np.ndarray, int]:
     """One advantage per sample from the scores of several reward models.
 
     Args:
         scores: model -> [P, G], NaN where failed. weights: model -> [P, G] or a number; they sum to 1 per sample.
-        mix: `advantage_aggr` takes the weighted sum of each model's advantages, and a failed score adds 0.
-            `reward_aggr` computes advantages of the weighted sum of rewards, and a failed score fails the sample.
-        use_group: statistics per prompt; else over all P·G samples (`reward_aggr` only).
+        config: multi_reward_mix `advantage_aggr` takes the weighted sum of each model's advantages, and a failed score
+            adds 0. `reward_aggr` computes advantages of the weighted sum of rewards, and a failed score fails the
+            sample. use_group: statistics per prompt; else over all P·G samples (`reward_aggr` only).
 
     Returns:
         advantages [P, G], and the number of flat groups (`advantage_aggr`: groups that are flat in any model).
     """
-    if mix == "advantage_aggr":
-        parts = {name: group_advantages(scores[name], trimmed_ratio) for name in weights}
+    if config.multi_reward_mix == "advantage_aggr":
+        parts = {name: group_advantages(scores[name], config) for name in weights}
         total = sum(weight * parts[name][0] for name, weight in weights.items())
         return total, int(np.any([flat for _, flat in parts.values()], axis=0).sum())
     total = sum(weight * scores[name] for name, weight in weights.items() if np.any(weight))
-    advantages, flat = group_advantages(total if use_group else total.reshape(1, -1), trimmed_ratio)
+    advantages, flat = group_advantages(total if config.use_group else total.reshape(1, -1), config)
     return advantages.reshape(total.shape), int(flat.sum())
 
 
@@ -135,9 +139,7 @@ def plan_advantages(
                 below = (count, split_log_probs, config.tree_fusion_temperature)
                 fused = {name: fuse(values[:, columns], *below) for name, values in scores.items()}
                 shaped = {name: fuse(weight[None, columns], *below) for name, weight in weights.items()}
-                groups[group] = mix_advantages(
-                    fused, shaped, config.multi_reward_mix, config.use_group, config.trimmed_ratio
-                )
+                groups[group] = mix_advantages(fused, shaped, config)
             found[position] = found.get(position, 0) + groups[group][0]
     if config.tree_width_prune:
         mode, share = config.tree_width_prune, config.tree_width_prune_share

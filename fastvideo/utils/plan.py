@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from fastvideo.utils.steps import KINDS, Coefficients, Step, entropy
+from fastvideo.utils.steps import KINDS, STEP_WEIGHTS, Coefficients, Step, entropy
 
 import numpy as np
 
@@ -111,6 +111,12 @@ class Plan:
     def entropies(self) -> list[float]:
         """e^h of every trained step."""
         return [entropy(self.coefficients[i].std) for i in self.trained]
+
+    def step_weights(self, name: str) -> dict[int, float]:
+        """Trained position -> weight of its loss, by an entry of STEP_WEIGHTS. The mean of the weights is 1."""
+        weights = {i: STEP_WEIGHTS[name](self.coefficients[i]) for i in self.trained}
+        mean = sum(weights.values()) / len(weights)
+        return {i: weight / mean for i, weight in weights.items()}
 
     # --- rows and pictures per prompt -------------------------------------------------------------------------------
 

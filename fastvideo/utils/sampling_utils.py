@@ -25,6 +25,27 @@ def log_prob(sample: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> tor
     return density.flatten(1).mean(1)
 
 
+def normalised_log_ratio(
+    sample: torch.Tensor, mean: torch.Tensor, old_mean: torch.Tensor, std: torch.Tensor
+) -> torch.Tensor:
+    """GRPO-Guard's log r̂ = s·(log r + mean(Δμ²)/(2s²)) = mean(ε·Δμ), [N] (arXiv 2510.22319), Δμ = μ − μ_old.
+
+    log r itself is mean(ε·Δμ)/s − mean(Δμ²)/(2s²). So its mean lies below 0, and its spread depends on the step.
+
+    Args:
+        sample: x' = μ_old + s·ε. mean, old_mean: μ, μ_old, all [N, L, C]. std: s, [N, 1, 1].
+    """
+    return ((sample - old_mean) / std * (mean - old_mean)).mean(dim=(1, 2))
+
+
+def gaussian_kl(mean: torch.Tensor, reference: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """KL divergence [N] of a transition from another model's: mean((μ − μ_ref)²) / (2 std²), equal std.
+
+    mean, reference: [N, L, C]. std: [N, 1, 1]. The mean is over elements, as in `log_prob`.
+    """
+    return ((mean - reference) ** 2 / (2 * std**2)).mean(dim=(1, 2))
+
+
 def transition_table(plan: Plan, device: torch.device) -> torch.Tensor:
     """Coefficients of x and v, std and σ of each step, float32 [steps, 4]. Rollout and training share this table."""
     rows = [(c.x, c.v, c.std, step.sigma) for c, step in zip(plan.coefficients, plan, strict=True)]

@@ -90,9 +90,30 @@ def cps(step: Step, earlier: Sequence[float]) -> Coefficients:
     noise_scale multiplies s. The coefficient of the noise stays σ', because the predicted noise shrinks as s grows. The
     marginal distribution isn't kept: pictures vary less than the data, because x0 is a mean of possible pictures.
     """
-    sigma, std = step.sigma, step.sigma_next * math.sin(step.eta * math.pi / 2) * step.noise_scale
-    kept = math.sqrt(step.sigma_next**2 - std**2)
-    return Coefficients(1 - step.sigma_next + kept, -sigma * (1 - step.sigma_next) + kept * (1 - sigma), std)
+    return _keeping_the_noise_level(step, step.sigma_next * math.sin(step.eta * math.pi / 2))
+
+
+def _keeping_the_noise_level(step: Step, std: float) -> Coefficients:
+    """mean = (1−σ')·x0 + √(σ'²−s²)·(x + (1−σ)·v) with s = noise_scale·std.
+
+    Raises ValueError if s exceeds σ'.
+    """
+    sigma, target, std = step.sigma, step.sigma_next, std * step.noise_scale
+    if std > target:
+        raise ValueError(f"step {step.index}: noise of {std:.4g} is more than the noise level {target:.4g} behind it")
+    kept = math.sqrt(target**2 - std**2)
+    return Coefficients(1 - target + kept, -sigma * (1 - target) + kept * (1 - sigma), std)
+
+
+def precise(step: Step, earlier: Sequence[float]) -> Coefficients:
+    """Precise SDE, arXiv 2605.23522: `cps` with s = σ'·√(1 − ρ^(η²)), ρ = σ'(1−σ)/(σ(1−σ')).
+
+    ρ is the ratio of the two signal-to-noise ratios, so a longer step has more noise: E-GRPO can merge with it. From
+    σ = 1 (ρ = 0) the step draws all of its noise anew, whatever η is. To σ' = 0 it has none.
+    """
+    sigma, target = step.sigma, step.sigma_next
+    rho = target * (1 - sigma) / (sigma * (1 - target))
+    return _keeping_the_noise_level(step, target * math.sqrt(1 - rho ** (step.eta**2)))
 
 
 def _log_snr(sigma: float) -> float:
@@ -155,9 +176,18 @@ KINDS = {
     "flow_sde": Kind(flow_sde, "flow"),
     "dance_sde": Kind(dance_sde, "dance"),
     "cps": Kind(cps, "cps"),
+    "precise": Kind(precise, "precise"),
     "dpmpp": Kind(dpmpp),
 }
 SDE_KINDS = {kind.sde_type: name for name, kind in KINDS.items() if kind.sde_type}  # --sde_type -> kind
+
+
+# Weight of a trained step's loss, before it is normalised to mean 1 over the trained steps: `--step_weights`.
+STEP_WEIGHTS: dict[str, Callable[[Coefficients], float]] = {
+    "equal": lambda step: 1.0,
+    "velocity": lambda step: 1 / abs(step.v),  # GRPO-Guard, arXiv 2510.22319: ∂μ/∂v is the coefficient of v
+    "noise": lambda step: step.std,  # TempFlow-GRPO, arXiv 2508.04324
+}
 
 
 def entropy(std: float) -> float:

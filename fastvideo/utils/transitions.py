@@ -117,10 +117,11 @@ def deal_out(
     optimizer steps of a tree share its edges at random.
 
     Args:
-        advantages: plan position -> [P of all ranks, rows after the step]. Clamped to ± adv_clip_max here.
+        advantages: plan position -> [P of all ranks, rows after the step]. Here they are clamped to ± adv_clip_max and
+            multiplied by the weight of their step.
     """
-    most = config.adv_clip_max
-    own = {position: np.clip(values[slots.start : slots.stop], -most, most) for position, values in advantages.items()}
+    most, factors = config.adv_clip_max, plan.step_weights(config.step_weights)
+    own = {p: np.clip(values[slots.start : slots.stop], -most, most) * factors[p] for p, values in advantages.items()}
     whole = np.nan_to_num(own[max(own)])
     whole = whole.repeat(config.num_generations // whole.shape[1], axis=1)  # samples may share a row
     rngs = [prompt_rng(config, number, slot, ORDER) for slot in slots]
