@@ -276,7 +276,7 @@ def test_a_broken_scorer_is_no_failed_sample():
 @pytest.mark.parametrize(
     "models,weights,message",
     [
-        ({"A": lambda i, p: [1, 2]}, {"A": 1}, "A returned .* scores for 3 images"),
+        ({"A": lambda i, p: [1, 2]}, {"A": 1}, "A returned scores of shape .* for 3 pictures"),
         ({"A": lambda i, p: [1, 2, 3]}, {"B": 1}, r"reward_weights names \['B'\]"),
         ({"A": lambda i, p: [1, 2, 3]}, {"A": -1}, "must be finite, >= 0 and not all 0"),
         ({"A": lambda i, p: [1, 2, 3]}, {"A": 0}, "must be finite, >= 0 and not all 0"),

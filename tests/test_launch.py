@@ -393,7 +393,7 @@ def test_an_index_that_no_node_has_is_refused(environment, index):
     )
 
 
-def test_set_env_multinode_twice_is_as_once_and_can_be_undone(environment, hostfile, ssh):
+def test_set_env_multinode_twice_is_as_once_and_can_be_undone(environment, hostfile, ssh, flags):
     def run(*argv: str) -> dict[str, str]:
         remote = {"REMOTE_SHELL": f"ssh -F {ssh}/ssh_config"}
         script = ROOT / "scripts/preprocess/set_env_multinode.sh"
@@ -411,7 +411,7 @@ def test_set_env_multinode_twice_is_as_once_and_can_be_undone(environment, hostf
     hostfile.write_text(f"{HOSTS[1]}\n{HOSTS[0]}\n")
     run()
     assert [index(host) for host in HOSTS] == ["1own", "0"]
-    command = ["bash", RECIPE, "--dry_run"]  # then a recipe starts all nodes, as in the references
+    command = ["bash", RECIPE, *flags(dry_run=True)]  # then a recipe starts all nodes, as in the references
     env = {**environment, "LAUNCHER": "ssh", "INDEX_CUSTOM": index(HOSTS[0])[0]}
     done = subprocess.run(command, env=env, timeout=TIME_LIMIT, capture_output=True, text=True, check=True)
     assert all(f"--node_rank {rank}" in done.stdout for rank in (0, 1))

@@ -516,6 +516,7 @@ def test_machines_that_write_one_file_at_once_with_equal_process_numbers_do_not_
 @pytest.mark.parametrize(("device", "expected"), [("cuda", "cuda:3"), ("cuda:1", "cuda:1"), ("cpu", "cpu")])
 def test_every_process_has_the_gpu_of_its_number_unless_one_is_named(monkeypatch, device, expected):
     monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     with processes(device) as here:
         assert here.device == expected
 

@@ -19,6 +19,7 @@ from fastvideo.models.lora import Adapters, find_lora, read_adapters
 import torch
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel, ModelMixin
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import logging as diffusers_logging
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
@@ -232,13 +233,25 @@ def meta_vae(path: str) -> AutoencoderKL:
     return _meta_model(AutoencoderKL, path, subfolder="vae")
 
 
+@contextmanager
+def _without_progress_bar() -> Iterator[None]:
+    shown = diffusers_logging.is_progress_bar_enabled()
+    diffusers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            diffusers_logging.enable_progress_bar()
+
+
 def load_tokenizers(path: str) -> FluxPipeline:
     """The pipeline without its models: tokenizers and scheduler, quickly.
 
     Raises FlagError if a tokenizer has no vocabulary: transformers 5 then makes one that encodes all prompts alike.
     """
     models = ("transformer", "vae", "text_encoder", "text_encoder_2")
-    pipe = _load(FluxPipeline, path, **dict.fromkeys(models))
+    with _without_progress_bar():  # three small parts
+        pipe = _load(FluxPipeline, path, **dict.fromkeys(models))
     for part in ("tokenizer", "tokenizer_2"):
         tokenizer = getattr(pipe, part)
         if len(tokenizer) <= len(tokenizer.all_special_tokens) + 1:  # an empty T5 tokenizer still has the space

@@ -16,7 +16,7 @@ from fastvideo.io.files import check_writable
 from fastvideo.io.fingerprint import local_folder
 from fastvideo.io.prompts import read_prompts
 from fastvideo.models.flux import BASE, check_pipeline, meta_transformer
-from fastvideo.models.reward_model.loading import on_the_hub_only
+from fastvideo.models.reward_model.loading import bad_file, on_the_hub_only
 from fastvideo.models.reward_model.spec import REWARDS, resolve_reward_spec
 from fastvideo.models.reward_model.utils import reward_problems
 from fastvideo.runtime.checkpoint import checkpoints
@@ -85,7 +85,7 @@ def _not_downloaded(config: GRPOConfig, field: str) -> Iterator[FlagError]:
 
 def _from_hub(field: str, name: str) -> Iterator[FlagError]:
     if is_offline_mode():
-        yield FlagError(field, name, "not here, and HF_HUB_OFFLINE is set, so no hub is asked; download it first")
+        yield bad_file(field, name, "not downloaded yet, and HF_HUB_OFFLINE is set, so no hub is asked")
     else:
         say(f"note: --{field} {name} isn't on this machine yet; the run downloads it first")
 
