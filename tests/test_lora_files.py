@@ -8,7 +8,7 @@ from pathlib import Path
 from fastvideo.cli import FlagError
 from fastvideo.models import flux, merge_lora
 from fastvideo.models.flux import load_transformer, load_with_lora
-from fastvideo.models.lora import LORA_CONFIG, LORA_FILE, find_lora, read_trained_lora, save_lora
+from fastvideo.models.lora import LORA_CONFIG, LORA_FILE, PEFT_CONFIG, find_lora, read_trained_lora, save_lora
 from fastvideo.sample import sample_flux
 
 import pytest
@@ -91,7 +91,7 @@ READ = {
 }
 
 
-def write(folder: Path, weights: Weights, name: str = LORA_FILE, metadata: dict | None = None) -> Path:
+def write(folder: Path, weights: Weights, name: str = LORA_FILE, metadata: object = None) -> Path:
     folder.mkdir(exist_ok=True)
     text = {"lora_adapter_metadata": json.dumps(metadata)} if metadata else {}
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / name, {"format": "pt"} | text)
@@ -125,26 +125,42 @@ def test_a_file_acts_as_strongly_as_in_the_pipeline_of_diffusers(naming, effect,
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "prefix", ["", "diffusion_model.", "model.diffusion_model.", "base_model.model.", "base_model.model.transformer."]
+)
+@pytest.mark.parametrize("layers", [LAYERS, ORIGINAL], ids=["names of diffusers", "names of the original code"])
+def test_a_prefix_that_diffusers_does_not_take_changes_nothing(prefix, layers, tiny_flux, tmp_path):
+    known = DIFFUSERS if layers is LAYERS else adapters("lora_down", "lora_up", "diffusion_model.{}".format, layers)
+    expected = predict(load_with_lora(tiny_flux, write(tmp_path / "a", known)))
+    file = write(
+        tmp_path / "b", adapters("lora_A", "lora_B", f"{prefix}{{}}".format, layers), "adapter_model.safetensors"
+    )
+    (file.parent / PEFT_CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": RANK, "lora_alpha": RANK}))
+    assert torch.equal(predict(load_with_lora(tiny_flux, file.parent)), expected)
+
+
 def in_metadata(**settings) -> dict:
     return {
         f"transformer.{k}": v for k, v in ({"r": RANK, "lora_alpha": 8, "target_modules": ["to_q"]} | settings).items()
     }
 
 
-def dancegrpo(folder: Path, rank: int = RANK, alpha: float = 8) -> None:
-    (folder / LORA_CONFIG).write_text(json.dumps({"step": 10, "lora_params": {"lora_rank": rank, "lora_alpha": alpha}}))
-
-
 @pytest.mark.parametrize(
-    ("weights", "metadata", "config"),
-    [(DIFFUSERS, in_metadata(), None), (DIFFUSERS, None, 8), (with_alpha(DIFFUSERS, 8), in_metadata(), 8)],
-    ids=["metadata, as our older checkpoints", "DanceGRPO's lora_config.json", "three times the same"],
+    ("weights", "metadata", "beside"),
+    [
+        (DIFFUSERS, in_metadata(), {}),
+        (DIFFUSERS, None, {LORA_CONFIG: {"lora_params": {"lora_rank": RANK, "lora_alpha": 8}}}),
+        (DIFFUSERS, None, {LORA_CONFIG: {"rank": RANK, "alpha": 8}}),
+        (DIFFUSERS, None, {PEFT_CONFIG: {"r": RANK, "lora_alpha": 8, "target_modules": ["to_q"]}}),
+        (with_alpha(DIFFUSERS, 8), in_metadata(), {LORA_CONFIG: {"lora_rank": RANK, "lora_alpha": 8}}),
+    ],
+    ids=["metadata, as our older checkpoints", "DanceGRPO's lora_config.json", "at its top", "peft", "three times"],
 )
-def test_alpha_is_found_wherever_it_is_stated(weights, metadata, config, tiny_flux, tmp_path):
+def test_alpha_is_found_wherever_it_is_stated(weights, metadata, beside, tiny_flux, tmp_path):
     plain = predict(load_with_lora(tiny_flux, write(tmp_path / "alpha", with_alpha(DIFFUSERS, 8))))
     file = write(tmp_path / "lora", weights, metadata=metadata)
-    if config:
-        dancegrpo(file.parent, alpha=config)
+    for name, settings in beside.items():
+        (file.parent / name).write_text(json.dumps(settings))
     assert torch.equal(predict(load_with_lora(tiny_flux, file.parent)), plain)
 
 
@@ -157,9 +173,13 @@ def changed(**tensors: torch.Tensor) -> Weights:
 
 TEXT = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
 REFUSED = {
-    "without a prefix": (adapters("lora_A", "lora_B", str), "isn't named as"),
-    "PEFT": (adapters("lora_A", "lora_B", "base_model.model.{}".format), "diffusers can't read"),
-    "diffusion_model with lora_A": (adapters("lora_A", "lora_B", "diffusion_model.{}".format), "isn't named as"),
+    "peft without its settings": (adapters("lora_A", "lora_B", "base_model.model.{}".format), "so alpha is unknown"),
+    "the same layer in two namings": (DIFFUSERS | adapters("lora_A", "lora_B", str), "twice, in different namings"),
+    "whole numbers": (changed(lora_A__weight=torch.ones(RANK, WIDTH).int()), "lora_A.weight holds torch.int32"),
+    "rank 0": (
+        changed(lora_A__weight=torch.zeros(0, WIDTH), lora_B__weight=torch.zeros(WIDTH, 0)),
+        "needs a lora_A and a lora_B",
+    ),
     "a layer of another naming": (DIFFUSERS | adapters("lora_A", "lora_B", "unet.{}".format), "isn't named as"),
     "kohya's names of layers outside the blocks": (
         {"lora_unet_img_in.lora_down.weight": numbers(RANK, 64), "lora_unet_img_in.lora_up.weight": numbers(128, RANK)},
@@ -198,22 +218,27 @@ def test_what_is_not_understood_in_full_is_refused_before_a_model_is_loaded(case
 
 
 @pytest.mark.parametrize(
-    ("metadata", "config", "problem"),
+    ("metadata", "beside", "problem"),
     [
-        (in_metadata(use_dora=True), None, "use_dora True, which isn't supported"),
-        (in_metadata(bias="all"), None, "bias all"),
-        (in_metadata(init_lora_weights="pissa"), None, "init_lora_weights pissa"),
-        (in_metadata(new_in_peft_9={"scale": 2}), None, "new_in_peft_9"),
-        (in_metadata(r=8), None, "has rank 4, its settings say 8"),
-        (in_metadata(alpha_pattern={"(a+)+$": 1}), None, "no layer's name"),
-        (in_metadata(), {"alpha": 4}, "statements of alpha differ: 8 and 4"),
-        (None, {"rank": 128, "alpha": 256}, "has rank 4, its settings say 128"),
+        (in_metadata(use_dora=True), {}, "use_dora True, which isn't supported"),
+        (in_metadata(bias="all"), {}, "bias all"),
+        (in_metadata(init_lora_weights="pissa"), {}, "init_lora_weights pissa"),
+        (in_metadata(new_in_peft_9={"scale": 2}), {}, "new_in_peft_9"),
+        (in_metadata(r=8), {}, "has rank 4, its settings say 8"),
+        (in_metadata(alpha_pattern={"(a+)+$": 1}), {}, "no layer's name"),
+        (in_metadata(), {LORA_CONFIG: {"rank": RANK, "alpha": 4}}, "statements of alpha differ: 8 and 4"),
+        (None, {LORA_CONFIG: {"rank": 128, "alpha": 256}}, "has rank 4, its settings say 128"),
+        (None, {PEFT_CONFIG: {"r": RANK, "lora_alpha": 8, "use_dora": True}}, "use_dora True"),
+        *((in_metadata(lora_alpha=alpha), {}, f"alpha {alpha}") for alpha in (0, -8, True, math.inf)),
+        (None, {LORA_CONFIG: {"rank": RANK}}, "alpha None is no number"),
+        (None, {LORA_CONFIG: [RANK, 8]}, "holds no settings"),
+        ([RANK, 8], {}, "in its metadata holds no settings"),
     ],
 )
-def test_settings_that_change_the_effect_or_contradict_are_refused(metadata, config, problem, tiny_flux, tmp_path):
+def test_settings_that_change_the_effect_or_contradict_are_refused(metadata, beside, problem, tiny_flux, tmp_path):
     file = write(tmp_path / "lora", DIFFUSERS, metadata=metadata)
-    if config:
-        dancegrpo(file.parent, **config)
+    for name, settings in beside.items():
+        (file.parent / name).write_text(json.dumps(settings))
     with pytest.raises(FlagError, match=problem):
         load_with_lora(tiny_flux, file)
 
@@ -259,7 +284,7 @@ def test_the_commands_take_any_lora_file_or_refuse_it_in_one_line(tiny_flux, tmp
     (tmp_path / "p.txt").write_text("a red circle\n")
     sampling = f"--pretrained_model_name_or_path {tiny_flux} --prompts_file {tmp_path}/p.txt --h 32 --w 32".split()
     sampling += ["--total_sampling_steps", "2", "--device", "cpu", "--output_dir"]
-    good, bad = write(tmp_path / "a", READ["kohya"], "style.safetensors"), write(tmp_path / "b", REFUSED["PEFT"][0])
+    good, bad = write(tmp_path / "a", READ["kohya"], "style.safetensors"), write(tmp_path / "b", REFUSED["LoKr"][0])
     cut = write(tmp_path / "c", DIFFUSERS)
     cut.write_bytes(cut.read_bytes()[:1000])
     assert sample_flux.main([*sampling, str(tmp_path / "good"), "--model_path", str(good)]).exists()

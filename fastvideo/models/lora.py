@@ -1,7 +1,8 @@
 """LoRA files, ours and those of other programs: which file a path means, what it holds, and how strongly it acts.
 
-A file is used if diffusers' own converter (FluxPipeline.lora_state_dict) understands every tensor in it. It then acts
-as FluxPipeline.load_lora_weights makes it act: W + alpha / rank · B A in every layer. All other files are refused.
+A file is used if diffusers' own converter (FluxPipeline.lora_state_dict) understands every tensor in it, if need be
+after a change of prefix. It then acts as FluxPipeline.load_lora_weights makes it act: W + alpha / rank · B A in every
+layer. All other files are refused.
 """
 
 import json
@@ -27,9 +28,17 @@ from safetensors.torch import load_file
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that FluxPipeline.load_lora_weights looks for
 LORA_CONFIG = "lora_config.json"  # DanceGRPO writes alpha and rank into this file beside LORA_FILE
+PEFT_CONFIG = "adapter_config.json"  # peft writes its LoraConfig into this file beside the adapters
 
 # A layer's name, then the name of one of its tensors: A (down), B (up) or alpha.
 _TENSOR = re.compile(r"(.+?)\.(?:(?:lora_[AB]|lora_down|lora_up|lora\.down|lora\.up|down|up)\.weight|alpha)")
+# Prefixes of peft, ComfyUI and others. Which layer is meant is certain if one of FLUX's parts follows, under the name
+# that it has in diffusers or in the original code. XLabs' names (processor) stay as they are: diffusers knows them.
+_PEFT = "base_model.model."
+_PREFIX = r"(?:base_model\.model\.)?(?:transformer\.|(?:model\.)?diffusion_model\.)?"
+_PART = r"(?:(?:single_)?transformer_blocks|time_text_embed|norm_out|x_embedder|context_embedder|proj_out)"
+_DIFFUSERS = re.compile(rf"{_PREFIX}({_PART}\..+)")
+_ORIGINAL = re.compile(rf"{_PREFIX}((?:double|single)_blocks\.\d+\.(?!processor\.).+)")
 _TEXT_ENCODER = re.compile(r"text_encoder|lora_te")
 # Settings of a LoraConfig that are read below, or that don't matter once the adapters are trained. Others must have
 # their default: they change what the adapters compute.
@@ -126,8 +135,9 @@ class Adapters:
 def read_adapters(file: Path, field: str = "model_path") -> Adapters:
     """Reads a LoRA file in any naming that FluxPipeline.load_lora_weights understands.
 
-    Alpha comes from the file's `.alpha` tensors, its metadata or LORA_CONFIG beside it; without any, it is the rank, as
-    in diffusers. Raises FlagError about the setting `field` for a file that isn't understood in full.
+    The same layers with the prefixes of peft or ComfyUI, or without any, are read too. Alpha comes from the file's
+    `.alpha` tensors, its metadata, or PEFT_CONFIG or LORA_CONFIG beside it; without any, it is the rank, as in
+    diffusers. Raises FlagError about the setting `field` for a file that isn't understood in full.
     """
 
     def refuse(problem: str) -> None:
@@ -138,17 +148,24 @@ def read_adapters(file: Path, field: str = "model_path") -> Adapters:
         stored = load_file(file)
         with safe_open(file, "pt") as opened:
             metadata = json.loads((opened.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "null"))
+        if not isinstance(metadata, dict | None):
+            raise ValueError(f"{LORA_ADAPTER_METADATA_KEY} in its metadata holds no settings")
     except (OSError, SafetensorError, ValueError) as error:
         return refuse(f"it isn't readable: {error}")
     tensors: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
     for name, tensor in stored.items():
         if _TEXT_ENCODER.match(name):
             refuse(f"it has adapters of a text encoder too ({name}), but only the transformer's are taken here")
-        if not (match := _TENSOR.fullmatch(name)):
+        usual = _usual_name(name)
+        if not (match := _TENSOR.fullmatch(usual)):
             refuse(f"{name} is neither lora_A, lora_B nor alpha of a layer")
+        if not tensor.is_floating_point():
+            refuse(f"{name} holds {tensor.dtype}, which no adapter is trained in")
         if not tensor.float().isfinite().all():
             refuse(f"{name} has values that aren't finite")
-        tensors[match[1]][name] = tensor
+        if usual in tensors[match[1]]:
+            refuse(f"{usual} is in it twice, in different namings")
+        tensors[match[1]][usual] = tensor
     weights, alphas = {}, {}
     for layer, parts in tensors.items():  # one layer at a time, because the converter drops some layers silently
         for name, tensor in _convert(layer, parts, refuse).items():
@@ -158,9 +175,11 @@ def read_adapters(file: Path, field: str = "model_path") -> Adapters:
     layers = list(dict.fromkeys(name.partition(".lora_")[0] for name in weights))
     if not layers:
         refuse("it is empty")
+    if any(name.startswith(_PEFT) for name in stored) and not (file.parent / PEFT_CONFIG).is_file():
+        refuse(f"peft's names, but no {PEFT_CONFIG} beside it, so alpha is unknown")
     for layer in layers:
         parts = [weights.get(f"{layer}.{part}.weight") for part in ("lora_A", "lora_B")]
-        if not all(part is not None and part.ndim == 2 for part in parts):
+        if not all(part is not None and part.ndim == 2 and part.numel() for part in parts):
             refuse(f"{layer} needs a lora_A and a lora_B of 2 dimensions")
     ranks = {layer: len(weights[f"{layer}.lora_A.weight"]) for layer in layers}
     found = []
@@ -169,8 +188,9 @@ def read_adapters(file: Path, field: str = "model_path") -> Adapters:
     if metadata is not None:
         own = {key.removeprefix("transformer."): value for key, value in metadata.items()}
         found.append(_alphas_of_settings(own, ranks, refuse))
-    if (file.parent / LORA_CONFIG).is_file():
-        found.append(_alphas_of_settings(_dancegrpo_settings(file.parent / LORA_CONFIG, refuse), ranks, refuse))
+    for name in (PEFT_CONFIG, LORA_CONFIG):
+        if (file.parent / name).is_file():
+            found.append(_alphas_of_settings(_settings_beside(file.parent / name, refuse), ranks, refuse))
     given = found[0] if found else {layer: float(rank) for layer, rank in ranks.items()}
     if given.keys() != ranks.keys():
         refuse("some layers have an alpha, others don't")
@@ -179,6 +199,16 @@ def read_adapters(file: Path, field: str = "model_path") -> Adapters:
             layer = differing[0]
             refuse(f"its statements of alpha differ: {given[layer]:g} and {other[layer]:g} for {layer}")
     return Adapters(weights, given, refuse)
+
+
+def _usual_name(name: str) -> str:
+    """A tensor's name with the prefix that diffusers' converter expects."""
+    name = re.sub(r"\.(lora_[AB])\.default\.", r".\1.", name)  # of an adapter's own state_dict
+    if match := _DIFFUSERS.fullmatch(name):
+        return f"transformer.{match[1]}"
+    if match := _ORIGINAL.fullmatch(name):
+        return f"diffusion_model.{match[1]}".replace(".lora_A.", ".lora_down.").replace(".lora_B.", ".lora_up.")
+    return name
 
 
 def _convert(
@@ -223,6 +253,8 @@ def _alphas_of_settings(settings: Any, ranks: dict[str, int], refuse: Callable[[
             )
             if stated != rank:
                 raise ValueError(f"{layer} has rank {rank}, its settings say {stated}")
+            if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
+                raise ValueError(f"alpha {alpha!r} is no number above 0")
             alphas[layer] = float(alpha) * (math.sqrt(rank) if settings.get("use_rslora") else 1)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         refuse(f"its settings of rank and alpha aren't understood: {type(error).__name__} {error}")
@@ -231,12 +263,20 @@ def _alphas_of_settings(settings: Any, ranks: dict[str, int], refuse: Callable[[
     return alphas
 
 
-def _dancegrpo_settings(file: Path, refuse: Callable[[str], None]) -> dict[str, Any]:
+def _settings_beside(file: Path, refuse: Callable[[str], None]) -> Any:
+    """The settings in PEFT_CONFIG or LORA_CONFIG, as those of a peft LoraConfig."""
     try:
-        given = json.loads(file.read_text(encoding="utf-8"))["lora_params"]
-        return {"r": given["lora_rank"], "lora_alpha": given["lora_alpha"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return refuse(f"{LORA_CONFIG} beside it has no lora_params with lora_rank and lora_alpha: {error!r}")
+        given = json.loads(file.read_text(encoding="utf-8"))
+        if file.name == PEFT_CONFIG:
+            return given
+        given = given.get("lora_params", given)
+        rank, alpha = (
+            next((given[name] for name in names if name in given), None)
+            for names in (("lora_rank", "rank", "r"), ("lora_alpha", "alpha"))
+        )
+        return {"r": rank, "lora_alpha": alpha}
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        return refuse(f"{file.name} beside it holds no settings of rank and alpha: {error!r}")
 
 
 def save_lora(folder: Path, weights: dict[str, torch.Tensor], transformer: FluxTransformer2DModel) -> None:
