@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import pickle
 import shutil
 from pathlib import Path
 
@@ -101,6 +102,14 @@ REFUSED = {
     "open_quote.csv": ('prompt\n"a\n', "line 2: unexpected end of data"),
     "table.txt": ("id,caption\n1,a red circle\n", "line 1: the header of a table; name the file .csv"),
     "tabs.txt": ("prompt\tseed\na red circle\t3\n", "line 1: the header of a table"),
+    "column.txt": ("prompt\na red circle\n", "line 1: the header of a table"),
+    "escape.txt": ("one\ntwo \x1b[31m\n", "line 2 has the control character 27"),
+    "nul.json": (json.dumps(["a \0 circle"]), "a character that no text has"),
+    "half_a_pair.jsonl": (r'{"prompt": "a \ud83d circle"}', "a character that no text has"),
+    "prompts.yaml": ("prompts:\n- a red circle\n", "not one of the formats"),
+    "prompts.pkl": (pickle.dumps(TWO[:1], protocol=0), "not one of the formats"),
+    "page.txt": ("<!DOCTYPE html>\n<p>a red circle</p>\n", "not one of the formats"),
+    "print.txt": ("%PDF-1.4\n1 0 obj\nendobj\n", "not one of the formats"),
     "nul.txt": ("one\ntwo\0\n", "line 2 has the control character 0"),
     "zeros.txt": (bytes(100), "line 1 has the control character"),
     "latin1.txt": ("one\rcaf\xe9".encode("latin-1"), r"not UTF-8 text: line 2 \(byte 0xe9 at position 4\)"),

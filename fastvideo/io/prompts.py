@@ -18,6 +18,10 @@ ADVICE = (
 )
 _MARKS = {b"\xef\xbb\xbf": "utf-8", b"\xff\xfe\x00\x00": "utf-32-le", b"\x00\x00\xfe\xff": "utf-32-be"}
 _MARKS |= {b"\xff\xfe": "utf-16-le", b"\xfe\xff": "utf-16-be"}  # after UTF-32, whose mark begins alike
+_OTHER_SUFFIXES = (".yaml", ".yml", ".toml", ".pkl", ".pickle")  # of text, but no line of it is a prompt
+_OTHER_FORMATS = re.compile(r"\s*(%PDF-|%!PS|<\?xml|<!doctype|<html|<svg|\{\\rtf)", re.IGNORECASE)
+# Control characters other than white space, and halves of UTF-16 pairs, which JSON's \u can name: not even UTF-8 text.
+_NO_TEXT = re.compile(r"[\0-\x08\x0e-\x1f\x7f\ud800-\udfff]")
 # The first line of JSON that is spread over lines, or that begins with an object.
 _JSON_START = re.compile(r'[\[{]|\[\s*[\[{]|\[?\s*\{\s*"[^"]*"\s*:.*')
 
@@ -46,6 +50,8 @@ def read_prompts(path: str | Path, field: str, unique: bool = True) -> PromptFil
     suffix = Path(path).suffix.lower()
     try:
         text = _decode(Path(path).read_bytes())
+        if suffix in _OTHER_SUFFIXES or _OTHER_FORMATS.match(text):
+            raise ValueError("not one of the formats that are read")
         if suffix in (".csv", ".tsv"):
             found = list(_column(text, "\t" if suffix == ".tsv" else ",;\t"))
         elif (entries := _json_entries(text, named=suffix in (".json", ".jsonl", ".ndjson"))) is not None:
@@ -53,6 +59,8 @@ def read_prompts(path: str | Path, field: str, unique: bool = True) -> PromptFil
         else:
             found = text.split("\n")
             _check_plain(found)
+        if wrong := next((text for text in found if _NO_TEXT.search(text)), None):
+            raise ValueError(f"{wrong[:60]!r} has a character that no text has")
     except OSError as error:
         raise FlagError(field, path, f"{error.strerror or error}; {ADVICE}") from error
     except ValueError as error:
@@ -72,8 +80,7 @@ def _decode(data: bytes) -> str:
     """The text of a file, with line feeds as line ends. Raises ValueError, which names the bad lines."""
     mark = next((mark for mark in _MARKS if data.startswith(mark)), b"")
     encoding, data = _MARKS.get(mark, "utf-8"), data.removeprefix(mark)
-    unmarked = encoding == "utf-8" and data.count(b"\0") * 4 >= len(data) > 0  # half of the bytes of English in UTF-16
-    if unmarked:
+    if encoding == "utf-8" and data.count(b"\0") * 4 >= len(data) > 0:  # half of the bytes of English in UTF-16
         encoding = "utf-16-be" if data[::2].count(b"\0") > data[1::2].count(b"\0") else "utf-16-le"
     if encoding == "utf-8":
         _check_lines(data)
@@ -82,7 +89,7 @@ def _decode(data: bytes) -> str:
     except UnicodeDecodeError as error:
         raise ValueError(f"not {encoding.upper()} text: {error.reason} at byte {error.start}") from error
     text = text.replace("\r\n", "\n").replace("\r", "\n")
-    if control := re.search(r"[\0-\x08\x0e-\x1f]" if unmarked else r"\0", text):
+    if control := _NO_TEXT.search(text):
         line = text.count("\n", 0, control.start()) + 1
         raise ValueError(f"not a text file: line {line} has the control character {ord(control[0])}")
     return text
@@ -182,6 +189,6 @@ def _check_plain(lines: list[str]) -> None:
     lines = [line for line in lines if line.strip()]
     for delimiter in "\t,;":
         header = [name.strip().lower() for name in lines[0].split(delimiter)] if lines else []
-        names = len(header) > 1 and all(re.fullmatch(r"[\w .-]{1,30}", name) for name in header)
+        names = len(lines) > 1 and all(re.fullmatch(r"[\w .-]{1,30}", name) for name in header)
         if names and set(KEYS) & set(header) and all(line.count(delimiter) >= len(header) - 1 for line in lines):
             raise ValueError("line 1: the header of a table; name the file .csv or .tsv")
