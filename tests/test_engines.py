@@ -6,12 +6,15 @@ import weakref
 from pathlib import Path
 
 from fastvideo.config import GRPOConfig
-from fastvideo.runtime.engines import ComputeCopy, choose_engine
+from fastvideo.runtime import engines as engines_module
+from fastvideo.runtime.engines import ComputeCopy, build_accelerator, choose_engine
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from conftest import Run, assert_same_update, relative_difference, same_weights, torchrun
 from safetensors.torch import load_file
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 # Samples draw their own steps: the processes have different numbers of micro-batches.
 UNEVEN = {
@@ -84,6 +87,31 @@ def test_every_engine_gives_the_numbers_of_one_process(train, on_two, name):
     assert_same_numbers(alone, together)
     if ENGINES[name].get("parallel") != "deepspeed":
         assert_same_update(alone, together)
+
+
+def test_zero_3_leaves_models_of_transformers_whole(monkeypatch):
+    """transformers splits all models that it loads while a ZeRO-3 configuration is active."""
+
+    class Connected:
+        distributed_type = DistributedType.DEEPSPEED
+
+        def __init__(self, deepspeed_plugin, **_):
+            self.plugin = deepspeed_plugin
+            self.plugin.set_deepspeed_weakref()  # as Accelerator does
+            assert is_deepspeed_zero3_enabled()
+
+    monkeypatch.setattr(engines_module, "Accelerator", Connected)
+    accelerator = build_accelerator(config(parallel="deepspeed", zero_stage=3), "deepspeed")
+    assert accelerator.plugin and not is_deepspeed_zero3_enabled()
+
+
+@pytest.mark.long
+def test_prompts_are_embedded_with_zero_3(flags, tmp_path, subprocess_environment):
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue square\n")
+    given = {"prompts_file": tmp_path / "prompts.txt", "max_train_steps": 1, **ENGINES["ZeRO-3"]}
+    done = torchrun(flags(output_dir=tmp_path / "out", **given), subprocess_environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert len(Run(tmp_path / "out").checkpoints) == 1
 
 
 @pytest.fixture

@@ -46,6 +46,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from transformers.integrations import unset_hf_deepspeed_config
 
 # Variables in which `accelerate launch` and a shell hand settings to Accelerate, or to NVIDIA's libraries.
 LAUNCHER_SETTINGS = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_", "MEGATRON_LM_", "NVIDIA_TF32_OVERRIDE")
@@ -162,6 +163,7 @@ def build_accelerator(config: GRPOConfig, name: str) -> Accelerator:
         if cpu:
             together.backend = "gloo"
     accelerator = Accelerator(**settings)
+    unset_hf_deepspeed_config()  # with it transformers would split text encoders and reward models as ZeRO-3 does
     if accelerator.distributed_type not in EXPECTED[name]:
         raise FlagError("parallel", name, f"Accelerate set up {accelerator.distributed_type.value} instead")
     return accelerator
