@@ -243,6 +243,20 @@ def test_a_run_without_a_checkpoint_starts_again_and_its_files_are_set_aside(tra
     assert f"the run starts from the beginning; what was there is in {aside}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("dry_run", [False, True])
+@pytest.mark.parametrize("name", ["images", "evaluation", "rl_embeddings", "superseded", "args.json", "metrics.jsonl"])
+def test_a_folder_in_which_a_run_could_not_write_its_files_is_refused_first(refused, train, tmp_path, name, dry_run):
+    """As a file where a folder has to be, or the other way round."""
+    place = tmp_path / "out" / name
+    place.mkdir(parents=True)
+    if "." not in name:
+        place.rmdir()
+        place.write_text("mine")
+    with refused(f"--output_dir .*{name}"):
+        train("out", resume_from_checkpoint="auto", dry_run=dry_run)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [name]
+
+
 def test_auto_starts_a_run_and_goes_on_with_it(train):
     for steps in (1, 2):
         run = train("out", max_train_steps=steps, resume_from_checkpoint="auto")

@@ -12,7 +12,6 @@ from pathlib import Path
 from fastvideo.cli import FlagError, FlagErrors, say
 from fastvideo.config import GRPOConfig
 from fastvideo.dataset.latent_flux_rl_datasets import LatentFluxRLDataset
-from fastvideo.io.files import check_writable
 from fastvideo.io.fingerprint import local_folder
 from fastvideo.io.prompts import read_prompts
 from fastvideo.models.flux import BASE, check_pipeline, meta_transformer
@@ -21,6 +20,7 @@ from fastvideo.models.reward_model.spec import REWARDS, resolve_reward_spec
 from fastvideo.models.reward_model.utils import reward_problems
 from fastvideo.runtime.checkpoint import checkpoints
 from fastvideo.runtime.memory import checkpoint_size, describe_memory
+from fastvideo.runtime.resume import check_output
 
 from huggingface_hub import is_offline_mode
 
@@ -51,7 +51,7 @@ def check_run(config: GRPOConfig, world_size: int) -> None:
             found += _not_downloaded(rewards, field)
     checks: list[Callable[[], object]] = [lambda: _check_room(config)]
     if not configs:
-        checks = [lambda: check_writable("output_dir", config.output_dir)]
+        checks = [lambda: check_output(config.output_dir)]
     if config.data_json_path:
         checks.append(lambda: _check_embeddings(config, configs))
     texts = [name for name in ("prompts_file", "eval_prompts") if getattr(config, name) is not None]
@@ -150,7 +150,7 @@ def _check_room(config: GRPOConfig) -> None:
     One more has to fit than --checkpoints_total_limit says: an old one is deleted when the new one is complete.
     """
     size, output = checkpoint_size(config), Path(os.path.abspath(config.output_dir))
-    check_writable("output_dir", config.output_dir)
+    check_output(config.output_dir)
     saved = max(1, -(-config.max_train_steps // config.checkpointing_steps) - len(checkpoints(output)))
     kept = min(saved, (config.checkpoints_total_limit or saved) + 1)
     place = next(folder for folder in (output, *output.parents) if folder.exists())

@@ -45,6 +45,9 @@ NEEDED = ("iteration", "epoch", "optimizer_steps", "ema_optimization_step", "wan
 NEEDED += ("files",)
 NEEDED_SETTINGS = ("use_lora", "lora_rank", "lora_alpha", "lora_target_modules", "pretrained_model_name_or_path")
 NEEDED_SETTINGS += ("engine", "processes", "zero_stage")
+# What a run writes into its folder besides checkpoints.
+FOLDERS = ("images", "evaluation", "rl_embeddings", "eval_embeddings", "superseded")
+FILES = ("args.json", "metrics.jsonl", "wandb.json")
 
 
 @dataclass
@@ -102,9 +105,9 @@ def find_checkpoint(value: str, output_dir: Path) -> Path | None:
         path = found[-1]
     else:
         path = linked(Path(value), "resume_from_checkpoint")
-        if not (path / RECORD).is_file() and not is_checkpoint(path):
-            problem = f"no {RECORD} in it; give a checkpoint folder, `latest` or `auto`"
-            raise FlagError("resume_from_checkpoint", path, problem)
+        if not (path / RECORD).is_file() and not (is_checkpoint(path) and path.is_dir()):
+            problem = f"no {RECORD} in it" if path.exists() else "not found"
+            raise FlagError("resume_from_checkpoint", path, f"{problem}; give a checkpoint folder, `latest` or `auto`")
     problem = _damage(path)
     if problem:
         others = (other for other in reversed(checkpoints(path.parent)) if other != path and _damage(other) is None)
@@ -254,6 +257,21 @@ def remove_leftovers(output_dir: Path) -> None:
         path.unlink()
 
 
+def check_output(output_dir: str) -> None:
+    """Checks that a run can write into its folder, and into what is there already: perhaps of another user.
+
+    Raises:
+        FlagError: it can't.
+    """
+    check_writable("output_dir", output_dir)
+    for path in (Path(output_dir, name) for name in FOLDERS):
+        if os.path.lexists(path):
+            check_writable("output_dir", path)
+    for path in (Path(output_dir, name) for name in FILES):
+        if path.exists() and not (path.is_file() and os.access(path, os.W_OK)):
+            raise FlagError("output_dir", output_dir, f"{path.name} in it is no file that can be written")
+
+
 def open_output(config: GRPOConfig, processes: int, lock: FolderLock | None = None) -> Path | None:
     """Prepares the output folder and returns the checkpoint to resume from. Never mixes two runs in one folder.
 
@@ -261,7 +279,7 @@ def open_output(config: GRPOConfig, processes: int, lock: FolderLock | None = No
         FlagError: the folder can't be written to, or another run has it or is in it, or nothing can be resumed.
     """
     output = Path(config.output_dir)
-    check_writable("output_dir", output)
+    check_output(config.output_dir)
     try:
         if lock is not None:
             lock.take()
