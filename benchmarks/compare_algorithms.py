@@ -39,6 +39,7 @@ ALGORITHMS = {
     "grpo_merge+cps": "--algorithm grpo_merge --sde_type cps --train_batch_size 5 "
     "--eta_step_list 0,1,2,3,4 --eta_step_merge_list 1,1,2,2,2",
     "granular_grpo": "--train_batch_size 2",
+    "v_grpo": "--train_batch_size 24",
     "branch_grpo": "--train_batch_size 4 --tree_split_points 0,2,4,6",
     "branch_grpo_mix": "--train_batch_size 4 --tree_split_points 0,2,4,6 --iters_per_group 22",
 }

@@ -71,7 +71,12 @@ ALGORITHMS |= {
     "branch_grpo": {"requires": _SHARED_START, "defaults": _TREE_DEFAULTS},
     "branch_grpo_mix": {"requires": _SHARED_START, "defaults": _TREE_DEFAULTS},
 }
+ALGORITHMS["v_grpo"] = {
+    "requires": {"training_strategy": "all", "flow_grpo_sampling": False, "init_same_noise": False},
+    "defaults": {"clip_range": 3e-2},
+}
 MERGES, TREES = ("grpo_merge", "granular_grpo"), ("branch_grpo", "branch_grpo_mix")
+DRAWN = ("v_grpo",)  # likelihood-free: train draws of time and noise on finished pictures
 # Settings that say where things are or what is shown, not what is trained.
 PLACES = (
     "output_dir resume_from_checkpoint dry_run use_wandb experiment_name image_log_steps eval_steps eval_prompts "
@@ -193,6 +198,22 @@ class GRPOConfig(RewardSpecConfig):
             self._need(self.frozen_init_timesteps == 0, "frozen_init_timesteps", "not with --flow_grpo_fast_steps")
         trained = int((fast or trainable) * self.timestep_fraction)
         self._need(trained >= 1, "timestep_fraction", f"leaves no step of {fast or trainable} to train")
+
+    # --- likelihood-free algorithms ---------------------------------------------------------------------------------
+    draws: int = flag(
+        4,
+        "times and noises at which each finished picture is trained; the pictures of a prompt share them",
+        at_least=1,
+        at_most=1000,
+        algorithms=DRAWN,
+    )
+
+    def _check_draws(self) -> None:
+        self._need_all_steps_trained()
+        needed = {"ratio_norm": False, "step_weights": "equal", "trust_region": "clip", "ref_kl_coeff": 0}
+        for name, plain in (needed | {"recompute_old_log_prob": False, "drop_last_sample": False}).items():
+            problem = f"--algorithm {self.algorithm} trains no denoising step; leave it at {plain}"
+            self._need(getattr(self, name) == plain, name, problem)
 
     # --- E-GRPO and Granular-GRPO -----------------------------------------------------------------------------------
     entropy_threshold: float = flag(
@@ -320,7 +341,7 @@ class GRPOConfig(RewardSpecConfig):
         known = self.dpm_apply_strategy in (None, "post")
         why = "choose from None, post (a solver on `all` steps leaves no stochastic step to train)"
         self._need(known, "dpm_apply_strategy", why)
-        fits = self.dpm_algorithm_type is None or self.training_strategy == "part"
+        fits = self.dpm_algorithm_type is None or self.training_strategy == "part" or self.algorithm in DRAWN
         self._need(fits, "dpm_algorithm_type", "the compressed tail goes with --training_strategy part")
 
     # --- rewards ----------------------------------------------------------------------------------------------------
@@ -601,6 +622,8 @@ class GRPOConfig(RewardSpecConfig):
             self._check_merges()
         if self.algorithm in TREES:
             self._check_tree()
+        if self.algorithm in DRAWN:
+            self._check_draws()
         self._check_flash()
         self._check_advantages()
         self._check_processes()

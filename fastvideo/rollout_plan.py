@@ -16,7 +16,7 @@ from dataclasses import replace
 from itertools import islice
 
 from fastvideo.cli import FlagError
-from fastvideo.config import MERGES, TREES, GRPOConfig
+from fastvideo.config import DRAWN, MERGES, TREES, GRPOConfig
 from fastvideo.models.reward_model.spec import resolve_reward_spec
 from fastvideo.utils.grpo_states import window_counts, windows
 from fastvideo.utils.plan import Plan
@@ -24,7 +24,7 @@ from fastvideo.utils.steps import KINDS, SDE_KINDS, Step, entropy, shift_time, s
 
 import numpy as np
 
-DRAWN = 1000  # iterations that stand for all in `describe`, where plans are drawn at random
+SAMPLE = 1000  # iterations that stand for all in `describe`, where plans are drawn at random
 
 Planner = Callable[[GRPOConfig, Sequence[int], np.random.Generator], list[Step]]
 
@@ -67,18 +67,22 @@ def plan_flash(config: GRPOConfig, window: Sequence[int], rng: np.random.Generat
     for i in range(points - 1):
         # The last step has order 1 (λ is infinite at σ = 0), the step before at most 2. History limits the order too.
         order = min(config.dpm_solver_order, points - 1 - i, len(head) + i + 1)
-        tail.append(
-            Step(
-                len(head) + i,
-                sigmas[i],
-                sigmas[i + 1],
-                head[0].sigma_max,
-                "dpmpp",
-                order=order,
-                solver_type=config.dpm_solver_type,
-            )
-        )
+        tail.append(_dpm_step(config, len(head) + i, sigmas[i], sigmas[i + 1], order))
     return head + tail
+
+
+def _dpm_step(config: GRPOConfig, index: int, sigma: float, sigma_next: float, order: int) -> Step:
+    sigma_max = sigma_schedule(config.sampling_steps, config.shift)[1]
+    return Step(index, sigma, sigma_next, sigma_max, "dpmpp", order=order, solver_type=config.dpm_solver_type)
+
+
+def plan_without_noise(config: GRPOConfig, window: Sequence[int], rng: np.random.Generator) -> list[Step]:
+    """Likelihood-free algorithms train finished pictures, so all steps are Euler's, or DPM-Solver++'s if asked for."""
+    if config.dpm_algorithm_type is None:
+        return _base_steps(config, ())
+    sigmas = sigma_schedule(config.sampling_steps, config.shift)
+    orders = [min(config.dpm_solver_order, i + 1, config.sampling_steps - i) for i in range(config.sampling_steps)]
+    return [_dpm_step(config, i, sigmas[i], sigmas[i + 1], order) for i, order in enumerate(orders)]
 
 
 def fast_start(config: GRPOConfig, rng: np.random.Generator) -> int:
@@ -173,6 +177,7 @@ PLANNERS: dict[str, Planner] = {
     "granular_grpo": plan_merge,
     "branch_grpo": plan_branch,
     "branch_grpo_mix": plan_branch,
+    "v_grpo": plan_without_noise,
 }
 
 
@@ -212,11 +217,12 @@ def make_plan(config: GRPOConfig, window: Sequence[int], iteration: int = 1) -> 
     pruned = pruned_depths(config, iteration)
     steps = [replace(step, train=step.train and step.index + 1 not in pruned) for step in steps]
     parts = tree_parts(config) if config.algorithm in TREES else None
+    draws = config.draws if config.algorithm in DRAWN else 0
     try:
-        plan = Plan(tuple(steps), start_rows(config), parts).check()
+        plan = Plan(tuple(steps), start_rows(config), parts, draws).check()
     except ValueError as error:
         raise FlagError("algorithm", config.algorithm, str(error)) from error
-    draws_steps = config.training_strategy == "all" and not config.frozen_init_timesteps
+    draws_steps = config.training_strategy == "all" and not config.frozen_init_timesteps and not draws
     if draws_steps and int(len(plan.trained) * config.timestep_fraction) < 1:
         problem = f"leaves no step of {len(plan.trained)} to train"
         raise FlagError("timestep_fraction", config.timestep_fraction, problem)
@@ -235,14 +241,14 @@ def optimizer_steps(config: GRPOConfig) -> int:
 def plans_of_run(config: GRPOConfig) -> list[tuple[Plan, int]]:
     """The different plans of a run, each with its number of iterations. Takes no longer for more iterations.
 
-    Where windows or steps are drawn at random, the first DRAWN iterations stand for all.
+    Where windows or steps are drawn at random, the first SAMPLE iterations stand for all.
 
     Raises:
         FlagError: an iteration can't be planned.
     """
     fast, most = bool(config.flow_grpo_fast_steps), config.max_train_steps
     if fast or config.sample_strategy == "random":
-        drawn = enumerate(islice(windows(config), min(most, DRAWN)), start=1)
+        drawn = enumerate(islice(windows(config), min(most, SAMPLE)), start=1)
         occasions = [(window, number, 1) for number, window in drawn]
     else:
         occasions = [
@@ -303,7 +309,9 @@ def describe(config: GRPOConfig, world_size: int) -> str:
             f"velocity evaluations (NFE) per prompt and iteration: {min(evaluations)} to {max(evaluations)}, mean "
             f"{np.average(evaluations, weights=iterations):.1f} (without sharing {first.evaluations_without_sharing})",
             *left_out,
-            f"plan of the first window {trained}:",
+            f"{first.draws} draws of time and noise train each picture; plan:"
+            if first.draws
+            else f"plan of the first window {trained}:",
             first.describe(),
         ]
     )

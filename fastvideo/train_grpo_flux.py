@@ -5,7 +5,7 @@
 
 One iteration, top to bottom in this file: `rollout` executes the plan that rollout_plan.py made for the current window
 → pictures → `compute_reward` → advantages → `optimize`: G/k optimizer steps with `policy_loss` on the trained
-transitions.
+transitions, or on draws of finished pictures (V-GRPO).
 scripts/finetune holds recipes. docs/algorithms.md gives each formula beside its flags. docs/deviations.md lists what
 differs from the references on purpose.
 """
@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
@@ -56,6 +57,7 @@ from fastvideo.runtime.scoring import Scoring
 from fastvideo.runtime.stopping import Interrupted, TrainingStopped, last_line, saving_on_error
 from fastvideo.runtime.throughput import Stopwatch, Throughput
 from fastvideo.utils.advantages import plan_advantages
+from fastvideo.utils.draws import Draws, make_draws, prediction_error
 from fastvideo.utils.grpo_states import windows
 from fastvideo.utils.picture_measures import group_measures
 from fastvideo.utils.plan import Plan
@@ -244,6 +246,14 @@ def predicted_transitions(
     return transition_mean(latents[leaving], v[leaving], x_weight, v_weight), std
 
 
+def remember_log_probs(batch: list[Transition], sampled: Rollout, table: torch.Tensor, velocity: Velocity) -> None:
+    """Replaces what the rollout stored for a micro-batch by what the model of `velocity` gives now."""
+    mean, std = (x.detach() for x in predicted_transitions(batch, sampled, table, velocity))
+    for t, value, old_mean in zip(batch, log_prob(of_children(batch, sampled.after), mean, std), mean, strict=True):
+        sampled.log_probs[t.position][t.child] = value
+        sampled.means[t.position][t.child] = old_mean
+
+
 def of_children(batch: list[Transition], values: dict[int, torch.Tensor]) -> torch.Tensor:
     """What the rollout stored for each of a micro-batch's N transitions: [N, ...]. values: as Rollout.after."""
     return torch.stack([values[t.position][t.child] for t in batch])
@@ -277,6 +287,29 @@ def transitions_loss(
         divergence = gaussian_kl(mean, base_mean, std)
         loss, parts = loss + config.ref_kl_coeff * divergence, parts | {"ref_kl_loss": divergence.detach()}
     return loss, parts
+
+
+def draws_loss(
+    batch: list[Transition], drawn: Draws, velocity: Velocity, config: GRPOConfig
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Loss [N] of a micro-batch's N draws, and its parts: `policy_loss` with log r = ℓ_old − ℓ, see utils/draws.py."""
+    log_ratio = of_children(batch, drawn.old_errors) - drawn_errors(batch, drawn, velocity)
+    advantages = to_device([t.advantage for t in batch], log_ratio.device)
+    loss, parts = policy_loss(log_ratio, advantages, config.clip_range, config.kl_coeff)
+    return loss, parts | {"log_ratio": log_ratio.detach()}
+
+
+def remember_errors(batch: list[Transition], drawn: Draws, velocity: Velocity) -> None:
+    """Stores the old errors of a micro-batch's draws."""
+    for t, error in zip(batch, drawn_errors(batch, drawn, velocity).detach(), strict=True):
+        drawn.old_errors[t.position][t.child] = error
+
+
+def drawn_errors(batch: list[Transition], drawn: Draws, velocity: Velocity) -> torch.Tensor:
+    """`prediction_error` of a micro-batch's N draws under the model of `velocity`: [N]."""
+    noisy, times = of_children(batch, drawn.noisy), of_children(batch, drawn.times)
+    v = velocity(noisy, times, to_device([t.prompt for t in batch], noisy.device))
+    return prediction_error(noisy, v, times, torch.stack([drawn.pictures[t.child] for t in batch]))
 
 
 # --- one run ----------------------------------------------------------------------------------------------------------
@@ -491,19 +524,22 @@ class Trainer:
         advantages: plan position -> [P, rows after the step], all ranks.
         """
         config, accelerator = self.config, self.accelerator
-        table = transition_table(plan, accelerator.device)
         work = deal_out(config, plan, number, self.slots, advantages)
         self.even_out(work)
         velocity = self.velocity_of(self.engine.model, conditioning)
         reference = self.reference_velocity(conditioning) if config.ref_kl_coeff else None
-        if config.recompute_old_log_prob:
-            for batch in chain.from_iterable(work):
-                with self.engine.micro_batch(last=False):
-                    mean, std = (x.detach() for x in predicted_transitions(batch, sampled, table, velocity))
-                    new = log_prob(of_children(batch, sampled.after), mean, std)
-                for t, value, old_mean in zip(batch, new, mean, strict=True):
-                    sampled.log_probs[t.position][t.child] = value
-                    sampled.means[t.position][t.child] = old_mean
+        if plan.draws:
+            noise = Noise(config.seed, number, self.slots, self.shape, accelerator.device)
+            drawn = make_draws(config, sampled.latents, len(plan) + 1, noise)
+            remember = partial(remember_errors, drawn=drawn, velocity=velocity)
+            loss_of = partial(draws_loss, drawn=drawn, velocity=velocity, config=config)
+        else:
+            given = {"sampled": sampled, "table": transition_table(plan, accelerator.device), "velocity": velocity}
+            remember = partial(remember_log_probs, **given) if config.recompute_old_log_prob else None
+            loss_of = partial(transitions_loss, **given, config=config, reference=reference)
+        for batch in chain.from_iterable(work if remember else ()):
+            with self.engine.micro_batch(last=False):
+                remember(batch)
         sums: dict[str, torch.Tensor] = {}
         by_step = StepStatistics(plan, accelerator.device)
         deviations, norms, first = [], [], 0
@@ -512,7 +548,7 @@ class Trainer:
             for i, batch in enumerate(batches):
                 weights = to_device([t.weight for t in batch], accelerator.device)
                 with self.engine.micro_batch(last=i == len(batches) - 1):
-                    loss, parts = transitions_loss(batch, sampled, table, velocity, config, reference)
+                    loss, parts = loss_of(batch)
                     loss = loss @ weights
                     self.engine.backward(loss)
                 by_step.add(batch, parts)
@@ -706,8 +742,8 @@ def train(trainer: Trainer, sampler: PromptSampler, batches: Iterator[dict]) -> 
                     log.write(metrics | {"epoch": sampler.epoch_of(metrics["step"])})
             if log is not None and config.image_log_steps and metrics["step"] % config.image_log_steps == 0:
                 log.write_images(metrics["step"], images[: config.num_generations])
-            first, *_, last = metrics["window"] * 2
-            bar.set_postfix(reward=f"{metrics['reward']:.4f}", window=f"{first}-{last}")
+            window = {"window": f"{w[0]}-{w[-1]}"} if (w := metrics["window"]) else {}
+            bar.set_postfix(reward=f"{metrics['reward']:.4f}", **window)
             bar.update()
             stopped = progress.skipped_in_a_row >= config.max_skipped_steps
             # A checkpoint that can't be written ends the run too, at the latest when the next checkpoint starts.

@@ -523,6 +523,7 @@ RECIPE_VALUES = {
         "lora_rank": 128, "lora_alpha": 256, "lora_target_modules": ["to_q", "to_k", "to_v", "to_out.0"],
         "reward_model": "hpsv2",
     }),
+    "V_GRPO": ("v_grpo", {"draws": 4, "clip_range": 3e-2, "init_same_noise": False}),
     "GRPO_Guard": ("mix_grpo", {"ratio_norm": True, "step_weights": "velocity", "clip_range": 2e-6}),
     "FlowGRPO": ("flow_grpo", {"sde_type": "flow", "flow_grpo_fast_steps": 0}),
 }  # fmt: skip
@@ -662,7 +663,6 @@ READ_OTHERWISE = {
     "eval_prompts": "check_run and set_up read the prompts of the setting whose name they are given",
     "prompts_per_iteration": "GRPOConfig.local_prompts",
     "train_batch_size": "GRPOConfig.local_prompts",
-    "dpm_algorithm_type": "decides in config.py which algorithm runs, and so which planner",
     "flow_grpo_sampling": "decides in config.py which algorithm runs, and so which planner",
     "dpm_apply_strategy": "has one legal value; the reference's recipes give it",
     "hps_clip_path": "not needed; the reference's recipes give it",

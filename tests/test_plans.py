@@ -5,7 +5,7 @@ from collections import Counter
 from itertools import islice
 
 from fastvideo.cli import FlagError
-from fastvideo.config import ALGORITHMS, MERGES, TREES, GRPOConfig
+from fastvideo.config import ALGORITHMS, DRAWN, MERGES, TREES, GRPOConfig
 from fastvideo.rollout_plan import PLANNERS, describe, make_plan, plan_mix, plans_of_run
 from fastvideo.utils.grpo_states import windows
 from fastvideo.utils.steps import KINDS, SDE_KINDS, sigma_schedule
@@ -41,6 +41,9 @@ def flags(draw, algorithm: str) -> dict:
         found["dpm_post_compress_ratio"] = draw(st.floats(0.1, 1))
         found["dpm_solver_order"] = draw(st.integers(1, 3))
         found["dpm_solver_type"] = draw(st.sampled_from(["midpoint", "heun"]))
+    if algorithm in DRAWN:
+        found["draws"] = draw(st.integers(1, 5))
+        found["dpm_algorithm_type"] = draw(st.sampled_from([None, "dpmsolver++"]))
     if algorithm == "flow_grpo":
         found["flow_grpo_fast_steps"] = draw(st.integers(0, steps - 2))
     if algorithm in ("flow_grpo", "dance_grpo", "dance_grpo_lora"):
@@ -105,7 +108,7 @@ def test_every_picture_comes_down_the_whole_schedule_and_every_trained_step_has_
                 assert set(sigmas) <= set(schedule)
         columns = sorted(plan.columns.values(), key=lambda c: c.start)
         assert [c.start for c in columns] == [0, *(c.stop for c in columns[:-1])]
-        trained = [leaf for leaf in plan.leaves if plan.trained_path(leaf)]
+        trained = plan.leaves if algorithm in DRAWN else [leaf for leaf in plan.leaves if plan.trained_path(leaf)]
         assert {rows[leaf] for leaf in trained} == {config.num_generations}
         if algorithm in MERGES:
             assert len(trained) == len(config.eta_step_list) * len(config.granular_list)
@@ -137,7 +140,8 @@ def test_the_optimizer_steps_of_an_iteration_train_every_transition_once_with_we
     order = np.stack([np.random.default_rng(p).permutation(group) for p in range(prompts)])
     number_of_steps = set()
     for plan in plans:
-        rows, trained = plan.rows, [i for i, step in enumerate(plan) if step.train]
+        trained = list(range(config.draws)) if algorithm in DRAWN else [i for i, step in enumerate(plan) if step.train]
+        rows = dict.fromkeys(trained, group) if algorithm in DRAWN else plan.rows
         everything = np.broadcast_to(trained, (prompts, group, len(trained)))
         found = []
         for samples, positions in plan.updates(group, config.gradient_accumulation_steps):

@@ -115,17 +115,17 @@ def plan_advantages(
     weights: dict[str, np.ndarray],
     split_log_probs: dict[int, np.ndarray],
 ) -> tuple[dict[int, np.ndarray], int]:
-    """Advantages of the rows of every trained step. `fuse` gives a row's score, and the rows of one prompt and step
-    form a group. Where a step has several tails (Granular-GRPO), their advantages are added.
+    """Advantages of the rows of every trained step, or of the pictures for every draw. `fuse` gives a row's score, and
+    the rows of one prompt and step form a group. Where a step has several tails (Granular-GRPO), their advantages are
+    added.
 
     Args:
         scores: name -> [P, pictures], NaN where failed. weights: name -> [pictures].
         split_log_probs: as in `fuse`; if empty, a row's score is the plain mean.
 
     Returns:
-        Plan position -> advantages [P, rows after the step], NaN where pruned; and the number of flat groups.
+        Key of `plan.training` -> advantages [P, rows], NaN where pruned; and the number of flat groups.
     """
-    rows = plan.rows
     used = [name for name, weight in weights.items() if np.any(weight)]
     failed = np.isnan([scores[name] for name in used])
     lost = failed.all(0) if config.multi_reward_mix == "advantage_aggr" else failed.any(0)
@@ -133,8 +133,9 @@ def plan_advantages(
     found: dict[int, np.ndarray] = {}
     groups: dict[tuple[int, int], tuple[np.ndarray, int]] = {}
     for leaf, columns in plan.columns.items():
-        for position in plan.trained_path(leaf):
-            count, group = rows[position], (leaf, rows[position])
+        for position in plan.training if plan.draws else plan.trained_path(leaf):
+            count = plan.training[position][0]
+            group = (leaf, count)
             if group not in groups:
                 below = (count, split_log_probs, config.tree_fusion_temperature)
                 fused = {name: fuse(values[:, columns], *below) for name, values in scores.items()}
@@ -144,7 +145,7 @@ def plan_advantages(
     if config.tree_width_prune:
         mode, share = config.tree_width_prune, config.tree_width_prune_share
         for position, values in found.items():
-            if rows[position] == config.num_generations:  # from the last split on
+            if plan.rows[position] == config.num_generations:  # from the last split on
                 kept = kept_pictures(np.where(lost, np.nan, values), config.tree_split_children, mode, share)
                 found[position] = np.where(kept, values, np.nan)
     return found, sum(flat for _, flat in groups.values())

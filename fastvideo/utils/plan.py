@@ -21,11 +21,13 @@ class Plan:
         steps: all transitions. start: rows per prompt at the beginning.
         parts: optimizer steps that share the transitions of all samples, see `split_edges`. None: each optimizer step
             takes its own samples, see `updates`.
+        draws: number of times and noises at which each finished picture is trained. 0: steps are trained.
     """
 
     steps: tuple[Step, ...]
     start: int = 1
     parts: int | None = None
+    draws: int = 0
 
     def check(self) -> "Plan":
         """The plan itself, if it can be executed and trained.
@@ -54,8 +56,8 @@ class Plan:
             if (step.train or step.branch > 1) and not numbers.std > 0:
                 where = f"step {step.index} ({step.kind})"
                 raise ValueError(f"{where} has no noise: it can be neither trained nor branched")
-        if not self.trained:
-            raise ValueError("the plan trains no step")
+        if bool(self.trained) == bool(self.draws):
+            raise ValueError("the plan trains both steps and draws" if self.draws else "the plan trains no step")
         return self
 
     def __len__(self) -> int:
@@ -92,6 +94,14 @@ class Plan:
         return [i for i, step in enumerate(self.steps) if step.train]
 
     @cached_property
+    def training(self) -> dict[int, tuple[int, int]]:
+        """What an iteration trains: position of a trained step, or number of a draw, both from 0 -> rows per prompt,
+        and successors per row."""
+        if self.draws:
+            return {draw: (self.pictures, 1) for draw in range(self.draws)}
+        return {i: (self.rows[i], self.steps[i].branch) for i in self.trained}
+
+    @cached_property
     def leaves(self) -> list[int]:
         """Positions of the leaves, in the order of their pictures. Leaves without a trained step on their path
         (E-GRPO's anchors) come last."""
@@ -113,7 +123,9 @@ class Plan:
         return [entropy(self.coefficients[i].std) for i in self.trained]
 
     def step_weights(self, name: str) -> dict[int, float]:
-        """Trained position -> weight of its loss, by an entry of STEP_WEIGHTS. The mean of the weights is 1."""
+        """Key of `training` -> weight of its loss, by an entry of STEP_WEIGHTS. The mean of the weights is 1."""
+        if self.draws:
+            return dict.fromkeys(self.training, 1.0)
         weights = {i: STEP_WEIGHTS[name](self.coefficients[i]) for i in self.trained}
         mean = sum(weights.values()) / len(weights)
         return {i: weight / mean for i, weight in weights.items()}
@@ -144,7 +156,9 @@ class Plan:
 
     @cached_property
     def trained_pictures(self) -> int:
-        """Pictures per prompt that come from a trained step. These pictures come first."""
+        """Pictures per prompt that come from a trained step, or all with draws. These pictures come first."""
+        if self.draws:
+            return self.pictures
         return sum(self.rows[leaf] for leaf in self.leaves if self.trained_path(leaf))
 
     def group_places(self, group: int) -> np.ndarray:
@@ -168,10 +182,12 @@ class Plan:
 
         Each optimizer step takes k of a group's `samples`. Trained steps on one path share an optimizer step; trained
         steps on different paths (E-GRPO's active steps) have separate optimizer steps. In a plan with `parts` there is
-        one entry with all samples, which `parts` optimizer steps share.
+        one entry with all samples, which `parts` optimizer steps share. Draws share an optimizer step too.
         """
         if self.parts is not None:
             return [(slice(0, samples), self.trained)]
+        if self.draws:
+            return [(slice(s, s + k), list(self.training)) for s in range(0, samples, k)]
         paths: dict[int, list[int]] = {}
         for position in self.trained:
             paths.setdefault(self.trained_path(position)[0], []).append(position)

@@ -10,15 +10,15 @@ import torch
 
 
 class StepStatistics:
-    """Sums over the transitions of an iteration, per plan position. The GPU adds; nothing waits for it.
+    """Sums over the transitions of an iteration, per trained step or draw. The GPU adds; nothing waits for it.
 
     Attributes:
-        sums: [steps, 5]: transitions, clipped above, clipped below, log r, (log r)². Add up over processes.
+        sums: [positions, 5]: transitions, clipped above, clipped below, log r, (log r)². Add up over processes.
     """
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
-        self.plan = plan
-        self.sums = torch.zeros(len(plan), 5, device=device)
+        self.names = {i: f"draw_{i}" if plan.draws else f"step_{plan[i].index}" for i in plan.training}
+        self.sums = torch.zeros(max(plan.training) + 1, 5, device=device)
 
     def add(self, batch: Sequence[Transition], parts: dict[str, torch.Tensor]) -> None:
         """Adds the N transitions of a micro-batch. parts: `clip_high`, `clip_low`, `log_ratio`, each [N]."""
@@ -31,17 +31,17 @@ class StepStatistics:
         self.sums.index_add_(0, position, columns * counts[:, None])
 
     def metrics(self, sums: torch.Tensor) -> dict[str, float]:
-        """`{measure}/step_{index in the schedule}` of the measures clip_high and clip_low (shares) and log_ratio_mean
-        and log_ratio_std. sums: of all processes, on the CPU.
+        """`{measure}/step_{index in the schedule}`, or `{measure}/draw_{number}`, of the measures clip_high and
+        clip_low (shares), log_ratio_mean and log_ratio_std. sums: of all processes, on the CPU.
         """
-        by_index: dict[int, torch.Tensor] = {}
-        for step, own in zip(self.plan, sums.view(len(self.plan), 5).double(), strict=True):
-            by_index[step.index] = by_index.get(step.index, 0) + own
+        by_name: dict[str, torch.Tensor] = {}
+        for i, where in self.names.items():
+            by_name[where] = by_name.get(where, 0) + sums.view(-1, 5)[i].double()
         found = {}
-        for index, own in by_index.items():
+        for where, own in by_name.items():
             if own[0] > 0:
                 high, low, mean, square = (own[1:] / own[0]).tolist()
                 measures = {"clip_high": high, "clip_low": low, "log_ratio_mean": mean}
                 measures["log_ratio_std"] = max(square - mean**2, 0.0) ** 0.5
-                found |= {f"{name}/step_{index}": value for name, value in measures.items()}
+                found |= {f"{name}/{where}": value for name, value in measures.items()}
         return found

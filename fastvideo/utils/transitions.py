@@ -11,13 +11,13 @@ from fastvideo.utils.plan import Plan
 import numpy as np
 
 # The last entry of a prompt's random seed says what the numbers are for. 0 is noise (sampling_utils.Noise).
-STEP_SUBSET, ORDER, EDGES = 1, 2, 3
+STEP_SUBSET, ORDER, EDGES, DRAWS = 1, 2, 3, 4
 
 
 @dataclass(frozen=True)
 class Transition:
     """A trained transition of this rank: plan position of its step, rows before and after the step (parent, child),
-    prompt, advantage, and weight in the loss of its optimizer step.
+    prompt, advantage, and weight in the loss of its optimizer step. In a plan with draws: number of the draw, picture.
     """
 
     position: int
@@ -35,21 +35,23 @@ def slice_transitions(
     prompts of the mean over a prompt's transitions.
 
     Args:
-        order: [P, k] samples of this optimizer step. trained: [P, G, n] plan positions that each sample trains.
+        order: [P, k] samples of this optimizer step. trained: [P, G, n] positions (`Plan.training`) that each sample
+            trains.
         advantages: trained plan position -> [P, rows after the step], NaN where the transition is pruned.
     """
-    group, rows, found = trained.shape[1], plan.rows, []
+    group, found = trained.shape[1], []
     for prompt, samples in enumerate(order):
         edges = {}  # samples that share a row share its transition
         for sample in samples:
             for position in advantages.keys() & trained[prompt, sample].tolist():
-                row = int(sample) * rows[position] // group
+                rows = plan.training[position][0]
+                row = int(sample) * rows // group
                 advantage = float(advantages[position][prompt, row])
                 if not math.isnan(advantage):
-                    edges[position, prompt * rows[position] + row] = advantage
+                    edges[position, prompt * rows + row] = advantage
         for (position, child), advantage in edges.items():
-            weight = 1 / (len(order) * len(edges))
-            found.append(Transition(position, child // plan[position].branch, child, prompt, advantage, weight))
+            weight, branch = 1 / (len(order) * len(edges)), plan.training[position][1]
+            found.append(Transition(position, child // branch, child, prompt, advantage, weight))
     return sorted(found, key=_by_row)
 
 
@@ -97,9 +99,9 @@ def prompt_rng(config: GRPOConfig, number: int, slot: int, purpose: int) -> np.r
 
 
 def trained_positions(config: GRPOConfig, plan: Plan, number: int, slots: range) -> np.ndarray:
-    """Plan positions that each sample trains, [P, G, n]: all trained steps, or a random share per sample."""
-    positions, group = np.array(plan.trained), config.num_generations
-    if config.training_strategy == "part" or config.frozen_init_timesteps:
+    """Positions that each sample trains, [P, G, n]: all trained steps or draws, or a random share per sample."""
+    positions, group = np.array(list(plan.training)), config.num_generations
+    if config.training_strategy == "part" or config.frozen_init_timesteps or plan.draws:
         return np.broadcast_to(positions, (len(slots), group, len(positions)))
     count = int(len(positions) * config.timestep_fraction)
     rngs = [prompt_rng(config, number, slot, STEP_SUBSET) for slot in slots]
