@@ -2,8 +2,8 @@
 # Sourced by the recipes. A recipe names its algorithm and what differs from the trainer's defaults (fastvideo/config.py):
 #   flag NAME VALUE   passes --NAME VALUE
 #   launch ARGS       starts the trainer
-# Environment variables count more than the recipe, ARGS more than both, also where two flags exclude each other. NPROC_PER_NODE and HOSTFILE say on how many
-# processes and machines: scripts/environment.sh.
+# Environment variables count more than the recipe, ARGS more than both, also where two flags exclude each other.
+# NPROC_PER_NODE and HOSTFILE say on how many processes and machines: scripts/environment.sh.
 source "$(dirname "${BASH_SOURCE[0]}")/../environment.sh"
 
 # Flags that an environment variable with their name in capitals sets: SEED=3 REWARD_MODEL=hpsv2 bash scripts/finetune/...
