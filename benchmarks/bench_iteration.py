@@ -26,9 +26,10 @@ import time
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from fastvideo.cli import flag, parse_dataclass
+from fastvideo.cli import FlagError, flag, flag_errors, parse_dataclass
 from fastvideo.config import GRPOConfig
 from fastvideo.dataset.latent_flux_rl_datasets import FOLDERS
+from fastvideo.io.files import check_writable
 from fastvideo.train_grpo_flux import set_up
 
 import diffusers
@@ -46,9 +47,9 @@ from make_tiny_flux import build_tiny_flux  # noqa: E402
 class BenchmarkConfig:
     """What to time."""
 
-    double_blocks: int = flag(4, "double-stream blocks (FLUX.1 has 19)")
-    single_blocks: int = flag(8, "single-stream blocks (FLUX.1 has 38)")
-    attention_heads: int = flag(24, "width of the blocks, in heads of 128 channels (FLUX.1 has 24)")
+    double_blocks: int = flag(4, "double-stream blocks (FLUX.1 has 19)", at_least=1)
+    single_blocks: int = flag(8, "single-stream blocks (FLUX.1 has 38)", at_least=1)
+    attention_heads: int = flag(24, "width of the blocks, in heads of 128 channels (FLUX.1 has 24)", at_least=1)
     tiny: bool = flag(False, "the tiny FLUX at 32x32 instead, for a CPU")
     windows: list[int] = flag([0, 10, 19], "where the window starts")
     ablation: bool = flag(False, "measure again with each optimisation switched off")
@@ -152,7 +153,9 @@ def measure(folder: Path, config: BenchmarkConfig, flags: list[str]) -> list[dic
     )
     trainer, sampler, loader = set_up(training)
     end = training.sampling_steps - 2
-    starts = [start for start in config.windows if start < end]  # a sweep may have fewer steps
+    starts = [start for start in config.windows if 0 <= start < end]  # a sweep may have fewer steps
+    if not starts:
+        raise FlagError("windows", config.windows, f"choose from 0 to {end - 1}")
     windows = [list(range(start, min(start + training.group_size, end))) for start in starts for _ in range(2)]
     lines = []
     for window, batch in zip(windows, loader, strict=False):
@@ -220,11 +223,16 @@ def show(title: str, lines: list[dict]) -> None:
     print(f"mean    {means}{memory}", flush=True)
 
 
+@flag_errors("bench_iteration.py")
 def main() -> None:
     argv = sys.argv[1:]
     own = {f"--{f.name}" for f in fields(BenchmarkConfig)} | {"--help"}
     split = next((i for i, word in enumerate(argv) if word.startswith("--") and word not in own), len(argv))
     config, flags = parse_dataclass(BenchmarkConfig, argv[:split], __doc__), argv[split:]
+    if config.folder:
+        check_writable("folder", config.folder)
+    if config.json_file:
+        check_writable("json_file", config.json_file, file=True)
     main_process = os.environ.get("RANK", "0") == "0"
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(config.folder or temporary)

@@ -24,8 +24,9 @@ from dataclasses import dataclass
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 
-from fastvideo.cli import flag, parse_dataclass
+from fastvideo.cli import flag, flag_errors, parse_dataclass
 from fastvideo.io.devices import DTYPES, resolve_device
+from fastvideo.io.files import check_writable
 from fastvideo.models.reward_model.spec import RewardSpecConfig
 from fastvideo.models.reward_model.utils import build_reward_models, compute_reward
 
@@ -60,13 +61,15 @@ class BenchmarkConfig:
 
     device: str = flag(resolve_device(), "where the models run")
     dtype: str = flag("bf16", "number format of the models", choices=list(DTYPES))
-    images: int = flag(12, "pictures of one prompt")
-    image_size: int = flag(720, "their width and height")
-    repeats: int = flag(5, "timed runs, after one run that isn't timed")
+    images: int = flag(12, "pictures of one prompt", at_least=1)
+    image_size: int = flag(720, "their width and height", at_least=1, at_most=2**14)
+    repeats: int = flag(5, "timed runs, after one run that isn't timed", at_least=1)
     narrow: bool = flag(False, "quarter-width models, to try the benchmark itself")
     folder: str | None = flag(None, "keeps the checkpoints for another run (None: a temporary folder)")
     unified_reward_url: str | None = flag(None, "UnifiedReward endpoints (None: a local server that answers at once)")
-    unified_reward_num_workers: int = flag(12, "concurrent requests to UnifiedReward in the batched measurement")
+    unified_reward_num_workers: int = flag(
+        12, "concurrent requests to UnifiedReward in the batched measurement", at_least=1
+    )
 
 
 def seconds(
@@ -109,8 +112,12 @@ def peak_gib(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+@flag_errors("bench_rewards.py")
 def main() -> None:
     config = parse_dataclass(BenchmarkConfig, doc=__doc__)
+    resolve_device(config.device)
+    if config.folder:
+        check_writable("folder", config.folder)
     cuda = torch.device(config.device).type == "cuda"
     name = torch.cuda.get_device_name() if cuda else f"{platform.machine()}, {torch.get_num_threads()} threads"
     print(

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tiny_world import COMMON, Run, base, machine, run_all  # isort: skip  (first: it finds the other scripts)
 
-from fastvideo.cli import flag, parse_dataclass
+from fastvideo.cli import flag, flag_errors, parse_dataclass
 from fastvideo.config import GRPOConfig
 from fastvideo.rollout_plan import make_plan
 from fastvideo.utils.grpo_states import windows
@@ -88,18 +88,12 @@ class ComparisonConfig:
     """What to run."""
 
     output_dir: str = flag("outputs/compare", "folder for the results")
-    studies: list[str] = flag(list(STUDIES), f"which of {', '.join(STUDIES)}")
-    algorithms: list[str] = flag(list(ALGORITHMS), "which of them to compare")
+    studies: list[str] = flag(list(STUDIES), "which comparisons", choices=list(STUDIES))
+    algorithms: list[str] = flag(list(ALGORITHMS), "which of them to compare", choices=list(ALGORITHMS))
     seeds: list[int] = flag([714, 1, 2], "training seeds")
-    images: int = flag(11520, "pictures to sample and score in training")
-    points: int = flag(4, "measurements along a run")
-    jobs: int = flag(1, "runs at a time")
-
-    def __post_init__(self) -> None:
-        for name, known in (("algorithms", ALGORITHMS), ("studies", STUDIES)):
-            unknown = set(getattr(self, name)) - set(known)
-            if unknown:
-                raise ValueError(f"--{name} {' '.join(sorted(unknown))}: choose from {', '.join(known)}")
+    images: int = flag(11520, "pictures to sample and score in training", at_least=1)
+    points: int = flag(4, "measurements along a run", at_least=1)
+    jobs: int = flag(1, "runs at a time", at_least=1)
 
 
 def training_flags(name: str) -> list[str]:
@@ -189,6 +183,7 @@ def draw(results: dict[str, dict[float, list[dict]]], before: float, path: Path)
     figure.savefig(path, dpi=130)
 
 
+@flag_errors("compare_algorithms.py")
 def main() -> None:
     config = parse_dataclass(ComparisonConfig, None, __doc__)
     output = Path(config.output_dir)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tiny_world import ROOT, Run, base, machine, run_all  # isort: skip  (first: it finds the other scripts)
 
-from fastvideo.cli import flag, parse_dataclass
+from fastvideo.cli import flag, flag_errors, parse_dataclass
 from fastvideo.config import GRPOConfig
 
 KINDS = {"quickstart": (), "shuffled rewards": ("--reward_model", "custom_rewards:shuffled_shapes")}
@@ -27,9 +27,9 @@ class CurvesConfig:
 
     output_dir: str = flag("outputs/learning", "folder for the results")
     seeds: list[int] = flag([714, 1, 2], "training seeds")
-    kinds: list[str] = flag(list(KINDS), f"which of {', '.join(map(repr, KINDS))}")
-    every: int = flag(10, "iterations between measurements")
-    jobs: int = flag(1, "runs at a time, which share the cores")
+    kinds: list[str] = flag(list(KINDS), "which of the runs", choices=list(KINDS))
+    every: int = flag(10, "iterations between measurements", at_least=1)
+    jobs: int = flag(1, "runs at a time, which share the cores", at_least=1)
 
 
 def recipe() -> list[str]:
@@ -73,6 +73,7 @@ def draw(curves: dict[str, list[dict]], before: dict[str, float], path: Path) ->
     figure.savefig(path, dpi=130)
 
 
+@flag_errors("learning_curves.py")
 def main() -> None:
     config = parse_dataclass(CurvesConfig, None, __doc__)
     output, runs = Path(config.output_dir), plan_runs(config)

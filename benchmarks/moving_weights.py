@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tiny_world import Run, base, machine, run_all  # isort: skip  (first: it finds the other scripts)
 
-from fastvideo.cli import flag, parse_dataclass
+from fastvideo.cli import flag, flag_errors, parse_dataclass
 
 import numpy as np
 
@@ -40,9 +40,9 @@ class WeightsConfig:
 
     output_dir: str = flag("outputs/weights", "folder for the results")
     seeds: list[int] = flag([714, 1, 2, 3, 4], "training seeds")
-    iterations: int = flag(24, "training iterations, 288 pictures each")
-    learning_rate: float = flag(2e-4, "of all runs; tuned once, with equal constant weights")
-    jobs: int = flag(1, "runs at a time")
+    iterations: int = flag(24, "training iterations, 288 pictures each", at_least=1)
+    learning_rate: float = flag(2e-4, "of all runs; tuned once, with equal constant weights", above=0, at_most=1)
+    jobs: int = flag(1, "runs at a time", at_least=1)
 
 
 def moving(start: tuple[float, ...], end: tuple[float, ...]) -> str:
@@ -129,6 +129,7 @@ def draw(results: dict[str, dict[str, np.ndarray]], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
+@flag_errors("moving_weights.py")
 def main() -> None:
     config = parse_dataclass(WeightsConfig, None, __doc__)
     output = Path(config.output_dir)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tiny_world import TEST_PROMPTS, Run, base, lines, machine, run_all  # isort: skip  (first: it finds other scripts)
 
-from fastvideo.cli import flag, parse_dataclass
+from fastvideo.cli import flag, flag_errors, parse_dataclass
 from fastvideo.eval import eval_reward
 
 import numpy as np
@@ -39,8 +39,8 @@ class HackingConfig:
     output_dir: str = flag("outputs/hacking", "folder for the results")
     seeds: list[int] = flag([714, 1], "training seeds without the KL divergence; with it, the first one")
     kl: list[float] = flag([0.1, 1, 10], "values of --ref_kl_coeff")
-    iterations: int = flag(40, "training iterations, 288 pictures each")
-    jobs: int = flag(1, "runs at a time")
+    iterations: int = flag(40, "training iterations, 288 pictures each", at_least=1)
+    jobs: int = flag(1, "runs at a time", at_least=1)
 
 
 def plan_runs(config: HackingConfig) -> dict[str, tuple[str, Run]]:
@@ -97,6 +97,7 @@ def draw(rows: dict[str, np.ndarray], path: Path, count: int = 10) -> None:
     figure.savefig(path, dpi=110)
 
 
+@flag_errors("reward_hacking.py")
 def main() -> None:
     config = parse_dataclass(HackingConfig, None, __doc__)
     output = Path(config.output_dir)

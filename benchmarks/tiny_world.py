@@ -23,6 +23,7 @@ sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests")]  # make_tiny_flux; c
 
 from fastvideo import train_grpo_flux  # noqa: E402
 from fastvideo.eval.hacking import diversity  # noqa: E402
+from fastvideo.io.files import check_writable  # noqa: E402
 from fastvideo.sample.sample_flux import load_tuned  # noqa: E402
 from fastvideo.utils.grpo_states import windows  # noqa: E402
 from fastvideo.utils.picture_measures import appearances  # noqa: E402
@@ -181,7 +182,11 @@ def run_all(runs: Sequence[Run], output: Path, jobs: int) -> dict[str, dict]:
 
 
 def base(output: Path) -> dict[str, float]:
-    """The base model's measures on the withheld scenes; its pictures are kept as base.npy."""
+    """The base model's measures on the withheld scenes; its pictures are kept as base.npy.
+
+    Raises FlagError if the comparison's --output_dir can't be written.
+    """
+    check_writable("output_dir", output)
     pictures = draw(base_pipeline(), lines(TEST_PROMPTS), REPEATS)
     output.mkdir(parents=True, exist_ok=True)
     np.save(output / "base.npy", pictures)

@@ -89,8 +89,13 @@ def flag_errors(program: str, names: Mapping[str, str] | None = None) -> Iterato
         found = error.errors if isinstance(error, FlagErrors) else [error]
         named = [FlagError((names or {}).get(e.field, e.field), e.value, e.problem) for e in found]
         # One write: other processes may write to the same stream at this moment.
-        sys.stderr.write(redact("".join(f"{program}: error: --{line}\n" for line in named)))
+        sys.stderr.write(redact("".join(f"{program}: error: --{_one_line(error)}\n" for error in named)))
         raise SystemExit(2) from error
+
+
+def _one_line(text: object) -> str:
+    """A value or a library's message may have line breaks."""
+    return " ".join(str(text).splitlines())
 
 
 BOUNDS = {
@@ -99,6 +104,8 @@ BOUNDS = {
     "at_most": (operator.le, "at most"),
     "below": (operator.lt, "below"),
 }
+
+LARGEST = {bool: 1, int: 2**63 - 1, float: 3e38}  # what tensors of int64 and float32 hold
 
 
 def flag(default: Any, help: str, **metadata: Any) -> Any:
@@ -133,9 +140,13 @@ def check_fields(config: Any) -> None:
         if not all(holds(value, bound) for holds, _, bound in bounds):
             wanted = " and ".join(f"{words} {bound}" for _, words, bound in bounds)
             raise FlagError(f.name, value, f"must be {wanted}" + ", or None" * optional)
+        if isinstance(value, int | float) and abs(value) > LARGEST[type(value)]:
+            raise FlagError(f.name, value, f"must be at most {LARGEST[type(value)]:.3g}")
         choices = f.metadata.get("choices")
-        if choices and value not in choices:
-            raise FlagError(f.name, value, f"choose from {', '.join(map(str, choices))}" + ", or None" * optional)
+        for chosen in (value if isinstance(value, list) else [value]) if choices else []:
+            if chosen in choices:
+                continue
+            raise FlagError(f.name, chosen, f"choose from {', '.join(map(str, choices))}" + ", or None" * optional)
 
 
 def default_of(f: Field) -> Any:
@@ -194,6 +205,7 @@ class _Parser(argparse_dataclass.ArgumentParser):
         kwargs["help"] = help
         if get_origin(f.type) is list:
             kwargs |= {"action": _List, "type": get_args(f.type)[0]}
+            kwargs.pop("choices", None)  # check_fields knows them; argparse sees "a,b" as one word
         if get_origin(f.type) is UnionType:  # int | None, which argparse-dataclass doesn't know
             inner = next(a for a in get_args(f.type) if a is not NoneType)
             automatic = f.metadata.get("none")  # what None is called besides
@@ -219,7 +231,7 @@ class _Parser(argparse_dataclass.ArgumentParser):
         return {name: value for name, value in vars(namespace).items() if value is not argparse_dataclass.MISSING}
 
     def error(self, message: str) -> Any:
-        self.exit(2, redact(f"{self.prog}: error: {message} (--help lists the flags)\n"))
+        self.exit(2, redact(f"{self.prog}: error: {_one_line(message)} (--help lists the flags)\n"))
 
 
 OVERRIDE = "--override"  # see the module's first lines
@@ -262,6 +274,7 @@ def parse_dataclass(
         explicit |= given
     try:
         settings = getattr(cls, "create", cls)(**explicit)
+        check_fields(settings)
     except FlagError as error:
         parser.error(f"--{error}")
     say(*notes)

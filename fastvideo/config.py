@@ -162,7 +162,9 @@ class GRPOConfig(RewardSpecConfig):
     eta: float = flag(
         0.7, "noise level of the stochastic steps; deterministic steps can't be trained", at_least=1e-3, at_most=10
     )
-    guidance_scale: float = flag(3.5, "distilled guidance; only for models with guidance embeds (FLUX.1-dev)", above=0)
+    guidance_scale: float = flag(
+        3.5, "distilled guidance; only for models with guidance embeds (FLUX.1-dev)", above=0, at_most=1000
+    )
     sde_type: str = flag("flow", "kind of stochastic step", choices=list(SDE_KINDS))
     init_same_noise: bool = flag(True, "all samples of a prompt start from the same noise")
     share_prefix: bool = flag(True, "compute once what the samples of a prompt have in common; changes speed only")
@@ -358,6 +360,7 @@ class GRPOConfig(RewardSpecConfig):
         3600.0,
         "seconds in which the rewards must score the pictures sampled together; else the run is saved and ends",
         above=0,
+        at_most=10**7,
     )
     max_reward_failures: int | None = flag(
         None,
@@ -378,7 +381,7 @@ class GRPOConfig(RewardSpecConfig):
         "what divides a group's rewards less their mean: the standard deviation, or lp, (Σ|A|^p)^(1/p)",
         choices=["std", "lp"],
     )
-    advantage_p: float = flag(0.8, "p of --advantage_norm lp", above=0)
+    advantage_p: float = flag(0.8, "p of --advantage_norm lp", at_least=0.1, at_most=100)
     flat_group_std: float = flag(
         1e-5,
         "a group whose rewards have a standard deviation of at most this times max(1, |mean|) differs by the scorer's "
@@ -493,6 +496,8 @@ class GRPOConfig(RewardSpecConfig):
     )
 
     def _check_processes(self) -> None:
+        layers = self.lora_target_modules or not self.use_lora
+        self._need(bool(layers), "lora_target_modules", "give at least one linear layer, such as to_q")
         strategy, sp_size = self.fsdp_sharding_startegy, self.sp_size
         engine = self.parallel or ("ddp" if strategy == "none" else None)
         fits = strategy in (None, "none") or engine in (None, "fsdp")

@@ -17,18 +17,19 @@ _ADAMW = "no flag: the optimizer is AdamW with betas 0.9 and 0.999, epsilon 1e-8
 _ONE_LOSS = "no flag: GRPO has no such loss term, leave it out"
 _NO_PICTURES = "no flag: training takes no pictures; give texts with --prompts_file or --data_json_path"
 _TUNED = "--model_path, beside --pretrained_model_name_or_path, the base model"
+_START = "no flag: training starts with the base model; --resume_from_checkpoint goes on with a run"
 _HUB = "no flag: upload the finished checkpoint folder with the hub's own command"
 _FAMILIAR: dict[str, tuple[str, ...]] = {
     # models
     "model base_model model_name model_id model_name_or_path pretrained_model pretrained_model_path pretrained_path "
-    "pretrained_model_name_or_path pretrained base_model_path flux_path flux pipeline model_dir": (
+    "pretrained_model_name_or_path pretrained base_model_path flux_path flux pipeline model_dir name_or_path": (
         "--pretrained_model_name_or_path (base model) or --model_path (tuned model)",
         "--pretrained_model_name_or_path",
         "--model_path",
     ),
     "model_path": ("--pretrained_model_name_or_path",),
     "tuned_model transformer transformer_path lora_path lora_weights lora_dir lora_model_path network_weights "
-    "adapter adapter_path": (_TUNED,),
+    "adapter adapter_path": (_TUNED, _START),
     "ckpt ckpt_path checkpoint checkpoint_path checkpoint_dir": (_TUNED, "--resume_from_checkpoint"),
     "revision variant non_ema_revision": ("no flag: download that version and give its folder",),
     "vae vae_path ae text_encoder text_encoder_path t5xxl clip_l tokenizer tokenizer_name": (
@@ -37,8 +38,8 @@ _FAMILIAR: dict[str, tuple[str, ...]] = {
     ),
     "hub_token token hf_token": ("no flag: set HF_TOKEN in the environment",),
     "cache_dir": ("no flag: set HF_HOME in the environment",),
-    "push_to_hub hub_model_id": (_HUB,),
-    "torch_dtype precision weight_dtype": ("--mixed_precision", "--dtype", "--reward_dtype"),
+    "push_to_hub hub_model_id push_checkpoints_to_hub": (_HUB,),
+    "torch_dtype precision weight_dtype dtype": ("--mixed_precision", "--dtype", "--reward_dtype"),
     "fp16 full_fp16 half": ("--mixed_precision bf16", "--dtype fp16", "--reward_dtype fp16", "--dtype bf16"),
     "bf16 full_bf16 bfloat16": ("--mixed_precision bf16", "--dtype bf16", "--reward_dtype bf16"),
     "fp32 float32 full_precision": ("--mixed_precision no", "--dtype fp32", "--reward_dtype fp32"),
@@ -51,7 +52,10 @@ _FAMILIAR: dict[str, tuple[str, ...]] = {
         "--prompt_dir",
         "--manifest, which has the prompts",
     ),
-    "prompt_file prompts_path prompt_path prompt_dir": ("--prompts_file", "--manifest, which has the prompts"),
+    "prompt_file prompts_path prompt_path prompt_dir prompt_fn": (
+        "--prompts_file",
+        "--manifest, which has the prompts",
+    ),
     "prompts_file": ("--prompt_dir", "--manifest, which has the prompts"),
     "validation_prompt": (
         "--eval_prompts, a text file with one prompt per line",
@@ -100,23 +104,30 @@ _FAMILIAR: dict[str, tuple[str, ...]] = {
     "grad_accum grad_accumulation_steps accumulation_steps gradient_accumulation accumulate_grad_batches": (
         "--gradient_accumulation_steps",
     ),
+    "group": ("--num_generations (pictures per prompt) or --group_size (steps of the window)",),
+    "caption_dropout caption_dropout_rate prompt_dropout": ("--cfg, the share of prompts",),
     "num_iterations num_inner_epochs ppo_epochs": (
         "no flag: each sample trains once; --gradient_accumulation_steps sets the optimizer steps per iteration",
     ),
     # sampling
     "height image_height": ("--h",),
     "width image_width": ("--w",),
-    "resolution image_size img_size size": ("--h and --w",),
+    "resolution image_size img_size size validation_resolution": ("--h and --w",),
     "num_inference_steps inference_steps sample_steps denoising_steps diffusion_steps sample_num_steps "
-    "num_sampling_steps": ("--sampling_steps", "--total_sampling_steps"),
+    "num_sampling_steps validation_num_inference_steps": ("--sampling_steps", "--total_sampling_steps"),
     "sampling_steps": ("--total_sampling_steps",),
     "total_sampling_steps": ("--sampling_steps",),
     "eval_num_steps": ("--sampling_steps, which evaluations take too",),
-    "guidance cfg_scale sample_guidance_scale embedded_guidance": ("--guidance_scale",),
+    "guidance cfg_scale sample_guidance_scale embedded_guidance validation_guidance "
+    "flux_guidance_value": ("--guidance_scale",),
     "cfg": ("--guidance_scale",),
-    "discrete_flow_shift timestep_shift flow_shift time_shift": ("--shift",),
+    "discrete_flow_shift timestep_shift flow_shift time_shift flux_schedule_shift flow_schedule_shift": ("--shift",),
     "noise_level sample_eta sde_eta": ("--eta",),
     "sde_window_size window_size window": ("--group_size, the size of the window in steps",),
+    "sde sde_mode sde_algorithm": ("--sde_type",),
+    "solver dpm_solver": ("--dpm_algorithm_type",),
+    "solver_order dpm_order": ("--dpm_solver_order",),
+    "compress_ratio": ("--dpm_post_compress_ratio",),
     "same_latent same_noise same_init_noise": ("--init_same_noise",),
     "sampler": ("no flag: the pipeline's own scheduler is used; --shift sets its shift",),
     "scheduler": ("--lr_scheduler", "no flag: the pipeline's own scheduler is used; --shift sets its shift"),
@@ -131,6 +142,8 @@ _FAMILIAR: dict[str, tuple[str, ...]] = {
         "--reward_model",
     ),
     "multi_reward": ("--reward_model_type multi_reward", "--reward_model multi_reward"),
+    "use_hpsv2 use_hpsv3 use_pickscore use_clip use_imagereward use_unified_reward": ("--reward_model",),
+    "reward_model_path reward_ckpt reward_path": ("--reward_model, whose files have flags such as --hps_path",),
     "reward_weights reward_weight": ("--reward_model with weights, as hpsv2:0.7,image_reward:0.3",),
     "reward_url reward_server_url reward_api": ("--reward_server",),
     "per_prompt_stat_tracking": ("--use_group",),
@@ -141,6 +154,11 @@ _FAMILIAR: dict[str, tuple[str, ...]] = {
     "clip epsilon clip_eps eps_clip clip_ratio cliprange clip_param train_clip_range": ("--clip_range",),
     "epsilon_high": ("--clip_range, the same on both sides",),
     "adv_clip advantage_clip train_adv_clip_max": ("--adv_clip_max",),
+    "adv_norm norm_adv advantage_normalization scale_rewards": ("--advantage_norm",),
+    "p_norm advantage_p_norm": ("--advantage_p",),
+    "guard grpo_guard ratio_normalization": ("--ratio_norm",),
+    "kl_threshold divergence_threshold kl_target": ("--divergence_limit",),
+    "best_of_n bestofn": ("no flag: all samples of a group are trained",),
     "train_timestep_fraction": ("--timestep_fraction",),
     "temperature top_k top_p max_completion_length use_vllm": (
         "no flag: pictures have no such sampling; --eta sets the noise",
@@ -171,8 +189,8 @@ _FAMILIAR: dict[str, tuple[str, ...]] = {
     # LoRA
     "lora": ("--use_lora", _TUNED),
     "use_peft peft network_module": ("--use_lora",),
-    "rank r lora_r lora_dim network_dim": ("--lora_rank",),
-    "alpha network_alpha": ("--lora_alpha",),
+    "rank r lora_r lora_dim network_dim linear": ("--lora_rank",),
+    "alpha network_alpha linear_alpha": ("--lora_alpha",),
     "lora_layers target_modules lora_targets lora_modules": ("--lora_target_modules",),
     "lora_dropout network_dropout": ("no flag: adapters are trained without dropout",),
     # output
@@ -187,14 +205,15 @@ _FAMILIAR: dict[str, tuple[str, ...]] = {
     "save_steps save_interval save_freq save_every save_every_n_steps checkpoint_steps checkpoint_interval "
     "checkpoint_every": ("--checkpointing_steps",),
     "save_strategy save_every_n_epochs": ("--checkpointing_steps, a number of iterations",),
-    "save_total_limit num_checkpoint_limit save_last_n_steps max_checkpoints keep_checkpoints": (
+    "save_total_limit num_checkpoint_limit save_last_n_steps max_checkpoints keep_checkpoints max_step_saves_to_keep": (
         "--checkpoints_total_limit",
     ),
     "resume resume_from resume_path resume_checkpoint load_from_checkpoint": ("--resume_from_checkpoint",),
     "logging_dir log_dir logdir": ("--run_dir", "no flag: everything goes to --output_dir"),
     "run runs run_folder": ("--run_dir",),
     # evaluation
-    "eval_interval eval_freq eval_every evaluation_steps validation_steps sample_every_n_steps": ("--eval_steps",),
+    "eval_interval eval_freq eval_every evaluation_steps validation_steps sample_every_n_steps "
+    "sample_every": ("--eval_steps",),
     "eval_strategy evaluation_strategy validation_epochs sample_every_n_epochs do_eval": (
         "--eval_steps, a number of iterations",
     ),
@@ -210,7 +229,7 @@ _FAMILIAR: dict[str, tuple[str, ...]] = {
     "wandb log_with report_to tracker use_tracker enable_wandb": ("--use_wandb or --no_use_wandb",),
     "no_wandb disable_wandb without_wandb": ("--no_use_wandb",),
     "project project_name wandb_project_name tracker_project_name log_tracker_name": ("--wandb_project",),
-    "name run_name exp_name wandb_name wandb_run_name wandb_run experiment": ("--experiment_name",),
+    "name run_name exp_name wandb_name wandb_run_name wandb_run experiment tracker_run_name": ("--experiment_name",),
     "wandb_mode wandb_offline": ("no flag: set WANDB_MODE=offline in the environment",),
     "wandb_entity entity wandb_team": ("no flag: set WANDB_ENTITY in the environment",),
     "wandb_dir": ("no flag: set WANDB_DIR in the environment",),
@@ -218,7 +237,10 @@ _FAMILIAR: dict[str, tuple[str, ...]] = {
     "wandb_api_key wandb_token api_key": ("no flag: set WANDB_API_KEY in the environment",),
     "tensorboard": ("no flag: metrics.jsonl in --output_dir has all metrics, fastvideo.eval.report draws them",),
     # processes
-    "num_processes nproc nproc_per_node num_gpus gpus n_gpus n_gpu world_size multi_gpu gpu_ids": (_PROCESSES,),
+    "rdzv_endpoint rdzv_backend rdzv_id max_restarts": ("no flag: torchrun takes it, before the script",),
+    "config config_path yaml": ("no flag: give flags; recipes in scripts/finetune hold sets of them",),
+    "num_processes nproc nproc_per_node num_gpus gpus n_gpus n_gpu world_size multi_gpu gpu_ids "
+    "gpus_per_node": (_PROCESSES,),
     "num_machines nnodes num_nodes node_rank machine_rank master_addr master_port main_process_ip main_process_port "
     "hostfile": (_MACHINES,),
     "local_rank config_file": ("no flag: leave it out; torchrun sets what is needed",),
@@ -230,7 +252,7 @@ _FAMILIAR: dict[str, tuple[str, ...]] = {
     "sequence_parallel_size sequence_parallel ulysses_degree ulysses": ("--sp_size",),
     "offload cpu_offload fsdp_offload_params offload_optimizer_device enable_model_cpu_offload "
     "enable_sequential_cpu_offload": ("--cpu_offload model or sequential", "--use_cpu_offload"),
-    "blocks_to_swap lowvram highvram": (
+    "blocks_to_swap lowvram highvram low_vram": (
         "no flag: --quantize_base, --train_micro_batch_size and --rollout_batch_size save memory",
         "no flag: --cpu_offload saves memory",
     ),

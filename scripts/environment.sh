@@ -21,9 +21,9 @@ given() {
   [ -z "${!2:-}" ] || args+=("--$1" "${!2}")
 }
 
-# mention_hostfile: a recipe without HOSTFILE says that the hostfile is there and isn't used.
+# mention_hostfile: a recipe without HOSTFILE says that the hostfile names other machines and isn't used.
 mention_hostfile() {
-  [ -n "${HOSTFILE:-}" ] || ! [ -e data/hosts/hostfile ] ||
+  [ -n "${HOSTFILE:-}" ] || ! grep -qsvE '^[[:space:]]*(#|$|localhost|127\.)' data/hosts/hostfile ||
     echo "data/hosts/hostfile isn't used; HOSTFILE=data/hosts/hostfile starts all its machines" >&2
 }
 

@@ -178,3 +178,21 @@ def test_every_compared_run_can_be_planned_and_has_a_name_of_its_own(benchmark, 
         config = parse_dataclass(GRPOConfig, [*world.COMMON, *run.flags, *given])
         assert "steps per iteration" in describe(config, 1) and config.h == 32
         assert run.iterations % run.measure_every == 0
+
+
+@pytest.mark.parametrize("script", ["learning_curves", "compare_algorithms", "moving_weights", "reward_hacking"])
+def test_a_comparison_refuses_a_place_that_cannot_be_written_before_anything_slow(
+    script, monkeypatch, capsys, tmp_path
+):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import tiny_world
+
+    benchmark = importlib.import_module(script)
+    monkeypatch.setattr(tiny_world, "base_pipeline", None)
+    (tmp_path / "file").write_text("")
+    for flags in (["--output_dir", str(tmp_path / "file/x")], ["--jobs", "0"]):
+        monkeypatch.setattr(sys, "argv", [script, *flags])
+        with pytest.raises(SystemExit) as stop:
+            benchmark.main()
+        (line,) = capsys.readouterr().err.splitlines()
+        assert stop.value.code == 2 and f"error: {flags[0]} {flags[1]}: " in line

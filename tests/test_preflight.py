@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+from fastvideo.models.reward_model import loading
 from fastvideo.runtime import preflight
 from fastvideo.train_grpo_flux import main
 
@@ -115,3 +116,15 @@ def test_a_model_of_a_hub_is_missing_only_if_no_hub_is_asked(lines, flags, capsy
     monkeypatch.setattr(preflight, "is_offline_mode", lambda: False)
     main(flags(dry_run=True, **hub))
     assert capsys.readouterr().err.count("the run downloads it first") == 3
+
+
+def test_files_that_image_reward_would_download_are_missing_if_no_hub_is_asked(lines, tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "try_to_load_from_cache", lambda *_: None)
+    given = {"reward_model": "image_reward", "image_reward_mode": "overall", "image_reward_score_dir": tmp_path}
+    names = ("bert-base-uncased/vocab.txt", "med_config.json", "ImageReward.pt")
+    assert [line.split()[1] for line in lines(**given)] == [f"{tmp_path / name}:" for name in names]
+    (tmp_path / "bert-base-uncased").mkdir()
+    for name in names:
+        (tmp_path / name).write_text("{}")
+    given["reward_model"] += ",hpsv2"
+    assert [line.split()[0] for line in lines(**given)] == ["--hps_path"]

@@ -3,7 +3,7 @@
 from dataclasses import fields
 from typing import Any, get_args, get_origin
 
-from fastvideo.cli import FlagError
+from fastvideo.cli import FlagError, flag_errors, parse_dataclass
 from fastvideo.config import GRPOConfig
 from fastvideo.data_preprocess.preprocess_flux_embedding import PreprocessConfig
 from fastvideo.eval.eval_reward import EvalConfig
@@ -59,3 +59,19 @@ def test_other_commands_refuse_numbers_that_are_no_numbers_or_below_their_range(
             torch.Generator().manual_seed(value)
         if accepted and "port" in name:
             assert 0 <= value < 65536
+
+
+@pytest.mark.parametrize("flag", ["--guidance_scale 1e30", "--clip_range 1e300", "--rollout_batch_size 1" + 22 * "0"])
+def test_a_number_that_no_tensor_holds_is_refused(capsys, flag):
+    with pytest.raises(SystemExit) as stop:
+        parse_dataclass(GRPOConfig, ["--data_json_path", "unused", *flag.split()])
+    assert stop.value.code == 2 and f"{flag.split()[0]} 1" in capsys.readouterr().err
+
+
+def test_a_value_with_line_breaks_is_refused_in_one_line(capsys):
+    with pytest.raises(SystemExit), flag_errors("program.py"):
+        raise FlagError("output_dir", "a\nb", "no folder\n(really)")
+    assert capsys.readouterr().err == "program.py: error: --output_dir a b: no folder (really)\n"
+    with pytest.raises(SystemExit):
+        parse_dataclass(GRPOConfig, ["--data_json_path", "unused", "--dpm_algorithm_type", "a\nb"])
+    assert len(capsys.readouterr().err.splitlines()) == 1

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import math
+import socket
 import struct
 import subprocess
 import sys
@@ -619,3 +620,19 @@ def test_so_many_failures_are_allowed_and_not_one_more(train, run_at, tiny_flux,
     (line,) = run_at("out").metrics
     assert line["failed_rewards"] == 1 and line["optimizer_steps"] == 0 and math.isfinite(line["reward"])
     assert same_weights(run_at("out").weights(), base_weights(tiny_flux))
+
+
+def test_an_address_that_cannot_be_had_is_refused_before_models_load(monkeypatch, capsys):
+    monkeypatch.setattr("fastvideo.models.reward_model.server.build_reward_models", None)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for flags, named in (
+            (["--port", str(port)], f"--port {port}: "),
+            (["--host", "192.0.2.1"], "--host 192.0.2.1: "),
+        ):
+            with pytest.raises(SystemExit) as stop:
+                server_main(["--reward_model", "shapes", *flags])
+            (line,) = capsys.readouterr().err.splitlines()
+            assert stop.value.code == 2 and f"server.py: error: {named}" in line

@@ -15,7 +15,7 @@ from fastvideo.dataset.latent_flux_rl_datasets import LatentFluxRLDataset
 from fastvideo.io.fingerprint import local_folder
 from fastvideo.io.prompts import read_prompts
 from fastvideo.models.flux import BASE, check_pipeline, meta_transformer
-from fastvideo.models.reward_model.loading import bad_file, on_the_hub_only
+from fastvideo.models.reward_model.loading import bad_file, to_download
 from fastvideo.models.reward_model.spec import REWARDS, resolve_reward_spec
 from fastvideo.models.reward_model.utils import reward_problems
 from fastvideo.runtime.checkpoint import checkpoints
@@ -78,9 +78,8 @@ def _not_downloaded(config: GRPOConfig, field: str) -> Iterator[FlagError]:
     entries = [REWARDS[key] for key in resolve_reward_spec(config, field) if key in REWARDS]
     for entry in entries if not config.reward_server else ():
         mode = entry.chosen_mode(config, field == "eval_reward")
-        for name in [file.field for file in entry.files if file.hub and file.mode in (None, mode)]:
-            if on_the_hub_only(getattr(config, name)):
-                yield from _from_hub(name, getattr(config, name))
+        for name, path in to_download(entry, config, mode):
+            yield from _from_hub(name, path)
 
 
 def _from_hub(field: str, name: str) -> Iterator[FlagError]:
@@ -103,7 +102,8 @@ def _missing_in_pipeline(config: GRPOConfig) -> Iterator[FlagError]:
     path = config.pretrained_model_name_or_path
     folder = local_folder(path)
     if folder is None:
-        if path.count("/") == 1 and not path.startswith((".", "/", "data/", "outputs/")):
+        local = path.startswith((".", "/", "~", "data/", "outputs/", "ckpt/")) or Path(path).parent.is_dir()
+        if path.count("/") == 1 and not local:
             yield from _from_hub(BASE, path)
         else:
             problem = "no such folder; give a diffusers FLUX pipeline folder such as data/tiny_flux, or a hub id"

@@ -54,7 +54,9 @@ class SampleConfig:
     batch_size: int = flag(1, "pictures sampled at a time; changes speed and memory only", at_least=1)
     h: int = flag(1024, "picture height in pixels", at_least=16, at_most=2**14)
     w: int = flag(1024, "picture width in pixels", at_least=16, at_most=2**14)
-    guidance_scale: float = flag(3.5, "distilled guidance; only for models with guidance embeds (FLUX.1-dev)")
+    guidance_scale: float = flag(
+        3.5, "distilled guidance; only for models with guidance embeds (FLUX.1-dev)", at_least=-1000, at_most=1000
+    )
     total_sampling_steps: int = flag(50, "denoising steps", at_least=1, at_most=1000)
     mix_sampling_steps: int | None = flag(
         None, "steps the tuned model takes before the base model goes on (None, 0 or -1: all, as in MixGRPO's script)"

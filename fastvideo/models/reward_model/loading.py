@@ -14,7 +14,7 @@ from fastvideo.cli import FlagError
 from fastvideo.io.devices import DTYPES, torch_dtype
 from fastvideo.io.weights import not_finite
 from fastvideo.models.reward_model.granular import prompt_per_image
-from fastvideo.models.reward_model.spec import REWARDS, File
+from fastvideo.models.reward_model.spec import REWARDS, File, Reward, RewardConfig
 
 import numpy as np
 import torch
@@ -63,6 +63,24 @@ def on_the_hub_only(path: str) -> bool:
         return False
     configs = ("config.json", "open_clip_config.json")
     return not any(isinstance(try_to_load_from_cache(name, config), str) for config in configs)
+
+
+def to_download(entry: Reward, config: Any, mode: str | None) -> list[tuple[str, str]]:
+    """(setting, path) of the files that a reward will download from a hub: neither here nor in the hub's cache."""
+    found = [
+        (file.field, getattr(config, file.field))
+        for file in entry.files
+        if file.hub and file.mode in (None, mode) and on_the_hub_only(getattr(config, file.field))
+    ]
+    for item in entry.downloads:
+        chosen = getattr(config, item.instead) if item.instead else None
+        needed = item.mode in (None, mode) and chosen in (None, RewardConfig.image_reward_path)
+        path = Path(config.image_reward_score_dir, item.name)
+        folder_or_file = Path(config.image_reward_score_dir, Path(item.name).parts[0])
+        here = folder_or_file.exists() or isinstance(try_to_load_from_cache(item.repository, path.name), str)
+        if needed and not here:
+            found.append(("image_reward_score_dir", str(path)))
+    return found
 
 
 def check_device(device: str | None) -> None:

@@ -15,10 +15,12 @@ the loopback and asks for no password, so reach it from other machines through a
 
 import asyncio
 import base64
+import errno
 import io
 import json
 import logging
 import math
+import socket
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -171,6 +173,19 @@ def build_app(config: ServerConfig, models: dict[str, RewardModel]) -> Starlette
     return Starlette(routes=[Route("/health", health), Route("/score", score, methods=["POST"])])
 
 
+def bound_socket(host: str, port: int) -> socket.socket:
+    """A socket that has the address, and doesn't listen yet. Raises FlagError if the address can't be had."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except (OSError, UnicodeError) as error:
+        known = isinstance(error, OSError) and error.errno in (errno.EADDRINUSE, errno.EACCES)
+        field, value = ("port", port) if known else ("host", host)
+        raise FlagError(field, value, getattr(error, "strerror", None) or str(error)) from error
+    return listener
+
+
 @flag_errors("server.py")
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line: loads the rewards, prints the address and serves until it is stopped."""
@@ -178,10 +193,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_reward_files(config, config.evaluation)
     # The port is bound before the slow part, so that a port in use is an error at once. Until the server listens,
     # clients are refused.
-    web = uvicorn.Config(None, host=config.host, port=config.port, log_level="warning", access_log=False)
-    listener = web.bind_socket()
+    listener = bound_socket(config.host, config.port)
     models, weights = build_reward_models(config, resolve_device(config.device), config.evaluation)
-    web.app = build_app(config, models)
+    web = uvicorn.Config(build_app(config, models), log_level="warning", access_log=False)
     host = f"[{config.host}]" if ":" in config.host else config.host
     print(f"rewards: {', '.join(f'{name} {weight:.4g}' for name, weight in weights.items())}")
     print(f"listening on http://{host}:{listener.getsockname()[1]}", flush=True)

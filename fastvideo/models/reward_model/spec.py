@@ -98,6 +98,23 @@ class File:
 
 
 @dataclass(frozen=True)
+class Download:
+    """A file that a reward downloads from a hub if it isn't in the folder of --image_reward_score_dir.
+
+    Attributes:
+        name: the file in that folder.
+        repository: where it comes from.
+        instead: setting that may name another file.
+        mode: as in File.
+    """
+
+    name: str
+    repository: str
+    instead: str | None = None
+    mode: str | None = None
+
+
+@dataclass(frozen=True)
 class Reward:
     """An entry of REWARDS.
 
@@ -106,6 +123,7 @@ class Reward:
         arguments: {argument of the constructor: setting that gives its value}, beside those in SHARED.
         weight: setting with the weight, used if --reward_model gives none; None: the weight is 1.
         files: what has to be there before training.
+        downloads: what is downloaded when the model loads, where it isn't there yet.
         download: part of scripts/huggingface/download_checkpoints.sh that gets the files.
         url: setting with the address of a server, which must be given.
         decisive: arguments that change scores. A reward server and its clients compare their values.
@@ -118,6 +136,7 @@ class Reward:
     arguments: Mapping[str, str] = field(default_factory=dict)
     weight: str | None = None
     files: tuple[File, ...] = ()
+    downloads: tuple[Download, ...] = ()
     download: str | None = None
     url: str | None = None
     decisive: tuple[str, ...] = ()
@@ -185,11 +204,16 @@ REWARDS: dict[str, Reward] = {
             File("image_reward_score_dir", "OpenAI's CLIP ViT-L/14", "ViT-L-14.pt", mode="granular"),
             File(
                 "image_reward_score_dir",
-                "the aesthetic predictor's weights",
+                "the aesthetic predictor's checkpoint",
                 "sac%2Blogos%2Bava1-l14-linearMSE.pth",
                 mode="granular",
             ),
             File("image_reward_med_config", "ImageReward's med_config.json", optional=True),
+        ),
+        downloads=(
+            Download("bert-base-uncased/vocab.txt", "bert-base-uncased"),
+            Download("med_config.json", "THUDM/ImageReward", instead="image_reward_med_config"),
+            Download("ImageReward.pt", "THUDM/ImageReward", instead="image_reward_path", mode="overall"),
         ),
         download="image_reward",
         components=("blip", "clip", "aesthetic"),
