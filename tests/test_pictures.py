@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -113,7 +114,15 @@ def test_an_evaluation_of_files_that_are_no_pictures_ends_before_rewards_load(tm
     picture.write_bytes(REFUSED["PostScript"][0])
     with refused(f"--image {picture}: not one picture could be read; .*: not a readable picture: none of PNG"):
         eval_reward.main(["--image", str(picture), "--prompt", "p", "--reward_model_type", "jpeg_compressibility"])
+    os.mkfifo(tmp_path / "pipe.png")
+    for path in (tmp_path / "pipe.png", tmp_path):
+        with refused(f"--image {path}: .*: not a readable picture: a folder or a device"):
+            eval_reward.main(["--image", str(path), "--prompt", "p", "--reward_model_type", "jpeg_compressibility"])
     manifest = tmp_path / "manifest.json"
+    for text in ("[" * 100_000, r'[{"image": "picture.png", "prompt": "half a pair \ud83d"}]'):
+        manifest.write_text(text)
+        with refused(f"--manifest {manifest}: not a JSON file"):
+            eval_reward.main(["--manifest", str(manifest), "--reward_model_type", "jpeg_compressibility"])
     manifest.write_text(json.dumps([{"image": "gone.png", "prompt": "a"}, {"image": "picture.png", "prompt": "b"}]))
     with refused(f"--manifest {manifest}: not one picture could be read; {picture}: not a readable picture"):
         eval_reward.main(["--manifest", str(manifest), "--reward_model_type", "jpeg_compressibility"])

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fastvideo import train_grpo_flux
-from fastvideo.models.flux import load_text_encoders, load_transformer, load_vae
+from fastvideo.models.flux import check_transformer, load_text_encoders, load_transformer, load_vae
 from fastvideo.sample import sample_flux
 
 import pytest
@@ -93,6 +93,39 @@ def test_a_damaged_part_of_a_pipeline_is_named_and_never_filled_up_with_random_n
             PARTS[part](folder)
         assert str(refusal.value).startswith(f"pretrained_model_name_or_path {folder}: "), damage
         assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 400 + len(folder), damage
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        (
+            "config.json",
+            {"axes_dims_rope": [8, 8, 8]},
+            "axes_dims_rope .8, 8, 8., not 3 even numbers that add up to 32",
+        ),
+        (
+            "diffusion_pytorch_model.safetensors.index.json",
+            {"weight_map": {}},
+            "index.json isn't readable.*names no file",
+        ),
+        ("diffusion_pytorch_model.bin", [1], "AttributeError"),
+    ],
+)
+def test_files_that_only_look_like_a_transformer_are_refused_in_one_line(name, content, problem, damaged):
+    folder = damaged("transformer", "NaN")
+    file, weights = (
+        Path(folder) / "transformer" / name,
+        Path(folder) / "transformer/diffusion_pytorch_model.safetensors",
+    )
+    if name.endswith(".json"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | content if file.exists() else content))
+    else:
+        weights.unlink()
+        torch.save(content, file)
+    with pytest.raises(ValueError, match=f"^pretrained_model_name_or_path {folder}: .*{problem}") as refusal:
+        check_transformer(folder)
+        load_transformer(folder)
+    assert "\n" not in str(refusal.value)
 
 
 def test_training_refuses_damaged_weights_before_it_loads_rewards(flags, damaged, refused, prompts_file, monkeypatch):

@@ -7,6 +7,7 @@ for batch in read_ahead(dataset, sampler, threads=4, device=torch.device("cpu"))
 
 import functools
 import json
+import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -48,9 +49,10 @@ def read_index(path: Path, field: str = "data_json_path") -> list[dict[str, str]
 
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(entries, ensure_ascii=False).encode()  # half a pair of UTF-16 could be written nowhere
     except OSError as cause:
         raise error(cause.strerror or str(cause)) from cause
-    except ValueError as cause:
+    except (ValueError, RecursionError) as cause:
         raise error(f"not a JSON file: {cause}") from cause
     if not isinstance(entries, list) or not entries:
         raise error("expected a list with at least one entry")
@@ -83,7 +85,7 @@ class LatentFluxRLDataset(torch.utils.data.Dataset):
         if not 0 <= cfg_rate <= 1:
             raise FlagError("cfg", cfg_rate, "must be between 0 and 1")
         self.entries = read_index(self.json_path)
-        absent = [path for entry in self.entries for path in self._paths(entry) if not path.is_file()]
+        absent = [path for entry in self.entries for path in self._paths(entry) if not os.path.isfile(path)]
         if absent:
             raise self._error(f"{len(absent)} embedding files are missing, such as {absent[0]}")
         if widths:
@@ -134,7 +136,8 @@ class LatentFluxRLDataset(torch.utils.data.Dataset):
                 cause = str(error).partition("\n")[0]
                 raise self._error(f"{path} can't be read; delete it and preprocess again: {cause}") from error
             dims = 1 if name == "pooled_prompt_embeds" else 2
-            fits = isinstance(tensor, torch.Tensor) and (tensor.is_floating_point() or name == "text_ids")
+            fits = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
+            fits = fits and (tensor.is_floating_point() or name == "text_ids")
             if fits and tensor.ndim == dims + 1 and len(tensor) == 1:
                 tensor = tensor[0]
             if fits and name == "text_ids" and tensor.shape in ((3,), (1, 3)) and not tensor.any():

@@ -139,9 +139,10 @@ def read_manifest(path: Path, field: str) -> list[dict[str, Any]]:
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(found, ensure_ascii=False).encode()  # half a pair of UTF-16 could be written nowhere
     except OSError as error:
         raise FlagError(field, path, error.strerror or str(error)) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FlagError(field, path, f"not a JSON file: {error}") from error
     if not isinstance(found, list) or not found:
         raise FlagError(field, path, "expected a list with at least one entry")
@@ -187,7 +188,7 @@ class Batch:
 
 def _file_hash(path: Path) -> str:
     try:
-        return sha256(path.read_bytes()).hexdigest()
+        return sha256(path.read_bytes()).hexdigest() if os.path.isfile(path) else ""  # a pipe or device has no end
     except (OSError, ValueError):  # no such file; a name that no file can have
         return ""
 

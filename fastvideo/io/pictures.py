@@ -1,5 +1,6 @@
 """Opening of picture files, which may come from anywhere."""
 
+import os
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,6 +21,8 @@ def open_picture(source: Path | BinaryIO) -> Image.Image:
         ValueError: one line; no picture of FORMATS, a broken or truncated file, a picture with more than MAX_PIXELS, or
             an animation.
     """
+    if isinstance(source, Path) and os.path.exists(source) and not os.path.isfile(source):
+        raise ValueError("not a readable picture: a folder or a device")  # a pipe would be waited for
     try:
         with Image.open(source, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:

@@ -21,6 +21,8 @@ def weight_files(folder: Path) -> list[Path]:
         if index.is_file():
             try:
                 names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+                if not names:
+                    raise ValueError("it names no file")
                 return [folder / name for name in dict.fromkeys(names)]
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"{index.name} isn't readable: {error!r}") from error

@@ -46,8 +46,10 @@ def _load(cls: type, path: str, field: str = BASE, **kwargs):
         )
     try:
         return cls.from_pretrained(path, **kwargs)
-    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
-        cause = " ".join(str(error).split())[:300]
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError, KeyError, AttributeError) as error:
+        # The last two say nothing by themselves: an index without its metadata, a pickle that holds no dict.
+        text = f"{error!r} in its files" if isinstance(error, KeyError | AttributeError) else str(error)
+        cause = " ".join(text.split())[:300]
         if Path(path).exists():
             raise ModelNotFoundError(field, path, cause) from error
         raise ModelNotFoundError(
@@ -88,8 +90,12 @@ def load_transformer(path: str, dtype: torch.dtype = torch.float32, field: str =
 
 def meta_transformer(path: str, dtype: torch.dtype = torch.float32, field: str = BASE) -> FluxTransformer2DModel:
     """The transformer without weights, on the meta device. Costs neither time nor memory."""
-    place = _transformer_place(path)
-    return torch.nn.Module.to(_meta_model(FluxTransformer2DModel, path, field, **place), dtype)  # ModelMixin.to warns
+    transformer = _meta_model(FluxTransformer2DModel, path, field, **_transformer_place(path))
+    axes, width = transformer.config.axes_dims_rope, transformer.config.attention_head_dim
+    if len(axes) != 3 or sum(axes) != width or any(axis % 2 for axis in axes):  # no weight tells that they are wrong
+        problem = f"its config.json has axes_dims_rope {list(axes)}, not 3 even numbers that add up to {width}"
+        raise ModelNotFoundError(field, path, problem)
+    return torch.nn.Module.to(transformer, dtype)  # ModelMixin.to warns
 
 
 def _meta_model(cls: type, path: str, field: str = BASE, **place: str) -> torch.nn.Module:
