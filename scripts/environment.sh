@@ -3,12 +3,17 @@
 # PYTHON_BIN overrides the choice: .venv if env_setup.sh has made it, else python3.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} # this checkout's modules, also if PYTHON_BIN's environment has another's
 if [ -z "${PYTHON_BIN:-}" ]; then
   PYTHON_BIN=python3
   [ -x .venv/bin/python ] && PYTHON_BIN=$PWD/.venv/bin/python
 fi
 
 command -v "$PYTHON_BIN" > /dev/null || { echo "PYTHON_BIN=$PYTHON_BIN: no such program" >&2 && exit 2; }
+if [ "$PYTHON_BIN" = python3 ] && ! python3 -c 'import argparse_dataclass' 2> /dev/null; then
+  echo "python3 lacks the packages of requirements.txt; run bash env_setup.sh first, or set PYTHON_BIN" >&2
+  exit 2
+fi
 # With HOSTFILE, launch.py checks it. The words are torchrun's.
 if [ -z "${HOSTFILE:-}" ] && ! [[ ${NPROC_PER_NODE:-1} =~ ^([1-9][0-9]*|gpu|cpu|auto)$ ]]; then
   echo "NPROC_PER_NODE=$NPROC_PER_NODE: give a number of processes, at least 1" >&2

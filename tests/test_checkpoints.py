@@ -13,9 +13,11 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 from fastvideo.io.processes import ONE_REQUEST
 from fastvideo.runtime import resume
+from fastvideo.runtime.checkpoint import CheckpointWriter
 from fastvideo.runtime.log import Log
 from fastvideo.train_grpo_flux import Trainer, main
 
@@ -555,3 +557,17 @@ def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(
     assert run_at("cut").checkpoints == first and not list((tmp_path / "cut").glob(".*"))
     train("cut", **settings, resume_from_checkpoint="latest")
     assert same_weights(run_at("cut").weights(), whole.weights())
+
+
+def test_a_checkpoint_that_cannot_be_written_is_removed_by_the_thread_that_writes_it(monkeypatch, tmp_path):
+    """The run may end for another reason, such as a full disk under metrics.jsonl, and ask for no result."""
+
+    def full(folder, *_):
+        (folder / "half").write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fastvideo.runtime.checkpoint._write_weights", full)
+    writer = CheckpointWriter(SimpleNamespace(config=None), None)
+    with pytest.raises(OSError):
+        writer._write(tmp_path / "checkpoint-1-0", {}, {".": {}}, None)
+    assert not list(tmp_path.iterdir())

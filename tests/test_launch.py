@@ -551,3 +551,21 @@ def test_shell_scripts_are_sound():
         [program("shellcheck"), "-x", "-P", "SCRIPTDIR", "-S", "warning", *SCRIPTS], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout
+
+
+def test_scripts_run_the_modules_of_their_own_checkout(tmp_path):
+    """An environment made by another checkout has that one's modules."""
+    copy = tmp_path / "a b'c"
+    for folder in ("scripts", "fastvideo"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    with (copy / "fastvideo/config.py").open("a") as file:
+        file.write("raise SystemExit('own modules')\n")
+    environment = {**os.environ, "PYTHON_BIN": sys.executable, "PYTHONPATH": str(ROOT)}
+    recipe = copy / "scripts/finetune/finetune_flux_grpo_MixGRPO.sh"
+    done = subprocess.run(["bash", recipe], env=environment, capture_output=True, text=True, timeout=TIME_LIMIT)
+    assert done.stderr.strip() == "own modules"
+    (tmp_path / "python3").symlink_to("/bin/false")  # has no packages
+    del environment["PYTHON_BIN"]
+    environment["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
+    done = subprocess.run(["bash", recipe], env=environment, capture_output=True, text=True, timeout=TIME_LIMIT)
+    assert done.returncode == 2 and "run bash env_setup.sh first" in done.stderr and "\n" not in done.stderr.strip()

@@ -167,30 +167,37 @@ class CheckpointWriter:
     def _write(
         self, final: Path, place: dict[str, Any], weights: dict[str, dict[str, torch.Tensor]], optimizer: Future | None
     ) -> None:
-        """Runs in the first process's thread: writes all except the optimizer's state, then renames the folder."""
+        """Runs in the first process's thread: writes all except the optimizer's state, then renames the folder.
+
+        What failed leaves nothing behind, also if the run ends without asking for the result.
+        """
         config, part = self.engine.config, _part_of(final)
-        if optimizer is not None:
-            optimizer.result()  # waits for all processes
-        part.mkdir(exist_ok=True)
-        for name, tensors in weights.items():
-            _write_weights(part / name, tensors, self.engine)
-        files = sorted(path for path in part.rglob("*") if path.is_file())
-        record = {
-            **place,
-            "settings": run_settings(config, self.engine.accelerator.num_processes),
-            "base_model_hash": base_model_hash(config.pretrained_model_name_or_path),
-            "versions": versions(),
-            "format": FORMAT,
-            "files": {path.relative_to(part).as_posix(): sample_file(path) for path in files},
-        }
-        write_json(part / RECORD, record | {"record_sha256": digest(record, 64)})
-        usual_modes(part)
-        for path in (*part.rglob("*"), part):
-            _sync(path)
-        os.replace(part, final)
-        _sync(final.parent)
-        point_to(final.parent, place["best"])
-        _rotate(final.parent, config.checkpoints_total_limit, place["best"])
+        try:
+            if optimizer is not None:
+                optimizer.result()  # waits for all processes
+            part.mkdir(exist_ok=True)
+            for name, tensors in weights.items():
+                _write_weights(part / name, tensors, self.engine)
+            files = sorted(path for path in part.rglob("*") if path.is_file())
+            record = {
+                **place,
+                "settings": run_settings(config, self.engine.accelerator.num_processes),
+                "base_model_hash": base_model_hash(config.pretrained_model_name_or_path),
+                "versions": versions(),
+                "format": FORMAT,
+                "files": {path.relative_to(part).as_posix(): sample_file(path) for path in files},
+            }
+            write_json(part / RECORD, record | {"record_sha256": digest(record, 64)})
+            usual_modes(part)
+            for path in (*part.rglob("*"), part):
+                _sync(path)
+            os.replace(part, final)
+            _sync(final.parent)
+            point_to(final.parent, place["best"])
+            _rotate(final.parent, config.checkpoints_total_limit, place["best"])
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
 
     @property
     def failed(self) -> bool:
