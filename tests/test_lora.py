@@ -186,6 +186,15 @@ def test_merging_takes_the_base_model_that_the_checkpoint_names_and_no_other(
     assert stop.value.code == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert f"--model_path {adapters}: was trained from another base model ({tiny_flux})" in last
+    (tmp_path / "damaged/transformer").mkdir(parents=True)
+    (tmp_path / "damaged/transformer/diffusion_pytorch_model.safetensors.index.json").write_text("{")
+    with pytest.raises(SystemExit):
+        merge_lora.main([*argv, str(tmp_path / "third"), "--pretrained_model_name_or_path", str(tmp_path / "damaged")])
+    assert "damaged: diffusion_pytorch_model.safetensors.index.json isn't" in capsys.readouterr().err.splitlines()[-1]
+    (adapters / "checkpoint.json").write_text('{"format": 1}')
+    with pytest.raises(SystemExit):
+        merge_lora.main([*argv, str(tmp_path / "third")])
+    assert "checkpoint.json doesn't name its base model" in capsys.readouterr().err.splitlines()[-1]
     (adapters / "checkpoint.json").unlink()
     with pytest.raises(SystemExit):
         merge_lora.main([*argv, str(tmp_path / "third")])

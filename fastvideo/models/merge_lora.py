@@ -64,8 +64,11 @@ def base_model(config: MergeConfig, adapters: Path) -> str:
         raise FlagError(BASE, None, f"needed, as {config.model_path} has no {RECORD}")
     if checkpoint is None:
         return config.pretrained_model_name_or_path
-    base = config.pretrained_model_name_or_path or read_record(checkpoint, "model_path")["settings"][BASE]
-    check_base_model(checkpoint, base, "model_path")
+    try:
+        base = config.pretrained_model_name_or_path or read_record(checkpoint, "model_path")["settings"][BASE]
+        check_base_model(checkpoint, base, "model_path")
+    except (KeyError, TypeError) as error:
+        raise FlagError("model_path", config.model_path, f"{RECORD} doesn't name its base model: {error!r}") from error
     return base
 
 

@@ -30,6 +30,8 @@ from fastvideo.io.files import sync, usual_modes, write_json
 from fastvideo.io.fingerprint import local_folder, model_fingerprint, sample_file
 from fastvideo.io.resumable import digest
 from fastvideo.io.waiting import PATIENCE, result_of
+from fastvideo.io.weights import weight_files
+from fastvideo.models.flux import BASE
 from fastvideo.models.lora import save_lora
 from fastvideo.runtime.engines import Engine, choose_engine
 
@@ -60,11 +62,15 @@ def versions() -> dict[str, str]:
 
 
 def base_model_hash(path: str) -> str | None:
-    """A hash of the base transformer's files. None: some files of a hub id are not on this machine."""
-    folder = (local_folder(path) or Path(path)) / "transformer"
-    index = folder / f"{WEIGHTS}.index.json"
-    names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values() if index.exists() else [WEIGHTS]
-    here = Path(path).is_dir() or all((folder / name).exists() for name in names)
+    """A hash of the base transformer's files. None: some files of a hub id are not on this machine.
+
+    Raises FlagError for an index of files that can't be read.
+    """
+    try:
+        files = weight_files((local_folder(path) or Path(path)) / "transformer")
+    except ValueError as error:
+        raise FlagError(BASE, path, str(error)) from error
+    here = Path(path).is_dir() or (files and all(file.exists() for file in files))
     return model_fingerprint(path, ("transformer",)) if here else None
 
 
