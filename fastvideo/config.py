@@ -673,5 +673,8 @@ class GRPOConfig(RewardSpecConfig):
 
 
 def world_size_of_environment() -> int:
-    """Number of processes as torchrun announces it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Number of processes as torchrun announces it. Raises FlagError if the environment has another value there."""
+    value = os.environ.get("WORLD_SIZE", "1")
+    if not value.isdecimal() or int(value) < 1:
+        raise FlagError("parallel", None, f"WORLD_SIZE is {value!r} in the environment; start processes with torchrun")
+    return int(value)

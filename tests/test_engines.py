@@ -5,6 +5,7 @@ import json
 import weakref
 from pathlib import Path
 
+from fastvideo.cli import FlagError
 from fastvideo.config import GRPOConfig
 from fastvideo.runtime import engines as engines_module
 from fastvideo.runtime.engines import ComputeCopy, build_accelerator, choose_engine
@@ -271,6 +272,22 @@ def config(**given) -> GRPOConfig:
 def test_the_engine_follows_from_flags_and_processes(monkeypatch, given, processes, expected):
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert choose_engine(config(**given), processes) == expected
+
+
+@pytest.mark.parametrize("value", ["two", "0", ""])
+def test_a_number_of_processes_that_is_none_is_refused(monkeypatch, refused, train, value):
+    monkeypatch.setenv("WORLD_SIZE", value)
+    with refused(f"--parallel: WORLD_SIZE is '{value}' in the environment; start processes with torchrun"):
+        train()
+
+
+def test_variables_of_another_launcher_that_connect_no_processes_are_refused(monkeypatch):
+    def fails(**_):
+        raise ValueError("`MASTER_ADDR` env was not set")
+
+    monkeypatch.setattr(engines_module, "Accelerator", fails)
+    with pytest.raises(FlagError, match="can't be connected: `MASTER_ADDR` env was not set; start them with torchrun"):
+        build_accelerator(config(), "none")
 
 
 @pytest.mark.parametrize("per_node,nodes,processes", [(2, 2, 6), (4, 2, 6), (1, 2, 2)])

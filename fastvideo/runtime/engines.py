@@ -109,7 +109,7 @@ def build_accelerator(config: GRPOConfig, name: str) -> Accelerator:
     """The Accelerator of engine `name`.
 
     Raises:
-        FlagError: Accelerate set up another type.
+        FlagError: Accelerate set up another type, or the environment doesn't say how to connect the processes.
     """
     ignore_launcher_settings()
     cpu = not torch.cuda.is_available()
@@ -162,7 +162,11 @@ def build_accelerator(config: GRPOConfig, name: str) -> Accelerator:
         settings["cpu"] = False  # True would silently drop the plugin
         if cpu:
             together.backend = "gloo"
-    accelerator = Accelerator(**settings)
+    try:
+        accelerator = Accelerator(**settings)
+    except ValueError as error:  # another launcher's variables, such as MPI's
+        problem = f"the processes can't be connected: {error}; start them with torchrun"
+        raise FlagError("parallel", name, problem) from error
     unset_hf_deepspeed_config()  # with it transformers would split text encoders and reward models as ZeRO-3 does
     if accelerator.distributed_type not in EXPECTED[name]:
         raise FlagError("parallel", name, f"Accelerate set up {accelerator.distributed_type.value} instead")
