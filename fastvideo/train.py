@@ -29,6 +29,7 @@ from typing import Any
 from fastvideo.cli import parse_first, say
 from fastvideo.config import ALGORITHMS, GRPOConfig
 from fastvideo.familiar_flags import answer
+from fastvideo.io.secrets import redact
 from fastvideo.models.reward_model.spec import MIXES, REWARDS
 from fastvideo.reference_flags import REFERENCE_FLAGS, translate
 
@@ -235,8 +236,7 @@ def read(overrides: Sequence[str]) -> None:
     try:
         argv, note = to_flags(overrides)
     except ValueError as error:
-        without_login = re.sub(r"[^\s/=,\"'\[]+@", "", str(error))
-        sys.stderr.write(f"train.py: error: {without_login}\n")
+        sys.stderr.write(redact(f"train.py: error: {error}\n"))
         raise SystemExit(2) from error
     parse_first(GRPOConfig, argv, __doc__, translate)
     say(note)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from fastvideo.io.secrets import redact
+from fastvideo.train import read
 
 import pytest
 from conftest import TIME_LIMIT, torchrun
@@ -17,6 +18,7 @@ SECRET = "hush-hush-hush"
     [
         ("http://me:{}@proxy:3128", "http://proxy:3128"),
         ("http://{}@host/v1", "http://host/v1"),
+        ("http:/me:{}@host/v1", "http:/host/v1"),
         ("http://me:p@{}@proxy", "http://proxy"),
         ("http://me:p/{}@proxy:1/x", "http://proxy:1/x"),
         ("me:{}@proxy:3128", "proxy:3128"),
@@ -57,6 +59,14 @@ def test_a_refused_flag_does_not_repeat_a_secret(flags, tmp_path, subprocess_env
     done = torchrun(argv, subprocess_environment, processes=1)
     assert done.returncode and "--reward_server ftp://host/?key=***: must start with" in done.stderr
     assert SECRET not in done.stderr
+
+
+@pytest.mark.parametrize("argument", ["reward.reward_server={}", "nosuch={}", "reward.unified_reward_url=[{}"])
+def test_e_grpos_command_line_does_not_repeat_a_secret(argument, capsys):
+    with pytest.raises(SystemExit):
+        read([argument.format(f"http://me:{SECRET}@host/v1?api_key={SECRET}&n=1")])
+    error = capsys.readouterr().err
+    assert "error: " in error and SECRET not in error
 
 
 @pytest.fixture

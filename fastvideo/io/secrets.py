@@ -6,8 +6,11 @@ import re
 HIDDEN = "***"
 
 # In `https://user:password@host/path?api_key=...#token=...` all between `://` and the last @ of the address is a login.
-# A password may hold an unescaped slash: then what follows the first colon is no port.
-_LOGIN = re.compile(r"""(?<=://)(?:[^/\s,'"?#]*@|(?!\[)[^/\s,'"@:]+:(?!\d*(?:[/\s,'"?#]|$))[^\s,'"]*@)""")
+# A password may hold an unescaped slash: then what follows the first colon is no port. In a path, :// is :/ only.
+_LOGIN = re.compile(
+    r"""(?:(?<=://)|(?<=\bhttp:/)|(?<=\bhttps:/))"""
+    r"""(?:[^/\s,'"?#]*@|(?!\[)[^/\s,'"@:]+:(?!\d*(?:[/\s,'"?#]|$))[^\s,'"]*@)"""
+)
 # A proxy may be given without a scheme, as `user:password@host`.
 _BARE_LOGIN = re.compile(r"""(?<![^\s,='"])[^/\s,='":@]+:[^/\s,'"]+@(?=[\w.\[-])""")
 _QUERY = re.compile(r"""(?<=[?&;#])([\w.~%\[\]-]+)=[^&;\s,'"#<>]*[^&;\s,'"#<>:.]""")
