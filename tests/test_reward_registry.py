@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 from fastvideo.io.devices import DTYPES
 from fastvideo.models import reward_model
+from fastvideo.models.reward_model.custom import FunctionReward
 from fastvideo.models.reward_model.shapes import ShapesRewardModel
 from fastvideo.models.reward_model.spec import (
     MIXES,
@@ -273,6 +274,16 @@ def test_a_custom_reward_is_a_dotted_path(tmp_path, monkeypatch):
     models, weights = build_reward_models(config(reward_model="my_rewards:brightness"), "cpu")
     assert weights == {"brightness": 1.0}
     assert models["brightness"]([Image.new("L", (2, 2), 7)], ["x"]) == [7]
+
+
+def test_a_custom_reward_that_empties_its_lists_leaves_the_pictures_to_other_rewards(tmp_path, monkeypatch):
+    (tmp_path / "greedy_reward.py").write_text(
+        "def greedy(images, prompts):\n    return [images.pop() and prompts.pop() and 1.0 for _ in range(2)]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    images, prompts = [Image.new("RGB", (8, 8))] * 2, ["a", "b"]
+    assert FunctionReward("greedy_reward:greedy")(images, prompts) == [1.0, 1.0]
+    assert len(images) == len(prompts) == 2
 
 
 def test_an_import_error_inside_a_custom_reward_is_shown_as_it_is(tmp_path, monkeypatch):

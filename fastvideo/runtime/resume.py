@@ -268,7 +268,7 @@ def check_output(output_dir: str) -> None:
         if os.path.lexists(path):
             check_writable("output_dir", path)
     for path in (Path(output_dir, name) for name in FILES):
-        if path.exists() and not (path.is_file() and os.access(path, os.W_OK)):
+        if path.is_dir() or (path.name == "metrics.jsonl" and path.exists() and not os.access(path, os.W_OK)):
             raise FlagError("output_dir", output_dir, f"{path.name} in it is no file that can be written")
 
 

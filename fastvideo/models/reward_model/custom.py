@@ -46,7 +46,7 @@ class FunctionReward:
         self.name = function_name
 
     def __call__(self, images: list[Image.Image], prompts: list[str]) -> Sequence[float]:
-        return self.function(images, prompts)
+        return self.function(list(images), list(prompts))  # if it empties them, others still have theirs
 
 
 @functools.cache  # a run checks its rewards, and later builds them
