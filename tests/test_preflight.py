@@ -128,3 +128,10 @@ def test_files_that_image_reward_would_download_are_missing_if_no_hub_is_asked(l
         (tmp_path / name).write_text("{}")
     given["reward_model"] += ",hpsv2"
     assert [line.split()[0] for line in lines(**given)] == ["--hps_path"]
+
+
+@pytest.mark.parametrize("given,problem", [("nope", "not found"), ("latest", "no checkpoint")])
+def test_a_dry_run_misses_the_checkpoint_to_resume_from(lines, tmp_path, given, problem):
+    (line,) = lines(resume_from_checkpoint=given, output_dir=tmp_path / "none")
+    assert line.startswith(f"--resume_from_checkpoint {given}: {problem}")
+    assert not (tmp_path / "none").exists()

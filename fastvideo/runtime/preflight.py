@@ -20,7 +20,7 @@ from fastvideo.models.reward_model.spec import REWARDS, resolve_reward_spec
 from fastvideo.models.reward_model.utils import reward_problems
 from fastvideo.runtime.checkpoint import checkpoints
 from fastvideo.runtime.memory import checkpoint_size, describe_memory
-from fastvideo.runtime.resume import check_output
+from fastvideo.runtime.resume import check_output, to_resume
 
 from huggingface_hub import is_offline_mode
 
@@ -54,6 +54,8 @@ def check_run(config: GRPOConfig, world_size: int) -> None:
         checks = [lambda: check_output(config.output_dir)]
     if config.data_json_path:
         checks.append(lambda: _check_embeddings(config, configs))
+    if config.dry_run:  # a run that goes on looks when it has the folder
+        checks.append(lambda: to_resume(config, world_size))
     texts = [name for name in ("prompts_file", "eval_prompts") if getattr(config, name) is not None]
     checks += [lambda name=name: read_prompts(getattr(config, name), name) for name in texts]
     found += _raised(checks)

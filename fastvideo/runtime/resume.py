@@ -294,13 +294,7 @@ def _open(config: GRPOConfig, processes: int, output: Path) -> Path | None:
     if not config.resume_from_checkpoint and is_used(output):
         problem = "holds a run already; choose another folder or --resume_from_checkpoint latest"
         raise FlagError("output_dir", output, problem)
-    checkpoint = None
-    if config.resume_from_checkpoint:
-        checkpoint = find_checkpoint(config.resume_from_checkpoint, output)
-    if checkpoint is not None:
-        if is_used(output) and checkpoint.resolve().parent != output.resolve():
-            raise FlagError("output_dir", output, f"holds another run than --resume_from_checkpoint {checkpoint}")
-        check_resumable(checkpoint, config, processes)
+    checkpoint = to_resume(config, processes)
     remove_leftovers(output)  # before anything is written, because they may fill the disk
     if checkpoint is None and is_used(output):
         set_aside_run(output)
@@ -308,6 +302,21 @@ def _open(config: GRPOConfig, processes: int, output: Path) -> Path | None:
         set_aside_later(checkpoint, output)
         truncate_metrics(output, read_record(checkpoint)["iteration"])
         point_to(output, read_record(checkpoint).get("best"))
+    return checkpoint
+
+
+def to_resume(config: GRPOConfig, processes: int) -> Path | None:
+    """The checkpoint that --resume_from_checkpoint means, if any. Changes nothing.
+
+    Raises FlagError if there is none, or it can't be continued with these settings in this folder.
+    """
+    output, checkpoint = Path(config.output_dir), None
+    if config.resume_from_checkpoint:
+        checkpoint = find_checkpoint(config.resume_from_checkpoint, output)
+    if checkpoint is not None:
+        if is_used(output) and checkpoint.resolve().parent != output.resolve():
+            raise FlagError("output_dir", output, f"holds another run than --resume_from_checkpoint {checkpoint}")
+        check_resumable(checkpoint, config, processes)
     return checkpoint
 
 
