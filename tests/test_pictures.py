@@ -114,6 +114,8 @@ def test_an_evaluation_of_files_that_are_no_pictures_ends_before_rewards_load(tm
     picture.write_bytes(REFUSED["PostScript"][0])
     with refused(f"--image {picture}: not one picture could be read; .*: not a readable picture: none of PNG"):
         eval_reward.main(["--image", str(picture), "--prompt", "p", "--reward_model_type", "jpeg_compressibility"])
+    with refused(r"--prompt 'caf.udce9': isn't UTF-8 text"):  # what Python makes of a byte in Latin-1
+        eval_reward.main(["--image", str(picture), "--prompt", "caf\udce9"])
     os.mkfifo(tmp_path / "pipe.png")
     for path in (tmp_path / "pipe.png", tmp_path):
         with refused(f"--image {path}: .*: not a readable picture: a folder or a device"):

@@ -89,6 +89,8 @@ class EvalConfig(RewardConfig):
         if (self.image is None) != (self.prompt is None):
             given = "image" if self.prompt is None else "prompt"
             raise FlagError(given, getattr(self, given), "--image and --prompt go together")
+        if any("\ud800" <= letter <= "\udfff" for letter in self.prompt or ""):
+            raise FlagError("prompt", ascii(self.prompt), "isn't UTF-8 text")
         if self.baseline_manifest is not None and self.manifest is None:
             raise FlagError("baseline_manifest", self.baseline_manifest, "needs --manifest")
         if self.benchmark_prompts is not None and self.manifest is None:
