@@ -91,6 +91,14 @@ def test_what_can_not_be_saved_is_said(stops, monkeypatch):
     assert not stops("first; iterations up to 1 can't be saved (ValueError: second)", **SETTINGS).checkpoints
 
 
+def test_an_interrupt_that_a_reward_raises_itself_keeps_the_iterations_before(stops, monkeypatch):
+    interrupted = Failing(custom_rewards.brightness, 2, KeyboardInterrupt())
+    monkeypatch.setattr(custom_rewards, "interrupted", lambda *given: interrupted(*given), raising=False)
+    message = "the reward interrupted raised RuntimeError: KeyboardInterrupt()"
+    cut = stops(message, **{**SETTINGS, "reward_model": "custom_rewards:interrupted"})
+    assert [path.name for path in cut.checkpoints] == ["checkpoint-1-0"]
+
+
 def test_a_reward_that_does_not_answer_ends_the_run_by_name(stops, monkeypatch):
     released, calls = threading.Event(), []
 

@@ -41,8 +41,15 @@ class Scoring:
         """Starts work(...) in the scoring thread and on its CUDA stream, while the next prompts are sampled."""
 
         def in_stream() -> Result:
-            with torch.cuda.stream(self._stream):  # does nothing for None
-                return work(*args, **kwargs)
+            try:
+                with torch.cuda.stream(self._stream):  # does nothing for None
+                    return work(*args, **kwargs)
+            except (Exception, SystemExit):
+                raise
+            except (
+                BaseException
+            ) as error:  # a KeyboardInterrupt in this thread comes from the reward, not from a signal
+                raise RuntimeError(repr(error)) from error
 
         return self._thread.submit(in_stream)
 
