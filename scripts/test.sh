@@ -13,6 +13,7 @@ if [ "${1:-}" = --long ]; then
   which=long
   shift
 fi
+sync # gigabytes of packages that were just installed would hold up tests that wait for the disk
 "$PYTHON_BIN" -m ruff check .
 "$PYTHON_BIN" -m ruff format --check .
 exec "$PYTHON_BIN" -m pytest -q -m "$which" -n "${TEST_PROCESSES:-3}" --dist loadgroup --durations=15 "$@"

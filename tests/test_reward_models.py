@@ -422,7 +422,10 @@ def test_pick_score_equals_its_model_card(make):
         ("pick_score pick_score_path a/b/c", "no such file"),
         ("pick_score pick_score_path no/thing", ""),
         ("image_reward image_reward_score_dir {}", "no such file"),
-        ("image_reward image_reward_path {}/half.pt image_reward_mode overall", "not a readable checkpoint"),
+        (
+            "image_reward image_reward_path {}/half.pt image_reward_mode overall image_reward_score_dir {good}",
+            "not a readable checkpoint",
+        ),
         ("image_reward image_reward_score_dir {} image_reward_mode overall", ""),
     ],
 )
@@ -433,14 +436,14 @@ def test_a_missing_or_wrong_file_is_refused_with_flag_file_and_the_command_that_
     good = (narrow_rewards / "hps_ckpt" / HPS_FILE).read_bytes()
     (tmp_path / "half.pt").write_bytes(good[: len(good) // 2])
     torch.save({"state_dict": {"logit_scale": torch.zeros(())}}, tmp_path / "other.pt")
-    reward, *given = settings.format(tmp_path).split()
+    reward, *given = settings.format(tmp_path, good=narrow_rewards / "image_reward_ckpt").split()
     argv = flags(reward_model=reward, **dict(zip(given[::2], given[1::2], strict=True)))
     with pytest.raises(SystemExit) as stop:
         train_grpo_flux.main(argv)
     assert stop.value.code == 2
-    line = capsys.readouterr().err.splitlines()[-1]
+    lines = [line for line in capsys.readouterr().err.splitlines() if ": error: " in line]
     part = {"hpsv2": "hps", "clip_score": "clip", "pick_score": "pick"}.get(reward, reward)
-    assert re.search(f"--{given[0]} {re.escape(given[1])}.*: .*{message}", line)
+    (line, *_) = [line for line in lines if re.search(f"--{given[0]} {re.escape(given[1])}.*: .*{message}", line)]
     assert f"`bash scripts/huggingface/download_checkpoints.sh {part}`" in line
     assert not (tmp_path / "run/metrics.jsonl").exists()
 

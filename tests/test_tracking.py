@@ -33,6 +33,7 @@ def environment(monkeypatch, tmp_path):
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))  # no ~/.netrc
+    tracking.kill_service()  # wandb read the variables when an earlier test set it up
 
     def change(**variables: str) -> None:
         for name, value in {"API_KEY": KEY, "INIT_TIMEOUT": "2", **variables}.items():
