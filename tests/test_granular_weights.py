@@ -1,10 +1,11 @@
 import math
 
-from fastvideo.models.reward_model.granular import SCHEDULES, GranularRewardModel
+from fastvideo.models.reward_model.granular import SCHEDULES, GranularRewardModel, as_scores
 from fastvideo.models.reward_model.utils import compute_reward
 
 import numpy as np
 import pytest
+import torch
 
 START, END = (0.5, 0.3, 0.2), (0.2, 0.5, 0.3)
 IMAGES, PROMPTS = [None] * 3, ["a", "b", "c"]
@@ -329,3 +330,40 @@ def test_one_text_is_the_prompt_of_all_images():
 def test_every_image_needs_a_prompt():
     with pytest.raises(ValueError, match="3 images but 2 prompts"):
         compute_reward(IMAGES, PROMPTS[:2], {"A": lambda i, p: [1, 2, 3]}, {"A": 1})
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [0.5, 1, -2],
+        (0.5, True, np.float32(-2)),
+        np.array([0.5, 1, -2], np.float16),
+        np.array([[0.5], [1], [-2]]),
+        torch.tensor([0.5, 1, -2]).bfloat16(),
+        torch.tensor([0.5, 1, -2], requires_grad=True),
+        torch.tensor([[0.5], [1], [-2]], dtype=torch.float64),
+        [torch.tensor(0.5), torch.tensor(1), torch.tensor(-2.0, requires_grad=True)],
+    ],
+)
+def test_scores_are_taken_in_any_number_format_and_as_a_column(values):
+    scores = as_scores(values, 3, "A")
+    assert scores.dtype == np.float64 and scores.tolist() == [0.5, 1, -2]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [1, 2],
+        [1, 2, 3, 4],
+        torch.zeros(3, 2),
+        torch.zeros(()),
+        None,
+        "abc",
+        ["1", "2", "3"],
+        {"a": 1},
+        [[1], [2, 3], 4],
+    ],
+)
+def test_anything_else_than_a_number_per_picture_is_refused_by_the_model_s_name(values):
+    with pytest.raises(ValueError, match="^A returned .* for 3 pictures; expected 3 numbers"):
+        as_scores(values, 3, "A")
