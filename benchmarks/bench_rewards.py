@@ -7,7 +7,7 @@ Writes each model's checkpoint at full architecture and in its real format (17 G
 with another --dtype), loads it as training does, and times `compute_reward` on the pictures of one group, from decoded
 pictures to scores, with preprocessing on the CPU. Prints the median of --repeats. UnifiedReward is asked at
 --unified_reward_url. Without this flag a local server answers at once, so that only the client is timed: pictures as
-JPEG, requests, answers. Keep the output under benchmarks/results/.
+JPEG, requests, answers; the judge of vlm_judge always is this server. Keep the output under benchmarks/results/.
 """
 
 import json
@@ -51,6 +51,7 @@ SETS = {
     "pick_score": ("pick_score", "overall", ["pick_score"]),
     "multi_reward": ("multi_reward", "overall", ["hps", "image_reward", "pick_score"]),
     "unified_reward": ("unified_reward", "overall", []),
+    "vlm_judge": ("vlm_judge", "overall", []),
     "jpeg_compressibility": ("jpeg_compressibility", "overall", []),
 }
 
@@ -78,7 +79,8 @@ def seconds(
     """Median time for all pictures, in seconds."""
     for model in models.values():
         model.batch_size = batch_size
-        model.num_workers = min(batch_size, config.unified_reward_num_workers)
+        if hasattr(model, "client"):
+            model.client.workers = min(batch_size, config.unified_reward_num_workers)
     prompts = ["a photograph of a lighthouse on a cliff in a storm, waves, dramatic light"] * len(pictures)
     times = []
     for _ in range(config.repeats + 1):
@@ -92,12 +94,17 @@ def seconds(
 @contextmanager
 def stand_in() -> Iterator[str]:
     """The URL of a local server that gives every picture the same score at once."""
-    reply = json.dumps({"choices": [{"message": {"content": "Alignment Score (1-5): 3"}}]}).encode()
+    words = [{"token": "Yes", "logprob": -0.5}, {"token": "No", "logprob": -1}]
+    logprobs = {"content": [{"top_logprobs": words}]}
+    choice = {"message": {"content": "Alignment Score (1-5): 3"}, "logprobs": logprobs}
 
     class Handler(QuietHandler):
+        def do_GET(self) -> None:
+            self.reply(200, json.dumps({"data": [{"id": "stand-in"}]}).encode())
+
         def do_POST(self) -> None:
             self.read_json()
-            self.reply(200, reply)
+            self.reply(200, json.dumps({"choices": [choice]}).encode())
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -153,6 +160,7 @@ def main() -> None:
                     pick_score_path=str(folder / checkpoints.PICK_SCORE_FOLDER),
                     image_reward_score_dir=str(folder / "image_reward_ckpt"),
                     unified_reward_url=config.unified_reward_url or url,
+                    vlm_judge_url=url,
                 ),
                 config.device,
             )

@@ -371,7 +371,7 @@ class Trainer:
         done = self.progress.iteration
         if self.unread:  # an error came between two optimizer steps, which then are part of the checkpoint
             self._after_step(done + 1)
-        self.writer.save(self.progress.record(sampler.epoch_of(done), sampler.position(done + 1)))
+        self.writer.save(self.progress.record(sampler.epoch_of(done), sampler.position(done + 1), self.scoring.judge))
 
     # --- pictures ---------------------------------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """A real HTTP server on the loopback with the chat protocol of UnifiedReward's endpoints. It can misbehave."""
 
 import json
+import math
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -30,6 +31,10 @@ class QuietHandler(BaseHTTPRequestHandler):
 
 
 class ChatHandler(QuietHandler):
+    def do_GET(self):
+        models = {"data": [{"id": name, "object": "model"} for name in self.server.models]}
+        self.reply(200, json.dumps(models).encode()) if self.path.startswith("/v1/models") else self.reply(404, b"")
+
     def do_POST(self):
         server, body = self.server, self.read_json()
         with server.lock:
@@ -39,6 +44,11 @@ class ChatHandler(QuietHandler):
         status, reply = server.answer(body["messages"][0]["content"])
         with server.lock:
             server.busy -= 1
+        if isinstance(reply, dict):  # first words -> their probabilities
+            top = [{"token": token, "logprob": math.log(p)} for token, p in reply.items()]
+            logprobs = {"content": [{**top[0], "top_logprobs": top}]}
+            message = {"role": "assistant", "content": top[0]["token"]}
+            reply = json.dumps({"choices": [{"message": message, "logprobs": logprobs}]}).encode()
         if isinstance(reply, str):
             reply = json.dumps({"choices": [{"message": {"role": "assistant", "content": reply}}]}).encode()
         self.reply(status, reply)
@@ -68,9 +78,10 @@ def http_server():
 def chat_server(monkeypatch, http_server):
     """chat_server(answer) starts a server; answer(content of the message) -> (status or None, reply).
 
-    A text reply is wrapped in the protocol; bytes are sent unchanged; status None closes the connection.
-    The server's `requests`: (path, headers, body) in order of arrival.
+    A text reply is wrapped in the protocol, and so are the probabilities of first words, {word: probability}; bytes are
+    sent unchanged; status None closes the connection.
+    The server's `requests`: (path, headers, body) in order of arrival. Its `models`: ids that /v1/models names.
     """
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
-    return lambda answer: http_server(ChatHandler, answer=answer, requests=[], busy=0, most_busy=0)
+    return lambda answer: http_server(ChatHandler, answer=answer, requests=[], busy=0, most_busy=0, models=["judge"])

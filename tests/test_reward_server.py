@@ -21,7 +21,7 @@ from fastvideo.models.reward_model.server import ServerConfig, build_app
 from fastvideo.models.reward_model.server import main as server_main
 from fastvideo.models.reward_model.shapes import all_scenes, draw
 from fastvideo.models.reward_model.spec import RewardSpecConfig, reward_settings
-from fastvideo.models.reward_model.utils import build_reward_models, compute_reward
+from fastvideo.models.reward_model.utils import build_reward_models, compute_reward, judge_of, served_judge
 
 import httpx
 import numpy as np
@@ -216,6 +216,18 @@ def test_pictures_of_every_mode_arrive_as_they_are(serve):
     scores = [compute_reward(modes, ["a \U0001f642"] * 7, *models)[0] for models in (here, there)]
     np.testing.assert_array_equal(*scores)
     assert len(set(scores[0])) > 3
+
+
+def test_a_judge_behind_servers_is_known_to_the_run_and_must_be_one(serve, chat_server):
+    judges = [chat_server(lambda content: (200, {"Yes": 0.5, "No": 0.25})) for _ in range(2)]
+    judges[1].models = ["another"]
+    urls = [serve("vlm_judge", vlm_judge_url=judge.url) for judge in judges]
+    models, _ = connect(urls[0], reward_model="vlm_judge")
+    assert models["VLMJudgeModel"](PICTURES[:2], CAPTIONS[:2]) == pytest.approx([2 / 3] * 2)
+    assert judge_of(models) == "judge"
+    assert served_judge(RewardSpecConfig(reward_model="vlm_judge", reward_server=urls[1])) == "another"
+    with pytest.raises(ValueError, match="its judge is another, that of another server judge"):
+        connect(*urls, reward_model="vlm_judge")
 
 
 @pytest.mark.slow

@@ -125,7 +125,7 @@ from fastvideo.io.resumable import Journal, digest, finish
 from fastvideo.io.scores import companion, reward_schema, write_scores
 from fastvideo.models.reward_model.clip_base import CLIPReward
 from fastvideo.models.reward_model.granular import RewardModel
-from fastvideo.models.reward_model.utils import build_reward_models, compute_reward
+from fastvideo.models.reward_model.utils import build_reward_models, compute_reward, judge_of
 from fastvideo.utils.picture_measures import appearance
 
 import torch.distributed as dist
@@ -298,12 +298,13 @@ def _entries(config: EvalConfig, path: str, field: str) -> list[dict[str, Any]]:
     return benchmark_entries(Path(path), read_benchmark(Path(config.benchmark_prompts), "benchmark_prompts"))
 
 
-def _settings(config: EvalConfig) -> str:
-    """All flags that decide a score, as text; for a flag that names a file also the file's size and date."""
+def _settings(config: EvalConfig, models: dict[str, RewardModel]) -> str:
+    """All that decides a score, as text: flags, for a flag that names a file also its size and date, and the judge."""
     values = {field.name: getattr(config, field.name) for field in fields(RewardConfig)}
     values |= {"reward_model": config.reward_model_type, "hacking_measures": config.hacking_measures}
     files = {value: os.stat(value) for value in values.values() if isinstance(value, str) and os.path.isfile(value)}
-    return json.dumps([values, {path: [stat.st_size, stat.st_mtime_ns] for path, stat in files.items()}])
+    stats = {path: [stat.st_size, stat.st_mtime_ns] for path, stat in files.items()}
+    return json.dumps([values, stats, judge_of(models)])
 
 
 def _output(config: EvalConfig) -> Path | None:
@@ -340,7 +341,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     output = _output(config)
     with processes(config.device) as here:
         models, _ = build_reward_models(config, here.device, evaluation=True, field="reward_model_type")
-        settings = _settings(config)
+        settings = _settings(config, models)
         paths = [config.manifest, config.baseline_manifest, config.benchmark_prompts]
         purpose = [settings, *(path and os.path.abspath(path) for path in paths), config.trained_rewards]
         journal = ScoreJournal(output, settings, purpose)

@@ -19,7 +19,7 @@ from fastvideo.config import GRPOConfig
 from fastvideo.dataset.latent_flux_rl_datasets import LatentFluxRLDataset, collate
 from fastvideo.io.files import write_bytes
 from fastvideo.io.scores import evaluation_scores, write_scores
-from fastvideo.models.reward_model.utils import RewardModel, build_reward_models
+from fastvideo.models.reward_model.utils import RewardModel, build_reward_models, judge_of
 from fastvideo.runtime.engines import Engine
 from fastvideo.runtime.resume import Progress
 from fastvideo.runtime.scoring import Scoring
@@ -67,6 +67,8 @@ class Evaluation:
             self.models, self.weights = self.models | held_out[0], held_out[1]
         settings = "seed h w sampling_steps shift guidance_scale pretrained_model_name_or_path".split()
         measure = [self.prompts, self.weights, [getattr(config, name) for name in settings]]
+        if judge := judge_of(self.models):
+            measure.append(judge)
         self.measure = hashlib.sha256(json.dumps(measure).encode()).hexdigest()[:16]
 
     def due(self, iteration: int) -> bool:

@@ -19,6 +19,7 @@ from fastvideo.models.flux import add_lora, load_transformer
 from fastvideo.models.flux_speed import enable_gradient_checkpointing
 from fastvideo.models.int8 import quantize_blocks
 from fastvideo.models.lora import LORA_FILE, read_trained_lora
+from fastvideo.models.reward_model.utils import served_judge
 from fastvideo.runtime.checkpoint import (
     LINKS,
     RECORD,
@@ -80,9 +81,10 @@ class Progress:
         """Whether the checkpoint of the best evaluation is in the folder."""
         return self.best is not None and checkpoint_at(output_dir, self.best["iteration"]) is not None
 
-    def record(self, epoch: int, prompts: int) -> dict[str, Any]:
-        """The entries of checkpoint.json. prompts: number of prompts of the training stream used so far."""
-        found = {"iteration": self.iteration, "epoch": epoch, "optimizer_steps": self.optimizer_steps}
+    def record(self, epoch: int, prompts: int, judge: str | None) -> dict[str, Any]:
+        """The entries of checkpoint.json. prompts: number of prompts of the training stream used so far. judge: the id
+        of the model that judged the pictures, if one did."""
+        found = {"iteration": self.iteration, "epoch": epoch, "optimizer_steps": self.optimizer_steps, "judge": judge}
         return found | {"prompts": prompts, "wandb_id": self.wandb_id, "best": self.best}
 
 
@@ -335,6 +337,7 @@ def check_resumable(checkpoint: Path, config: GRPOConfig, processes: int) -> Non
             problem = f"--resume_from_checkpoint {checkpoint} was trained with {then[name]}"
             raise FlagError(name, now[name], problem)
     check_base_model(checkpoint, config.pretrained_model_name_or_path)
+    _check_judge(checkpoint, record.get("judge"), config)
     engine = choose_engine(config, processes)
     if "deepspeed" in (engine, then["engine"]) and (engine, processes, config.zero_stage) != (
         then["engine"],
@@ -353,6 +356,17 @@ def check_resumable(checkpoint: Path, config: GRPOConfig, processes: int) -> Non
         print(f"resuming {checkpoint} with other versions, numbers may differ in rounding: {', '.join(other)}")
     if changed:
         print(f"resuming {checkpoint} with changed settings, which count from now on: {'; '.join(changed)}")
+
+
+def _check_judge(checkpoint: Path, before: str | None, config: GRPOConfig) -> None:
+    """Raises FlagError for another judge than the checkpoint's, unless --vlm_judge_model names it."""
+    judge = served_judge(config)
+    if None not in (judge, before) and judge not in (before, config.vlm_judge_model):
+        where = "the reward servers" if config.reward_server else "--vlm_judge_url"
+        problem = (
+            f"not given; {checkpoint} was trained with the judge {before}, {where} serves {judge}; name it to go on"
+        )
+        raise FlagError("vlm_judge_model", None, problem)
 
 
 def check_base_model(checkpoint: Path, base_model: str, field: str = "resume_from_checkpoint") -> None:

@@ -8,7 +8,7 @@ from fastvideo.config import GRPOConfig
 from fastvideo.io.secrets import one_line
 from fastvideo.io.waiting import WaitedTooLong, result_of, waiting
 from fastvideo.models.reward_model.granular import GranularRewardModel, RewardModel
-from fastvideo.models.reward_model.utils import build_reward_models, compute_reward
+from fastvideo.models.reward_model.utils import build_reward_models, compute_reward, judge_of
 from fastvideo.utils.advantages import reward_means
 from fastvideo.utils.plan import Plan
 
@@ -25,12 +25,13 @@ class RewardFailed(RuntimeError):
 
 
 class Scoring:
-    """Attributes: models, name -> reward model; weights, name -> share of the model in the reward; current, the name of
-    the model that scores now or was the last to score."""
+    """Attributes: models, name -> reward model; weights, name -> share of the model in the reward; judge, see
+    `judge_of`; current, the name of the model that scores now or was the last to score."""
 
     def __init__(self, config: GRPOConfig, device: torch.device) -> None:
         self.config = config
         self.models, self.weights = build_reward_models(config, str(device))
+        self.judge = judge_of(self.models)
         self.current = ", ".join(self.models)
         self._thread = ThreadPoolExecutor(1, "scorer")
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None

@@ -18,7 +18,7 @@ from fastvideo.io.secrets import redact
 from fastvideo.io.waiting import waiting
 from fastvideo.models.reward_model.granular import GranularRewardModel, RewardModel, prompt_per_image
 from fastvideo.models.reward_model.network import ask_in_turn, below, server_urls
-from fastvideo.models.reward_model.spec import resolve_reward_spec, reward_settings
+from fastvideo.models.reward_model.spec import REWARDS, resolve_reward_spec, reward_settings
 
 import httpx
 import numpy as np
@@ -88,13 +88,14 @@ class Servers:
         self.first = int(os.environ.get("RANK", "0")) // getattr(config, "sp_size", 1)
 
     def health(self) -> tuple[dict[str, dict[str, Any]], list[str]]:
-        """({url: settings, models and limits of the server}, the problems of the servers that don't answer)."""
+        """({url: settings, models, limits and judge of the server}, the problems of the servers that don't answer)."""
 
         def send(url: str) -> dict[str, Any]:
             response = self.client.get(below(url, "/health"))
             response.raise_for_status()
             found = response.json()
-            return {part: dict(found[part]) for part in ("settings", "models", "limits")}
+            judge = {"judge": found.get("judge")}  # of --vlm_judge_url
+            return {part: dict(found[part]) for part in ("settings", "models", "limits")} | judge
 
         with ThreadPoolExecutor(len(self.urls)) as pool, waiting(redact(f"{', '.join(self.urls)} to answer")):
             answers = list(pool.map(lambda url: ask_in_turn(send, [url], 0, self.retries, BACKOFF), self.urls))
@@ -149,10 +150,10 @@ class Servers:
 
 
 class RemoteReward:
-    """A reward model on the servers."""
+    """A reward model on the servers. judge: the id of the model behind --vlm_judge_url, if the reward asks it."""
 
-    def __init__(self, name: str, servers: Servers) -> None:
-        self.name, self.servers = name, servers
+    def __init__(self, name: str, servers: Servers, judge: str | None = None) -> None:
+        self.name, self.servers, self.judge = name, servers, judge
 
     def __call__(self, images: list[Image.Image], prompts: list[str]) -> np.ndarray:
         """float64 [N]; NaN for a failed sample."""
@@ -206,7 +207,7 @@ def connect(
         raise FlagError("reward_server", None, problem)
     for problem in problems:
         logger.warning("--reward_server: %s; the others go on without it", problem)
-    names = next(iter(alive.values()))["models"]
+    names, judge = (next(iter(alive.values()))[part] for part in ("models", "judge"))
     for url, found in alive.items():
         theirs = found["settings"]
         for key in [*settings, *theirs]:
@@ -220,10 +221,14 @@ def connect(
         if found["models"] != names or names.keys() != spec.keys():
             problem = f"it serves {found['models']}, expected {names} for {', '.join(spec)}"
             raise FlagError("reward_server", url, problem)
+        if found["judge"] != judge:
+            problem = f"its judge is {found['judge']}, that of another server {judge}"
+            raise FlagError("reward_server", url, problem)
         check_limits(url, found["limits"], config)
     models: dict[str, RewardModel] = {}
     for key in spec:
         name, components, checks = names[key], settings[f"{key}.components"], settings[f"{key}.checks"]
         granular = RemoteGranularReward(name, servers, components, checks, config) if components else None
-        models[name] = granular or RemoteReward(name, servers)
+        asks = key in REWARDS and REWARDS[key].url == "vlm_judge_url"
+        models[name] = granular or RemoteReward(name, servers, judge if asks else None)
     return models, {names[key]: weight for key, weight in spec.items()}

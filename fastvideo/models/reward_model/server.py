@@ -6,7 +6,7 @@
 Start it with the reward flags of the run (with --evaluation for eval_reward.py); clients compare them. It listens on
 the loopback and asks for no password, so reach it from other machines through an SSH tunnel or a private network.
 
-    GET  /health   {"status", "settings", "models", "limits"}: names, weights, parts, schedule; always answers
+    GET  /health   {"status", "settings", "models", "limits", "judge"}: names, weights, parts, schedule; always answers
     POST /score    {"settings", "model", "images": [base64 PNG or JPEG], "prompts", "curr_step", "total_steps"}
                    -> {"scores": {name: [number, or null for failed], f"{name}_{component or check}": [...]}}
 
@@ -54,7 +54,7 @@ if __name__ == "__main__":  # before torch, which takes seconds: --help and a re
 
 from fastvideo.io.devices import resolve_device
 from fastvideo.models.reward_model.granular import RewardModel
-from fastvideo.models.reward_model.utils import build_reward_models, check_reward_files, compute_reward
+from fastvideo.models.reward_model.utils import build_reward_models, check_reward_files, compute_reward, judge_of
 
 import numpy as np
 import uvicorn
@@ -150,7 +150,8 @@ def build_app(config: ServerConfig, models: dict[str, RewardModel]) -> Starlette
 
     async def health(request: Request) -> Response:
         state = "scoring" if turn.locked() else "idle"
-        return JSONResponse({"status": state, "settings": settings, "models": names, "limits": limits})
+        served = {"settings": settings, "models": names, "limits": limits, "judge": judge_of(models)}
+        return JSONResponse({"status": state, **served})
 
     async def score(request: Request) -> Response:
         # A web page open in a browser on this machine can't send this type without permission.

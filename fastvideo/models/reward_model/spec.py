@@ -42,6 +42,23 @@ class RewardConfig:
     unified_reward_url: str | None = flag(None, "UnifiedReward endpoints, comma-separated, shared over the ranks")
     unified_reward_default_question_type: str = flag("semantic", "question asked", choices=["semantic", "score"])
     unified_reward_num_workers: int = flag(1, "concurrent requests to UnifiedReward", at_least=1, at_most=1024)
+    vlm_judge_url: str | None = flag(
+        None,
+        "OpenAI-compatible endpoints of the judge, comma-separated, shared over the ranks; VLM_JUDGE_API_KEY: its key",
+    )
+    vlm_judge_model: str | None = flag(
+        None,
+        "id of the judge at the endpoints (None: the only model that they serve); given with --resume_from_checkpoint, "
+        "a run goes on with another judge",
+    )
+    vlm_judge_template: str = flag(
+        "yes_no", "question of vlm_judge: a text file, or yes_no, rating_10, unified_reward_2"
+    )
+    vlm_judge_num_workers: int = flag(8, "concurrent requests to the judge", at_least=1, at_most=1024)
+    vlm_judge_timeout: float = flag(120.0, "seconds until a request to the judge has failed", above=0, at_most=10**6)
+    vlm_judge_retries: int = flag(
+        3, "further attempts after a failed request, at the next endpoint of the judge", at_least=0, at_most=10**4
+    )
     granular_start_weights: list[float] = flag([0.5, 0.3, 0.2], "component weights at the start", metavar="W")
     reward_batch_size: int = flag(12, "images per forward pass of a reward model", at_least=1)
     reward_device: str | None = flag(None, "device of the reward models (None: the rank's own)")
@@ -126,6 +143,8 @@ class Reward:
         downloads: what is downloaded when the model loads, where it isn't there yet.
         download: part of scripts/huggingface/download_checkpoints.sh that gets the files.
         url: setting with the address of a server, which must be given.
+        check: "module:function" in this package, called with the settings on the first process before anything loads.
+            Raises FlagError if the reward can't work.
         decisive: arguments that change scores. A reward server and its clients compare their values.
         components: parts of a granular reward, in the order of --granular_start_weights.
         checks: yes/no questions that a granular reward answers; they have no weight.
@@ -139,6 +158,7 @@ class Reward:
     downloads: tuple[Download, ...] = ()
     download: str | None = None
     url: str | None = None
+    check: str | None = None
     decisive: tuple[str, ...] = ()
     components: tuple[str, ...] = ()
     checks: tuple[str, ...] = ()
@@ -240,6 +260,20 @@ REWARDS: dict[str, Reward] = {
         weight="unified_reward_weight",
         url="unified_reward_url",
         decisive=("question_type",),
+    ),
+    "vlm_judge": Reward(
+        model="vlm_judge:VLMJudgeModel",
+        arguments={
+            "urls": "vlm_judge_url",
+            "model": "vlm_judge_model",
+            "template": "vlm_judge_template",
+            "num_workers": "vlm_judge_num_workers",
+            "timeout": "vlm_judge_timeout",
+            "retries": "vlm_judge_retries",
+        },
+        url="vlm_judge_url",
+        check="vlm_judge:check_judge",
+        decisive=("model", "template"),
     ),
     "shapes": Reward("shapes:ShapesRewardModel", components=("binding", "form", "clean"), checks=("right",)),
     "jpeg_compressibility": Reward("jpeg:JpegCompressibilityRewardModel"),

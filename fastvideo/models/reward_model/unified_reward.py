@@ -7,25 +7,16 @@ to 5, is a failed sample (NaN), never a 0.
     python fastvideo/models/reward_model/unified_reward.py --url http://localhost:8080 --question_type score
 """
 
-import base64
-import io
-import logging
-import os
 import re
-from concurrent.futures import ThreadPoolExecutor
 
 from fastvideo.cli import FlagError
+from fastvideo.models.reward_model.chat import Answer, ChatClient, Question
 from fastvideo.models.reward_model.demo import demo_parser, run_demo
 from fastvideo.models.reward_model.granular import prompt_per_image
-from fastvideo.models.reward_model.loading import proxies
-from fastvideo.models.reward_model.network import ask_in_turn, below, server_urls
 from fastvideo.models.reward_model.spec import RewardConfig
 
-import httpx
 import numpy as np
 from PIL import Image
-
-logger = logging.getLogger(__name__)
 
 MODEL = "UnifiedReward"
 QUESTIONS = {
@@ -54,19 +45,6 @@ def parse_score(reply: str, question_type: str) -> float:
     return score if 1 <= score <= 5 else float("nan")
 
 
-def _endpoint(url: str) -> str:
-    path = httpx.URL(url).path
-    if path.endswith("/chat/completions"):
-        return url
-    return below(url, "/chat/completions" if path.endswith("/v1") else "/v1/chat/completions")
-
-
-def _data_url(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, format="JPEG", quality=95)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
 class UnifiedRewardModel:
     """UnifiedReward's score, 1 to 5, of images against prompts.
 
@@ -93,44 +71,31 @@ class UnifiedRewardModel:
         if question_type not in QUESTIONS:
             setting = "unified_reward_default_question_type"
             raise FlagError(setting, repr(question_type), f"choose from {', '.join(QUESTIONS)}")
-        self.urls = [_endpoint(url) for url in server_urls(urls, "unified_reward_url")]
-        self.question_type, self.num_workers = question_type, num_workers
-        self.retries, self.backoff = retries, backoff
-        key = os.environ.get("UNIFIED_REWARD_API_KEY")
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        with proxies(http_proxy, https_proxy):  # the client keeps them
-            self.client = httpx.Client(timeout=timeout, headers=headers)
-        self.first = int(os.environ.get("RANK", "0"))
+        self.question_type = question_type
+        self.client = ChatClient(
+            urls,
+            "unified_reward_url",
+            "UNIFIED_REWARD_API_KEY",
+            num_workers,
+            timeout,
+            retries,
+            backoff,
+            http_proxy,
+            https_proxy,
+        )
 
-    def _ask(self, index: int, image: Image.Image, prompt: str) -> tuple[float, str]:
-        """(score, "") or (NaN, the problem) of one image. index: its place in the batch, which chooses the endpoint."""
-        content = [
-            {"type": "image_url", "image_url": {"url": _data_url(image)}},
-            {"type": "text", "text": QUESTIONS[self.question_type].format(prompt=prompt)},
-        ]
-        body = {"model": MODEL, "temperature": 0, "messages": [{"role": "user", "content": content}]}
-
-        def send(url: str) -> str:
-            response = self.client.post(url, json=body)
-            response.raise_for_status()
-            return str(response.json()["choices"][0]["message"]["content"])
-
-        reply, problem = ask_in_turn(send, self.urls, self.first + index, self.retries, self.backoff)
-        if reply is None:
-            return float("nan"), problem
-        score = parse_score(reply, self.question_type)
-        # At temperature 0 the same question gets the same answer, so it isn't asked again.
-        return score, "" if np.isfinite(score) else f"no score from 1 to 5 in {reply[-80:]!r}"
+    def _read(self, answer: Answer) -> float:
+        score = parse_score(answer.text, self.question_type)
+        if not np.isfinite(score):
+            raise ValueError(f"no score from 1 to 5 in {answer.text[-80:]!r}")
+        return score
 
     def __call__(self, images: list[Image.Image], prompts: list[str]) -> np.ndarray:
         """float64 [N], 1 to 5; NaN for a failed sample. The number of failed samples and one reason are logged."""
-        prompts = prompt_per_image(prompts, len(images))
-        with ThreadPoolExecutor(self.num_workers) as pool:
-            answers = list(pool.map(self._ask, range(len(images)), images, prompts))
-        problems = [problem for _, problem in answers if problem]
-        if problems:
-            logger.warning("UnifiedReward: %d of %d samples failed, e.g. %s", len(problems), len(images), problems[0])
-        return np.array([score for score, _ in answers], dtype=np.float64)
+        question = QUESTIONS[self.question_type]
+        texts = [question.format(prompt=prompt) for prompt in prompt_per_image(prompts, len(images))]
+        questions = [Question((image,), text) for image, text in zip(images, texts, strict=True)]
+        return self.client.ask(MODEL, questions, self._read, "UnifiedReward")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ module is imported when the model is built. `--reward_model package.module:funct
 import importlib
 import inspect
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from fastvideo.cli import FlagError
@@ -65,9 +65,11 @@ def _checks(key: str, config: Any, evaluation: bool, field: str) -> list[Callabl
     entry = REWARDS[key]
     mode = entry.chosen_mode(config, evaluation)
 
-    def address() -> None:
+    def reachable() -> None:
         if entry.url and not getattr(config, entry.url):
             raise FlagError(entry.url, None, f"not given; {key} needs the URL of its server")
+        if entry.check and os.environ.get("RANK", "0") == "0":
+            _named(entry.check)(config)
 
     def schedule() -> None:
         if entry.components:
@@ -80,13 +82,18 @@ def _checks(key: str, config: Any, evaluation: bool, field: str) -> list[Callabl
             )
 
     files = [file for file in entry.files if file.mode in (None, mode)]
-    return [*(lambda f=f: check_file(f, getattr(config, f.field)) for f in files), address, schedule]
+    return [*(lambda f=f: check_file(f, getattr(config, f.field)) for f in files), reachable, schedule]
+
+
+def _named(path: str) -> Any:
+    """What "module:name" means in this package."""
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(f"fastvideo.models.reward_model.{module}"), name)
 
 
 def _build(entry: Reward, config: Any, device: str, evaluation: bool) -> RewardModel:
     """The model of an entry. It gets the entry's own arguments, and of the shared ones those that it can take."""
-    module, _, name = entry.model.partition(":")
-    model = getattr(importlib.import_module(f"fastvideo.models.reward_model.{module}"), name)
+    model = _named(entry.model)
     taken = inspect.signature(model).parameters
     shared = {argument: getattr(config, setting) for argument, setting in SHARED.items() if argument in taken}
     here = {"device": device, "evaluation": evaluation, "mode": entry.chosen_mode(config, evaluation)}
@@ -120,6 +127,26 @@ def build_reward_models(
         models[model.name] = model
         weights[model.name] = weight
     return models, weights
+
+
+def judge_of(models: Mapping[str, RewardModel]) -> str | None:
+    """The id of the model behind --vlm_judge_url, if one of the rewards asks it."""
+    return next(filter(None, (getattr(model, "judge", None) for model in models.values())), None)
+
+
+def served_judge(config: Any) -> str | None:
+    """As `judge_of` the rewards of --reward_model, which need not be built: asks the endpoint, or the reward servers.
+
+    Raises FlagError if these don't answer, or serve something else than the settings say.
+    """
+    entries = [REWARDS[key] for key in resolve_reward_spec(config) if key in REWARDS]
+    if not any(entry.url == "vlm_judge_url" for entry in entries):
+        return None
+    if config.reward_server:
+        return judge_of(build_reward_models(config, "cpu")[0])
+    from fastvideo.models.reward_model.vlm_judge import judge_client  # imports the HTTP client, which few runs need
+
+    return judge_client(config).served(config.vlm_judge_model, "vlm_judge_model")
 
 
 def _by_name(models: Sequence[RewardModel]) -> dict[str, RewardModel]:

@@ -1,0 +1,178 @@
+"""The client of OpenAI-compatible chat endpoints (vLLM, SGLang, a vendor) whose models judge pictures.
+
+A request that fails after its retries, and a reply that can't be read, is a failed question (NaN), never a number.
+"""
+
+import base64
+import io
+import logging
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from fastvideo.cli import FlagError
+from fastvideo.io.secrets import redact
+from fastvideo.models.reward_model.loading import proxies
+from fastvideo.models.reward_model.network import ask_in_turn, below, server_urls
+
+import httpx
+import numpy as np
+from PIL import Image
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """One message to the model: pictures, then a text."""
+
+    images: tuple[Image.Image, ...]
+    text: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The model's reply; and for each of its tokens, if they were asked for, the log-probabilities of alternatives."""
+
+    text: str
+    logprobs: Any = None  # as the endpoint gave them
+
+
+def _data_url(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, format="JPEG", quality=95)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _api(url: str) -> str:
+    """The URL that ends in /v1, of a server's URL, of this URL itself, or of its /chat/completions."""
+    base = httpx.URL(url)
+    path = base.path.removesuffix("/chat/completions")
+    if path != base.path or path.endswith("/v1"):
+        return str(base.copy_with(path=path))
+    return below(url, "/v1")
+
+
+def _read(response: httpx.Response) -> Answer:
+    """The answer in a response. Raises LookupError, TypeError or ValueError for a response without one."""
+    choice = response.json()["choices"][0]
+    return Answer(str(choice["message"]["content"] or ""), choice.get("logprobs"))
+
+
+class ChatClient:
+    """Asks questions at endpoints that give the same answers.
+
+    Attributes:
+        urls: of the APIs, as a rule ending in /v1. Ranks start at different ones; a retry goes to the next one.
+        workers: requests at the same time. retries: further attempts after a failure.
+        backoff: seconds of the first pause before an endpoint is asked again; pauses double.
+    """
+
+    def __init__(
+        self,
+        urls: str,
+        field: str,
+        key: str,
+        workers: int = 1,
+        timeout: float = 60.0,
+        retries: int = 3,
+        backoff: float = 1.0,
+        http_proxy: str | None = None,
+        https_proxy: str | None = None,
+    ) -> None:
+        """urls: comma-separated, the value of the setting `field`. key: environment variable that may hold a key.
+        timeout: seconds per request. http_proxy, https_proxy: used instead of the environment's proxies."""
+        self.field, self.urls = field, [_api(url) for url in server_urls(urls, field)]
+        self.workers, self.retries, self.backoff = workers, retries, backoff
+        headers = {"Authorization": f"Bearer {os.environ[key]}"} if os.environ.get(key) else {}
+        with proxies(http_proxy, https_proxy):  # the client keeps them
+            # By default httpx lets requests above 100 wait, until they time out.
+            self.client = httpx.Client(timeout=timeout, headers=headers, limits=httpx.Limits())
+        self.first = int(os.environ.get("RANK", "0"))
+
+    def ask(
+        self, model: str, questions: Sequence[Question], read: Callable[[Answer], float], name: str, **body: Any
+    ) -> np.ndarray:
+        """One number per question, float64 [N]; NaN where a question failed. Their count and a reason are logged.
+
+        Args:
+            model: the model's id at the endpoint. name: of the reward, for the log.
+            read: the number in an answer. Raises ValueError, with the problem as message, for an answer without one.
+                The question isn't asked again, because at temperature 0 it gets the same answer.
+            body: further entries of the requests.
+        """
+        problems = [""] * len(questions)
+
+        def one(index: int) -> float:
+            answer, problems[index] = self.ask_one(model, questions[index], index, pictures, **body)
+            if answer is not None:
+                try:
+                    return read(answer)
+                except ValueError as error:
+                    problems[index] = str(error)
+            return float("nan")
+
+        with ThreadPoolExecutor(self.workers) as pool:
+            images = {id(image): image for question in questions for image in question.images}
+            pictures = dict(zip(images, pool.map(_data_url, images.values()), strict=True))  # each is encoded once
+            numbers = list(pool.map(one, range(len(questions))))
+        if failed := list(filter(None, problems)):
+            logger.warning("%s: %d of %d samples failed, e.g. %s", name, len(failed), len(questions), failed[0])
+        return np.array(numbers, dtype=np.float64)
+
+    def ask_one(
+        self, model: str, question: Question, index: int = 0, pictures: dict[int, str] | None = None, **body: Any
+    ) -> tuple[Answer | None, str]:
+        """(the answer, "") to one question, or (None, the problem).
+
+        index: chooses the endpoint that is asked first. pictures: id of each picture -> its data URL.
+        """
+        urls = [pictures[id(image)] if pictures else _data_url(image) for image in question.images]
+        content = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+        content.append({"type": "text", "text": question.text})
+        message = {"role": "user", "content": content}
+        request = {"model": model, "temperature": 0, "messages": [message], **body}
+
+        def send(url: str) -> Answer:
+            response = self.client.post(url, json=request)
+            response.raise_for_status()
+            return _read(response)
+
+        endpoints = [below(url, "/chat/completions") for url in self.urls]
+        return ask_in_turn(send, endpoints, self.first + index, self.retries, self.backoff)
+
+    def served(self, model: str | None, field: str) -> str:
+        """The id of the model that all endpoints serve.
+
+        model: the id to look for, the value of the setting `field`; None: the only model that they serve.
+
+        An endpoint that doesn't answer now is logged, because it may come back. Raises FlagError if none answers, or
+        one serves no such model, or several where none is chosen.
+        """
+
+        def send(url: str) -> list[str]:
+            response = self.client.get(url)
+            response.raise_for_status()
+            return [str(entry["id"]) for entry in response.json()["data"]]
+
+        found, problems = {}, []
+        for url in self.urls:
+            ids, problem = ask_in_turn(send, [below(url, "/models")], 0, self.retries, self.backoff)
+            if ids is None:
+                problems.append(problem)
+            else:
+                found[url] = ids
+        if not found:
+            raise FlagError(self.field, None, f"no endpoint says what it serves, e.g. {problems[0]}")
+        for problem in problems:
+            logger.warning("--%s: %s; the others go on without it", self.field, problem)
+        for url, ids in found.items():
+            serves = f"{redact(url)} serves {', '.join(ids) or 'no model'}"
+            if model is None and len(ids) != 1:
+                raise FlagError(field, None, f"not given; {serves}")
+            model = model or ids[0]
+            if model not in ids:
+                raise FlagError(field, model, serves)
+        return model

@@ -1,0 +1,203 @@
+"""A vision-language model as judge of pictures, behind an OpenAI-compatible endpoint (vLLM, SGLang, a vendor).
+
+A template asks the question. It is a text file, or one of those in templates/. Its first line says how the answer is
+read, and {prompt} in the lines after it is replaced by the picture's prompt:
+
+    answer: yes or no                                  the probability of yes, 0 to 1, by log-probabilities
+    answer: number 1 to 10 after "Rating:"             the number after the last "Rating:"; without `after` the last one
+    answer: number 1 to 5 after "Content:" "Style:"    the mean of several numbers
+    answer: image 1 or 2 after "Better:"               which of two pictures is better, or tie (for pairwise)
+
+If the endpoint asks for a key, put it into the environment variable VLM_JUDGE_API_KEY. The judge's id is read from
+/v1/models and recorded, because a judge that changes unnoticed makes a run's rewards incomparable.
+"""
+
+import functools
+import math
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastvideo.cli import FlagError
+from fastvideo.io.secrets import redact
+from fastvideo.io.waiting import waiting
+from fastvideo.models.reward_model.chat import Answer, ChatClient, Question
+from fastvideo.models.reward_model.granular import prompt_per_image
+from fastvideo.models.reward_model.spec import RewardConfig
+
+import numpy as np
+from PIL import Image
+
+TEMPLATES = Path(__file__).with_name("templates")
+FORMS = 'answer: yes or no; answer: number 1 to 10 after "Rating:"; answer: image 1 or 2 after "Better:"'
+ALTERNATIVES = 20  # the most tokens per place whose log-probabilities vLLM and OpenAI give
+NO_LOGPROBS = "gives no log-probabilities (logprobs, top_logprobs), which a template with `answer: yes or no` needs"
+
+
+@dataclass(frozen=True)
+class Template:
+    """A question and how its answer is read. Attributes: kind, a key of KINDS; bounds, of a number; labels, the texts
+    before what is read."""
+
+    question: str
+    kind: str
+    bounds: tuple[float, float] = (-math.inf, math.inf)
+    labels: tuple[str, ...] = ()
+
+    def ask(self, images: Sequence[Image.Image], prompt: str) -> Question:
+        """The question about one picture, or two in order."""
+        return Question(tuple(images), self.question.replace("{prompt}", prompt))
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """Entries of the request that this kind of answer needs."""
+        if self.kind != "yes or no":
+            return {}
+        return {"logprobs": True, "top_logprobs": ALTERNATIVES, "max_tokens": 1}
+
+    def read(self, answer: Answer) -> float:
+        """The answer as a number. `image 1 or 2`: 1 if the first picture is better, 0 if the second, ½ for a tie.
+
+        Raises ValueError, with the problem as message, for an answer that can't be read.
+        """
+        return KINDS[self.kind](self, answer)
+
+    def _last(self, answer: Answer, label: str, pattern: str) -> str:
+        """What `pattern` finds last in the reply, right after the label."""
+        text = answer.text.rpartition("</think>")[2] if not label else answer.text
+        found = re.findall(re.escape(label) + r"[\s:=*_\"'\[(]*" * bool(label) + pattern, text, re.IGNORECASE)
+        if not found:
+            raise ValueError(f"nothing to read{f' after {label!r}' if label else ''} in {answer.text[-80:]!r}")
+        return found[-1].lower()
+
+    def _number(self, answer: Answer) -> float:
+        numbers = [float(self._last(answer, label, r"([-+]?\d+(?:\.\d+)?)")) for label in self.labels or [""]]
+        low, high = self.bounds
+        if not all(low <= number <= high for number in numbers):
+            raise ValueError(f"no number from {low:g} to {high:g} in {answer.text[-80:]!r}")
+        return sum(numbers) / len(numbers)
+
+    def _better(self, answer: Answer) -> float:
+        (label,) = self.labels or [""]
+        found = self._last(answer, label, r"(?:image|picture)?\s*\b(1|2|tie)\b(?!/)")
+        return {"1": 1.0, "2": 0.0, "tie": 0.5}[found]
+
+    def _yes(self, answer: Answer) -> float:
+        """p(yes) / (p(yes) + p(no)) of the reply's first token, all spellings of the two words together."""
+        try:
+            tokens = [(str(t["token"]), float(t["logprob"])) for t in answer.logprobs["content"][0]["top_logprobs"]]
+        except (LookupError, TypeError, ValueError):
+            tokens = []
+        if not tokens:
+            raise ValueError(f"the endpoint {NO_LOGPROBS}")
+        yes, no = (
+            sum(math.exp(logprob) for token, logprob in tokens if token.strip(" \n\t▁Ġ.*\"'").lower() == word)
+            for word in ("yes", "no")
+        )
+        if not yes + no > 0:
+            raise ValueError(f"neither yes nor no among the likely first words {[token for token, _ in tokens]}")
+        return yes / (yes + no)
+
+
+KINDS = {"yes or no": Template._yes, "number": Template._number, "image 1 or 2": Template._better}
+SINGLE, PAIR = ("yes or no", "number"), ("image 1 or 2",)
+
+
+def read_template(value: str, field: str, kinds: Sequence[str]) -> Template:
+    """The template in a file, or the shipped one of that name, such as yes_no.
+
+    Raises FlagError about the setting `field` for a template that can't be read or used, or whose kind isn't in kinds.
+    """
+    shipped = TEMPLATES / f"{value}.txt"
+    try:
+        text = (shipped if shipped.is_file() else Path(value)).read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        names = ", ".join(sorted(path.stem for path in TEMPLATES.glob("*.txt")))
+        problem = f"{getattr(error, 'strerror', None) or 'not UTF-8 text'}; give a text file, or choose from {names}"
+        raise FlagError(field, value, problem) from None
+    first, _, question = text.partition("\n")
+    form = re.fullmatch(r"answer: *(yes or no|number +(\S+) +to +(\S+)|image 1 or 2)(?: +after +(.+))?", first.strip())
+    try:
+        labels = tuple(shlex.split(form[4] or ""))
+        bounds = tuple(map(float, form.group(2, 3))) if form[2] else Template.bounds
+        fits = bounds[0] < bounds[1] and not (labels and form[1] == "yes or no")
+        fits = fits and (form[1] != "image 1 or 2" or len(labels) <= 1)
+    except (TypeError, ValueError):
+        fits = False
+    if not fits:
+        raise FlagError(field, value, f"its first line is {first[:80]!r}, not of the form {FORMS}")
+    if "{prompt}" not in question:
+        raise FlagError(field, value, "no {prompt} in it; write it where the picture's prompt belongs")
+    kind = "number" if form[2] else form[1]
+    if kind not in kinds:
+        raise FlagError(field, value, f"its answer is {kind}; this reward needs {' or '.join(kinds)}")
+    return Template(question.strip(), kind, bounds, labels)
+
+
+def judge_client(config: Any) -> ChatClient:
+    """The client of the endpoints in the settings."""
+    urls, workers = config.vlm_judge_url, config.vlm_judge_num_workers
+    return _client(urls, workers, config.vlm_judge_timeout, config.vlm_judge_retries)
+
+
+def _client(urls: str, workers: int, timeout: float, retries: int) -> ChatClient:
+    return ChatClient(urls, "vlm_judge_url", "VLM_JUDGE_API_KEY", workers, timeout, retries)
+
+
+def check_judge(config: Any) -> None:
+    """Asks the judge of the settings about one grey picture, before anything loads.
+
+    Raises FlagError for a template that can't be used, and endpoints that don't answer, serve another model, or give no
+    log-probabilities where the template needs them.
+    """
+    template = read_template(config.vlm_judge_template, "vlm_judge_template", SINGLE)
+    _try(config.vlm_judge_url, config.vlm_judge_model, template, config.vlm_judge_timeout, config.vlm_judge_retries)
+
+
+@functools.cache  # a run checks its rewards, and later builds them
+def _try(urls: str, model: str | None, template: Template, timeout: float, retries: int) -> None:
+    client, grey = _client(urls, 1, timeout, retries), Image.new("RGB", (256, 256), "grey")
+    question = template.ask([grey] * (2 if template.kind in PAIR else 1), "a grey square")
+    with waiting("the judge of --vlm_judge_url"):
+        answer, problem = client.ask_one(client.served(model, "vlm_judge_model"), question, **template.body)
+    if answer is None:
+        raise FlagError("vlm_judge_url", None, f"a question about a grey picture failed: {problem}")
+    if template.kind == "yes or no":
+        try:
+            template.read(answer)
+        except ValueError as error:
+            raise FlagError("vlm_judge_url", redact(urls), str(error)) from None
+
+
+class VLMJudgeModel:
+    """The judge's answers about single pictures: the probability of yes, or a number.
+
+    Attributes: judge, the id of the model at the endpoint.
+    """
+
+    name = "VLMJudgeModel"
+
+    def __init__(
+        self,
+        urls: str,
+        model: str | None = None,
+        template: str = RewardConfig.vlm_judge_template,
+        num_workers: int = RewardConfig.vlm_judge_num_workers,
+        timeout: float = RewardConfig.vlm_judge_timeout,
+        retries: int = RewardConfig.vlm_judge_retries,
+    ) -> None:
+        """urls: endpoints, comma-separated. model: its id at the endpoint; None: the only one served. template: a file,
+        or the name of one in templates/. num_workers: requests at the same time. timeout: seconds per request. retries:
+        further attempts after a failed request, at the next endpoint."""
+        self.template = read_template(template, "vlm_judge_template", SINGLE)
+        self.client = _client(urls, num_workers, timeout, retries)
+        self.judge = self.client.served(model, "vlm_judge_model")
+
+    def __call__(self, images: list[Image.Image], prompts: list[str]) -> np.ndarray:
+        """float64 [N]; NaN for a failed sample. The number of failed samples and one reason are logged."""
+        prompts = prompt_per_image(prompts, len(images))
+        questions = [self.template.ask([image], prompt) for image, prompt in zip(images, prompts, strict=True)]
+        return self.client.ask(self.judge, questions, self.template.read, "the judge", **self.template.body)

@@ -1,0 +1,206 @@
+"""Any vision-language model as judge, against a real HTTP server on the loopback."""
+
+import json
+import math
+
+from fastvideo.eval import eval_reward
+from fastvideo.models.reward_model.chat import Answer
+from fastvideo.models.reward_model.spec import RewardSpecConfig
+from fastvideo.models.reward_model.utils import build_reward_models, check_reward_files
+from fastvideo.models.reward_model.vlm_judge import PAIR, SINGLE, TEMPLATES, Template, VLMJudgeModel, read_template
+from fastvideo.train_grpo_flux import main
+
+import numpy as np
+import pytest
+from conftest import PROMPTS
+from PIL import Image
+from test_reward_training import mark
+from test_unified_reward import red, red_of
+
+
+def chances(content):
+    """The judge believes in red pictures."""
+    return 200, {"Yes": 0.1 + 0.8 * red_of(content) / 255, "No": 0.05, "Maybe": 0.01}
+
+
+def test_yes_and_no_give_the_probability_of_yes(chat_server, monkeypatch):
+    monkeypatch.setenv("VLM_JUDGE_API_KEY", "a-secret-key")
+    server = chat_server(chances)
+    model = VLMJudgeModel(f"{server.url}/v1/", num_workers=3)
+    levels = [0, 100, 200, 255]
+    scores = model([red(level) for level in levels], ["a {x}", "b", "c", "d"])
+    believed = np.array([0.1 + 0.8 * level / 255 for level in levels])
+    np.testing.assert_allclose(scores, believed / (believed + 0.05), atol=0.01)  # JPEG changes the level
+    _, headers, body = server.requests[0]
+    assert (body["model"], body["temperature"], body["max_tokens"]) == ("judge", 0, 1)
+    assert body["logprobs"] is True and body["top_logprobs"] == 20
+    assert headers["Authorization"] == "Bearer a-secret-key"
+    assert any("a {x}" in body["messages"][0]["content"][1]["text"] for _, _, body in server.requests)
+
+
+@pytest.mark.parametrize(
+    "first_words,probability",
+    [
+        ({"yes": 0.3, " YES": 0.3, "No": 0.2, "▁no": 0.1, "Nope": 0.1}, 2 / 3),
+        ({"Yes": 1e-9, "Maybe": 0.9}, 1.0),
+        ({"**No**": 0.9}, 0.0),
+        ({"<think>": 1.0}, None),
+    ],
+)
+def test_all_spellings_of_yes_and_no_count(first_words, probability):
+    top = [{"token": token, "logprob": math.log(p)} for token, p in first_words.items()]
+    answer = Answer("x", {"content": [{"top_logprobs": top}]})
+    template = Template("{prompt}", "yes or no")
+    if probability is None:
+        with pytest.raises(ValueError, match="neither yes nor no among the likely first words"):
+            template.read(answer)
+    else:
+        assert template.read(answer) == pytest.approx(probability)
+
+
+@pytest.mark.parametrize(
+    "name,reply,expected",
+    [
+        ("rating_10", "A hand has six fingers.\nRating: 7", 7),
+        ("rating_10", "Rating: 2. No, it is better.\n**Rating:** 8.5", 8.5),
+        ("rating_10", "I rate it 7 of 10.", None),
+        ("rating_10", "Rating: 11", None),
+        ("rating_10", "Rating: -3", None),
+        ("unified_reward_2", "Alignment Score (1-5): 4.5\nCoherence Score (1-5): 3\nStyle Score (1-5): 3", 3.5),
+        ("unified_reward_2", "Alignment Score (1-5): 4.5\nStyle Score (1-5): 3", None),
+        ("pairwise", "The second has a cat.\nBetter: 2", 0),
+        ("pairwise", "**Better:** Image 1", 1),
+        ("pairwise", "better: Tie", 0.5),
+        ("pairwise", "Better: 12", None),
+        ("unified_reward_think", "<think>Image 1: 7=7</think>\n<answer>Image 2 is better</answer>", 0),
+        ("unified_reward_think", "<think>Image 1 is better</think>", None),
+        ("unified_reward_flex", '{"categories": [{"cat_winner": "Image 2"}], "winner": "Image 1"}', 1),
+        ("unified_reward_flex", '{"winner": "Image 1/2"}', None),
+    ],
+)
+def test_answers_are_read_only_from_the_form_that_was_asked_for(name, reply, expected):
+    template = read_template(name, "vlm_judge_template", SINGLE + PAIR)
+    if expected is None:
+        with pytest.raises(ValueError):
+            template.read(Answer(reply))
+    else:
+        assert template.read(Answer(reply)) == expected
+
+
+def test_every_shipped_template_can_be_read_and_is_named_where_it_can_be_used():
+    for path in TEMPLATES.iterdir():
+        template = read_template(path.stem, "x", SINGLE + PAIR)
+        assert all(label in template.question for label in template.labels)
+        assert "a cat {x}" in template.ask([], "a cat {x}").text
+
+
+def test_a_template_of_one_s_own_asks_its_question(chat_server, tmp_path):
+    path = tmp_path / "mine.txt"
+    path.write_text('answer: number 0 to 100\nHow much red, {"in": "percent"}, for {prompt}?\n', encoding="utf-8")
+    server = chat_server(lambda content: (200, f"<think>50?</think> {100 * red_of(content) / 255:.1f}"))
+    scores = VLMJudgeModel(server.url, template=str(path))([red(0), red(255)], "a rose")
+    np.testing.assert_allclose(scores, [0, 100], atol=1)
+    assert server.requests[0][2]["messages"][0]["content"][1]["text"] == 'How much red, {"in": "percent"}, for a rose?'
+    assert "logprobs" not in server.requests[0][2]
+
+
+# What is wrong -> settings, what the server does, the line.
+WRONG = {
+    "no URL": ({"vlm_judge_url": None}, {}, "vlm_judge_url: not given; vlm_judge needs the URL of its server"),
+    "no template": (
+        {"vlm_judge_template": "what"},
+        {},
+        "vlm_judge_template what: No such file .* choose from pairwise, ",
+    ),
+    "no {prompt}": ({"template": "answer: yes or no\nNice?"}, {}, r"vlm_judge_template \S*: no {prompt} in it"),
+    "no form": (
+        {"template": "Is it {prompt}?"},
+        {},
+        "vlm_judge_template .*its first line is 'Is it {prompt}.', not of",
+    ),
+    "a bad range": ({"template": "answer: number 5 to 1\n{prompt}"}, {}, "vlm_judge_template .*its first line is"),
+    "pairs": ({"vlm_judge_template": "pairwise"}, {}, "vlm_judge_template pairwise: its answer is image 1 or 2; this"),
+    "unreachable": ({}, {"dead": True}, "vlm_judge_url: no endpoint says what it serves, e.g. http://127.0.0.1:"),
+    "several models": ({}, {"models": ["a", "b"]}, r"vlm_judge_model: not given; http\S* serves a, b"),
+    "no such model": ({"vlm_judge_model": "c"}, {}, r"vlm_judge_model c: http\S* serves judge"),
+    "no logprobs": ({}, {"reply": "Yes"}, r"vlm_judge_url http\S*: the endpoint gives no log-probabilities"),
+    "no pictures": (
+        {},
+        {"reply": (400, b"text only")},
+        "vlm_judge_url: a question about a grey picture failed: .*text",
+    ),
+    "neither": ({}, {"reply": {"<think>": 1.0}}, r"vlm_judge_url http\S*: neither yes nor no among .* \['<think>'\]"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_with_a_judge_is_said_in_one_line_before_anything_loads(name, chat_server, tmp_path):
+    settings, server_does, message = WRONG[name]
+    reply = server_does.get("reply", {"Yes": 0.5, "No": 0.5})
+    server = chat_server(lambda content: reply if isinstance(reply, tuple) else (200, reply))
+    server.models = server_does.get("models", server.models)
+    if "dead" in server_does:
+        server.server_close()
+    given = {"vlm_judge_url": server.url, "vlm_judge_retries": 0} | settings
+    if template := given.pop("template", None):
+        given["vlm_judge_template"] = str(tmp_path / "template.txt")
+        (tmp_path / "template.txt").write_text(template, encoding="utf-8")
+    with pytest.raises(ValueError, match=f"^{message}"):
+        check_reward_files(RewardSpecConfig(reward_model="vlm_judge", **given))
+
+
+def test_one_dead_endpoint_of_two_costs_no_sample(chat_server, caplog, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    good, dead = chat_server(chances), chat_server(chances)
+    dead.server_close()
+    url = f"{dead.url.replace('http://', 'http://user:password@')},{good.url}"
+    config = RewardSpecConfig(reward_model="vlm_judge", vlm_judge_url=url, vlm_judge_retries=1)
+    models, _ = build_reward_models(config, "cpu")
+    assert np.isfinite(models["VLMJudgeModel"]([red(9)] * 4, ["a"] * 4)).all()
+    assert "the others go on without it" in caplog.text and "password" not in caplog.text
+
+
+def test_a_run_records_its_judge_and_goes_on_with_another_only_if_it_is_named(
+    train, flags, chat_server, refused, tmp_path
+):
+    """In a mix, with failed samples."""
+    server = chat_server(lambda content: (200, f"Rating: {mark(content) if mark(content) < 2.35 else 'none'}"))
+    given = {"reward_model": "vlm_judge:3,jpeg_compressibility", "vlm_judge_url": server.url, "checkpointing_steps": 1}
+    given |= {"vlm_judge_template": "rating_10", "output_dir": "out"}
+    run = train(**given, max_train_steps=1)
+    asked = [body["messages"][0]["content"][1]["text"] for _, _, body in server.requests]
+    assert len(asked) == 5 and len(set(asked)) == 2 and any(p in asked[-1] for p in PROMPTS)  # a trial, then 4 pictures
+    (line,) = run.metrics
+    assert line["failed_rewards"] == line["failed_VLMJudgeModel"] < 4 and math.isfinite(line["reward_VLMJudgeModel"])
+    settings = json.loads((run.folder / "args.json").read_text())
+    assert settings["reward_names"]["VLMJudgeModel"]["judge"] == "judge"
+    assert json.loads((run.checkpoints[0] / "checkpoint.json").read_text())["judge"] == "judge"
+
+    given |= {"resume_from_checkpoint": "latest", "max_train_steps": 2}
+    server.models = ["another"]
+    with refused("--vlm_judge_model: not given; .*was trained with the judge judge, --vlm_judge_url serves another"):
+        main(flags(**given | {"output_dir": run.folder}))
+    train(**given, vlm_judge_model="another")
+    assert len(run.metrics) == 2 and server.requests[-1][2]["model"] == "another"
+    server.models = ["judge", "another"]
+    with refused("--vlm_judge_model: not given; http.* serves judge, another"):
+        main(flags(**given | {"output_dir": run.folder, "max_train_steps": 3}))
+
+
+def test_an_evaluation_asks_the_judge(chat_server, tmp_path):
+    server = chat_server(chances)
+    for i, level in enumerate((0, 255)):
+        red(level).save(tmp_path / f"{i}.png")
+    entries = [{"image": f"{i}.png", "prompt": "a rose"} for i in range(2)]
+    (tmp_path / "manifest.json").write_text(json.dumps(entries))
+    command = ["--manifest", str(tmp_path / "manifest.json"), "--vlm_judge_url", server.url]
+    assert eval_reward.main([*command, "--reward_model_type", "vlm_judge"]) == 0
+    scores = [entry["reward"]["VLMJudgeModel"] for entry in json.loads((tmp_path / "manifest_scores.json").read_text())]
+    np.testing.assert_allclose(scores, [0.1 / 0.15, 0.9 / 0.95], atol=0.01)
+
+
+def test_pictures_of_every_mode_arrive(chat_server):
+    server = chat_server(lambda content: (200, f"Rating: {1 + 9 * red_of(content) / 255}"))
+    modes = [Image.new(mode, (9, 9)) for mode in ("RGB", "RGBA", "L", "1", "P", "CMYK")]
+    scores = VLMJudgeModel(server.url, template="rating_10")(modes, "a")
+    assert scores.tolist() == [1, 1, 1, 1, 1, 10]  # CMYK's zero is white
