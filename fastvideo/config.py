@@ -77,6 +77,7 @@ ALGORITHMS["v_grpo"] = {
 }
 MERGES, TREES = ("grpo_merge", "granular_grpo"), ("branch_grpo", "branch_grpo_mix")
 DRAWN = ("v_grpo",)  # likelihood-free: train draws of time and noise on finished pictures
+PICKS = ("extremes", "random")
 # Settings that say where things are or what is shown, not what is trained.
 PLACES = (
     "output_dir resume_from_checkpoint dry_run use_wandb experiment_name image_log_steps eval_steps eval_prompts "
@@ -200,6 +201,38 @@ class GRPOConfig(RewardSpecConfig):
             self._need(self.frozen_init_timesteps == 0, "frozen_init_timesteps", "not with --flow_grpo_fast_steps")
         trained = int((fast or trainable) * self.timestep_fraction)
         self._need(trained >= 1, "timestep_fraction", f"leaves no step of {fast or trainable} to train")
+
+    # --- scouting ---------------------------------------------------------------------------------------------------
+    scouts: int = flag(
+        0,
+        "Sol-RL: candidates per prompt that are sampled cheaply and scored first; --num_generations of them are "
+        "sampled again from their own noise with the full plan, and trained; 0: none",
+        at_least=0,
+        at_most=10**4,
+    )
+    scout_steps: int = flag(6, "DPM-Solver++ steps of a candidate (scouts)", at_least=1, at_most=1000)
+    scout_pick: str = flag(
+        "extremes",
+        "which candidates are trained: half the best and half the worst, or random ones as the control (scouts)",
+        choices=list(PICKS),
+    )
+
+    def _check_scouts(self) -> None:
+        if not self.scouts:
+            for name in ("scout_steps", "scout_pick"):
+                self._need(getattr(self, name) == getattr(GRPOConfig, name), name, "goes with --scouts")
+            return
+        fitting = [name for name in ALGORITHMS if not ALGORITHMS[name]["requires"].get("init_same_noise")]
+        start = f"--algorithm {self.algorithm} starts all samples of a prompt from one noise, so no candidate differs"
+        self._need(self.algorithm in fitting, "scouts", f"{start}; choose from {', '.join(fitting)}")
+        differ = "candidates of a prompt differ in their initial noise alone; give --no_init_same_noise too"
+        self._need(not self.init_same_noise, "scouts", differ)
+        more = self.scouts > self.num_generations
+        self._need(more, "scouts", f"must be more than --num_generations {self.num_generations}, or 0")
+        most = f"at most --sampling_steps {self.sampling_steps}: candidates are to be cheaper than samples"
+        self._need(self.scout_steps <= self.sampling_steps, "scout_steps", most)
+        place = "batch_index weights a score by the picture's place in its group, which a candidate doesn't have yet"
+        self._need(self.granular_progress == "train_step", "granular_progress", f"not with --scouts: {place}")
 
     # --- likelihood-free algorithms ---------------------------------------------------------------------------------
     draws: int = flag(
@@ -630,6 +663,7 @@ class GRPOConfig(RewardSpecConfig):
         if self.algorithm in DRAWN:
             self._check_draws()
         self._check_flash()
+        self._check_scouts()
         self._check_advantages()
         self._check_processes()
         self._check_data()

@@ -80,9 +80,19 @@ def plan_without_noise(config: GRPOConfig, window: Sequence[int], rng: np.random
     """Likelihood-free algorithms train finished pictures, so all steps are Euler's, or DPM-Solver++'s if asked for."""
     if config.dpm_algorithm_type is None:
         return _base_steps(config, ())
-    sigmas = sigma_schedule(config.sampling_steps, config.shift)
-    orders = [min(config.dpm_solver_order, i + 1, config.sampling_steps - i) for i in range(config.sampling_steps)]
+    return _solver_steps(config, config.sampling_steps)
+
+
+def _solver_steps(config: GRPOConfig, count: int) -> list[Step]:
+    """The way from noise to picture in `count` DPM-Solver++ steps."""
+    sigmas = sigma_schedule(count, config.shift)
+    orders = [min(config.dpm_solver_order, i + 1, count - i) for i in range(count)]
     return [_dpm_step(config, i, sigmas[i], sigmas[i + 1], order) for i, order in enumerate(orders)]
+
+
+def scout_plan(config: GRPOConfig) -> Plan | None:
+    """Scouting (Sol-RL, arXiv 2604.06916): few noise-free steps for `scouts` candidates per prompt. None without it."""
+    return Plan(tuple(_solver_steps(config, config.scout_steps)), config.scouts) if config.scouts else None
 
 
 def fast_start(config: GRPOConfig, rng: np.random.Generator) -> int:
@@ -284,7 +294,7 @@ def describe(config: GRPOConfig, world_size: int) -> str:
     prompts = config.local_prompts(world_size) * config.data_ranks(world_size)
     k, plans = config.gradient_accumulation_steps, plans_of_run(config)
     evaluations, iterations = zip(*((plan.evaluations, number) for plan, number in plans), strict=True)
-    first, steps = plans[0][0], optimizer_steps(config)
+    first, steps, scouts = plans[0][0], optimizer_steps(config), scout_plan(config)
     if config.lr_scheduler == "polynomial" and config.lr_warmup_steps >= config.max_train_steps * steps:
         problem = (
             f"--lr_scheduler polynomial needs less than the run's {config.max_train_steps * steps} optimizer steps"
@@ -307,11 +317,19 @@ def describe(config: GRPOConfig, world_size: int) -> str:
             f"{steps} optimizer steps per iteration, each on {taken}, "
             f"in {config.max_train_steps} iterations: {config.max_train_steps * steps} optimizer steps",
             f"velocity evaluations (NFE) per prompt and iteration: {min(evaluations)} to {max(evaluations)}, mean "
-            f"{np.average(evaluations, weights=iterations):.1f} (without sharing {first.evaluations_without_sharing})",
+            f"{np.average(evaluations, weights=iterations):.1f} (without sharing {first.evaluations_without_sharing})"
+            + (f"; and {scouts.evaluations} for candidates" if scouts else ""),
             *left_out,
+            *(_describe_scouts(config, scouts) if scouts else ()),
             f"{first.draws} draws of time and noise train each picture; plan:"
             if first.draws
             else f"plan of the first window {trained}:",
             first.describe(),
         ]
     )
+
+
+def _describe_scouts(config: GRPOConfig, scouts: Plan) -> list[str]:
+    picked = {"extremes": "the best and the worst", "random": "random ones"}[config.scout_pick]
+    taken = f"{config.num_generations} of them, {picked}, are sampled again in full and trained; their plan:"
+    return [f"{scouts.pictures} candidates per prompt are sampled and scored first; {taken}", scouts.describe()]

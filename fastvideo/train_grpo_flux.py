@@ -45,7 +45,7 @@ from fastvideo.models.flux import (
     predict_velocity,
     without_lora,
 )
-from fastvideo.rollout_plan import describe, make_plan, optimizer_steps
+from fastvideo.rollout_plan import describe, make_plan, optimizer_steps, scout_plan
 from fastvideo.runtime.checkpoint import CheckpointWriter
 from fastvideo.runtime.engines import Engine, build_engine, main_process_first
 from fastvideo.runtime.evaluation import Evaluation, build_held_out
@@ -70,6 +70,7 @@ from fastvideo.utils.sampling_utils import (
     transition_mean,
     transition_table,
 )
+from fastvideo.utils.scouting import Scouted
 from fastvideo.utils.step_statistics import StepStatistics
 from fastvideo.utils.transitions import Transition, deal_out
 
@@ -414,13 +415,14 @@ class Trainer:
 
         return velocity
 
-    def sample(self, plan: Plan, number: int, slots: range, conditioning: Conditioning) -> Rollout:
-        """The rollout of iteration `number` for the prompts in `slots`."""
+    def sample(
+        self, plan: Plan, number: int, slots: range, conditioning: Conditioning, picks: np.ndarray | None = None
+    ) -> Rollout:
+        """The rollout of iteration `number` for the prompts in `slots`. picks: the samples' numbers, see Noise."""
         config, prompts = self.config, len(slots)
-        noise = Noise(config.seed, number, slots, self.shape, self.accelerator.device)
-        latents = noise(0, 1 if config.init_same_noise else plan.start)
-        if config.init_same_noise:
-            latents = latents.repeat_interleave(plan.start, 0)
+        noise = Noise(config.seed, number, slots, self.shape, self.accelerator.device, picks)
+        own = 1 if config.init_same_noise else plan.start
+        latents = noise(0, own).repeat_interleave(plan.start // own, 0)
         size = config.rollout_batch_size or prompts * config.num_generations
         with self.engine.sampling_model() as model:
             plain = self.velocity_of(model, conditioning, training=False)
@@ -466,20 +468,28 @@ class Trainer:
         groups = [pictures[i : i + plan.trained_pictures] for i in range(0, len(pictures), per_prompt)]
         return {name: v.reshape(-1, per_prompt) for name, v in scores.items()}, group_measures(groups)
 
+    def scout(self, number: int, conditioning: Conditioning, captions: list[str]) -> Scouted | None:
+        """With --scouts: scores candidates of all prompts that are sampled in few steps, and picks those to train."""
+        if (plan := scout_plan(self.config)) is None:
+            return None
+        with self.throughput.phase("scout"):
+            _, _, scores, _ = self.collect(plan, number, conditioning, captions)
+        return Scouted.of(self.config, number, scores, self.scoring.advantage_weights(plan, number))
+
     def collect(
-        self, plan: Plan, number: int, conditioning: Conditioning, captions: list[str]
+        self, plan: Plan, number: int, conditioning: Conditioning, captions: list[str], picks: np.ndarray | None = None
     ) -> tuple[Rollout, list[Image.Image], dict[str, np.ndarray], dict[str, np.ndarray]]:
         """Rollout and pictures of this data rank (pictures on its first process); scores and looks of all ranks.
 
         Samples as many whole groups at a time as --rollout_batch_size holds. Scores them while it samples the next.
         """
-        config, local = self.config, self.local_prompts
-        together = max(1, (config.rollout_batch_size or local * config.num_generations) // config.num_generations)
+        config, local, group = self.config, self.local_prompts, max(plan.rows)
+        together = max(1, (config.rollout_batch_size or local * group) // group)
         parts, images, scored = [], [], []
         for begin in range(0, local, together):
             end = min(begin + together, local)
             with self.throughput.phase("rollout"):
-                parts.append(self.sample(plan, number, self.slots[begin:end], conditioning.of(begin, end)))
+                parts.append(self.sample(plan, number, self.slots[begin:end], conditioning.of(begin, end), picks))
             if self.engine.place_in_group:
                 continue  # the first process of a sequence group decodes and scores
             with self.throughput.phase("decode"):
@@ -487,11 +497,7 @@ class Trainer:
             images += pictures
             scored.append(self.scoring.begin(self.score, pictures, captions[begin:end], plan, number))
         with self.throughput.phase("reward"):  # the time that does not overlap with sampling
-            found = self.scoring.gather(scored)
-        scores, looks = (
-            {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
-            for batches in zip(*found, strict=True)
-        )
+            scores, looks = self.scoring.gather_arrays(scored)
         return Rollout.join(parts), images, scores, looks
 
     def split_log_probs(self, plan: Plan, sampled: Rollout) -> dict[int, np.ndarray]:
@@ -609,17 +615,16 @@ class Trainer:
         number = progress.iteration + 1
         plan = make_plan(config, window, number)
         self.throughput.begin()
-        sampled, images, scores, looks = self.collect(plan, number, conditioning, batch["caption"])
+        scouted = self.scout(number, conditioning, batch["caption"])
+        given = (plan, number, conditioning, batch["caption"], scouted and scouted.picks)
+        sampled, images, scores, looks = self.collect(*given)
         weights, split_log_probs = self.scoring.advantage_weights(plan, number), self.split_log_probs(plan, sampled)
         advantages, flat = plan_advantages(config, plan, scores, weights, split_log_probs)
-        reward_metrics = self.scoring.metrics(plan, scores, looks, number)
-        failures = reward_metrics["failed_rewards"] + reward_metrics.get("eval_failed_rewards", 0)
+        reward_metrics = self.scoring.metrics(plan, scores, looks, number, scouted)
+        failures, scored = self.scoring.failures(reward_metrics)
         too_many = config.max_reward_failures is not None and failures > config.max_reward_failures
-        # With advantage_aggr a model whose scores all failed adds 0; the other models still train.
-        alone = self.scoring.weights if config.multi_reward_mix == "advantage_aggr" else ()
-        scored = any(math.isfinite(reward_metrics[key]) for key in ["reward", *(f"reward_{name}" for name in alone)])
         if not scored and self.accelerator.is_main_process:
-            warnings.warn(f"iteration {number}: all {int(failures)} scores failed; nothing is trained", stacklevel=1)
+            warnings.warn(f"iteration {number}: all {failures} scores failed; nothing is trained", stacklevel=1)
         with self.throughput.phase("train"):
             if scored and not too_many:
                 metrics = self.optimize(plan, number, sampled, advantages, conditioning)
@@ -633,10 +638,8 @@ class Trainer:
         metrics |= {
             "step": number,
             "images": prompts * plan.pictures,
-            "nfe": prompts * plan.evaluations,
-            "window": [plan[position].index for position in plan.trained],
-            "merges": [plan[position].span for position in plan.trained],
-            "entropies": plan.entropies,
+            "nfe": prompts * (plan.evaluations + config.scouts * config.scout_steps),
+            **plan.metrics(),
             "zero_spread_groups": flat,
         }
         speed = self.throughput.metrics(tokens, self.local_prompts * plan.evaluations, trained_rows)

@@ -59,7 +59,7 @@ STYLE = {
     "svg.hashsalt": "report",
 }
 WRONG = "#c4161c"
-PHASES = ("rollout", "decode", "reward", "train")
+PHASES = ("scout", "rollout", "decode", "reward", "train")
 
 
 @dataclass
@@ -205,6 +205,10 @@ def plan_plots(rows: list[dict], settings: dict, schema: Mapping[str, Any] | Non
              + " Band: standard error over the pictures of all processes.",
              [Panel("weighted total", some("reward"), spread={"reward": error}),
               Panel("standard deviation", some("reward_std"), colour=3)]),
+        Plot("scouts", "Scouting", "All candidates of the training prompts, sampled in few steps; and, of those that "
+             "are trained, how well their rewards rank the full samples (Spearman's ρ)." + mean,
+             [Panel("reward of the candidates", some("scout_reward")),
+              Panel("rank correlation", some("scout_rank_correlation"), colour=1)]),
         Plot("components", "What the reward is made of", "Each on its own scale, unweighted.", rewards),
         Plot("hacking", "Signs of reward hacking", "What the training pictures look like. Glaring colours, hard edges, "
              "fine texture and one picture again and again please a reward, not people." + mean,

@@ -7,7 +7,7 @@ from fastvideo.config import GRPOConfig
 from fastvideo.io.fingerprint import local_folder
 from fastvideo.models.flux import LatentShape, add_lora, meta_transformer, meta_vae
 from fastvideo.models.int8 import quantize_blocks
-from fastvideo.rollout_plan import make_plan
+from fastvideo.rollout_plan import make_plan, scout_plan
 from fastvideo.runtime.engines import choose_engine
 from fastvideo.utils.grpo_states import windows
 
@@ -20,6 +20,7 @@ KEPT_BY_A_BLOCK = 40  # from forward to backward pass
 KEPT_WITH_LORA = 26  # the same in a block whose own weights need no gradient
 KEPT_AT_A_CHECKPOINT = 2  # a block's input
 IN_FLIGHT = 30  # during a forward pass without gradient
+LATENTS_OF_A_SCOUT = 5  # float32: x, v and three x0 predictions
 DECODED_PIXEL = 1000  # bytes per pixel in the VAE's last level
 
 
@@ -75,6 +76,9 @@ def predict_memory(config: GRPOConfig, world_size: int) -> dict[str, float]:
     training = rows * training_row
     pictures = config.local_prompts(world_size) * config.num_generations
     sampling = (config.rollout_batch_size or pictures) * row * IN_FLIGHT
+    if scouts := scout_plan(config):  # sampled in passes of as many rows; the latents of all are held meanwhile
+        held = max(scouts.pictures, config.rollout_batch_size or config.local_prompts(world_size) * scouts.pictures)
+        sampling += held * shape.tokens * shape.channels * 4 * LATENTS_OF_A_SCOUT
     decoding = (config.rollout_batch_size or config.num_generations) * config.h * config.w * DECODED_PIXEL * compute / 2
     activations = max(training, sampling, decoding)
     peak = weights + moments + max(gradients + training, sampling, decoding)

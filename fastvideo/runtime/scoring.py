@@ -1,5 +1,6 @@
 """Runs the reward models in a separate thread, and computes the scores' weights in the advantage and their metrics."""
 
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, ParamSpec, TypeVar
@@ -11,6 +12,7 @@ from fastvideo.models.reward_model.granular import GranularRewardModel, RewardMo
 from fastvideo.models.reward_model.utils import build_reward_models, compute_reward, judge_of
 from fastvideo.utils.advantages import reward_means
 from fastvideo.utils.plan import Plan
+from fastvideo.utils.scouting import Scouted
 
 import numpy as np
 import torch
@@ -86,6 +88,11 @@ class Scoring:
             raise RewardFailed(f"the reward {problems[0]}") from (failed and failed[1])
         return [result for results, _ in everywhere for result in results]
 
+    def gather_arrays(self, futures: "Sequence[Future[tuple[dict[str, np.ndarray], ...]]]") -> list[dict]:
+        """`gather` for work that returns several {name: array with a row per prompt}: one of each, with all prompts."""
+        everywhere = zip(*self.gather(futures), strict=True)
+        return [{name: np.concatenate([part[name] for part in parts]) for name in parts[0]} for parts in everywhere]
+
     def progress(self, plan: Plan, prompts: int, iteration: int) -> tuple[int | np.ndarray, int]:
         """curr_step and total_steps of the granular weights.
 
@@ -113,10 +120,15 @@ class Scoring:
         return found
 
     def metrics(
-        self, plan: Plan, scores: dict[str, np.ndarray], looks: dict[str, np.ndarray], iteration: int
+        self,
+        plan: Plan,
+        scores: dict[str, np.ndarray],
+        looks: dict[str, np.ndarray],
+        iteration: int,
+        scouted: Scouted | None = None,
     ) -> dict[str, float]:
-        """Means of the weighted reward, of every model and component, and of the looks (hacking_…); and the granular
-        weights of this iteration.
+        """Means of the weighted reward, of every model and component, and of the looks (hacking_…); the granular
+        weights of this iteration; and what scouting adds.
 
         Pictures that train nothing (E-GRPO's noise-free anchors) have separate means, eval_reward….
 
@@ -135,4 +147,13 @@ class Scoring:
                 step = step[:trained] if isinstance(step, np.ndarray) else step
                 mean = np.atleast_2d(model.get_dynamic_weights(step, total)).mean(0)
                 metrics |= {f"granular_weight_{c}": w for c, w in zip(model.component_names, mean, strict=True)}
+        if scouted:
+            metrics |= scouted.metrics(self.config, scores, self.advantage_weights(plan, iteration), self.weights)
         return metrics
+
+    def failures(self, metrics: dict[str, float]) -> tuple[int, bool]:
+        """How many scores failed in an iteration with these `metrics`, and whether any sample can be trained."""
+        failed = sum(metrics.get(f"{kind}failed_rewards", 0) for kind in ("", "eval_", "scout_"))
+        # With advantage_aggr a model whose scores all failed adds 0; the other models still train.
+        alone = self.weights if self.config.multi_reward_mix == "advantage_aggr" else ()
+        return int(failed), any(math.isfinite(metrics[key]) for key in ["reward", *(f"reward_{n}" for n in alone)])

@@ -70,20 +70,26 @@ class Throughput:
     def begin(self) -> None:
         """Resets all times at the start of an iteration."""
         self.seconds: dict[str, float] = {}
+        self.current: str | None = None  # the phase that all time counts for now
         self.start = time.perf_counter()
         self.prefix.read()  # drops the laps of an evaluation
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Adds the time of a phase. The CPU waits for the GPU only at the end of the phase."""
-        start = time.perf_counter()
+        """Adds the time of a phase. The CPU waits for the GPU only at the end of the phase. A phase within another one
+        is a part of that one, and has no time of its own.
+        """
+        start, outer = time.perf_counter(), self.current
+        self.current = outer or name
         # Names the phase if another process leaves this one alone in it.
         with torch.profiler.record_function(name), waiting(f"the end of the phase {name}", SLOW_PHASE):
             yield
             if self.device.type == "cuda":
                 torch.cuda.current_stream().synchronize()
-        key = f"seconds_{name}"
-        self.seconds[key] = self.seconds.get(key, 0.0) + time.perf_counter() - start
+        self.current = outer
+        if outer is None:
+            key = f"seconds_{name}"
+            self.seconds[key] = self.seconds.get(key, 0.0) + time.perf_counter() - start
 
     def metrics(self, tokens: tuple[int, int], rollout_rows: int, trained_rows: int) -> dict[str, float]:
         """Seconds per phase; TFLOP/s of this process per phase, and their share of `matmul_rate`.

@@ -108,6 +108,14 @@ def mix_advantages(
     return advantages.reshape(total.shape), int(flat.sum())
 
 
+def lost_pictures(config: GRPOConfig, scores: dict[str, np.ndarray], weights: dict[str, np.ndarray]) -> np.ndarray:
+    """Which pictures have no reward, bool [P, pictures]: with `advantage_aggr` all scores that count have failed, with
+    `reward_aggr` any. Arguments as in `plan_advantages`.
+    """
+    failed = np.isnan([scores[name] for name, weight in weights.items() if np.any(weight)])
+    return failed.all(0) if config.multi_reward_mix == "advantage_aggr" else failed.any(0)
+
+
 def plan_advantages(
     config: GRPOConfig,
     plan: Plan,
@@ -126,10 +134,8 @@ def plan_advantages(
     Returns:
         Key of `plan.training` -> advantages [P, rows], NaN where pruned; and the number of flat groups.
     """
-    used = [name for name, weight in weights.items() if np.any(weight)]
-    failed = np.isnan([scores[name] for name in used])
-    lost = failed.all(0) if config.multi_reward_mix == "advantage_aggr" else failed.any(0)
-    scores = scores | {name: np.where(lost, np.nan, scores[name]) for name in used}
+    lost = lost_pictures(config, scores, weights)
+    scores = scores | {name: np.where(lost, np.nan, scores[name]) for name, weight in weights.items() if np.any(weight)}
     found: dict[int, np.ndarray] = {}
     groups: dict[tuple[int, int], tuple[np.ndarray, int]] = {}
     for leaf, columns in plan.columns.items():

@@ -102,8 +102,10 @@ def group_measures(groups: Sequence[Sequence[Image.Image]]) -> dict[str, np.ndar
     """Measures of P groups of pictures, one group per prompt, all groups of one size. Each is a mean per group, [P].
 
     Has the measures of APPEARANCE, and diversity: the mean of `pixel_distances` over the pairs of a group, NaN for a
-    group of one picture. float64.
+    group of one picture. float64. Without pictures there is no measure.
     """
+    if not any(groups):
+        return {}
     looks = appearances([image for group in groups for image in group])
     found = {name: values.reshape(len(groups), -1).mean(1) for name, values in looks.items()}
     pairs = [mean_distances(pixel_distances(group)).mean() if len(group) > 1 else np.nan for group in groups]

@@ -122,6 +122,11 @@ class Plan:
         """e^h of every trained step."""
         return [entropy(self.coefficients[i].std) for i in self.trained]
 
+    def metrics(self) -> dict[str, list]:
+        """Of every trained step: its index in the schedule, the steps that it merges, and its e^h."""
+        steps = [self.steps[i] for i in self.trained]
+        return {"window": [s.index for s in steps], "merges": [s.span for s in steps], "entropies": self.entropies}
+
     def step_weights(self, name: str) -> dict[int, float]:
         """Key of `training` -> weight of its loss, by an entry of STEP_WEIGHTS. The mean of the weights is 1."""
         if self.draws:

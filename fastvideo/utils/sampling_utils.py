@@ -60,10 +60,11 @@ def to_device(values: Sequence[float] | torch.Tensor, device: torch.device) -> t
 
 @dataclass(frozen=True)
 class Noise:
-    """Standard normal noise that depends only on (seed, iteration, prompt slot, row, stream).
+    """Standard normal noise that depends only on (seed, iteration, prompt slot, sample, stream).
 
     Attributes:
         slots: indices of the prompts among the prompts of all processes. shape: of the latents. device: of the result.
+        samples: numbers of the samples, [prompts of all processes, rows of a prompt]. None: 0, 1, 2, …
     """
 
     seed: int
@@ -71,6 +72,7 @@ class Noise:
     slots: Sequence[int]
     shape: LatentShape
     device: torch.device = torch.device("cpu")
+    samples: np.ndarray | None = None
 
     def __call__(self, stream: int, rows: int) -> torch.Tensor:
         """Noise [prompts · rows, L, C]. Stream 0 is the initial noise; plan position i uses stream i + 1.
@@ -80,6 +82,8 @@ class Noise:
         """
         noise = torch.empty(len(self.slots) * rows, self.shape.tokens, self.shape.channels)
         for i, row in enumerate(noise):
-            key = np.random.SeedSequence([self.seed, self.iteration, self.slots[i // rows], i % rows, stream, 0])
+            slot, place = self.slots[i // rows], i % rows
+            sample = place if self.samples is None else int(self.samples[slot, place])
+            key = np.random.SeedSequence([self.seed, self.iteration, slot, sample, stream, 0])
             row.normal_(generator=torch.Generator().manual_seed(int(key.generate_state(1, np.uint64)[0]) >> 1))
         return to_device(noise, self.device)

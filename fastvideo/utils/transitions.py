@@ -11,7 +11,7 @@ from fastvideo.utils.plan import Plan
 import numpy as np
 
 # The last entry of a prompt's random seed says what the numbers are for. 0 is noise (sampling_utils.Noise).
-STEP_SUBSET, ORDER, EDGES, DRAWS = 1, 2, 3, 4
+STEP_SUBSET, ORDER, EDGES, DRAWS, CANDIDATES = 1, 2, 3, 4, 5
 
 
 @dataclass(frozen=True)
