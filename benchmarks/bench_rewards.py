@@ -52,6 +52,7 @@ SETS = {
     "multi_reward": ("multi_reward", "overall", ["hps", "image_reward", "pick_score"]),
     "unified_reward": ("unified_reward", "overall", []),
     "vlm_judge": ("vlm_judge", "overall", []),
+    "ocr": ("ocr", "overall", []),
     "jpeg_compressibility": ("jpeg_compressibility", "overall", []),
 }
 
@@ -81,7 +82,7 @@ def seconds(
         model.batch_size = batch_size
         if hasattr(model, "client"):
             model.client.workers = min(batch_size, config.unified_reward_num_workers)
-    prompts = ["a photograph of a lighthouse on a cliff in a storm, waves, dramatic light"] * len(pictures)
+    prompts = ['a photograph of a lighthouse in a storm, a sign that says "NO ENTRY", dramatic light'] * len(pictures)
     times = []
     for _ in range(config.repeats + 1):
         start = time.perf_counter()

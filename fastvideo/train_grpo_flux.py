@@ -453,31 +453,31 @@ class Trainer:
     # --- scores -----------------------------------------------------------------------------------------------------
 
     def score(
-        self, pictures: list[Image.Image], captions: list[str], plan: Plan, number: int
+        self, pictures: list[Image.Image], batch: dict, part: slice, plan: Plan, number: int
     ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """Scores the pictures of P prompts, and measures their appearance. Pictures are sorted by prompt.
+        """Scores the pictures of the P prompts in a part of the batch, sorted by prompt, and measures their appearance.
 
         Returns scores, name -> [P, pictures], NaN where failed; and looks, name -> mean over a prompt's trained
         pictures [P]. Looks may show reward hacking (see `group_measures`).
         """
         per_prompt = plan.pictures
-        prompts = [caption for caption in captions for _ in range(per_prompt)]
-        curr_step, total_steps = self.scoring.progress(plan, len(captions), number)
-        models = self.scoring.models
-        scores = self.scoring.compute(pictures, prompts, models, curr_step=curr_step, total_steps=total_steps)
+        captions, metadata = ([x for x in batch[k][part] for _ in range(per_prompt)] for k in ("caption", "metadata"))
+        step, steps = self.scoring.progress(plan, len(captions) // per_prompt, number)
+        given = {"curr_step": step, "total_steps": steps, "metadata": metadata}
+        scores = self.scoring.compute(pictures, captions, self.scoring.models, **given)
         groups = [pictures[i : i + plan.trained_pictures] for i in range(0, len(pictures), per_prompt)]
         return {name: v.reshape(-1, per_prompt) for name, v in scores.items()}, group_measures(groups)
 
-    def scout(self, number: int, conditioning: Conditioning, captions: list[str]) -> Scouted | None:
+    def scout(self, number: int, conditioning: Conditioning, batch: dict) -> Scouted | None:
         """With --scouts: scores candidates of all prompts that are sampled in few steps, and picks those to train."""
         if (plan := scout_plan(self.config)) is None:
             return None
         with self.throughput.phase("scout"):
-            _, _, scores, _ = self.collect(plan, number, conditioning, captions)
+            _, _, scores, _ = self.collect(plan, number, conditioning, batch)
         return Scouted.of(self.config, number, scores, self.scoring.advantage_weights(plan, number))
 
     def collect(
-        self, plan: Plan, number: int, conditioning: Conditioning, captions: list[str], picks: np.ndarray | None = None
+        self, plan: Plan, number: int, conditioning: Conditioning, batch: dict, picks: np.ndarray | None = None
     ) -> tuple[Rollout, list[Image.Image], dict[str, np.ndarray], dict[str, np.ndarray]]:
         """Rollout and pictures of this data rank (pictures on its first process); scores and looks of all ranks.
 
@@ -495,7 +495,7 @@ class Trainer:
             with self.throughput.phase("decode"):
                 pictures = self.decode(parts[-1], config.rollout_batch_size or config.num_generations)
             images += pictures
-            scored.append(self.scoring.begin(self.score, pictures, captions[begin:end], plan, number))
+            scored.append(self.scoring.begin(self.score, pictures, batch, slice(begin, end), plan, number))
         with self.throughput.phase("reward"):  # the time that does not overlap with sampling
             scores, looks = self.scoring.gather_arrays(scored)
         return Rollout.join(parts), images, scores, looks
@@ -615,8 +615,8 @@ class Trainer:
         number = progress.iteration + 1
         plan = make_plan(config, window, number)
         self.throughput.begin()
-        scouted = self.scout(number, conditioning, batch["caption"])
-        given = (plan, number, conditioning, batch["caption"], scouted and scouted.picks)
+        scouted = self.scout(number, conditioning, batch)
+        given = (plan, number, conditioning, batch, scouted and scouted.picks)
         sampled, images, scores, looks = self.collect(*given)
         weights, split_log_probs = self.scoring.advantage_weights(plan, number), self.split_log_probs(plan, sampled)
         advantages, flat = plan_advantages(config, plan, scores, weights, split_log_probs)

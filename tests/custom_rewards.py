@@ -90,3 +90,8 @@ def shuffled_shapes(images: Images, prompts: list[str]) -> list[float]:
 
 def shuffled_jpeg(images: Images, prompts: list[str]) -> list[float]:
     return _shuffled_within_groups(JPEG(images, prompts), prompts)
+
+
+def number_of_class(images: Images, prompts: list[str], metadata: list[dict]) -> list[float]:
+    """How many of the first class the prompt file asks for; fails without an entry there."""
+    return [entry["include"][0]["count"] if "include" in entry else math.nan for entry in metadata]

@@ -457,7 +457,7 @@ def claim(folder: Path, claimed: tuple[int, str], start: multiprocessing.Event, 
     """claimed: number of steps in the settings, and the last prompt."""
     (steps, prompt), place = claimed, Processes(0, 1, "cpu")
     config = SampleConfig(output_dir=str(folder), baseline=True)
-    pictures = sample_flux.plan_pictures(config, [("first", None), (prompt, None)])
+    pictures = sample_flux.plan_pictures(config, [("first", None, {}), (prompt, None, {})])
     start.wait()
     try:
         sample_flux.claim_folder(config, {"steps": steps}, pictures, place)
@@ -479,7 +479,7 @@ def test_of_two_runs_that_claim_a_folder_at_once_with_other_pictures_one_is_refu
 ):
     if before:  # both runs add pictures to a claimed folder
         config = SampleConfig(output_dir=str(tmp_path), baseline=True)
-        pictures = sample_flux.plan_pictures(config, [(prompt, None) for prompt in before])
+        pictures = sample_flux.plan_pictures(config, [(prompt, None, {}) for prompt in before])
         sample_flux.claim_folder(config, {"steps": 1}, pictures, Processes(0, 1, "cpu"))
     fork = multiprocessing.get_context("fork")
     start, answers = fork.Event(), fork.Queue()

@@ -5,7 +5,8 @@
     torchrun --nproc_per_node 8 -m fastvideo.data_preprocess.preprocess_flux_embedding ...      (same flags)
 
 Writes `prompt_embed/`, `pooled_prompt_embeds/`, `text_ids/` and, at the very end, `prompt.json`: a list of
-{"prompt_embed_path", "pooled_prompt_embeds_path", "text_ids", "caption"} whose file names lie in those folders.
+{"prompt_embed_path", "pooled_prompt_embeds_path", "text_ids", "caption"} whose file names lie in those folders. What
+the prompt file says about a prompt in other keys or columns is its "metadata", for rewards that need it.
 
 A file's name is a hash of the text encoders, the caption, the length and the number format. So an embedding stays with
 its caption however the prompt file is edited, a second run embeds only new captions, and another model never finds the
@@ -145,7 +146,10 @@ def embed_prompts(
                 raise RuntimeError(
                     f"{len(lost)} embeddings are missing after all processes finished, such as {lost[0]}"
                 )
-            write_json(index_path, [dict.fromkeys(FOLDERS, store.file_name(c)) | {"caption": c} for c in captions])
+            entries = [dict.fromkeys(FOLDERS, store.file_name(c)) | {"caption": c} for c in captions]
+            for entry, metadata in zip(entries, prompt_file.metadata, strict=True):
+                entry |= {"metadata": metadata} if metadata else {}
+            write_json(index_path, entries)
             print(f"{prompts_file}: {prompt_file}; embeddings in {dtype}; {index_path}")
 
         print(f"rank {rank}: {made} embedded, {there} were there")

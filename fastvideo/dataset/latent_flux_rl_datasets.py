@@ -38,8 +38,10 @@ class Draw(NamedTuple):
     position: int
 
 
-def read_index(path: Path, field: str = "data_json_path") -> list[dict[str, str]]:
+def read_index(path: Path, field: str = "data_json_path") -> list[dict[str, Any]]:
     """The entries of prompt.json, or of a reference's videos2caption.json: FOLDERS' keys and `caption`, all texts.
+
+    An entry may have `metadata`, an object: what the prompt file says about the prompt.
 
     Raises FlagError about the setting `field` for a missing or malformed file, and for an empty list.
     """
@@ -61,6 +63,8 @@ def read_index(path: Path, field: str = "data_json_path") -> list[dict[str, str]
         missing = [key for key in (*FOLDERS, "caption") if not isinstance(values.get(key), str)]
         if missing:
             raise error(f"entry {number} has no text under {', '.join(missing)}")
+        if not isinstance(entry.get("metadata", {}), dict):
+            raise error(f"entry {number} has metadata that is no object")
     return entries
 
 
@@ -94,7 +98,7 @@ class LatentFluxRLDataset(torch.utils.data.Dataset):
     def _error(self, problem: str) -> FlagError:
         return FlagError("data_json_path", self.json_path, f"{problem} {HINT}")
 
-    def _paths(self, entry: dict[str, str]) -> list[Path]:
+    def _paths(self, entry: dict[str, Any]) -> list[Path]:
         return [self.json_path.parent / folder / entry[key] for key, folder in FOLDERS.items()]
 
     def _check(self, width: int, pooled_width: int) -> None:
@@ -122,13 +126,13 @@ class LatentFluxRLDataset(torch.utils.data.Dataset):
             if not (tested.float().isfinite().all() and pooled.float().isfinite().all()):
                 raise self._error(f"the embedding of {caption!r} has values that aren't finite; preprocess it again")
 
-    def _read(self, entry: dict[str, str], mmap: bool = False) -> dict[str, Any]:
-        """One prompt: prompt_embeds [L, D], pooled_prompt_embeds [D'], text_ids [L, 3], caption.
+    def _read(self, entry: dict[str, Any], mmap: bool = False) -> dict[str, Any]:
+        """One prompt: prompt_embeds [L, D], pooled_prompt_embeds [D'], text_ids [L, 3], caption, metadata.
 
         A first dimension of 1 is taken away. Text ids of FLUX are 0: for text ids [3], which the references store, all
         tokens get them.
         """
-        item: dict[str, Any] = {"caption": entry["caption"]}
+        item: dict[str, Any] = {"caption": entry["caption"], "metadata": entry.get("metadata", {})}
         for name, path in zip(TENSORS, self._paths(entry), strict=True):
             try:
                 tensor = torch.load(path, weights_only=True, map_location="cpu", mmap=mmap)
@@ -161,7 +165,7 @@ class LatentFluxRLDataset(torch.utils.data.Dataset):
         return len(self.entries)
 
     def __getitem__(self, draw: "int | Draw") -> dict[str, Any]:
-        """One prompt: prompt_embeds [L, D], pooled_prompt_embeds [D'], text_ids [L, 3], caption, index.
+        """One prompt: prompt_embeds [L, D], pooled_prompt_embeds [D'], text_ids [L, 3], caption, metadata, index.
 
         Raises FlagError, naming the file, for an embedding that can't be read or has another shape.
         """
@@ -239,7 +243,8 @@ class PromptSampler(torch.utils.data.Sampler):
 def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Stacks P items.
 
-    Returns prompt_embeds [P, L, D], pooled_prompt_embeds [P, D'], text_ids [P, L, 3], index [P], caption (list of P).
+    Returns prompt_embeds [P, L, D], pooled_prompt_embeds [P, D'], text_ids [P, L, 3], index [P], and the lists of P
+    captions, `caption`, and of P objects, `metadata`.
     Raises FlagError if their embeddings differ in shape.
     """
     first = items[0]
@@ -252,7 +257,7 @@ def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {
         **{name: torch.stack([item[name] for item in items]) for name in TENSORS},
         "index": torch.tensor([item["index"] for item in items]),
-        "caption": [item["caption"] for item in items],
+        **{name: [item[name] for item in items] for name in ("caption", "metadata")},
     }
 
 

@@ -133,7 +133,7 @@ from PIL import Image
 
 
 def read_manifest(path: Path, field: str) -> list[dict[str, Any]]:
-    """The entries of a manifest: index, prompt, path (of the picture), and the style of a benchmark's prompt.
+    """The entries of a manifest: index, prompt, path (of the picture); the prompt's style and metadata if present.
 
     Without an index an entry's position is its index. A path is relative to the manifest or, as in the reference's
     manifests, to the working directory. Raises FlagError about the setting `field` for a file that is missing,
@@ -161,6 +161,10 @@ def read_manifest(path: Path, field: str) -> list[dict[str, Any]]:
         entries.append({"index": index, "prompt": keys["prompt"], "path": found_at})
         if isinstance(keys.get("style"), str):
             entries[-1]["style"] = keys["style"]
+        if not isinstance(keys.get("metadata", {}), dict):
+            raise FlagError(field, path, f"entry {position} has metadata that is no object")
+        if keys.get("metadata"):
+            entries[-1]["metadata"] = keys["metadata"]
     if len({entry["index"] for entry in entries}) < len(entries):
         raise FlagError(field, path, "an index comes twice")
     return entries
@@ -183,9 +187,9 @@ class Batch:
     entries: Sequence[dict[str, Any]]
 
     @cached_property
-    def content(self) -> list[list[str]]:
-        """A hash of each picture's file, empty where it can't be read, and the picture's prompt."""
-        return [[_file_hash(entry["path"]), entry["prompt"]] for entry in self.entries]
+    def content(self) -> list[list[Any]]:
+        """A hash of each picture's file, empty where it can't be read, and the picture's prompt and metadata."""
+        return [[_file_hash(e["path"]), e["prompt"], e.get("metadata", {})] for e in self.entries]
 
 
 def _file_hash(path: Path) -> str:
@@ -236,8 +240,9 @@ def score(
     def score_batch(batch: Batch) -> list[dict[str, Any]]:
         opened = [_open(entry["path"]) for entry in batch.entries]
         readable = [row for row, image in enumerate(opened) if not isinstance(image, str)]
-        images, prompts = [opened[row] for row in readable], [batch.entries[row]["prompt"] for row in readable]
-        rewards = compute_reward(images, prompts, models, weights)[2] if images else {}
+        images, entries = [opened[row] for row in readable], [batch.entries[row] for row in readable]
+        prompts, metadata = [e["prompt"] for e in entries], [e.get("metadata", {}) for e in entries]
+        rewards = compute_reward(images, prompts, models, weights, metadata=metadata)[2] if images else {}
         result = [{"problem": problem} for problem in opened]
         for i, row in enumerate(readable):
             result[row] = {

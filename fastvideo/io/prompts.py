@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,10 @@ _JSON_START = re.compile(r'[\[{]|\[\s*[\[{]|\[?\s*\{\s*"[^"]*"\s*:.*')
 
 @dataclass(frozen=True)
 class PromptFile:
-    """The prompts of a file, and how many entries were left out."""
+    """The prompts of a file, what the file says about each of them, and how many entries were left out."""
 
     prompts: list[str]
+    metadata: list[dict[str, Any]]  # per prompt, the other keys of its JSON object or columns of its row; else empty
     empty: int  # blank lines, empty texts
     duplicates: int  # repeated prompts
 
@@ -39,10 +41,11 @@ class PromptFile:
 
 
 def read_prompts(path: str | Path, field: str, unique: bool = True) -> PromptFile:
-    """The prompts of a file, in order. `unique`: a repeated prompt is kept once.
+    """The prompts of a file, in order. `unique`: a repeated prompt is kept once, with its first metadata.
 
     The suffixes .json, .jsonl, .csv and .tsv tell the format. In all other files every line is a prompt, unless the
     whole file is JSON: a prompt may begin with a brace and have commas. Text is UTF-8, or UTF-16 with or without mark.
+    Cells beside a prompt that are JSON lists or objects are read as such; empty cells are left out.
 
     Raises FlagError about the setting `field` for a file that is missing, isn't text, has no prompts, or has an entry
     that is none. The message names the bad lines: if they were skipped, nobody would notice the missing prompts.
@@ -57,23 +60,27 @@ def read_prompts(path: str | Path, field: str, unique: bool = True) -> PromptFil
         elif (entries := _json_entries(text, named=suffix in (".json", ".jsonl", ".ndjson"))) is not None:
             found = [_text_of(*entry) for entry in entries]
         else:
-            found = text.split("\n")
-            _check_plain(found)
-        if wrong := next((text for text in found if _NO_TEXT.search(text)), None):
+            lines = text.split("\n")
+            _check_plain(lines)
+            found = [(line, {}) for line in lines]
+        texts = chain.from_iterable((text, json.dumps(rest, ensure_ascii=False)) for text, rest in found)
+        if wrong := next(filter(_NO_TEXT.search, texts), None):
             raise ValueError(f"{wrong[:60]!r} has a character that no text has")
     except OSError as error:
         raise FlagError(field, path, f"{error.strerror or error}; {ADVICE}") from error
     except ValueError as error:
         raise FlagError(field, path, f"{error}; {ADVICE}") from error
     # A line break inside a prompt would make two of it wherever prompts are lines.
-    stripped = [re.sub(r"\s*\n\s*", " ", text.strip()) for text in found]
-    if stripped and not stripped[-1]:
+    stripped = [(re.sub(r"\s*\n\s*", " ", text.strip()), rest) for text, rest in found]
+    if stripped and not stripped[-1][0]:
         stripped.pop()  # nothing follows the last line feed
-    prompts = [text for text in stripped if text]
-    if not prompts:
+    entries = [entry for entry in stripped if entry[0]]
+    if not entries:
         raise FlagError(field, path, f"no prompts in it; {ADVICE}")
-    kept = list(dict.fromkeys(prompts)) if unique else prompts
-    return PromptFile(kept, empty=len(stripped) - len(prompts), duplicates=len(prompts) - len(kept))
+    first = {text: rest for text, rest in reversed(entries)}
+    kept = [(text, first[text]) for text in dict.fromkeys(text for text, _ in entries)] if unique else entries
+    prompts, metadata = map(list, zip(*kept, strict=True))
+    return PromptFile(prompts, metadata, empty=len(stripped) - len(entries), duplicates=len(entries) - len(kept))
 
 
 def _decode(data: bytes) -> str:
@@ -146,16 +153,25 @@ def _parse_json(text: str, lines: list[tuple[int, str]]) -> list[tuple[str, Any]
     return [("line 1", whole)]
 
 
-def _text_of(place: str, entry: Any) -> str:
-    """The prompt of a JSON entry. Raises ValueError, which names the place, if it has none."""
-    found = next((entry[key] for key in KEYS if key in entry), None) if isinstance(entry, dict) else entry
+def _text_of(place: str, entry: Any) -> tuple[str, dict[str, Any]]:
+    """The prompt and the metadata of a JSON entry. Raises ValueError, which names the place, if it has no prompt."""
+    rest = dict(entry) if isinstance(entry, dict) else {}
+    found = next((rest.pop(key) for key in KEYS if key in rest), None) if isinstance(entry, dict) else entry
     if not isinstance(found, str):
         raise ValueError(f"{place}: neither a text nor an object with a text under {', '.join(KEYS)}")
-    return found
+    return found, rest
 
 
-def _column(text: str, delimiters: str) -> Iterator[str]:
-    """The texts of a table's prompt column. Raises ValueError, which names the line."""
+def _cell(text: str) -> Any:
+    """The content of a cell beside a prompt: a JSON list or object as such, anything else as text."""
+    try:
+        return json.loads(text) if text.lstrip().startswith(("[", "{")) else text
+    except (ValueError, RecursionError):
+        return text
+
+
+def _column(text: str, delimiters: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The texts of a table's prompt column, with the other cells. Raises ValueError, which names the line."""
     try:
         for delimiter in delimiters:
             rows = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True)
@@ -168,7 +184,9 @@ def _column(text: str, delimiters: str) -> Iterator[str]:
         for row in rows:
             if row and len(row) != len(header):
                 raise ValueError(f"line {rows.line_num}: {len(row)} fields; the header has {len(header)}")
-            yield row[column] if row else ""
+            others = {name: _cell(cell) for name, cell in zip(header, row, strict=False) if cell.strip()}
+            others.pop(header[column], None)
+            yield row[column] if row else "", others
     except csv.Error as error:
         raise ValueError(f"line {rows.line_num}: {error}") from error
 

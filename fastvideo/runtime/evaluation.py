@@ -61,6 +61,7 @@ class Evaluation:
         self.config = config
         self.dataset = LatentFluxRLDataset(index)
         self.prompts = [entry["caption"] for entry in self.dataset.entries]
+        self.metadata = [entry.get("metadata", {}) for entry in self.dataset.entries]
         self.plan = noise_free_plan(config)
         self.scoring, self.models, self.weights = scoring, scoring.models, scoring.weights
         if held_out:
@@ -69,6 +70,7 @@ class Evaluation:
         measure = [self.prompts, self.weights, [getattr(config, name) for name in settings]]
         if judge := judge_of(self.models):
             measure.append(judge)
+        measure += [self.metadata] if any(self.metadata) else []  # which older runs don't have
         self.measure = hashlib.sha256(json.dumps(measure).encode()).hexdigest()[:16]
 
     def due(self, iteration: int) -> bool:
@@ -96,8 +98,8 @@ class Evaluation:
                 write_bytes(path.with_name(f"{index:05d}.png"), data.getvalue())
 
         def score() -> list[tuple[int, dict[str, float]]]:
-            prompts = [self.prompts[index] for index in indices]
-            scores = self.scoring.compute(images, prompts, self.models) if images else {}
+            prompts, metadata = ([given[index] for index in indices] for given in (self.prompts, self.metadata))
+            scores = self.scoring.compute(images, prompts, self.models, metadata=metadata) if images else {}
             return [(index, {k: float(v[i]) for k, v in scores.items()}) for i, index in enumerate(indices)]
 
         parts = self.scoring.gather([self.scoring.begin(score)])

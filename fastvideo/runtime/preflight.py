@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from fastvideo.cli import FlagError, FlagErrors, say
 from fastvideo.config import GRPOConfig
@@ -17,7 +18,7 @@ from fastvideo.io.prompts import read_prompts
 from fastvideo.models.flux import BASE, check_pipeline, meta_transformer
 from fastvideo.models.reward_model.loading import bad_file, to_download
 from fastvideo.models.reward_model.spec import REWARDS, resolve_reward_spec
-from fastvideo.models.reward_model.utils import reward_problems
+from fastvideo.models.reward_model.utils import can_score, reward_problems
 from fastvideo.runtime.checkpoint import checkpoints
 from fastvideo.runtime.memory import checkpoint_size, describe_memory
 from fastvideo.runtime.resume import check_output, to_resume
@@ -57,7 +58,7 @@ def check_run(config: GRPOConfig, world_size: int) -> None:
     if config.dry_run:  # a run that goes on looks when it has the folder
         checks.append(lambda: to_resume(config, world_size))
     texts = [name for name in ("prompts_file", "eval_prompts") if getattr(config, name) is not None]
-    checks += [lambda name=name: read_prompts(getattr(config, name), name) for name in texts]
+    checks += [lambda name=name: _check_prompts(config, name) for name in texts]
     found += _raised(checks)
     if found:
         raise FlagErrors(found)
@@ -72,7 +73,34 @@ def _check_embeddings(config: GRPOConfig, configs: bool) -> None:
     if config.dry_run and configs:
         sizes = meta_transformer(config.pretrained_model_name_or_path).config
         widths = (sizes.joint_attention_dim, sizes.pooled_projection_dim)
-    LatentFluxRLDataset(config.data_json_path, widths=widths)
+    entries = LatentFluxRLDataset(config.data_json_path, widths=widths).entries
+    _check_needs(config, "data_json_path", [(entry["caption"], entry.get("metadata", {})) for entry in entries])
+
+
+def _check_prompts(config: GRPOConfig, field: str) -> None:
+    """Raises FlagError for a prompt file that can't be used. field: prompts_file or eval_prompts."""
+    found = read_prompts(getattr(config, field), field)
+    _check_needs(config, field, list(zip(found.prompts, found.metadata, strict=True)))
+
+
+def _check_needs(config: GRPOConfig, field: str, prompts: list[tuple[str, dict[str, Any]]]) -> None:
+    """Raises FlagError if a reward can't score a single one of the prompts, and says if it can't score some of them.
+
+    prompts: with their metadata; the setting `field` names their file. Evaluations score with all rewards.
+    """
+    rewards = resolve_reward_spec(config)
+    if field == "eval_prompts" and config.eval_reward is not None:
+        rewards |= resolve_reward_spec(config, "eval_reward")
+    for key in rewards:
+        if key not in REWARDS or not (needs := REWARDS[key].needs):
+            continue
+        lacking = [prompt for prompt, metadata in prompts if not can_score(key, prompt, metadata)]
+        if len(lacking) == len(prompts):
+            problem = f"no prompt has {needs}, which the reward {key} needs; docs/rewards.md says what it looks for"
+            raise FlagError(field, getattr(config, field), problem)
+        if lacking:
+            which = f"{len(lacking)} of {len(prompts)} prompts have not {needs}, such as {lacking[0][:60]!r}"
+            say(f"note: --{field}: {which}; {key} gives their pictures no score, and they count as failed")
 
 
 def _not_downloaded(config: GRPOConfig, field: str) -> Iterator[FlagError]:

@@ -20,10 +20,11 @@ on one folder at once. The manifest is written when all pictures are there: a JS
 import io
 import json
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from fastvideo.cli import FlagError, check_fields, flag, flag_errors, parse_dataclass, parse_first
 from fastvideo.io.devices import DTYPES
@@ -215,30 +216,33 @@ class Picture:
     seed: int  # torch.Generator("cpu").manual_seed(seed) gives the same picture in a FluxPipeline
     index: int  # in the manifest
     style: str | None = None  # if the prompt is from the HPSv2 benchmark
+    metadata: Mapping[str, Any] = field(default_factory=dict, compare=False)  # of the prompt; see io/prompts.py
 
 
-def read_prompt_list(path: str) -> list[tuple[str, str | None]]:
-    """(prompt, style) for all prompts of a text file, where the style is None, or of a folder of benchmark prompts.
+def read_prompt_list(path: str) -> list[tuple[str, str | None, Mapping[str, Any]]]:
+    """(prompt, style, metadata) for all prompts of a prompt file, where the style is None, or of a folder of benchmark
+    prompts, which have no metadata.
 
     Raises FlagError for a file or folder without prompts.
     """
     if Path(path).is_dir():
         styles = read_benchmark(Path(path), "prompts_file")
-        return [(prompt, style) for style, prompts in styles.items() for prompt in prompts]
-    return [(prompt, None) for prompt in read_prompts(path, "prompts_file", unique=False).prompts]
+        return [(prompt, style, {}) for style, prompts in styles.items() for prompt in prompts]
+    found = read_prompts(path, "prompts_file", unique=False)
+    return [(prompt, None, metadata) for prompt, metadata in zip(found.prompts, found.metadata, strict=True)]
 
 
-def plan_pictures(config: SampleConfig, prompts: Sequence[tuple[str, str | None]]) -> list[Picture]:
+def plan_pictures(config: SampleConfig, prompts: Sequence[tuple[str, str | None, Mapping[str, Any]]]) -> list[Picture]:
     """All pictures of a run, in the manifest's order. Seeds are hashed, so that different --seed share no noise."""
     found, before = [], {}
-    for place, (prompt, style) in enumerate(prompts):
+    for place, (prompt, style, metadata) in enumerate(prompts):
         number_in_style = before[style] = before.get(style, -1) + 1
         for number in range(config.images_per_prompt):
             # The benchmark has one picture per prompt, and no number in its name.
             name = f"{number_in_style:05d}" + (f"_{number}" if style is None or config.images_per_prompt > 1 else "")
             path = Path(config.output_dir) / (style or "") / f"{name}.{config.image_format}"
             seed = int(np.random.SeedSequence([config.seed, place, number]).generate_state(1)[0])
-            found.append(Picture(path, prompt, seed, len(found), style))
+            found.append(Picture(path, prompt, seed, len(found), style, metadata))
     return found
 
 
@@ -470,7 +474,8 @@ def _sample_run(
         entries = []
         for picture in pictures:
             entry = {"image": _relative(picture.path, folder), "prompt": picture.prompt, "seed": picture.seed}
-            entry |= {"index": picture.index} | ({"style": picture.style} if picture.style else {})
+            others = {"style": picture.style, "metadata": picture.metadata}
+            entry |= {"index": picture.index} | {name: value for name, value in others.items() if value}
             entries.append(entry)
         write_json(config.manifest, entries)
         print(f"{len(entries)} pictures of {len(entries) // config.images_per_prompt} prompts: {config.manifest}")

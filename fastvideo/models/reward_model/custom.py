@@ -1,7 +1,9 @@
 """Rewards of the user's own, `--reward_model package.module:function`: a function of images and prompts."""
 
+import copy
 import functools
 import importlib
+import inspect
 import json
 import os
 import subprocess
@@ -9,8 +11,9 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from fastvideo.cli import FlagError
 from fastvideo.io.secrets import one_line
@@ -25,7 +28,7 @@ PROMPTS = ("a red circle", "a blue square")  # of the probe's pictures
 
 
 class FunctionReward:
-    """A custom reward: returns one number per image.
+    """A custom reward: returns one number per image. A function with an argument `metadata` gets compute_reward's.
 
     Raises FlagError, naming the setting `field`, if there is no such function.
     """
@@ -44,9 +47,22 @@ class FunctionReward:
             raise FlagError(field, path, f"{function_name} is not callable")
         self.function = function
         self.name = function_name
+        self.takes_metadata = _takes(function, "metadata")
 
-    def __call__(self, images: list[Image.Image], prompts: list[str]) -> Sequence[float]:
-        return self.function(list(images), list(prompts))  # if it empties them, others still have theirs
+    def __call__(
+        self, images: list[Image.Image], prompts: list[str], metadata: Sequence[Mapping[str, Any]] | None = None
+    ) -> Sequence[float]:
+        given = {"metadata": [{}] * len(images) if metadata is None else metadata} if self.takes_metadata else {}
+        # If it empties or changes its lists, others still have theirs.
+        return self.function(list(images), list(prompts), **copy.deepcopy(given))
+
+
+def _takes(function: Callable[..., Any], name: str) -> bool:
+    """Whether a function has an argument of this name."""
+    try:
+        return name in inspect.signature(function).parameters
+    except (TypeError, ValueError):  # some functions of C have no signature
+        return False
 
 
 @functools.cache  # a run checks its rewards, and later builds them

@@ -9,7 +9,7 @@ import io
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -110,6 +110,7 @@ class Servers:
         prompts: list[str],
         curr_step: float | np.ndarray | None = None,
         total_steps: float | None = None,
+        metadata: Sequence[Mapping[str, Any]] | None = None,
     ) -> dict[str, np.ndarray]:
         """{name: float64 [N], f"{name}_{part}": [N] ...}, NaN where a score failed. parts: components and checks."""
         prompts = prompt_per_image(prompts, len(images))
@@ -125,6 +126,8 @@ class Servers:
                 "curr_step": None if step is None else step[batch].tolist() if step.ndim else step.item(),
                 "total_steps": total_steps,
             }
+            if metadata is not None and any(metadata[batch]):
+                body["metadata"] = metadata[batch]
             content = json.dumps(body).encode()
 
             def send(url: str) -> dict[str, list[float | None]]:
@@ -152,12 +155,16 @@ class Servers:
 class RemoteReward:
     """A reward model on the servers. judge: the id of the model behind --vlm_judge_url, if the reward asks it."""
 
+    takes_metadata = True  # and passes it on; the server's model may take it
+
     def __init__(self, name: str, servers: Servers, judge: str | None = None) -> None:
         self.name, self.servers, self.judge = name, servers, judge
 
-    def __call__(self, images: list[Image.Image], prompts: list[str]) -> np.ndarray:
+    def __call__(
+        self, images: list[Image.Image], prompts: list[str], metadata: Sequence[Mapping[str, Any]] | None = None
+    ) -> np.ndarray:
         """float64 [N]; NaN for a failed sample."""
-        return self.servers.score(self.name, (), images, prompts)[self.name]
+        return self.servers.score(self.name, (), images, prompts, metadata=metadata)[self.name]
 
 
 class RemoteGranularReward(GranularRewardModel):

@@ -7,7 +7,8 @@ Start it with the reward flags of the run (with --evaluation for eval_reward.py)
 the loopback and asks for no password, so reach it from other machines through an SSH tunnel or a private network.
 
     GET  /health   {"status", "settings", "models", "limits", "judge"}: names, weights, parts, schedule; always answers
-    POST /score    {"settings", "model", "images": [base64 PNG or JPEG], "prompts", "curr_step", "total_steps"}
+    POST /score    {"settings", "model", "images": [base64 PNG or JPEG], "prompts", "curr_step", "total_steps",
+                    "metadata": [object]}          the last may be missing
                    -> {"scores": {name: [number, or null for failed], f"{name}_{component or check}": [...]}}
 
 400: malformed request; 409: settings differ; 413: over a limit; 415: not JSON; 500: the model raised an error.
@@ -128,12 +129,16 @@ def answer(
         _need(texts and len(part) > 0, 400, "images, prompts: expected lists of texts")
     _need(len(images) == len(prompts), 400, f"{len(images)} images but {len(prompts)} prompts")
     _need(len(images) <= config.max_images, 413, f"{len(images)} images: at most {config.max_images} per request")
+    metadata = asked.get("metadata")
+    objects = isinstance(metadata, list) and all(isinstance(entry, dict) for entry in metadata)
+    _need(metadata is None or (objects and len(metadata) == len(images)), 400, "metadata: expected an object per image")
     curr_step, total_steps = asked.get("curr_step"), asked.get("total_steps")
     _check_progress(curr_step, total_steps, len(images))
     pictures = decode(images, config.max_pixels)
     step = np.array(curr_step) if isinstance(curr_step, list) else curr_step
     try:
-        _, _, scores, _ = compute_reward(pictures, prompts, {name: models[name]}, {name: 1.0}, step, total_steps)
+        one = {name: models[name]}, {name: 1.0}
+        _, _, scores, _ = compute_reward(pictures, prompts, *one, step, total_steps, metadata=metadata)
     except Exception as error:  # the server keeps running; the client counts failed samples
         logger.exception("%s could not score %d images", name, len(images))
         raise HTTPException(500, f"{name} raised {type(error).__name__}") from error

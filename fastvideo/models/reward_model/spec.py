@@ -5,6 +5,7 @@ A new reward is a file beside this one and an entry in REWARDS; its flags, if it
 every command line reads it before it can print --help.
 """
 
+import importlib.util
 import math
 import re
 from collections.abc import Mapping
@@ -59,6 +60,7 @@ class RewardConfig:
     vlm_judge_retries: int = flag(
         3, "further attempts after a failed request, at the next endpoint of the judge", at_least=0, at_most=10**4
     )
+    ocr_num_workers: int = flag(4, "CPU threads that read text in pictures for ocr", at_least=1, at_most=1024)
     granular_start_weights: list[float] = flag([0.5, 0.3, 0.2], "component weights at the start", metavar="W")
     reward_batch_size: int = flag(12, "images per forward pass of a reward model", at_least=1)
     reward_device: str | None = flag(None, "device of the reward models (None: the rank's own)")
@@ -145,6 +147,8 @@ class Reward:
         url: setting with the address of a server, which must be given.
         check: "module:function" in this package, called with the settings on the first process before anything loads.
             Raises FlagError if the reward can't work.
+        packages, extra: packages that not every installation has, and the extra in pyproject.toml that installs them.
+        needs: what a prompt must have. The function can_score(prompt, metadata) of the model's module looks for it.
         decisive: arguments that change scores. A reward server and its clients compare their values.
         components: parts of a granular reward, in the order of --granular_start_weights.
         checks: yes/no questions that a granular reward answers; they have no weight.
@@ -159,10 +163,17 @@ class Reward:
     download: str | None = None
     url: str | None = None
     check: str | None = None
+    packages: tuple[str, ...] = ()
+    extra: str | None = None
+    needs: str | None = None
     decisive: tuple[str, ...] = ()
     components: tuple[str, ...] = ()
     checks: tuple[str, ...] = ()
     mode: str | None = None
+
+    def missing_package(self) -> str | None:
+        """The first of `packages` that isn't installed. Imports none."""
+        return next((name for name in self.packages if importlib.util.find_spec(name) is None), None)
 
     def chosen_mode(self, config: Any, evaluation: bool) -> str | None:
         """One of MODES; None for a reward without a choice. Raises FlagError for an unknown mode."""
@@ -274,6 +285,13 @@ REWARDS: dict[str, Reward] = {
         url="vlm_judge_url",
         check="vlm_judge:check_judge",
         decisive=("model", "template"),
+    ),
+    "ocr": Reward(
+        model="ocr:OCRRewardModel",
+        arguments={"num_workers": "ocr_num_workers"},
+        packages=("rapidocr_onnxruntime", "rapidfuzz"),
+        extra="ocr",
+        needs="a text in quotation marks",
     ),
     "shapes": Reward("shapes:ShapesRewardModel", components=("binding", "form", "clean"), checks=("right",)),
     "jpeg_compressibility": Reward("jpeg:JpegCompressibilityRewardModel"),

@@ -65,6 +65,11 @@ def _checks(key: str, config: Any, evaluation: bool, field: str) -> list[Callabl
     entry = REWARDS[key]
     mode = entry.chosen_mode(config, evaluation)
 
+    def installed() -> None:
+        if package := entry.missing_package():
+            problem = f"{key} needs the package {package}; `pip install -e '.[{entry.extra}]'` installs it"
+            raise FlagError(field, repr(getattr(config, field)), problem)
+
     def reachable() -> None:
         if entry.url and not getattr(config, entry.url):
             raise FlagError(entry.url, None, f"not given; {key} needs the URL of its server")
@@ -82,13 +87,19 @@ def _checks(key: str, config: Any, evaluation: bool, field: str) -> list[Callabl
             )
 
     files = [file for file in entry.files if file.mode in (None, mode)]
-    return [*(lambda f=f: check_file(f, getattr(config, f.field)) for f in files), reachable, schedule]
+    return [*(lambda f=f: check_file(f, getattr(config, f.field)) for f in files), installed, reachable, schedule]
 
 
 def _named(path: str) -> Any:
     """What "module:name" means in this package."""
     module, _, name = path.partition(":")
     return getattr(importlib.import_module(f"fastvideo.models.reward_model.{module}"), name)
+
+
+def can_score(key: str, prompt: str, metadata: Mapping[str, Any]) -> bool:
+    """Whether a reward of the registry can score pictures of a prompt: the prompt has what the entry `needs`."""
+    entry = REWARDS[key]
+    return entry.needs is None or _named(f"{entry.model.partition(':')[0]}:can_score")(prompt, metadata)
 
 
 def _build(entry: Reward, config: Any, device: str, evaluation: bool) -> RewardModel:
@@ -165,6 +176,7 @@ def compute_reward(
     curr_step: float | np.ndarray | None = None,
     total_steps: float | None = None,
     begins: Callable[[str], None] = lambda name: None,
+    metadata: Sequence[Mapping[str, Any]] | None = None,
 ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Scores N images with every model: (rewards, successes, rewards_dict, successes_dict).
 
@@ -175,6 +187,8 @@ def compute_reward(
     `{name}_{component}` per component and check; these never enter `rewards`. successes_dict: the same keys, bool [N].
     curr_step, total_steps: training progress for granular models; curr_step may be an array with one entry per image.
     begins: called with the name of each model before it scores.
+    metadata: one object per image, what the prompt file says about its prompt; None: empty ones. Models that set
+    `takes_metadata` get it.
 
     An exception of a model is not caught: a broken scorer is not a failed sample.
     """
@@ -182,6 +196,9 @@ def compute_reward(
     prompts = prompt_per_image(prompts, n)
     if not isinstance(reward_models, dict):
         reward_models = _by_name(reward_models)
+    metadata = [{}] * n if metadata is None else metadata
+    if len(metadata) != n:
+        raise ValueError(f"{n} images but {len(metadata)} entries of metadata")
     missing = sorted(set(reward_weights) - set(reward_models))
     if missing:
         raise ValueError(f"reward_weights names {missing}, reward_models only has {sorted(reward_models)}")
@@ -197,7 +214,8 @@ def compute_reward(
             rewards_dict[name] = as_scores(scores, n, name)
             rewards_dict.update({f"{name}_{component}": found for component, found in components.items()})
         else:
-            rewards_dict[name] = as_scores(model(images, prompts), n, name)
+            given = {"metadata": list(metadata)} if getattr(model, "takes_metadata", False) else {}
+            rewards_dict[name] = as_scores(model(images, prompts, **given), n, name)
     successes_dict = {key: np.isfinite(found) for key, found in rewards_dict.items()}
 
     rewards = np.zeros(n)
