@@ -100,9 +100,9 @@ def noted(monkeypatch) -> dict[str, list]:
         seen["scouted"].append(pick(*given))
         return seen["scouted"][-1]
 
-    def computed(self, images, prompts, models, **progress):
+    def computed(self, images, prompts, models, metadata, **progress):
         seen["progress"].append((len(images), progress))
-        return compute(self, images, prompts, models, **progress)
+        return compute(self, images, prompts, models, metadata=metadata, **progress)
 
     monkeypatch.setattr(train_grpo_flux, "rollout", rollout)
     monkeypatch.setattr(Scouted, "of", of)
