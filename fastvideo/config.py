@@ -71,12 +71,17 @@ ALGORITHMS |= {
     "branch_grpo": {"requires": _SHARED_START, "defaults": _TREE_DEFAULTS},
     "branch_grpo_mix": {"requires": _SHARED_START, "defaults": _TREE_DEFAULTS},
 }
-ALGORITHMS["v_grpo"] = {
-    "requires": {"training_strategy": "all", "flow_grpo_sampling": False, "init_same_noise": False},
-    "defaults": {"clip_range": 3e-2},
+_DRAWS = {"training_strategy": "all", "flow_grpo_sampling": False, "init_same_noise": False}
+ALGORITHMS |= {
+    "v_grpo": {"requires": _DRAWS, "defaults": {"clip_range": 3e-2}},
+    "diffusion_nft": {"requires": _DRAWS, "defaults": {"old_policy_decay": 0.5, "ref_kl_coeff": 1e-4}},
+    "awm": {"requires": _DRAWS, "defaults": {}},
 }
 MERGES, TREES = ("grpo_merge", "granular_grpo"), ("branch_grpo", "branch_grpo_mix")
-DRAWN = ("v_grpo",)  # likelihood-free: train draws of time and noise on finished pictures
+DRAWN = ("v_grpo", "diffusion_nft", "awm")  # likelihood-free: train draws of time and noise on finished pictures
+AVERAGED = ("diffusion_nft", "awm")  # need an average of the policies of all iterations
+# Policies, see runtime/policies.py: the trained parameters, and copies of them.
+CURRENT, EMA, OLD_POLICY, REFERENCE = "current", "ema", "old_policy", "reference"
 PICKS = ("extremes", "random")
 # Settings that say where things are or what is shown, not what is trained.
 PLACES = (
@@ -243,12 +248,35 @@ class GRPOConfig(RewardSpecConfig):
         algorithms=DRAWN,
     )
 
+    old_policy_decay: float = flag(
+        0.9,
+        "decay, per iteration, of the average of policies that DiffusionNFT samples with and AWM stays close to",
+        at_least=0,
+        below=1,
+        algorithms=AVERAGED,
+    )
+    old_kl_coeff: float = flag(
+        0.1, "AWM: weight of mean((v − v_old)²), the distance from this average", at_least=0, algorithms=("awm",)
+    )
+    nft_beta: float = flag(
+        1.0,
+        "DiffusionNFT: how far the velocities of the good and the bad policy lie from the old policy's, as a share of "
+        "the trained policy's distance",
+        above=0,
+        at_most=1,
+        algorithms=("diffusion_nft",),
+    )
+
     def _check_draws(self) -> None:
         self._need_all_steps_trained()
-        needed = {"ratio_norm": False, "step_weights": "equal", "trust_region": "clip", "ref_kl_coeff": 0}
-        for name, plain in (needed | {"recompute_old_log_prob": False, "drop_last_sample": False}).items():
+        steps = {"ratio_norm": False, "step_weights": "equal", "trust_region": "clip", "recompute_old_log_prob": False}
+        for name, plain in (steps | {"drop_last_sample": False}).items():
             problem = f"--algorithm {self.algorithm} trains no denoising step; leave it at {plain}"
             self._need(getattr(self, name) == plain, name, problem)
+        if self.algorithm == "diffusion_nft":
+            for name in ("clip_range", "kl_coeff"):
+                unset = getattr(self, name) == default_of(self.__dataclass_fields__[name])
+                self._need(unset, name, "DiffusionNFT has no probability ratio; leave it out")
 
     # --- E-GRPO and Granular-GRPO -----------------------------------------------------------------------------------
     entropy_threshold: float = flag(
@@ -442,7 +470,16 @@ class GRPOConfig(RewardSpecConfig):
     divergence_limit: float = flag(1e-5, "mean(Δμ²)/(2·std²) from which --trust_region divergence stops", above=0)
     kl_coeff: float = flag(0.0, "weight of the squared log-probability change against the old policy", at_least=0)
     ref_kl_coeff: float = flag(
-        0.0, "weight of the KL divergence from the base model's transitions; 0: not computed", at_least=0
+        0.0,
+        "weight of the KL divergence from the base model's transitions, or of mean((v − v_ref)²) with likelihood-free "
+        "algorithms; 0: not computed",
+        at_least=0,
+    )
+    ref_reset_steps: int = flag(
+        0,
+        "iterations after which --ref_kl_coeff measures from the policy that training has reached by then, not from "
+        "the base model; 0: never",
+        at_least=0,
     )
     recompute_old_log_prob: bool = flag(False, "compute the old log-probabilities again in the batches of training")
 
@@ -452,6 +489,8 @@ class GRPOConfig(RewardSpecConfig):
         self._need(fits, "multi_reward_mix", "without --use_group choose reward_aggr")
         fits = self.granular_mix == "raw" or self.multi_reward_mix == "advantage_aggr"
         self._need(fits, "granular_mix", "advantage needs --multi_reward_mix advantage_aggr")
+        fits = self.ref_reset_steps == 0 or self.ref_kl_coeff > 0
+        self._need(fits, "ref_reset_steps", "goes with --ref_kl_coeff")
 
     # --- optimizer --------------------------------------------------------------------------------------------------
     learning_rate: float = flag(1e-5, "AdamW learning rate", above=0, at_most=1)
@@ -544,6 +583,9 @@ class GRPOConfig(RewardSpecConfig):
         if engine == "deepspeed":
             own = "DeepSpeed splits the weights its own way; choose --parallel fsdp"
             self._need(self.ema_decay == 0, "ema_decay", own)
+            self._need(self.algorithm not in AVERAGED, "algorithm", own)
+            self._need(self.ref_reset_steps == 0, "ref_reset_steps", own)
+            self._need(self.ref_kl_coeff == 0 or self.zero_stage == 2, "ref_kl_coeff", f"{own}, or --zero_stage 2")
             self._need(self.compile != "true", "compile", "DeepSpeed's hooks break the graph; choose auto or false")
         if self.quantize_base:
             self._need(self.use_lora, "quantize_base", "goes with --use_lora: weights in 8 bit can't be trained")
@@ -680,6 +722,18 @@ class GRPOConfig(RewardSpecConfig):
     def held_out(self) -> "GRPOConfig":
         """These settings for scoring --eval_reward: in this process, not at a reward server."""
         return replace(self, reward_server=None)
+
+    @property
+    def copies(self) -> dict[str, float]:
+        """Copies of the trained parameters that the run holds -> decay of the average that a copy is."""
+        found = {EMA: self.ema_decay} if self.ema_decay else {}
+        found |= {OLD_POLICY: self.old_policy_decay} if self.algorithm in AVERAGED else {}
+        return found | ({REFERENCE: 0.0} if self.ref_kl_coeff else {})
+
+    @property
+    def sampling_policy(self) -> str:
+        """The policy that draws the pictures of training, see runtime/policies.py."""
+        return OLD_POLICY if self.algorithm == "diffusion_nft" else CURRENT
 
     def data_ranks(self, world_size: int) -> int:
         """Groups of processes with their own prompts: one group per process, or one per `sp_size` processes.

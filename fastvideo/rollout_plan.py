@@ -187,7 +187,7 @@ PLANNERS: dict[str, Planner] = {
     "granular_grpo": plan_merge,
     "branch_grpo": plan_branch,
     "branch_grpo_mix": plan_branch,
-    "v_grpo": plan_without_noise,
+    **dict.fromkeys(DRAWN, plan_without_noise),
 }
 
 

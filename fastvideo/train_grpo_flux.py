@@ -12,7 +12,6 @@ differs from the references on purpose.
 
 import math
 import os
-import signal
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, nullcontext
@@ -20,9 +19,10 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
+from typing import Protocol
 
 from fastvideo.cli import flag_errors, parse_dataclass, parse_first
-from fastvideo.config import GRPOConfig, world_size_of_environment
+from fastvideo.config import CURRENT, OLD_POLICY, REFERENCE, GRPOConfig, world_size_of_environment
 from fastvideo.reference_flags import translate
 
 if __name__ == "__main__":  # before the slow imports of torch and diffusers, so that --help answers at once
@@ -43,7 +43,6 @@ from fastvideo.models.flux import (
     load_vae,
     meta_transformer,
     predict_velocity,
-    without_lora,
 )
 from fastvideo.rollout_plan import describe, make_plan, optimizer_steps, scout_plan
 from fastvideo.runtime.checkpoint import CheckpointWriter
@@ -51,13 +50,14 @@ from fastvideo.runtime.engines import Engine, build_engine, main_process_first
 from fastvideo.runtime.evaluation import Evaluation, build_held_out
 from fastvideo.runtime.log import Log
 from fastvideo.runtime.memory import predict_memory
+from fastvideo.runtime.policies import Policies
 from fastvideo.runtime.preflight import check_run
-from fastvideo.runtime.resume import Progress, load_ema, load_trained, open_output
+from fastvideo.runtime.resume import Progress, load_policies, load_trained, open_output
 from fastvideo.runtime.scoring import Scoring
-from fastvideo.runtime.stopping import Interrupted, TrainingStopped, last_line, saving_on_error
+from fastvideo.runtime.stopping import last_line, saving_on_error, why_stopped
 from fastvideo.runtime.throughput import Stopwatch, Throughput
 from fastvideo.utils.advantages import plan_advantages
-from fastvideo.utils.draws import Draws, make_draws, prediction_error
+from fastvideo.utils.draws import ERRORS, Draws, make_draws, nft_loss, velocity_error
 from fastvideo.utils.grpo_states import windows
 from fastvideo.utils.picture_measures import group_measures
 from fastvideo.utils.plan import Plan
@@ -72,12 +72,11 @@ from fastvideo.utils.sampling_utils import (
 )
 from fastvideo.utils.scouting import Scouted
 from fastvideo.utils.step_statistics import StepStatistics
-from fastvideo.utils.transitions import Transition, deal_out
+from fastvideo.utils.transitions import Transition, deal_out, even_out
 
 import numpy as np
 import torch
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 from PIL import Image
 from tqdm import tqdm
 
@@ -210,8 +209,8 @@ def policy_loss(
             transition is too far from the old policy's and the update would take it further.
 
     Returns:
-        loss [N], and the parts `policy_loss`, `kl_loss`, `ratio`, `clip_high`, `clip_low`, each [N] and without
-        gradient. clip_high, clip_low: 1 where r is above, below what clipping or `too_far` allows.
+        loss [N], and the parts `policy_loss`, `kl_loss`, `ratio`, `clip_high`, `clip_low`, `log_ratio`, each [N] and
+        without gradient. clip_high, clip_low: 1 where r is above, below what clipping or `too_far` allows.
     """
     ratio = torch.exp(log_ratio)
     if too_far is None:
@@ -228,89 +227,129 @@ def policy_loss(
         "ratio": ratio,
         "clip_high": high.float(),
         "clip_low": low.float(),
+        "log_ratio": log_ratio,
     }
     return surrogate + kl_coeff * kl, {name: part.detach() for name, part in parts.items()}
 
 
-def predicted_transitions(
-    batch: list[Transition], sampled: Rollout, table: torch.Tensor, velocity: Velocity
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean [N, L, C] and std [N, 1, 1] of a micro-batch's N transitions under the model of `velocity`."""
-    rows = list(dict.fromkeys((t.position, t.parent, t.prompt) for t in batch))
-    place = {row[:2]: i for i, row in enumerate(rows)}
-    device = table.device
-    latents = torch.stack([sampled.before[position][parent] for position, parent, _ in rows])
-    sigma = table[to_device([position for position, _, _ in rows], device), 3]
-    v = velocity(latents, sigma, to_device([prompt for _, _, prompt in rows], device))
-    leaving = to_device([place[t.position, t.parent] for t in batch], device)
-    x_weight, v_weight, std = table[to_device([t.position for t in batch], device), :3, None, None].unbind(1)
-    return transition_mean(latents[leaving], v[leaving], x_weight, v_weight), std
+class Objective(Protocol):
+    """The loss of an algorithm, on micro-batches of N transitions. `velocity` is always the acting policy's."""
+
+    # Policy (of runtime/policies.py) -> what is stored of it for every micro-batch before the first update.
+    before_updates: dict[str, Callable[[list[Transition], Velocity], None]]
+
+    def loss(self, batch: list[Transition], velocity: Velocity) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Loss [N] with gradient, and its parts without, each [N]."""
 
 
-def remember_log_probs(batch: list[Transition], sampled: Rollout, table: torch.Tensor, velocity: Velocity) -> None:
-    """Replaces what the rollout stored for a micro-batch by what the model of `velocity` gives now."""
-    mean, std = (x.detach() for x in predicted_transitions(batch, sampled, table, velocity))
-    for t, value, old_mean in zip(batch, log_prob(of_children(batch, sampled.after), mean, std), mean, strict=True):
-        sampled.log_probs[t.position][t.child] = value
-        sampled.means[t.position][t.child] = old_mean
+class StepsObjective:
+    """Trains the denoising steps of a rollout: computes them again, with gradient."""
+
+    def __init__(self, config: GRPOConfig, sampled: Rollout, table: torch.Tensor) -> None:
+        self.config, self.sampled, self.table = config, sampled, table
+        self.reference = {i: torch.empty_like(mean) for i, mean in sampled.means.items() if config.ref_kl_coeff}
+        self.before_updates = {CURRENT: self.remember_log_probs} if config.recompute_old_log_prob else {}
+        self.before_updates |= {REFERENCE: self.remember_reference} if config.ref_kl_coeff else {}
+
+    def predict(self, batch: list[Transition], velocity: Velocity) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean [N, L, C] and std [N, 1, 1] of the transitions under the acting policy."""
+        rows = list(dict.fromkeys((t.position, t.parent, t.prompt) for t in batch))
+        place = {row[:2]: i for i, row in enumerate(rows)}
+        device = self.table.device
+        latents = torch.stack([self.sampled.before[position][parent] for position, parent, _ in rows])
+        sigma = self.table[to_device([position for position, _, _ in rows], device), 3]
+        v = velocity(latents, sigma, to_device([prompt for _, _, prompt in rows], device))
+        leaving = to_device([place[t.position, t.parent] for t in batch], device)
+        x_weight, v_weight, std = self.table[to_device([t.position for t in batch], device), :3, None, None].unbind(1)
+        return transition_mean(latents[leaving], v[leaving], x_weight, v_weight), std
+
+    def remember_log_probs(self, batch: list[Transition], velocity: Velocity) -> None:
+        """Replaces what the rollout stored by what the current policy gives in training's micro-batches."""
+        mean, std = self.predict(batch, velocity)
+        store(batch, self.sampled.log_probs, log_prob(of_children(batch, self.sampled.after), mean, std))
+        store(batch, self.sampled.means, mean)
+
+    def remember_reference(self, batch: list[Transition], velocity: Velocity) -> None:
+        store(batch, self.reference, self.predict(batch, velocity)[0])
+
+    def loss(self, batch: list[Transition], velocity: Velocity) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        config = self.config
+        mean, std = self.predict(batch, velocity)
+        after, old_mean = of_children(batch, self.sampled.after), of_children(batch, self.sampled.means)
+        if config.ratio_norm:
+            log_ratio = normalised_log_ratio(after, mean, old_mean, std)
+        else:
+            log_ratio = log_prob(after, mean, std) - of_children(batch, self.sampled.log_probs)
+        by_divergence = config.trust_region == "divergence"
+        too_far = gaussian_kl(mean.detach(), old_mean, std) >= config.divergence_limit if by_divergence else None
+        advantages = to_device([t.advantage for t in batch], mean.device)
+        loss, parts = policy_loss(log_ratio, advantages, config.clip_range, config.kl_coeff, too_far)
+        if config.ref_kl_coeff:
+            divergence = gaussian_kl(mean, of_children(batch, self.reference), std)
+            loss, parts["ref_kl_loss"] = loss + config.ref_kl_coeff * divergence, divergence.detach()
+        return loss, parts
+
+
+class DrawsObjective:
+    """Trains draws of time and noise on finished pictures, see utils/draws.py. A transition is a draw of a picture.
+
+    V-GRPO and AWM: `policy_loss` with log r = ℓ_old − ℓ. DiffusionNFT: `nft_loss`; its ratio is only shown.
+    """
+
+    def __init__(self, config: GRPOConfig, drawn: Draws) -> None:
+        self.config, self.drawn = config, drawn
+        self.old_errors = {j: torch.empty_like(times) for j, times in drawn.times.items()}
+        self.velocities = {  # of the policies that the loss compares with
+            name: {j: torch.empty_like(flow) for j, flow in drawn.flows.items()}
+            for name in config.copies.keys() & {OLD_POLICY, REFERENCE}
+        }
+        self.before_updates = {name: partial(self.remember_velocity, name=name) for name in sorted(self.velocities)}
+        self.before_updates |= {CURRENT: self.remember_errors} if config.algorithm != "diffusion_nft" else {}
+
+    def predict(self, batch: list[Transition], velocity: Velocity) -> tuple[torch.Tensor, ...]:
+        """v of the acting policy and f, both [N, L, C], and t [N]."""
+        flow, times = of_children(batch, self.drawn.flows), of_children(batch, self.drawn.times)
+        noisy = torch.stack([self.drawn.pictures[t.child] for t in batch]) + times[:, None, None] * flow
+        return velocity(noisy, times, to_device([t.prompt for t in batch], noisy.device)), flow, times
+
+    def remember_errors(self, batch: list[Transition], velocity: Velocity) -> None:
+        store(batch, self.old_errors, ERRORS[self.config.algorithm](*self.predict(batch, velocity)))
+
+    def remember_velocity(self, batch: list[Transition], velocity: Velocity, name: str) -> None:
+        store(batch, self.velocities[name], self.predict(batch, velocity)[0])
+
+    def loss(self, batch: list[Transition], velocity: Velocity) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        config, error = self.config, ERRORS[self.config.algorithm]
+        v, flow, times = self.predict(batch, velocity)
+        others = {name: of_children(batch, values) for name, values in self.velocities.items()}
+        advantages = to_device([t.advantage for t in batch], v.device)
+        if config.algorithm == "diffusion_nft":
+            old = others[OLD_POLICY]
+            log_ratio = (error(old, flow, times) - error(v, flow, times)).detach()
+            _, parts = policy_loss(log_ratio, advantages, math.inf, 0.0)
+            loss = nft_loss(v, old, flow, times, advantages, config.nft_beta, config.adv_clip_max)
+            parts["policy_loss"] = loss.detach()
+        else:
+            log_ratio = of_children(batch, self.old_errors) - error(v, flow, times)
+            loss, parts = policy_loss(log_ratio, advantages, config.clip_range, config.kl_coeff)
+        held = {REFERENCE: ("ref_kl_loss", config.ref_kl_coeff)}
+        held |= {OLD_POLICY: ("old_kl_loss", config.old_kl_coeff)} if config.algorithm == "awm" else {}
+        for name, (part, weight) in held.items():
+            if name in others:
+                distance = velocity_error(v, others[name], times)
+                loss, parts[part] = loss + weight * distance, distance.detach()
+        return loss, parts
 
 
 def of_children(batch: list[Transition], values: dict[int, torch.Tensor]) -> torch.Tensor:
-    """What the rollout stored for each of a micro-batch's N transitions: [N, ...]. values: as Rollout.after."""
+    """The stored values of a micro-batch's N transitions: [N, ...]. values: as Rollout.after."""
     return torch.stack([values[t.position][t.child] for t in batch])
 
 
-def transitions_loss(
-    batch: list[Transition],
-    sampled: Rollout,
-    table: torch.Tensor,
-    velocity: Velocity,
-    config: GRPOConfig,
-    reference: Velocity | None = None,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Loss [N] of a micro-batch's N transitions, and its parts. Computes the steps of the rollout again, with gradient.
-
-    reference: velocity of the base model; needed with --ref_kl_coeff.
-    """
-    base_mean = predicted_transitions(batch, sampled, table, reference)[0] if reference else None
-    mean, std = predicted_transitions(batch, sampled, table, velocity)
-    after, old_mean = of_children(batch, sampled.after), of_children(batch, sampled.means)
-    if config.ratio_norm:
-        log_ratio = normalised_log_ratio(after, mean, old_mean, std)
-    else:
-        log_ratio = log_prob(after, mean, std) - of_children(batch, sampled.log_probs)
-    by_divergence = config.trust_region == "divergence"
-    too_far = gaussian_kl(mean.detach(), old_mean, std) >= config.divergence_limit if by_divergence else None
-    advantages = to_device([t.advantage for t in batch], mean.device)
-    loss, parts = policy_loss(log_ratio, advantages, config.clip_range, config.kl_coeff, too_far)
-    parts["log_ratio"] = log_ratio.detach()
-    if base_mean is not None:
-        divergence = gaussian_kl(mean, base_mean, std)
-        loss, parts = loss + config.ref_kl_coeff * divergence, parts | {"ref_kl_loss": divergence.detach()}
-    return loss, parts
-
-
-def draws_loss(
-    batch: list[Transition], drawn: Draws, velocity: Velocity, config: GRPOConfig
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Loss [N] of a micro-batch's N draws, and its parts: `policy_loss` with log r = ℓ_old − ℓ, see utils/draws.py."""
-    log_ratio = of_children(batch, drawn.old_errors) - drawn_errors(batch, drawn, velocity)
-    advantages = to_device([t.advantage for t in batch], log_ratio.device)
-    loss, parts = policy_loss(log_ratio, advantages, config.clip_range, config.kl_coeff)
-    return loss, parts | {"log_ratio": log_ratio.detach()}
-
-
-def remember_errors(batch: list[Transition], drawn: Draws, velocity: Velocity) -> None:
-    """Stores the old errors of a micro-batch's draws."""
-    for t, error in zip(batch, drawn_errors(batch, drawn, velocity).detach(), strict=True):
-        drawn.old_errors[t.position][t.child] = error
-
-
-def drawn_errors(batch: list[Transition], drawn: Draws, velocity: Velocity) -> torch.Tensor:
-    """`prediction_error` of a micro-batch's N draws under the model of `velocity`: [N]."""
-    noisy, times = of_children(batch, drawn.noisy), of_children(batch, drawn.times)
-    v = velocity(noisy, times, to_device([t.prompt for t in batch], noisy.device))
-    return prediction_error(noisy, v, times, torch.stack([drawn.pictures[t.child] for t in batch]))
+def store(batch: list[Transition], values: dict[int, torch.Tensor], found: torch.Tensor) -> None:
+    """Stores [N, ...] values of a micro-batch's N transitions, without gradient, where `of_children` finds them."""
+    for t, value in zip(batch, found.detach(), strict=True):
+        values[t.position][t.child] = value
 
 
 # --- one run ----------------------------------------------------------------------------------------------------------
@@ -334,9 +373,6 @@ class Trainer:
         self.guidance_embeds = bool(transformer.config.guidance_embeds)
 
         engine.prepare(transformer, {"lr": config.learning_rate, "weight_decay": config.weight_decay})
-        self.frozen = None
-        if config.ref_kl_coeff and not config.use_lora:
-            self.frozen = engine.prepare_frozen(engine.load(path, engine.frozen_dtype))
         self.steps_per_iteration = optimizer_steps(config)
         self.lr_scheduler = get_scheduler(
             config.lr_scheduler,
@@ -346,8 +382,8 @@ class Trainer:
             num_cycles=config.lr_num_cycles,
             power=config.lr_power,
         )
-        self.ema = EMAModel(engine.trained_parameters(), decay=config.ema_decay) if config.ema_decay else None
-        self.writer = CheckpointWriter(engine, self.ema)
+        self.policies = Policies(config, engine)
+        self.writer = CheckpointWriter(engine, self.policies)
         self.throughput = Throughput(config, device, transformer)
         self.evaluation: Evaluation | None = None
         self.progress = Progress()
@@ -364,8 +400,7 @@ class Trainer:
         if self.progress.optimizer_steps:  # moves the schedule that the flags ask for to this optimizer step
             self.lr_scheduler._step_count = self.lr_scheduler.last_epoch = self.progress.optimizer_steps - 1
             self.lr_scheduler.step()
-        if self.ema is not None:
-            load_ema(checkpoint, self.engine, self.ema)
+        load_policies(checkpoint, self.policies)
 
     def save(self, sampler: PromptSampler) -> None:
         """Starts to write checkpoint-{iterations done}-{epoch}."""
@@ -401,17 +436,6 @@ class Trainer:
             with self.accelerator.autocast(), self.engine.attention(training):
                 v = predict_velocity(model, latents, sigma, prompt_index, conditioning, self.guidance_embeds)
             return v[:given]
-
-        return velocity
-
-    def reference_velocity(self, conditioning: Conditioning) -> Velocity:
-        """The velocity that the base model predicts. The base model is a frozen copy, or the model without adapters."""
-        base = self.velocity_of(self.frozen or self.engine.model, conditioning)
-
-        @torch.no_grad()
-        def velocity(latents: torch.Tensor, sigma: torch.Tensor, prompt_index: torch.Tensor) -> torch.Tensor:
-            with without_lora(self.engine.transformer):
-                return base(latents, sigma, prompt_index)
 
         return velocity
 
@@ -515,13 +539,6 @@ class Trainer:
 
     # --- optimizer steps --------------------------------------------------------------------------------------------
 
-    def even_out(self, work: list[list[list[Transition]]]) -> None:
-        """Gives all ranks the same number of micro-batches per optimizer step. Added micro-batches have weight 0."""
-        counts = torch.tensor([[len(batches) for batches in work]], device=self.accelerator.device)
-        most = self.accelerator.gather(counts).amax(0).tolist()
-        for batches, count in zip(work, most, strict=True):
-            batches += [[replace(t, weight=0.0) for t in batches[-1]]] * (count - len(batches))
-
     def optimize(
         self, plan: Plan, number: int, sampled: Rollout, advantages: dict[int, np.ndarray], conditioning: Conditioning
     ) -> dict[str, float]:
@@ -530,41 +547,28 @@ class Trainer:
         advantages: plan position -> [P, rows after the step], all ranks.
         """
         config, accelerator = self.config, self.accelerator
-        work = deal_out(config, plan, number, self.slots, advantages)
-        self.even_out(work)
+        work = even_out(deal_out(config, plan, number, self.slots, advantages), accelerator.gather, accelerator.device)
         velocity = self.velocity_of(self.engine.model, conditioning)
-        reference = self.reference_velocity(conditioning) if config.ref_kl_coeff else None
         if plan.draws:
             noise = Noise(config.seed, number, self.slots, self.shape, accelerator.device)
-            drawn = make_draws(config, sampled.latents, len(plan) + 1, noise)
-            remember = partial(remember_errors, drawn=drawn, velocity=velocity)
-            loss_of = partial(draws_loss, drawn=drawn, velocity=velocity, config=config)
+            objective = DrawsObjective(config, make_draws(config, sampled.latents, len(plan) + 1, noise))
         else:
-            given = {"sampled": sampled, "table": transition_table(plan, accelerator.device), "velocity": velocity}
-            remember = partial(remember_log_probs, **given) if config.recompute_old_log_prob else None
-            loss_of = partial(transitions_loss, **given, config=config, reference=reference)
-        for batch in chain.from_iterable(work if remember else ()):
-            with self.engine.micro_batch(last=False):
-                remember(batch)
-        sums: dict[str, torch.Tensor] = {}
-        by_step = StepStatistics(plan, accelerator.device)
-        deviations, norms, first = [], [], 0
+            objective = StepsObjective(config, sampled, transition_table(plan, accelerator.device))
+        for policy, remember in objective.before_updates.items():
+            with self.policies.acting(policy):
+                for batch in chain.from_iterable(work):
+                    with self.engine.micro_batch(last=False):
+                        remember(batch, velocity)
+        statistics, norms = StepStatistics(plan, self.steps_per_iteration, accelerator.device), []
         for place, batches in enumerate(work):
             step_loss = torch.zeros((), device=accelerator.device)
             for i, batch in enumerate(batches):
                 weights = to_device([t.weight for t in batch], accelerator.device)
                 with self.engine.micro_batch(last=i == len(batches) - 1):
-                    loss, parts = loss_of(batch)
-                    loss = loss @ weights
-                    self.engine.backward(loss)
-                by_step.add(batch, parts)
-                step_loss += loss.detach()
-                deviations.append((parts["ratio"] - 1).abs().max())
-                del parts["log_ratio"]  # its mean over steps says little
-                for name, part in (parts | {"loss": loss.detach()}).items():
-                    share = part if name == "loss" else part @ weights
-                    sums[name] = sums.get(name, 0) + share / self.steps_per_iteration
-            first = first or len(deviations)  # micro-batches before the first update
+                    loss, parts = objective.loss(batch, velocity)
+                    self.engine.backward(loss @ weights)
+                statistics.add(batch, weights, parts | {"loss": loss.detach()}, first=not place)
+                step_loss += loss.detach() @ weights
             if place:  # reads the previous step's result only now, so that the GPU has work while the CPU waits
                 norms.append(self._after_step(number))
             if self.progress.skipped_in_a_row >= config.max_skipped_steps:
@@ -573,20 +577,15 @@ class Trainer:
             self.unread = True
         else:
             norms.append(self._after_step(number))
+        self.policies.after_iteration(number)
         taken = [norm for norm in norms if norm is not None]
-        most = [torch.stack(deviations).max(), torch.stack(deviations[:first]).max()]
-        local_values = torch.cat([torch.stack([*sums.values(), *most]), by_step.sums.flatten()])
-        everywhere, count = accelerator.gather(local_values[None]).cpu(), len(sums)
-        metrics = dict(zip(sums, everywhere[:, :count].mean(0).tolist(), strict=True))
-        metrics["ratio_mean"], metrics["clip_frac"] = metrics.pop("ratio"), metrics["clip_high"] + metrics["clip_low"]
-        metrics["grad_norm"] = float(np.mean(taken)) if taken else math.nan
-        deviations = everywhere[:, count : count + 2].max(0).values.tolist()
-        metrics["ratio_max_deviation"], metrics["ratio_first_deviation"] = deviations
-        metrics |= by_step.metrics(everywhere[:, count + 2 :].sum(0))
-        if accelerator.is_main_process and metrics["ratio_first_deviation"] > config.clip_range / 10:
+        metrics = statistics.metrics(accelerator.gather)
+        moved = metrics["ratio_first_deviation"] > config.clip_range / 10 and config.algorithm != "diffusion_nft"
+        if accelerator.is_main_process and moved:
             warnings.warn(DRIFT, stacklevel=1)  # shown once
         trained = {(i, t.position, t.parent) for i, step in enumerate(work) for t in chain(*step)}
         return metrics | {
+            "grad_norm": float(np.mean(taken)) if taken else math.nan,
             "trained_rows": len(trained),
             "optimizer_steps": len(taken),
             "skipped_steps": len(norms) - len(taken),
@@ -602,9 +601,7 @@ class Trainer:
         self.lr_scheduler.step()
         self.progress.optimizer_steps += 1
         self.progress.skipped_in_a_row = 0
-        if self.ema is not None and number > self.config.ema_start_step:
-            self.engine.drop_gathered()
-            self.ema.step(self.engine.trained_parameters())
+        self.policies.after_step(number)
         return norm
 
     # --- one iteration ----------------------------------------------------------------------------------------------
@@ -615,9 +612,10 @@ class Trainer:
         number = progress.iteration + 1
         plan = make_plan(config, window, number)
         self.throughput.begin()
-        scouted = self.scout(number, conditioning, batch)
-        given = (plan, number, conditioning, batch, scouted and scouted.picks)
-        sampled, images, scores, looks = self.collect(*given)
+        with self.policies.acting(config.sampling_policy):
+            scouted = self.scout(number, conditioning, batch)
+            given = (plan, number, conditioning, batch, scouted and scouted.picks)
+            sampled, images, scores, looks = self.collect(*given)
         weights, split_log_probs = self.scoring.advantage_weights(plan, number), self.split_log_probs(plan, sampled)
         advantages, flat = plan_advantages(config, plan, scores, weights, split_log_probs)
         reward_metrics = self.scoring.metrics(plan, scores, looks, number, scouted)
@@ -714,9 +712,7 @@ def train(trainer: Trainer, sampler: PromptSampler, batches: Iterator[dict]) -> 
     """Runs iterations and writes metrics, pictures and checkpoints, until exactly max_train_steps.
 
     Raises:
-        TrainingStopped: max_skipped_steps optimizer steps in a row had non-finite numbers, or more than
-            max_reward_failures scores failed. A checkpoint is saved first.
-        Interrupted: SIGTERM or SIGINT came to any process. A checkpoint is saved first.
+        TrainingStopped, Interrupted: see `why_stopped`. A checkpoint is saved first.
         IterationFailed: after any other error. A checkpoint is saved first if possible.
         CheckpointNotWritten: for instance, the disk is full.
     """
@@ -748,34 +744,17 @@ def train(trainer: Trainer, sampler: PromptSampler, batches: Iterator[dict]) -> 
             window = {"window": f"{w[0]}-{w[-1]}"} if (w := metrics["window"]) else {}
             bar.set_postfix(reward=f"{metrics['reward']:.4f}", **window)
             bar.update()
-            stopped = progress.skipped_in_a_row >= config.max_skipped_steps
             # A checkpoint that can't be written ends the run too, at the latest when the next checkpoint starts.
             interrupted = trainer.engine.any_process(bool(asked) or trainer.writer.failed)
-            ends = stopped or interrupted or progress.too_many_failures or progress.iteration == config.max_train_steps
+            reason = why_stopped(config, progress, metrics, asked, interrupted)
+            ends = interrupted or reason is not None or progress.iteration == config.max_train_steps
             best = progress.best is not None and progress.best["iteration"] == progress.iteration
             if ends or best or progress.iteration % config.checkpointing_steps == 0:
                 trainer.save(sampler)
             if ends:
                 trainer.writer.finish()
-            if progress.too_many_failures:
-                failed = ", ".join(f"{v} {k}" for k, v in metrics.items() if "failed_" in k and v)
-                raise TrainingStopped(
-                    f"more scores failed in iteration {metrics['step']} than --max_reward_failures "
-                    f"{config.max_reward_failures} ({failed}); this iteration trained nothing, earlier iterations are "
-                    "saved; --resume_from_checkpoint latest repeats this iteration"
-                )
-            if stopped:
-                raise TrainingStopped(
-                    f"{progress.skipped_in_a_row} optimizer steps in a row had a non-finite loss, reward or gradient, "
-                    f"the last in iteration {progress.iteration}; none of them changed the weights, which are saved in "
-                    f"{config.output_dir}"
-                )
-            if interrupted and progress.iteration < config.max_train_steps:
-                raise Interrupted(
-                    asked[0] if asked else signal.SIGTERM,
-                    f"by a signal, after iteration {progress.iteration}, which is saved; continue with "
-                    "--resume_from_checkpoint latest",
-                )
+            if reason is not None:
+                raise reason
 
 
 def main(argv: Sequence[str] | None = None) -> None:

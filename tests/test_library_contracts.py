@@ -19,15 +19,11 @@ import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
-from accelerate.utils.fsdp_utils import fsdp2_prepare_model
-from conftest import TINY
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from diffusers.models import ParallelConfig
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from diffusers.optimization import get_scheduler
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from peft import LoraConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
 
 
 @contextmanager
@@ -126,11 +122,6 @@ def test_accelerate_shards_on_a_cpu_when_it_is_told_that_there_are_gpus(one_proc
         assert Accelerator(cpu=True, fsdp_plugin=plugin).distributed_type == DistributedType.FSDP
 
 
-def test_accelerate_shards_a_second_model_by_a_function_of_accelerator_and_model():
-    with relied_on("accelerate", "fsdp2_prepare_model", "runtime/engines.py shards the frozen base model by"):
-        assert list(inspect.signature(fsdp2_prepare_model).parameters) == ["accelerator", "model"]
-
-
 def test_accelerate_connects_the_cpus_too_for_parameters_held_there():
     with relied_on("accelerate", "FSDP_OFFLOAD_PARAMS", "runtime/engines.py sets for --use_cpu_offload"):
         assert "FSDP_OFFLOAD_PARAMS" in inspect.getsource(inspect.getmodule(PartialState))
@@ -177,18 +168,6 @@ def test_diffusers_resolves_a_parallel_config_by_a_method_of_the_model():
         assert "self._resolve_parallel_config(" in inspect.getsource(FluxTransformer2DModel.enable_parallelism)
         parameters = inspect.signature(ParallelConfig.setup).parameters
         assert list(parameters)[1:4] == ["rank", "world_size", "device"] and "mesh" in parameters
-
-
-def test_peft_s_layers_leave_their_adapters_out_while_they_are_marked():
-    transformer = FluxTransformer2DModel.from_pretrained(TINY, subfolder="transformer", torch_dtype=torch.float32)
-    transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
-    layer = next(module for module in transformer.modules() if isinstance(module, BaseTunerLayer))
-    x = torch.randn(2, layer.in_features)
-    with relied_on("peft", "BaseTunerLayer._disable_adapters", "models/flux.py computes the base model by"):
-        assert layer._disable_adapters is False
-        adapted = layer(x)
-        layer._disable_adapters = True
-        assert torch.equal(layer(x), layer.base_layer(x)) and not torch.equal(adapted, layer(x))
 
 
 # --- hydra and argparse -----------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from fastvideo.cli import parse_dataclass
 from fastvideo.config import GRPOConfig
 from fastvideo.models.flux import Conditioning
 from fastvideo.rollout_plan import make_plan
-from fastvideo.train_grpo_flux import Rollout, Transition, policy_loss, set_up, transition_table, transitions_loss
+from fastvideo.train_grpo_flux import Rollout, StepsObjective, Transition, policy_loss, set_up, transition_table
 from fastvideo.utils.plan import Plan
 from fastvideo.utils.steps import Step
 
@@ -112,7 +112,7 @@ def test_the_gradient_of_a_transition_by_hand(flags):
     sampled = Rollout(after, {0: x}, {0: after}, {0: torch.zeros_like(after)}, {0: old})
     transitions = [Transition(0, 0, 0, 0, 1.5), Transition(0, 0, 1, 0, -0.5)]
     table = transition_table(plan, torch.device("cpu"))
-    loss, parts = transitions_loss(transitions, sampled, table, lambda x, *_: w * x, settings)
+    loss, parts = StepsObjective(settings, sampled, table).loss(transitions, lambda x, *_: w * x)
     loss.sum().backward()
     assert parts["ratio"].tolist() == pytest.approx([1.05, 1.0], rel=1e-4)
     kl = 0.5 * math.log(1.05) ** 2

@@ -92,7 +92,7 @@ def test_engines_split_what_they_say(flux_of, monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert parts("--parallel fsdp --fsdp_sharding_startegy hybrid_full") == pytest.approx([4 / 2 + 2, 2, 4])
     assert parts("--parallel deepspeed --zero_stage 2") == pytest.approx([4 + 2, 1, 2])
-    assert parts("--parallel fsdp --ema_decay 0.9 --ref_kl_coeff 1") == pytest.approx([4 / 4 + 2 + 2 / 4 + 1, 1, 2])
+    assert parts("--parallel fsdp --ema_decay 0.9 --ref_kl_coeff 1") == pytest.approx([4 / 4 + 2 + 1 + 1, 1, 2])
     assert parts("--parallel ddp --use_lora --lora_rank 4 --quantize_base")[0] == pytest.approx(1.1, abs=0.1)
     weights, gradients, moments = parts("--parallel ddp --use_lora --lora_rank 4")
     assert 2 < weights < 2.1 and 0 < gradients < 0.01 and moments == pytest.approx(2 * gradients)

@@ -10,7 +10,7 @@ from fastvideo.cli import parse_dataclass
 from fastvideo.config import GRPOConfig
 from fastvideo.models.flux import Conditioning, LatentShape, decode_latents
 from fastvideo.rollout_plan import make_plan
-from fastvideo.train_grpo_flux import rollout, set_up, transition_table, transitions_loss
+from fastvideo.train_grpo_flux import StepsObjective, rollout, set_up, transition_table
 from fastvideo.utils.grpo_states import window_counts, windows
 from fastvideo.utils.plan import Plan
 from fastvideo.utils.sampling_utils import Noise, log_prob
@@ -410,7 +410,7 @@ def sampled(flags):
             trainer.velocity_of(trainer.engine.model, conditioning),
         )
         parts = [
-            transitions_loss(batch, result, table, velocity, settings)[1]["ratio"]
+            StepsObjective(settings, result, table).loss(batch, velocity)[1]["ratio"]
             for batch in micro_batches(transitions, size)
         ]
         return torch.cat(parts)

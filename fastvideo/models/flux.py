@@ -21,7 +21,6 @@ from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel, Model
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import logging as diffusers_logging
 from peft import LoraConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from safetensors import SafetensorError
 from transformers import CLIPTextModel, T5EncoderModel
@@ -212,22 +211,6 @@ def check_lora(base: str, lora: str | Path, field: str = "model_path") -> Adapte
     adapters = read_adapters(find_lora(lora, field), field)
     adapters.check_fit(meta_transformer(base))
     return adapters
-
-
-@contextmanager
-def without_lora(transformer: FluxTransformer2DModel) -> Iterator[None]:
-    """Switches the transformer's adapters off, if it has any.
-
-    peft's public switch would also change requires_grad of the parameters that FSDP2 shows at that moment.
-    """
-    layers = [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
-    for layer in layers:
-        layer._disable_adapters = True
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer._disable_adapters = False
 
 
 def load_vae(path: str, dtype: torch.dtype = torch.float32) -> AutoencoderKL:

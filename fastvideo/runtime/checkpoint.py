@@ -4,6 +4,7 @@ checkpoint-{step}-{epoch}/
     config.json, diffusion_pytorch_model.safetensors   loads with FluxTransformer2DModel.from_pretrained
     pytorch_lora_weights.safetensors                   with --use_lora instead: FluxPipeline.load_lora_weights
     ema/                                               with --ema_decay: the average of the weights, same files
+    old_policy/, reference/                            other copies that a run needs (policies.py), only for resuming
     optimizer/                                         optimizer state, only for resuming; one share per process
     checkpoint.json                                    iteration, settings, versions, sizes and hashes of all files,
                                                        and a hash of this record itself
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvideo.cli import FlagError
-from fastvideo.config import GRPOConfig
+from fastvideo.config import CURRENT, GRPOConfig
 from fastvideo.io.files import sync, usual_modes, write_json
 from fastvideo.io.fingerprint import local_folder, model_fingerprint, sample_file
 from fastvideo.io.resumable import digest
@@ -34,9 +35,9 @@ from fastvideo.io.weights import weight_files
 from fastvideo.models.flux import BASE
 from fastvideo.models.lora import save_lora
 from fastvideo.runtime.engines import Engine, choose_engine
+from fastvideo.runtime.policies import Policies
 
 import torch
-from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.api import CheckpointException
@@ -121,14 +122,6 @@ def _sync(path: Path) -> None:
         os.close(number)
 
 
-def swap_in(ema: EMAModel, parameters: list[torch.nn.Parameter]) -> None:
-    """Swaps the averaged and the current parameters. A second call swaps them back."""
-    for parameter, average in zip(parameters, ema.shadow_params, strict=True):
-        keep = parameter.detach().clone()
-        parameter.data.copy_(average)
-        average.copy_(keep)
-
-
 class CheckpointWriter:
     """Writes checkpoints while training continues. All processes have a writer and call its methods together.
 
@@ -136,8 +129,8 @@ class CheckpointWriter:
     their share, the first process renames the folder. So a killed run leaves complete checkpoints only.
     """
 
-    def __init__(self, engine: Engine, ema: EMAModel | None) -> None:
-        self.engine, self.ema = engine, ema
+    def __init__(self, engine: Engine, policies: Policies) -> None:
+        self.engine, self.policies = engine, policies
         self.thread = ThreadPoolExecutor(1, "checkpoint")
         self.final: Path | None = None  # final folder of the checkpoint that is being written
         self.pending: Future | None = None  # this process's share of that checkpoint, if any
@@ -151,7 +144,7 @@ class CheckpointWriter:
             CheckpointNotWritten: the previous checkpoint, or DeepSpeed's part of this one, can't be written.
         """
         self.finish()
-        engine, ema, main = self.engine, self.ema, self.engine.accelerator.is_main_process
+        engine, main = self.engine, self.engine.accelerator.is_main_process
         final = Path(engine.config.output_dir) / f"checkpoint-{place['iteration']}-{place['epoch']}"
         if engine.any_process(main and final.exists()):  # the run resumed from it, and no iteration followed
             return
@@ -161,13 +154,12 @@ class CheckpointWriter:
         except OSError as error:
             raise _not_written(final, error, main) from error
         self.final = final
-        weights = {".": engine.trained_weights()}
-        if ema is not None:
-            swap_in(ema, engine.trained_parameters())
-            weights["ema"] = engine.trained_weights()
-            swap_in(ema, engine.trained_parameters())
+        weights, updates = {}, self.policies.to_save()
+        for name in (CURRENT, *updates):
+            with self.policies.acting(name):
+                weights["." if name == CURRENT else name] = engine.trained_weights()
         if main:
-            place = {**place, "ema_optimization_step": ema.optimization_step if ema is not None else 0}
+            place = {**place, "ema_optimization_step": 0, **{f"{k}_optimization_step": v for k, v in updates.items()}}
             self.pending = self.thread.submit(self._write, final, place, weights, self.pending)
 
     def _write(

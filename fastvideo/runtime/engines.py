@@ -35,7 +35,6 @@ from accelerate import (
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType, broadcast_object_list
-from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from diffusers import FluxTransformer2DModel
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -308,17 +307,6 @@ class Engine:
     def _wrap(self) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
         return self.accelerator.prepare(self.transformer, self.raw_optimizer)
 
-    def prepare_frozen(self, transformer: FluxTransformer2DModel) -> torch.nn.Module:
-        """Prepares a second model that is not trained. FSDP2 shards it like the trained model."""
-        transformer.requires_grad_(False).eval()
-        transformer.set_attn_processor(StreamwiseAttnProcessor())
-        self._split_sequence(transformer)
-        if self.name == "fsdp":
-            return fsdp2_prepare_model(self.accelerator, transformer)
-        if self.compute_copy.parameters:  # the trained model computes in bf16 too, also on a CPU
-            transformer = transformer.to(torch.bfloat16)
-        return transformer.to(self.accelerator.device)
-
     def _choose_memory(self) -> None:
         """Decides what FSDP2 keeps unsharded: parameters in the rollout, parameters and gradients in training.
 
@@ -441,7 +429,7 @@ class Engine:
     def set_trained_weights(self, weights: dict[str, torch.Tensor]) -> None:
         """Loads the result of `trained_weights` on all processes. Only the first process's `weights` count."""
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.is_initialized(), strict=False)
-        set_model_state_dict(self.model, weights, options=options)
+        set_model_state_dict(self.transformer, weights, options=options)
 
     def save_optimizer(self, folder: Path) -> Future | None:
         """Copies the optimizer's state. On every process, a thread writes the process's share.

@@ -3,7 +3,7 @@
 import math
 import os
 
-from fastvideo.config import GRPOConfig
+from fastvideo.config import REFERENCE, GRPOConfig
 from fastvideo.io.fingerprint import local_folder
 from fastvideo.models.flux import LatentShape, add_lora, meta_transformer, meta_vae
 from fastvideo.models.int8 import quantize_blocks
@@ -54,9 +54,8 @@ def predict_memory(config: GRPOConfig, world_size: int) -> dict[str, float]:
     gathered = split_weights > 1 or (master != compute and not config.use_lora)
     if gathered and (engine != "fsdp" or config.rollout_keep_gathered != "false"):
         weights += compute * everything  # the whole model in the compute format
-    if config.ref_kl_coeff and not config.use_lora:
-        weights += compute * everything / (split if engine == "fsdp" else 1)
-    weights += 4 * trained / split if config.ema_decay else 0
+    if not config.use_cpu_offload:
+        weights += len(config.copies) * master * trained / split_weights
 
     shape = LatentShape.of(meta_vae(path), config.h, config.w)
     sizes = transformer.config
@@ -102,9 +101,10 @@ def trained_model(config: GRPOConfig) -> FluxTransformer2DModel:
 
 
 def checkpoint_size(config: GRPOConfig) -> int:
-    """Bytes of a checkpoint: trained weights, AdamW's two moments and, with --ema_decay, the averaged weights."""
+    """Bytes of a checkpoint: trained weights, AdamW's two moments and copies of the trained weights."""
     trained = sum(p.numel() for p in trained_model(config).parameters() if p.requires_grad)
-    return trained * (2 if config.master_weight_type == "bf16" else 4) * (4 if config.ema_decay else 3)
+    copies = len(config.copies.keys() - ({REFERENCE} if not config.ref_reset_steps else ()))
+    return trained * (2 if config.master_weight_type == "bf16" else 4) * (3 + copies)
 
 
 def gpu_sizes() -> list[int]:

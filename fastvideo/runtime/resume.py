@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvideo.cli import FlagError
-from fastvideo.config import PLACES, GRPOConfig
+from fastvideo.config import PLACES, REFERENCE, GRPOConfig
 from fastvideo.io.files import check_writable, not_written, write_bytes
 from fastvideo.io.fingerprint import sample_file
 from fastvideo.io.lock import FolderLock
@@ -31,15 +31,14 @@ from fastvideo.runtime.checkpoint import (
     point_to,
     read_record,
     run_settings,
-    swap_in,
     versions,
 )
 from fastvideo.runtime.engines import Engine, choose_engine
 from fastvideo.runtime.optimizer_files import unreadable
+from fastvideo.runtime.policies import Policies
 
 import torch
 from diffusers import FluxTransformer2DModel
-from diffusers.training_utils import EMAModel
 
 # Keys that resuming needs in RECORD, and in its settings.
 NEEDED = ("iteration", "epoch", "optimizer_steps", "ema_optimization_step", "wandb_id", "settings", "base_model_hash")
@@ -154,7 +153,7 @@ def _damage(path: Path) -> str | None:
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The trained parameters in a checkpoint or its ema/, named as in the transformer."""
+    """The trained parameters in a checkpoint or a folder of it, named as in the transformer."""
     adapters = folder / LORA_FILE
     return read_trained_lora(adapters) if adapters.is_file() else load_transformer(str(folder)).state_dict()
 
@@ -179,15 +178,25 @@ def load_trained(config: GRPOConfig, engine: Engine, checkpoint: Path | None) ->
     return transformer.train()
 
 
-def load_ema(checkpoint: Path, engine: Engine, ema: EMAModel) -> None:
-    """Loads the averaged weights of a checkpoint, if any, into `ema`, which is sharded like the parameters."""
-    if not engine.any_process(engine.accelerator.is_main_process and (checkpoint / "ema").is_dir()):
-        return
-    weights = read_weights(checkpoint / "ema") if engine.accelerator.is_main_process else {}
-    swap_in(ema, engine.trained_parameters())
-    engine.set_trained_weights(weights)
-    swap_in(ema, engine.trained_parameters())
-    ema.optimization_step = read_record(checkpoint)["ema_optimization_step"]
+def load_policies(checkpoint: Path, policies: Policies) -> None:
+    """Loads the copies in a checkpoint. A copy that isn't there starts as the checkpoint's own weights, but the
+    reference as the base model.
+    """
+    config, engine = policies.config, policies.engine
+    main = engine.accelerator.is_main_process
+    for name, copy in policies.copies.items():
+        stored = engine.any_process(main and (checkpoint / name).is_dir())
+        if stored:
+            weights = read_weights(checkpoint / name) if main else {}
+            copy.optimization_step = read_record(checkpoint)[f"{name}_optimization_step"]
+        elif name == REFERENCE:
+            base = load_trained(config, engine, None).named_parameters()
+            weights = {key: p.detach() for key, p in base if p.requires_grad} if main else {}
+        else:
+            continue
+        policies.reference_moved |= stored and name == REFERENCE
+        with policies.acting(name):
+            engine.set_trained_weights(weights)
 
 
 def changed_settings(record: dict[str, Any], settings: dict[str, Any]) -> list[str]:

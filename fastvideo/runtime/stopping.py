@@ -2,11 +2,14 @@
 
 import errno
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
+from fastvideo.config import GRPOConfig
 from fastvideo.io.secrets import one_line, redact
 from fastvideo.runtime.checkpoint import CheckpointNotWritten
 from fastvideo.runtime.resume import Progress
@@ -29,6 +32,36 @@ class Interrupted(TrainingStopped):
 
 class IterationFailed(TrainingStopped):
     """Raised when an error ended an iteration, from this error. What was trained before is saved if it can be."""
+
+
+def why_stopped(
+    config: GRPOConfig, progress: Progress, metrics: dict[str, Any], asked: list[int], interrupted: bool
+) -> TrainingStopped | None:
+    """The reason to end a run after an iteration, if there is one: too many failed scores or skipped steps, or a
+    signal before the last iteration.
+
+    metrics: of the iteration. asked: signals that came to this process. interrupted: whether any process got one.
+    """
+    if progress.too_many_failures:
+        failed = ", ".join(f"{v} {k}" for k, v in metrics.items() if "failed_" in k and v)
+        return TrainingStopped(
+            f"more scores failed in iteration {metrics['step']} than --max_reward_failures "
+            f"{config.max_reward_failures} ({failed}); this iteration trained nothing, earlier iterations are "
+            "saved; --resume_from_checkpoint latest repeats this iteration"
+        )
+    if progress.skipped_in_a_row >= config.max_skipped_steps:
+        return TrainingStopped(
+            f"{progress.skipped_in_a_row} optimizer steps in a row had a non-finite loss, reward or gradient, "
+            f"the last in iteration {progress.iteration}; none of them changed the weights, which are saved in "
+            f"{config.output_dir}"
+        )
+    if interrupted and progress.iteration < config.max_train_steps:
+        return Interrupted(
+            asked[0] if asked else signal.SIGTERM,
+            f"by a signal, after iteration {progress.iteration}, which is saved; continue with "
+            "--resume_from_checkpoint latest",
+        )
+    return None
 
 
 @contextmanager

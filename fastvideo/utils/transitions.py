@@ -1,7 +1,7 @@
 """Deals out transitions: each optimizer step trains the transitions of its samples, in micro-batches."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from fastvideo.config import GRPOConfig
@@ -9,6 +9,7 @@ from fastvideo.utils.advantages import sample_order
 from fastvideo.utils.plan import Plan
 
 import numpy as np
+import torch
 
 # The last entry of a prompt's random seed says what the numbers are for. 0 is noise (sampling_utils.Noise).
 STEP_SUBSET, ORDER, EDGES, DRAWS, CANDIDATES = 1, 2, 3, 4, 5
@@ -138,3 +139,16 @@ def deal_out(
             shares = split_edges(transitions, plan.parts, rngs)
         work += [micro_batches(share, config.train_micro_batch_size) for share in shares]
     return work
+
+
+def even_out(
+    work: list[list[list[Transition]]], gather: Callable[[torch.Tensor], torch.Tensor], device: torch.device
+) -> list[list[list[Transition]]]:
+    """`work` with the same number of micro-batches per optimizer step on all ranks. Added ones have weight 0.
+
+    gather: puts the rows of all processes together. All processes must call it.
+    """
+    counts = torch.tensor([[len(batches) for batches in work]], device=device)
+    most = gather(counts).amax(0).tolist()
+    filled = [[replace(t, weight=0.0) for t in batches[-1]] for batches in work]
+    return [batches + [last] * (count - len(batches)) for batches, last, count in zip(work, filled, most, strict=True)]
