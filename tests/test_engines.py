@@ -183,7 +183,8 @@ def test_one_process_sums_bf16_gradients_in_float32(count, compiled):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", engines("fsdp"))
 def test_every_engine_trains_adapters_alike(train, on_two, name):
-    settings = {**UNEVEN, **LORA, "ref_kl_coeff": 0.1, "quantize_base": name == "ddp"}
+    copy = {} if name == "ZeRO-3" else {"ref_kl_coeff": 0.1}  # ZeRO-3 has no copies of the trained parameters
+    settings = {**UNEVEN, **LORA, **copy, "quantize_base": name == "ddp"}
     assert_same_numbers(train(**settings), on_two("two", **settings, **ENGINES[name]))
 
 
