@@ -67,8 +67,8 @@ WHY = {
     "granular_grpo, 8 prompts": "--algorithm granular_grpo --train_batch_size 8",
     "granular_grpo, stride 1": "--algorithm granular_grpo --train_batch_size 5 --granular_list 1",
 }
-# MixGRPO with other losses, and the likelihood-free algorithms with as many pictures. reward_hacking.py trains with them
-# on rewards that can be hacked.
+# Other losses than MixGRPO's, and the likelihood-free algorithms, with as many pictures. reward_hacking.py trains with
+# them on rewards that can be hacked.
 SOLVER = "--train_batch_size 24 --dpm_algorithm_type dpmsolver++ --sampling_steps 6"
 LOSSES = {
     "mix_grpo": f"--algorithm mix_grpo {MIX}",

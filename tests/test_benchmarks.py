@@ -53,7 +53,7 @@ def test_an_iteration_is_timed_by_phase_with_and_without_each_optimisation(tmp_p
     assert apart == [24, 24] and shared == [1 + start + (11 - start) * 2 for start in (0, 5)]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_iteration_is_timed_at_any_depth_and_width(tmp_path, subprocess_environment):
     command = "benchmarks/bench_iteration.py --double_blocks 1 --single_blocks 2 --attention_heads 2 --windows 0"
     command += f" --json_file {tmp_path}/times.json --h 32 --w 32 --mixed_precision no"
