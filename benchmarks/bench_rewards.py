@@ -53,6 +53,7 @@ SETS = {
     "unified_reward": ("unified_reward", "overall", []),
     "vlm_judge": ("vlm_judge", "overall", []),
     "ocr": ("ocr", "overall", []),
+    "pairwise": ("pairwise", "overall", []),
     "jpeg_compressibility": ("jpeg_compressibility", "overall", []),
 }
 
@@ -86,7 +87,8 @@ def seconds(
     times = []
     for _ in range(config.repeats + 1):
         start = time.perf_counter()
-        rewards = compute_reward(pictures, prompts, models, weights, 1, 2)[0]  # on the CPU: the device has finished
+        rewards, *_ = compute_reward(pictures, prompts, models, weights, 1, 2, groups=[0] * len(pictures))
+        # The rewards are on the CPU, so the device has finished.
         times.append(time.perf_counter() - start)
     assert np.isfinite(rewards).all()
     return statistics.median(times[1:])
@@ -97,7 +99,7 @@ def stand_in() -> Iterator[str]:
     """The URL of a local server that gives every picture the same score at once."""
     words = [{"token": "Yes", "logprob": -0.5}, {"token": "No", "logprob": -1}]
     logprobs = {"content": [{"top_logprobs": words}]}
-    choice = {"message": {"content": "Alignment Score (1-5): 3"}, "logprobs": logprobs}
+    choice = {"message": {"content": "Alignment Score (1-5): 3\nBetter: 1"}, "logprobs": logprobs}
 
     class Handler(QuietHandler):
         def do_GET(self) -> None:
@@ -107,7 +109,10 @@ def stand_in() -> Iterator[str]:
             self.read_json()
             self.reply(200, json.dumps({"choices": [choice]}).encode())
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    class Server(ThreadingHTTPServer):
+        request_queue_size = 128  # with the default of 5, connections that come together wait for a second
+
+    with Server(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()

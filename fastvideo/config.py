@@ -11,7 +11,7 @@ from typing import Any
 
 from fastvideo.cli import FlagError, check_fields, default_of, flag
 from fastvideo.io.secrets import redact
-from fastvideo.models.reward_model.spec import RewardSpecConfig, resolve_reward_spec
+from fastvideo.models.reward_model.spec import NO_GROUP, REWARDS, RewardSpecConfig, resolve_reward_spec
 from fastvideo.utils.steps import SDE_KINDS, STEP_WEIGHTS
 
 # An algorithm is what its `requires` fields say; `defaults` are its values where the user gives none. "Published
@@ -615,8 +615,11 @@ class GRPOConfig(RewardSpecConfig):
         for name in ("eval_prompts", "eval_reward"):
             self._need(self.eval_steps > 0 or getattr(self, name) is None, name, "goes with --eval_steps")
         self._need(self.eval_steps == 0 or self.eval_prompts is not None, "eval_steps", "give --eval_prompts too")
-        if self.eval_reward is not None:
-            resolve_reward_spec(self, "eval_reward")
+        evaluated = "reward_model" if self.eval_reward is None else "eval_reward"
+        if self.eval_steps and any(
+            name in REWARDS and REWARDS[name].groupwise for name in resolve_reward_spec(self, evaluated)
+        ):
+            raise FlagError("eval_reward", self.eval_reward, NO_GROUP)
 
     # --- logging ----------------------------------------------------------------------------------------------------
     experiment_name: str = flag("mixgrpo", "name of the run in wandb")

@@ -486,9 +486,8 @@ class Trainer:
         """
         per_prompt = plan.pictures
         captions, metadata = ([x for x in batch[k][part] for _ in range(per_prompt)] for k in ("caption", "metadata"))
-        step, steps = self.scoring.progress(plan, len(captions) // per_prompt, number)
-        given = {"curr_step": step, "total_steps": steps, "metadata": metadata}
-        scores = self.scoring.compute(pictures, captions, self.scoring.models, **given)
+        place = self.scoring.place(plan, len(captions) // per_prompt, number)
+        scores = self.scoring.compute(pictures, captions, self.scoring.models, **place, metadata=metadata)
         groups = [pictures[i : i + plan.trained_pictures] for i in range(0, len(pictures), per_prompt)]
         return {name: v.reshape(-1, per_prompt) for name, v in scores.items()}, group_measures(groups)
 
@@ -680,7 +679,7 @@ def set_up(config: GRPOConfig, lock: FolderLock | None = None) -> tuple[Trainer,
 
     # Before prompts are embedded, because a reward model that can't be downloaded ends the run.
     scoring = Scoring(config, accelerator.device)
-    held_out = build_held_out(config, accelerator.device)
+    held_out = build_held_out(config, accelerator.device, scoring)
     if dataset is None:
         dataset = cached(embed("prompts_file", "rl_embeddings"))
     eval_index = embed("eval_prompts", "eval_embeddings") if config.eval_steps else None

@@ -95,3 +95,14 @@ def shuffled_jpeg(images: Images, prompts: list[str]) -> list[float]:
 def number_of_class(images: Images, prompts: list[str], metadata: list[dict]) -> list[float]:
     """How many of the first class the prompt file asks for; fails without an entry there."""
     return [entry["include"][0]["count"] if "include" in entry else math.nan for entry in metadata]
+
+
+def place_in_group(images: Images, prompts: list[str], groups: list[int]) -> list[float]:
+    """Ranks the pictures of each group by brightness: 0 to 1."""
+    values, numbers = np.array(rough_brightness(images, prompts)), np.array(groups)
+    scores = np.zeros(len(images))
+    for number in np.unique(numbers):
+        members = np.flatnonzero(numbers == number)
+        assert len({prompts[i] for i in members}) == 1
+        scores[members] = (values[members, None] > values[members]).mean(1)
+    return scores.tolist()

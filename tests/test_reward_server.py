@@ -230,6 +230,37 @@ def test_a_judge_behind_servers_is_known_to_the_run_and_must_be_one(serve, chat_
         connect(*urls, reward_model="vlm_judge")
 
 
+def test_whole_groups_travel_in_one_request(serve):
+    spec = "custom_rewards:place_in_group"
+    there, images, prompts = connect(serve(spec), reward_model=spec, reward_batch_size=4), PICTURES[:2] * 6, []
+    groups = [number for number, size in enumerate((2, 2, 3, 5)) for _ in range(size)]
+    prompts = [f"prompt {number}" for number in groups]
+    batches, sent = [], there[0]["place_in_group"].servers._batches
+
+    def watched(*given):
+        batches.extend((batch.start, batch.stop) for batch in sent(*given))
+        return sent(*given)
+
+    there[0]["place_in_group"].servers._batches = watched
+    here = build_reward_models(RewardSpecConfig(reward_model=spec), "cpu")
+    mine, theirs = (compute_reward(images, prompts, *models, groups=groups)[0] for models in (here, there))
+    np.testing.assert_array_equal(theirs, mine)
+    assert batches == [(0, 4), (4, 7), (7, 12)] and len(set(mine)) > 2
+    config = RewardSpecConfig(reward_model=spec)
+    config.h = config.w = 32
+    config.num_generations = 100
+    with pytest.raises(ValueError, match="--num_generations 100: up to 100 pictures per request, the server takes 64"):
+        check_limits("http://x", {"images": 64}, config, whole_groups=True)
+
+
+@pytest.mark.parametrize("groups", [None, [0], [0, "1"], 3])
+def test_a_request_without_groups_for_a_groupwise_reward_is_refused(serve, groups):
+    spec = "custom_rewards:place_in_group"
+    body = request("place_in_group", spec, images=[png(NOISE)] * 2, prompts=["a"] * 2)
+    found = post(serve(spec), body | {"groups": groups})
+    assert found.status_code == 400 and "groups: expected one number per image" in found.text
+
+
 @pytest.mark.slow
 def test_the_real_models_score_the_same_behind_a_server(serve, narrow_rewards):
     """Uses pictures of every size and mode, and prompts that are empty, long, or in other scripts."""

@@ -38,8 +38,9 @@ from pathlib import Path
 from typing import Any
 
 from fastvideo.cli import FlagError, check_fields, flag, flag_errors, parse_dataclass, parse_first
-from fastvideo.models.reward_model.spec import RewardConfig, resolve_reward_spec
+from fastvideo.models.reward_model.spec import REWARDS, RewardConfig, resolve_reward_spec
 
+NO_RIVALS = "compares pictures; give --baseline_manifest, whose picture of the same index each picture is compared with"
 # Flags of the reference, and what they are called here.
 OTHER_NAMES = {
     "prompt_file": "manifest",
@@ -96,7 +97,9 @@ class EvalConfig(RewardConfig):
         if self.benchmark_prompts is not None and self.manifest is None:
             raise FlagError("benchmark_prompts", self.benchmark_prompts, "needs --manifest, the folder of the pictures")
         check_fields(self)
-        resolve_reward_spec(self, "reward_model_type")
+        names = resolve_reward_spec(self, "reward_model_type")
+        if self.baseline_manifest is None and any(name in REWARDS and REWARDS[name].groupwise for name in names):
+            raise FlagError("reward_model_type", self.reward_model_type, NO_RIVALS)
         self.trained_keys()
 
     def trained_keys(self) -> set[str] | None:
@@ -125,9 +128,11 @@ from fastvideo.io.resumable import Journal, digest, finish
 from fastvideo.io.scores import companion, reward_schema, write_scores
 from fastvideo.models.reward_model.clip_base import CLIPReward
 from fastvideo.models.reward_model.granular import RewardModel
+from fastvideo.models.reward_model.groups import is_groupwise
 from fastvideo.models.reward_model.utils import build_reward_models, compute_reward, judge_of
 from fastvideo.utils.picture_measures import appearance
 
+import numpy as np
 import torch.distributed as dist
 from PIL import Image
 
@@ -182,14 +187,16 @@ def _open(path: Path) -> Image.Image | str:
 
 @dataclass(eq=False)
 class Batch:
-    """Pictures that are scored together."""
+    """Pictures that are scored together. rivals: for groupwise models, the entry that each one is compared with."""
 
     entries: Sequence[dict[str, Any]]
+    rivals: Sequence[dict[str, Any] | None] = ()
 
     @cached_property
     def content(self) -> list[list[Any]]:
-        """A hash of each picture's file, empty where it can't be read, and the picture's prompt and metadata."""
-        return [[_file_hash(e["path"]), e["prompt"], e.get("metadata", {})] for e in self.entries]
+        """A hash of each picture's file, empty where it can't be read, its prompt and metadata; the rivals' hashes."""
+        rivals = [[_file_hash(rival["path"]) if rival else ""] for rival in self.rivals]
+        return [[_file_hash(e["path"]), e["prompt"], e.get("metadata", {})] for e in self.entries] + rivals
 
 
 def _file_hash(path: Path) -> str:
@@ -223,6 +230,25 @@ def _gather(value: Any, here: Processes) -> list[Any]:
     return found
 
 
+def _compared(
+    images: list[Image.Image],
+    entries: list[dict[str, Any]],
+    rivals: list[dict[str, Any] | None],
+    models: dict[str, RewardModel],
+) -> dict[str, np.ndarray]:
+    """The scores of groupwise models, for which a picture and its rival are a group; NaN without a readable rival."""
+    others = [rival and _open(rival["path"]) for rival in rivals]
+    met = [i for i, other in enumerate(others) if isinstance(other, Image.Image)]
+    scores = {name: np.full(len(images), np.nan) for name in models}
+    if met:
+        both = [images[i] for i in met] + [others[i] for i in met]
+        prompts, metadata = ([entries[i].get(key, {}) for i in met] * 2 for key in ("prompt", "metadata"))
+        found = compute_reward(both, prompts, models, dict.fromkeys(models, 1.0), groups=met * 2, metadata=metadata)[2]
+        for name in models:
+            scores[name][met] = found[name][: len(met)]
+    return scores
+
+
 def score(
     entries: Sequence[dict[str, Any]],
     models: dict[str, RewardModel],
@@ -230,19 +256,28 @@ def score(
     journal: ScoreJournal,
     here: Processes,
     measure: bool,
+    rivals: Sequence[dict[str, Any]] = (),
 ) -> Scores:
     """Scores pictures in batches, dealt out to the processes. Pictures that can't be read are named and left out.
 
-    measure: also take the measures that show reward hacking. All processes return the same.
+    measure: also take the measures that show reward hacking. rivals: entries with which groupwise models compare the
+    entries of the same index; without rivals these models don't score. All processes return the same.
     """
     weights = dict.fromkeys(models, 1.0)  # only the single scores are used, not their sum
+    alone = {name: model for name, model in models.items() if not is_groupwise(model)}
+    grouped = {name: model for name, model in models.items() if rivals and is_groupwise(model)}
+    there = {rival["index"]: rival for rival in rivals} if grouped else {}
 
     def score_batch(batch: Batch) -> list[dict[str, Any]]:
         opened = [_open(entry["path"]) for entry in batch.entries]
         readable = [row for row, image in enumerate(opened) if not isinstance(image, str)]
         images, entries = [opened[row] for row in readable], [batch.entries[row] for row in readable]
         prompts, metadata = [e["prompt"] for e in entries], [e.get("metadata", {}) for e in entries]
-        rewards = compute_reward(images, prompts, models, weights, metadata=metadata)[2] if images else {}
+        rewards = {}
+        if images and alone:
+            rewards |= compute_reward(images, prompts, alone, dict.fromkeys(alone, 1.0), metadata=metadata)[2]
+        if images and grouped:
+            rewards |= _compared(images, entries, [batch.rivals[row] for row in readable], grouped)
         result = [{"problem": problem} for problem in opened]
         for i, row in enumerate(readable):
             result[row] = {
@@ -251,7 +286,8 @@ def score(
             }
         return result
 
-    batches = [Batch(entries[start : start + batch_size]) for start in range(0, len(entries), batch_size)]
+    parts = (entries[start : start + batch_size] for start in range(0, len(entries), batch_size))
+    batches = [Batch(part, [there.get(entry["index"]) for entry in part] if grouped else ()) for part in parts]
     journal.complete(batches, 1, lambda single: list(map(score_batch, single)), here, "scoring")
     scored: dict[int, dict[str, Any]] = {}  # by place in entries
     skipped: dict[int, dict[str, str]] = {}
@@ -351,8 +387,13 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         purpose = [settings, *(path and os.path.abspath(path) for path in paths), config.trained_rewards]
         journal = ScoreJournal(output, settings, purpose)
         rest = (models, config.reward_batch_size, journal, here, config.hacking_measures)
-        scores = score(entries, *rest)
+        grouped = [name for name, model in models.items() if is_groupwise(model)]
+        if grouped and not before:  # a function of the user's own
+            raise FlagError("reward_model_type", config.reward_model_type, NO_RIVALS)
+        scores = score(entries, *rest, before or ())
         baseline = score(before, *rest) if before else None
+        for entry in baseline.entries if grouped else ():
+            entry["reward"] |= _mirrored(scores, grouped, entry["index"])
         trained = config.trained_keys()
         if trained is not None:  # the models have the spec's order
             keys = resolve_reward_spec(config, "reward_model_type")
@@ -361,6 +402,12 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         finish(here, lambda: _report(output, scores, baseline, summary))
         journal.remove()
     return summary
+
+
+def _mirrored(scores: Scores, names: Sequence[str], index: int) -> dict[str, float | None]:
+    """The scores of groupwise models for the rival of the picture with an index: 1 less the picture's."""
+    rewards = next((entry["reward"] for entry in scores.entries if entry["index"] == index), {})
+    return {name: None if rewards.get(name) is None else 1 - rewards[name] for name in names}
 
 
 def _report(output: Path | None, scores: Scores, baseline: Scores | None, summary: dict[str, Any]) -> None:

@@ -15,10 +15,13 @@ from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 
+from fastvideo.cli import FlagError
 from fastvideo.config import GRPOConfig
 from fastvideo.dataset.latent_flux_rl_datasets import LatentFluxRLDataset, collate
 from fastvideo.io.files import write_bytes
 from fastvideo.io.scores import evaluation_scores, write_scores
+from fastvideo.models.reward_model.groups import is_groupwise
+from fastvideo.models.reward_model.spec import NO_GROUP
 from fastvideo.models.reward_model.utils import RewardModel, build_reward_models, judge_of
 from fastvideo.runtime.engines import Engine
 from fastvideo.runtime.resume import Progress
@@ -42,17 +45,27 @@ def noise_free_plan(config: GRPOConfig) -> Plan:
     return Plan(tuple(steps))
 
 
-def build_held_out(config: GRPOConfig, device: torch.device) -> tuple[dict[str, RewardModel], dict[str, float]] | None:
-    """The reward models of --eval_reward and their weights; None without --eval_reward."""
-    if config.eval_reward is None:
-        return None
-    return build_reward_models(config.held_out(), str(device), evaluation=True, field="eval_reward")
+def build_held_out(
+    config: GRPOConfig, device: torch.device, scoring: Scoring
+) -> tuple[dict[str, RewardModel], dict[str, float]] | None:
+    """The reward models of --eval_reward and their weights; None without --eval_reward.
+
+    Raises FlagError if the rewards that decide the best checkpoint compare the pictures of groups.
+    """
+    held_out = None
+    if config.eval_reward is not None:
+        held_out = build_reward_models(config.held_out(), str(device), evaluation=True, field="eval_reward")
+    models = held_out[0] if held_out else scoring.models
+    if config.eval_steps and any(map(is_groupwise, models.values())):  # a function of the user's own
+        raise FlagError("eval_reward", config.eval_reward, NO_GROUP)
+    return held_out
 
 
 class Evaluation:
     """Samples and scores the prompts of --eval_prompts.
 
-    models: name -> reward model: the training rewards with their start weights, and the held-out --eval_reward models.
+    models: name -> reward model: the training rewards with their start weights, except those that compare pictures of a
+        group, and the held-out --eval_reward models.
     weights: name -> share in the reward that decides the best checkpoint: --eval_reward, else the training reward.
     """
 
@@ -63,7 +76,8 @@ class Evaluation:
         self.prompts = [entry["caption"] for entry in self.dataset.entries]
         self.metadata = [entry.get("metadata", {}) for entry in self.dataset.entries]
         self.plan = noise_free_plan(config)
-        self.scoring, self.models, self.weights = scoring, scoring.models, scoring.weights
+        self.scoring, self.weights = scoring, scoring.weights
+        self.models = {name: model for name, model in scoring.models.items() if not is_groupwise(model)}
         if held_out:
             self.models, self.weights = self.models | held_out[0], held_out[1]
         settings = "seed h w sampling_steps shift guidance_scale pretrained_model_name_or_path".split()

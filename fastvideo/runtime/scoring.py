@@ -9,6 +9,7 @@ from fastvideo.config import GRPOConfig
 from fastvideo.io.secrets import one_line
 from fastvideo.io.waiting import WaitedTooLong, result_of, waiting
 from fastvideo.models.reward_model.granular import GranularRewardModel, RewardModel
+from fastvideo.models.reward_model.groups import is_groupwise
 from fastvideo.models.reward_model.utils import build_reward_models, compute_reward, judge_of
 from fastvideo.utils.advantages import reward_means
 from fastvideo.utils.plan import Plan
@@ -57,14 +58,14 @@ class Scoring:
         return self._thread.submit(in_stream)
 
     def compute(
-        self, images: list[Image.Image], prompts: list[str], models: dict[str, RewardModel], **progress: Any
+        self, images: list[Image.Image], prompts: list[str], models: dict[str, RewardModel], **place: Any
     ) -> dict[str, np.ndarray]:
-        """The scores of `compute_reward`, name -> float64 [N]. `current` says whose turn it is."""
+        """The scores of `compute_reward`, name -> float64 [N]. place: see `place`. `current` says whose turn it is."""
 
         def begins(name: str) -> None:
             self.current = name
 
-        return compute_reward(images, prompts, models, dict.fromkeys(models, 1.0), **progress, begins=begins)[2]
+        return compute_reward(images, prompts, models, dict.fromkeys(models, 1.0), **place, begins=begins)[2]
 
     def gather(self, futures: "Sequence[Future[Result]]") -> list[Result]:
         """The results of the work that `begin` has started on all processes, sorted by process. All must call it.
@@ -92,6 +93,11 @@ class Scoring:
         """`gather` for work that returns several {name: array with a row per prompt}: one of each, with all prompts."""
         everywhere = zip(*self.gather(futures), strict=True)
         return [{name: np.concatenate([part[name] for part in parts]) for name in parts[0]} for parts in everywhere]
+
+    def place(self, plan: Plan, prompts: int, iteration: int) -> dict[str, Any]:
+        """What `compute_reward` must know about the pictures of `prompts` prompts: progress and groups."""
+        step, total = self.progress(plan, prompts, iteration)
+        return {"curr_step": step, "total_steps": total, "groups": plan.groups(prompts)}
 
     def progress(self, plan: Plan, prompts: int, iteration: int) -> tuple[int | np.ndarray, int]:
         """curr_step and total_steps of the granular weights.
@@ -130,7 +136,8 @@ class Scoring:
         """Means of the weighted reward, of every model and component, and of the looks (hacking_…); the granular
         weights of this iteration; and what scouting adds.
 
-        Pictures that train nothing (E-GRPO's noise-free anchors) have separate means, eval_reward….
+        Pictures that train nothing (E-GRPO's noise-free anchors) have separate means, eval_reward…. They have no group,
+        so groupwise models don't score them.
 
         Args:
             scores: name -> [P, pictures], NaN where failed. looks: name -> [P].
@@ -138,7 +145,10 @@ class Scoring:
         trained = plan.trained_pictures
         metrics = reward_means({name: v[:, :trained] for name, v in scores.items()}, self.weights)
         if trained < plan.pictures:
-            anchors = reward_means({name: v[:, trained:] for name, v in scores.items()}, self.weights)
+            grouped = {name for name, model in self.models.items() if is_groupwise(model)}
+            weights = {name: weight for name, weight in self.weights.items() if name not in grouped}
+            alone = {name: v[:, trained:] for name, v in scores.items() if name not in grouped}
+            anchors = reward_means(alone, weights) if weights else {}
             metrics |= {f"eval_{name}": value for name, value in anchors.items()}
         metrics |= {f"hacking_{name}": float(values.mean()) for name, values in looks.items()}
         for model in self.models.values():

@@ -170,6 +170,14 @@ class Plan:
         """Place of each picture of a prompt in its group, 0 ≤ place < `group`: [pictures]."""
         return np.concatenate([np.arange(self.rows[leaf]) * group / self.rows[leaf] for leaf in self.leaves])
 
+    def groups(self, prompts: int) -> np.ndarray:
+        """The number of each picture's group, for the pictures of `prompts` prompts: [prompts · pictures].
+
+        The pictures of one prompt and leaf are a group: advantages compare their scores.
+        """
+        own = np.repeat(np.arange(len(self.leaves)), [self.rows[leaf] for leaf in self.leaves])
+        return (np.arange(prompts)[:, None] * len(self.leaves) + own).ravel()
+
     # --- cost and training ------------------------------------------------------------------------------------------
 
     @cached_property

@@ -19,6 +19,7 @@ from fastvideo.cli import FlagError
 from fastvideo.io.secrets import one_line
 from fastvideo.io.waiting import waiting
 from fastvideo.models.reward_model.granular import as_scores
+from fastvideo.models.reward_model.groups import Group, joined, parted
 
 import numpy as np
 from PIL import Image
@@ -29,6 +30,9 @@ PROMPTS = ("a red circle", "a blue square")  # of the probe's pictures
 
 class FunctionReward:
     """A custom reward: returns one number per image. A function with an argument `metadata` gets compute_reward's.
+
+    A function with an argument `groups` is groupwise (see groups.py): it gets the pictures of whole groups, and the
+    number of each picture's group.
 
     Raises FlagError, naming the setting `field`, if there is no such function.
     """
@@ -47,14 +51,25 @@ class FunctionReward:
             raise FlagError(field, path, f"{function_name} is not callable")
         self.function = function
         self.name = function_name
-        self.takes_metadata = _takes(function, "metadata")
+        self.takes_metadata, self.groupwise = _takes(function, "metadata"), _takes(function, "groups")
 
     def __call__(
-        self, images: list[Image.Image], prompts: list[str], metadata: Sequence[Mapping[str, Any]] | None = None
+        self,
+        images: list[Image.Image],
+        prompts: list[str],
+        metadata: Sequence[Mapping[str, Any]] | None = None,
+        groups: Sequence[int] | None = None,
     ) -> Sequence[float]:
         given = {"metadata": [{}] * len(images) if metadata is None else metadata} if self.takes_metadata else {}
+        if self.groupwise:
+            given["groups"] = groups
         # If it empties or changes its lists, others still have theirs.
         return self.function(list(images), list(prompts), **copy.deepcopy(given))
+
+    def score_groups(self, groups: Sequence[Group]) -> list[Sequence[float]]:
+        """The scores of each group's pictures. All groups together are one call."""
+        given = joined(groups)
+        return parted(as_scores(self(**given), len(given["images"]), self.name), groups)
 
 
 def _takes(function: Callable[..., Any], name: str) -> bool:
@@ -116,7 +131,11 @@ def main() -> None:
         timer.daemon = True
         timer.start()
         pixels = noise.integers(0, 256, (len(PROMPTS), int(height), int(width), 3), dtype=np.uint8)
-        scores = reward([Image.fromarray(picture) for picture in pixels], list(PROMPTS))
+        images = [Image.fromarray(picture) for picture in pixels]
+        if reward.groupwise:
+            (scores,) = reward.score_groups([Group(images, PROMPTS[0])])
+        else:
+            scores = reward(images, list(PROMPTS))
     except FlagError as error:
         end(error.problem)
     except BaseException as error:

@@ -9,7 +9,7 @@ import io
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,6 +17,7 @@ from fastvideo.cli import FlagError, check_fields
 from fastvideo.io.secrets import redact
 from fastvideo.io.waiting import waiting
 from fastvideo.models.reward_model.granular import GranularRewardModel, RewardModel, prompt_per_image
+from fastvideo.models.reward_model.groups import Group, joined, parted
 from fastvideo.models.reward_model.network import ask_in_turn, below, server_urls
 from fastvideo.models.reward_model.spec import REWARDS, resolve_reward_spec, reward_settings
 
@@ -39,13 +40,16 @@ def to_base64_png(image: Image.Image) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def check_limits(url: str, limits: dict[str, int], config: Any) -> None:
+def check_limits(url: str, limits: dict[str, int], config: Any, whole_groups: bool = False) -> None:
     """Raises FlagError if a request of --reward_batch_size pictures may exceed one of the limits of the server at url.
 
+    whole_groups: whether a request may also have the pictures of a whole group, if these are more.
     A training run knows the size of its pictures (config.h, config.w); the pictures of an evaluation may have any size.
     Bytes are estimated from a picture of noise, which compresses least.
     """
     count, name = config.reward_batch_size, "--reward_batch_size"
+    if whole_groups and (group := getattr(config, "num_generations", 0)) > count:
+        count, name = group, "--num_generations"
     needed = [("images", "pictures", f"{name} {count}", count, "--max_images", 1)]
     if hasattr(config, "h"):
         given = f"{name} {count} with --h {config.h} --w {config.w}"
@@ -88,19 +92,30 @@ class Servers:
         self.first = int(os.environ.get("RANK", "0")) // getattr(config, "sp_size", 1)
 
     def health(self) -> tuple[dict[str, dict[str, Any]], list[str]]:
-        """({url: settings, models, limits and judge of the server}, the problems of the servers that don't answer)."""
+        """({url: what the server's /health says}, the problems of the servers that don't answer)."""
 
         def send(url: str) -> dict[str, Any]:
             response = self.client.get(below(url, "/health"))
             response.raise_for_status()
             found = response.json()
-            judge = {"judge": found.get("judge")}  # of --vlm_judge_url
-            return {part: dict(found[part]) for part in ("settings", "models", "limits")} | judge
+            parts = {part: dict(found[part]) for part in ("settings", "models", "limits")}
+            return parts | {"judge": found.get("judge"), "groupwise": list(found.get("groupwise", []))}
 
         with ThreadPoolExecutor(len(self.urls)) as pool, waiting(redact(f"{', '.join(self.urls)} to answer")):
             answers = list(pool.map(lambda url: ask_in_turn(send, [url], 0, self.retries, BACKOFF), self.urls))
         alive = {url: found for url, (found, _) in zip(self.urls, answers, strict=True) if found is not None}
         return alive, [problem for _, problem in answers if problem]
+
+    def _batches(self, count: int, groups: Sequence[int] | None) -> Iterator[slice]:
+        """The pictures of each request; see `score`."""
+        begin = 0
+        while begin < count:
+            end = min(begin + self.batch_size, count)
+            if groups is not None and end < count and groups[end - 1] == groups[end]:
+                first = groups.index(groups[end])
+                end = first if first > begin else count - groups[::-1].index(groups[end])
+            yield slice(begin, end)
+            begin = end
 
     def score(
         self,
@@ -111,13 +126,18 @@ class Servers:
         curr_step: float | np.ndarray | None = None,
         total_steps: float | None = None,
         metadata: Sequence[Mapping[str, Any]] | None = None,
+        groups: Sequence[int] | None = None,
     ) -> dict[str, np.ndarray]:
-        """{name: float64 [N], f"{name}_{part}": [N] ...}, NaN where a score failed. parts: components and checks."""
+        """{name: float64 [N], f"{name}_{part}": [N] ...}, NaN where a score failed. parts: components and checks.
+
+        groups: ascending numbers, one per picture, for a groupwise model. Requests then have whole groups, as many as
+        fit into a batch, and at least one.
+        """
         prompts = prompt_per_image(prompts, len(images))
         keys, step = [name, *(f"{name}_{part}" for part in parts)], None if curr_step is None else np.asarray(curr_step)
 
-        def one(start: int) -> tuple[dict[str, list[float | None]] | None, str]:
-            batch = slice(start, start + self.batch_size)
+        def one(index: int) -> tuple[dict[str, list[float | None]] | None, str]:
+            batch = batches[index]
             body = {
                 "settings": self.settings,
                 "model": name,
@@ -126,6 +146,8 @@ class Servers:
                 "curr_step": None if step is None else step[batch].tolist() if step.ndim else step.item(),
                 "total_steps": total_steps,
             }
+            if groups is not None:
+                body["groups"] = groups[batch]
             if metadata is not None and any(metadata[batch]):
                 body["metadata"] = metadata[batch]
             content = json.dumps(body).encode()
@@ -136,19 +158,18 @@ class Servers:
                 response.raise_for_status()
                 return _read_scores(response, keys, len(body["prompts"]))
 
-            index = self.first + start // self.batch_size
-            return ask_in_turn(send, self.urls, index, max(self.retries, len(self.urls) - 1), BACKOFF)
+            return ask_in_turn(send, self.urls, self.first + index, max(self.retries, len(self.urls) - 1), BACKOFF)
 
         scores = {key: np.full(len(images), np.nan) for key in keys}
-        starts, problems = range(0, len(images), self.batch_size), []
+        batches, problems = list(self._batches(len(images), groups)), []
         with ThreadPoolExecutor(len(self.urls)) as pool:
-            for start, (found, problem) in zip(starts, pool.map(one, starts), strict=True):
+            for batch, (found, problem) in zip(batches, pool.map(one, range(len(batches))), strict=True):
                 if found is None:
                     problems.append(problem)
                 for key, values in (found or {}).items():
-                    scores[key][start : start + len(values)] = np.array(values, dtype=np.float64)
+                    scores[key][batch] = np.array(values, dtype=np.float64)
         if problems:
-            logger.warning("%s: %d of %d requests failed, e.g. %s", name, len(problems), len(starts), problems[0])
+            logger.warning("%s: %d of %d requests failed, e.g. %s", name, len(problems), len(batches), problems[0])
         return scores
 
 
@@ -165,6 +186,16 @@ class RemoteReward:
     ) -> np.ndarray:
         """float64 [N]; NaN for a failed sample."""
         return self.servers.score(self.name, (), images, prompts, metadata=metadata)[self.name]
+
+
+class RemoteGroupReward(RemoteReward):
+    """A groupwise model on the servers."""
+
+    groupwise = True
+
+    def score_groups(self, groups: Sequence[Group]) -> list[np.ndarray]:
+        """The scores of each group's pictures, NaN for a failed sample."""
+        return parted(self.servers.score(self.name, (), **joined(groups))[self.name], groups)
 
 
 class RemoteGranularReward(GranularRewardModel):
@@ -214,7 +245,7 @@ def connect(
         raise FlagError("reward_server", None, problem)
     for problem in problems:
         logger.warning("--reward_server: %s; the others go on without it", problem)
-    names, judge = (next(iter(alive.values()))[part] for part in ("models", "judge"))
+    names, judge, groupwise = (next(iter(alive.values()))[part] for part in ("models", "judge", "groupwise"))
     for url, found in alive.items():
         theirs = found["settings"]
         for key in [*settings, *theirs]:
@@ -231,11 +262,12 @@ def connect(
         if found["judge"] != judge:
             problem = f"its judge is {found['judge']}, that of another server {judge}"
             raise FlagError("reward_server", url, problem)
-        check_limits(url, found["limits"], config)
+        check_limits(url, found["limits"], config, bool(groupwise))
     models: dict[str, RewardModel] = {}
     for key in spec:
         name, components, checks = names[key], settings[f"{key}.components"], settings[f"{key}.checks"]
         granular = RemoteGranularReward(name, servers, components, checks, config) if components else None
         asks = key in REWARDS and REWARDS[key].url == "vlm_judge_url"
-        models[name] = granular or RemoteReward(name, servers, judge if asks else None)
+        single = RemoteGroupReward if name in groupwise else RemoteReward
+        models[name] = granular or single(name, servers, judge if asks else None)
     return models, {names[key]: weight for key, weight in spec.items()}

@@ -6,9 +6,11 @@
 Start it with the reward flags of the run (with --evaluation for eval_reward.py); clients compare them. It listens on
 the loopback and asks for no password, so reach it from other machines through an SSH tunnel or a private network.
 
-    GET  /health   {"status", "settings", "models", "limits", "judge"}: names, weights, parts, schedule; always answers
+    GET  /health   {"status", "settings", "models", "limits", "judge", "groupwise"}: names, weights, parts, schedule;
+                   always answers
     POST /score    {"settings", "model", "images": [base64 PNG or JPEG], "prompts", "curr_step", "total_steps",
-                    "metadata": [object]}          the last may be missing
+                    "metadata": [object], "groups": [number of each picture's group]}
+                   the last two may be missing; models in "groupwise" need groups
                    -> {"scores": {name: [number, or null for failed], f"{name}_{component or check}": [...]}}
 
 400: malformed request; 409: settings differ; 413: over a limit; 415: not JSON; 500: the model raised an error.
@@ -55,6 +57,7 @@ if __name__ == "__main__":  # before torch, which takes seconds: --help and a re
 
 from fastvideo.io.devices import resolve_device
 from fastvideo.models.reward_model.granular import RewardModel
+from fastvideo.models.reward_model.groups import is_groupwise
 from fastvideo.models.reward_model.utils import build_reward_models, check_reward_files, compute_reward, judge_of
 
 import numpy as np
@@ -132,13 +135,16 @@ def answer(
     metadata = asked.get("metadata")
     objects = isinstance(metadata, list) and all(isinstance(entry, dict) for entry in metadata)
     _need(metadata is None or (objects and len(metadata) == len(images)), 400, "metadata: expected an object per image")
+    groups = asked.get("groups")
+    numbers = isinstance(groups, list) and len(groups) == len(images) and all(type(group) is int for group in groups)
+    _need(numbers or (groups is None and not is_groupwise(models[name])), 400, "groups: expected one number per image")
     curr_step, total_steps = asked.get("curr_step"), asked.get("total_steps")
     _check_progress(curr_step, total_steps, len(images))
     pictures = decode(images, config.max_pixels)
     step = np.array(curr_step) if isinstance(curr_step, list) else curr_step
     try:
         one = {name: models[name]}, {name: 1.0}
-        _, _, scores, _ = compute_reward(pictures, prompts, *one, step, total_steps, metadata=metadata)
+        scores = compute_reward(pictures, prompts, *one, step, total_steps, metadata=metadata, groups=groups)[2]
     except Exception as error:  # the server keeps running; the client counts failed samples
         logger.exception("%s could not score %d images", name, len(images))
         raise HTTPException(500, f"{name} raised {type(error).__name__}") from error
@@ -156,6 +162,7 @@ def build_app(config: ServerConfig, models: dict[str, RewardModel]) -> Starlette
     async def health(request: Request) -> Response:
         state = "scoring" if turn.locked() else "idle"
         served = {"settings": settings, "models": names, "limits": limits, "judge": judge_of(models)}
+        served["groupwise"] = [name for name, model in models.items() if is_groupwise(model)]
         return JSONResponse({"status": state, **served})
 
     async def score(request: Request) -> Response:

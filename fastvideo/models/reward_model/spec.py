@@ -61,6 +61,12 @@ class RewardConfig:
         3, "further attempts after a failed request, at the next endpoint of the judge", at_least=0, at_most=10**4
     )
     ocr_num_workers: int = flag(4, "CPU threads that read text in pictures for ocr", at_least=1, at_most=1024)
+    pairwise_template: str = flag(
+        "pairwise", "question of pairwise: a text file, or pairwise, unified_reward_think, unified_reward_flex"
+    )
+    pairwise_matches: int | None = flag(
+        None, "comparisons of each picture with others of its group (None: with all of them)", at_least=1
+    )
     granular_start_weights: list[float] = flag([0.5, 0.3, 0.2], "component weights at the start", metavar="W")
     reward_batch_size: int = flag(12, "images per forward pass of a reward model", at_least=1)
     reward_device: str | None = flag(None, "device of the reward models (None: the rank's own)")
@@ -151,6 +157,7 @@ class Reward:
         needs: what a prompt must have. The function can_score(prompt, metadata) of the model's module looks for it.
         decisive: arguments that change scores. A reward server and its clients compare their values.
         components: parts of a granular reward, in the order of --granular_start_weights.
+        groupwise: whether it scores groups of pictures, see groups.py.
         checks: yes/no questions that a granular reward answers; they have no weight.
         mode: setting, one of MODES, for a granular reward with a plain score as well. Evaluation takes the plain score.
     """
@@ -169,6 +176,7 @@ class Reward:
     decisive: tuple[str, ...] = ()
     components: tuple[str, ...] = ()
     checks: tuple[str, ...] = ()
+    groupwise: bool = False
     mode: str | None = None
 
     def missing_package(self) -> str | None:
@@ -286,6 +294,22 @@ REWARDS: dict[str, Reward] = {
         check="vlm_judge:check_judge",
         decisive=("model", "template"),
     ),
+    "pairwise": Reward(
+        model="pairwise:PairwiseRewardModel",
+        arguments={
+            "urls": "vlm_judge_url",
+            "model": "vlm_judge_model",
+            "template": "pairwise_template",
+            "matches": "pairwise_matches",
+            "num_workers": "vlm_judge_num_workers",
+            "timeout": "vlm_judge_timeout",
+            "retries": "vlm_judge_retries",
+        },
+        url="vlm_judge_url",
+        check="pairwise:check_pairwise",
+        decisive=("model", "template", "matches"),
+        groupwise=True,
+    ),
     "ocr": Reward(
         model="ocr:OCRRewardModel",
         arguments={"num_workers": "ocr_num_workers"},
@@ -370,6 +394,9 @@ def resolve_reward_spec(config: Any, field: str = "reward_model") -> dict[str, f
     if total <= 0:
         raise FlagError(field, repr(given), f"the weights of {', '.join(weights)} are all 0")
     return {name: weight / total for name, weight in weights.items()}
+
+
+NO_GROUP = "an evaluation has one picture per prompt, and no group to compare; name rewards that score single pictures"
 
 
 def reward_settings(config: Any, evaluation: bool, field: str = "reward_model") -> dict[str, Any]:

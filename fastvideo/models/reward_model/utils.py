@@ -1,8 +1,9 @@
 """Builds the rewards that `--reward_model` names, and scores images with them in one function.
 
 A reward model is a callable `model(images, prompts)` on lists of PIL images and prompts. It returns one float per image
-(NaN: this image failed) and has a `name`, its key in metrics and manifests. The registry is in spec.py; a model's
-module is imported when the model is built. `--reward_model package.module:function` needs no entry there.
+(NaN: this image failed) and has a `name`, its key in metrics and manifests. groups.py describes models that compare
+images. The registry is in spec.py; a model's module is imported when the model is built. `--reward_model
+package.module:function` needs no entry there.
 """
 
 import importlib
@@ -20,6 +21,7 @@ from fastvideo.models.reward_model.granular import (
     check_schedule,
     prompt_per_image,
 )
+from fastvideo.models.reward_model.groups import is_groupwise, score_in_groups
 from fastvideo.models.reward_model.loading import check_device, check_file
 from fastvideo.models.reward_model.spec import REWARDS, SHARED, Reward, resolve_reward_spec
 
@@ -155,9 +157,9 @@ def served_judge(config: Any) -> str | None:
         return None
     if config.reward_server:
         return judge_of(build_reward_models(config, "cpu")[0])
-    from fastvideo.models.reward_model.vlm_judge import judge_client  # imports the HTTP client, which few runs need
+    from fastvideo.models.reward_model.vlm_judge import served_by  # imports the HTTP client, which few runs need
 
-    return judge_client(config).served(config.vlm_judge_model, "vlm_judge_model")
+    return served_by(config)
 
 
 def _by_name(models: Sequence[RewardModel]) -> dict[str, RewardModel]:
@@ -177,6 +179,7 @@ def compute_reward(
     total_steps: float | None = None,
     begins: Callable[[str], None] = lambda name: None,
     metadata: Sequence[Mapping[str, Any]] | None = None,
+    groups: Sequence[int] | None = None,
 ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Scores N images with every model: (rewards, successes, rewards_dict, successes_dict).
 
@@ -189,6 +192,8 @@ def compute_reward(
     begins: called with the name of each model before it scores.
     metadata: one object per image, what the prompt file says about its prompt; None: empty ones. Models that set
     `takes_metadata` get it.
+    groups: the number of each image's group, for groupwise models (see groups.py); an image that is alone in its group
+    gets NaN from them.
 
     An exception of a model is not caught: a broken scorer is not a failed sample.
     """
@@ -213,6 +218,8 @@ def compute_reward(
             scores, components = model.score(images, prompts, curr_step, total_steps)
             rewards_dict[name] = as_scores(scores, n, name)
             rewards_dict.update({f"{name}_{component}": found for component, found in components.items()})
+        elif is_groupwise(model):
+            rewards_dict[name] = score_in_groups(model, images, prompts, groups, metadata)
         else:
             given = {"metadata": list(metadata)} if getattr(model, "takes_metadata", False) else {}
             rewards_dict[name] = as_scores(model(images, prompts, **given), n, name)

@@ -137,14 +137,15 @@ def read_template(value: str, field: str, kinds: Sequence[str]) -> Template:
     return Template(question.strip(), kind, bounds, labels)
 
 
-def judge_client(config: Any) -> ChatClient:
-    """The client of the endpoints in the settings."""
-    urls, workers = config.vlm_judge_url, config.vlm_judge_num_workers
-    return _client(urls, workers, config.vlm_judge_timeout, config.vlm_judge_retries)
-
-
-def _client(urls: str, workers: int, timeout: float, retries: int) -> ChatClient:
+def judge_client(urls: str, workers: int, timeout: float, retries: int) -> ChatClient:
+    """The client of the judge's endpoints, comma-separated."""
     return ChatClient(urls, "vlm_judge_url", "VLM_JUDGE_API_KEY", workers, timeout, retries)
+
+
+def served_by(config: Any) -> str:
+    """The id of the judge that the endpoints in the settings serve. Raises FlagError, see `ChatClient.served`."""
+    client = judge_client(config.vlm_judge_url, 1, config.vlm_judge_timeout, config.vlm_judge_retries)
+    return client.served(config.vlm_judge_model, "vlm_judge_model")
 
 
 def check_judge(config: Any) -> None:
@@ -153,13 +154,17 @@ def check_judge(config: Any) -> None:
     Raises FlagError for a template that can't be used, and endpoints that don't answer, serve another model, or give no
     log-probabilities where the template needs them.
     """
-    template = read_template(config.vlm_judge_template, "vlm_judge_template", SINGLE)
+    try_judge(config, read_template(config.vlm_judge_template, "vlm_judge_template", SINGLE))
+
+
+def try_judge(config: Any, template: Template) -> None:
+    """Asks the template's question about grey pictures. Raises FlagError as `check_judge`."""
     _try(config.vlm_judge_url, config.vlm_judge_model, template, config.vlm_judge_timeout, config.vlm_judge_retries)
 
 
 @functools.cache  # a run checks its rewards, and later builds them
 def _try(urls: str, model: str | None, template: Template, timeout: float, retries: int) -> None:
-    client, grey = _client(urls, 1, timeout, retries), Image.new("RGB", (256, 256), "grey")
+    client, grey = judge_client(urls, 1, timeout, retries), Image.new("RGB", (256, 256), "grey")
     question = template.ask([grey] * (2 if template.kind in PAIR else 1), "a grey square")
     with waiting("the judge of --vlm_judge_url"):
         answer, problem = client.ask_one(client.served(model, "vlm_judge_model"), question, **template.body)
@@ -193,7 +198,7 @@ class VLMJudgeModel:
         or the name of one in templates/. num_workers: requests at the same time. timeout: seconds per request. retries:
         further attempts after a failed request, at the next endpoint."""
         self.template = read_template(template, "vlm_judge_template", SINGLE)
-        self.client = _client(urls, num_workers, timeout, retries)
+        self.client = judge_client(urls, num_workers, timeout, retries)
         self.judge = self.client.served(model, "vlm_judge_model")
 
     def __call__(self, images: list[Image.Image], prompts: list[str]) -> np.ndarray:
