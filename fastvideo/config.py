@@ -523,11 +523,39 @@ class GRPOConfig(RewardSpecConfig):
         "compile the transformer's blocks (auto: on a GPU, not with deepspeed)",
         choices=["auto", "true", "false"],
     )
+    rollout_precision: str = flag(
+        "bf16",
+        "bf16: all steps of a rollout compute as training does; fp8: untrained steps have FP8 products in the blocks "
+        "(NVIDIA GPUs of compute capability 8.9 or more); fp8_emulated: the same numbers on any device, slower, for "
+        "studies",
+        choices=["bf16", "fp8", "fp8_emulated"],
+    )
+    fp8_steps: str = flag(
+        "after",
+        "the steps in FP8: after the trained steps, or all untrained steps; always all for candidates (--scouts) and "
+        "with algorithms that train no step",
+        choices=["after", "all"],
+    )
+    rollout_drift_steps: int = flag(
+        25,
+        "fp8: iterations between comparisons of a prompt's pictures with those of a rollout without FP8; 0: none",
+        at_least=0,
+    )
     cudnn_attention: str = flag(
         "always",
         "on a GPU, use cuDNN's attention, the fastest: never, only in steps that aren't trained, or in training too",
         choices=["never", "rollout", "always"],
     )
+
+    def _check_precision(self) -> None:
+        if self.rollout_precision == "bf16":
+            for name, plain in {"fp8_steps": "after", "rollout_drift_steps": 25}.items():
+                self._need(getattr(self, name) == plain, name, "goes with --rollout_precision fp8")
+            return
+        fits = self.rollout_precision != "fp8" or self.mixed_precision == "bf16"
+        self._need(fits, "rollout_precision", "FP8 products return bf16: needs --mixed_precision bf16")
+        fits = self.parallel != "deepspeed"
+        self._need(fits, "rollout_precision", "goes with --parallel none, ddp or fsdp, not deepspeed")
 
     # --- LoRA -------------------------------------------------------------------------------------------------------
     use_lora: bool = flag(False, "train low-rank adapters; the model itself stays frozen")
@@ -710,6 +738,7 @@ class GRPOConfig(RewardSpecConfig):
         self._check_flash()
         self._check_scouts()
         self._check_advantages()
+        self._check_precision()
         self._check_processes()
         self._check_data()
         self._check_evaluation()

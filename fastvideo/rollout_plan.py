@@ -285,6 +285,15 @@ def _pruning_phases(config: GRPOConfig) -> list[tuple[int, int]]:
     return list(zip(firsts, [*(first - 1 for first in firsts[1:]), most], strict=True))
 
 
+def _describe_float8(config: GRPOConfig, plans: list[tuple[Plan, int]]) -> list[str]:
+    """How many velocity evaluations are in FP8, as a line; none without FP8."""
+    if config.rollout_precision == "bf16":
+        return []
+    counts = [plan.evaluations_of(plan.untrained_states(config.fp8_steps == "all")) for plan, _ in plans]
+    mean = np.average(counts, weights=[number for _, number in plans])
+    return [f"of these in FP8 ({config.rollout_precision}): {min(counts)} to {max(counts)}, mean {mean:.1f}"]
+
+
 def describe(config: GRPOConfig, world_size: int) -> str:
     """Counts per iteration, reward weights and the plan of the first window, as text. Checks the plan of every window.
 
@@ -319,6 +328,7 @@ def describe(config: GRPOConfig, world_size: int) -> str:
             f"velocity evaluations (NFE) per prompt and iteration: {min(evaluations)} to {max(evaluations)}, mean "
             f"{np.average(evaluations, weights=iterations):.1f} (without sharing {first.evaluations_without_sharing})"
             + (f"; and {scouts.evaluations} for candidates" if scouts else ""),
+            *_describe_float8(config, plans),
             *left_out,
             *(_describe_scouts(config, scouts) if scouts else ()),
             f"{first.draws} draws of time and noise train each picture; plan:"

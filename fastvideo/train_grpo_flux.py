@@ -13,7 +13,7 @@ differs from the references on purpose.
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -53,6 +53,7 @@ from fastvideo.runtime.memory import predict_memory
 from fastvideo.runtime.policies import Policies
 from fastvideo.runtime.preflight import check_run
 from fastvideo.runtime.resume import Progress, load_policies, load_trained, open_output
+from fastvideo.runtime.rollout_drift import rollout_drift
 from fastvideo.runtime.scoring import Scoring
 from fastvideo.runtime.stopping import last_line, saving_on_error, why_stopped
 from fastvideo.runtime.throughput import Stopwatch, Throughput
@@ -123,18 +124,16 @@ def rollout(
     prompts: int,
     velocity: Velocity,
     noise: Callable[[int, int], torch.Tensor],
-    trained_velocity: Velocity | None = None,
+    instead: Mapping[int, Velocity] | None = None,
 ) -> Rollout:
     """Executes a plan from noise to pictures.
 
     Args:
         latents: [P·plan.start, L, C] at σ = 1, sorted by prompt. prompts: P.
         noise: (stream, rows per prompt) -> standard normal [P·rows, L, C]; plan position i uses stream i + 1.
-        trained_velocity: replaces `velocity` for states from which a trained step starts, and rounds as in training.
-            None: `velocity` everywhere.
+        instead: state, as the position of the step that leads to it (−1: noise) -> what replaces `velocity` there.
     """
     table, parents = transition_table(plan, latents.device), plan.parents
-    before_training = {parents[position] for position in plan.trained}
     result = Rollout(latents)
     states = {-1: (latents, ())}  # position -> (x after the step, latest x0 predictions on its path)
     velocities: dict[int, torch.Tensor] = {}
@@ -144,7 +143,7 @@ def rollout(
         rows = len(latents) // prompts
         if parent not in velocities:  # steps that start from one state share one velocity
             prompt_index = torch.arange(prompts, device=latents.device).repeat_interleave(rows)
-            evaluate = trained_velocity if trained_velocity and parent in before_training else velocity
+            evaluate = (instead or {}).get(parent, velocity)
             velocities[parent] = evaluate(latents, sigma.expand(len(latents)), prompt_index)
         v = velocities[parent]
         if step.train:
@@ -450,15 +449,12 @@ class Trainer:
         size = config.rollout_batch_size or prompts * config.num_generations
         with self.engine.sampling_model() as model:
             plain = self.velocity_of(model, conditioning, training=False)
-            trained = self.velocity_of(model, conditioning)
-            return rollout(
-                plan,
-                latents,
-                prompts,
-                InParts(plain, size, stopwatch=self.throughput.prefix, prompts=prompts),
-                noise,
-                InParts(trained, config.train_micro_batch_size, training=True),
-            )
+            plain = InParts(plain, size, stopwatch=self.throughput.prefix, prompts=prompts)
+            # Trained steps round as in training, others may be in FP8.
+            trained = InParts(self.velocity_of(model, conditioning), config.train_micro_batch_size, training=True)
+            instead = dict.fromkeys(plan.trained_states, trained)
+            instead |= dict.fromkeys(self.engine.float8_states(plan), self.engine.in_float8(plain))
+            return rollout(plan, latents, prompts, plain, noise, instead)
 
     def decode(self, sampled: Rollout, batch_size: int) -> list[Image.Image]:
         """Decodes a rollout to pictures, `batch_size` pictures at a time."""
@@ -615,6 +611,7 @@ class Trainer:
             scouted = self.scout(number, conditioning, batch)
             given = (plan, number, conditioning, batch, scouted and scouted.picks)
             sampled, images, scores, looks = self.collect(*given)
+            drift = rollout_drift(self, given, sampled.latents, scores)
         weights, split_log_probs = self.scoring.advantage_weights(plan, number), self.split_log_probs(plan, sampled)
         advantages, flat = plan_advantages(config, plan, scores, weights, split_log_probs)
         reward_metrics = self.scoring.metrics(plan, scores, looks, number, scouted)
@@ -640,7 +637,7 @@ class Trainer:
             "zero_spread_groups": flat,
         }
         speed = self.throughput.metrics(tokens, self.local_prompts * plan.evaluations, trained_rows)
-        return metrics | reward_metrics | speed, images
+        return metrics | reward_metrics | drift | speed, images
 
 
 # --- command line -----------------------------------------------------------------------------------------------------

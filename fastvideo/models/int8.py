@@ -50,6 +50,10 @@ class Int8Linear(torch.nn.Linear):
         y = _Product.apply(x, self.weight, self.scale)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
+    def whole(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight in the format `dtype`, [out, in]."""
+        return _whole(self.weight, self.scale, dtype)
+
 
 def quantize_blocks(transformer: FluxTransformer2DModel, device: torch.device | str) -> None:
     """Replaces all linear layers in the blocks by `Int8Linear` on `device`, one after the other."""

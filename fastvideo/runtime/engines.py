@@ -18,9 +18,11 @@ from pathlib import Path
 from fastvideo.cli import FlagError, say
 from fastvideo.config import GRPOConfig
 from fastvideo.io.waiting import PATIENCE, waiting
+from fastvideo.models.float8 import Float8Copies
 from fastvideo.models.flux import load_transformer, meta_transformer, random_transformer
 from fastvideo.models.flux_speed import StreamwiseAttnProcessor, compile_transformer, cudnn_attention, split_sequence
 from fastvideo.runtime.optimizer_files import TensorReader, tensors_only
+from fastvideo.utils.plan import Plan
 
 import torch
 import torch.distributed as dist
@@ -234,6 +236,7 @@ class Engine:
         self.disk_group = dist.new_group(backend="gloo", timeout=PATIENCE) if dist.is_initialized() else None
         # torch.distributed.checkpoint warns when there is only one process.
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        self.float8: Float8Copies | None = None
         self.data_ranks = config.data_ranks(self.accelerator.num_processes)
         self.data_rank, self.place_in_group = divmod(self.accelerator.process_index, config.sp_size)
 
@@ -297,6 +300,8 @@ class Engine:
         self._split_sequence(transformer)
         if self.compiled:
             compile_transformer(transformer)
+        if self.config.rollout_precision != "bf16":
+            self.float8 = Float8Copies(self.blocks(), self.config.rollout_precision == "fp8_emulated")
         self.raw_optimizer = torch.optim.AdamW(self.trained_parameters(), fused=True, **optimizer_settings)
         self.model, self.optimizer = self._wrap()
         formats = (self.config.mixed_precision, self.config.master_weight_type)
@@ -360,10 +365,45 @@ class Engine:
             self.transformer.set_reshard_after_forward(self.reshard)
         self.drop_gathered()
 
+    def float8_states(self, plan: Plan) -> set[int]:
+        """States of the plan whose velocities are computed in FP8 (see `Plan.untrained_states`)."""
+        return plan.untrained_states(self.config.fp8_steps == "all") if self.float8 else set()
+
+    def in_float8(self, velocity: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        """`velocity`, a function that calls the `sampling_model`, with FP8 products in the blocks."""
+        compute = torch.bfloat16 if self.config.mixed_precision == "bf16" else torch.float32
+
+        def in_float8(*args: torch.Tensor) -> torch.Tensor:
+            self.float8.take(compute, self._gathered)
+            with self.float8.in_use():
+                return velocity(*args)
+
+        return in_float8
+
+    @contextmanager
+    def without_float8(self) -> Iterator[None]:
+        """Context in which rollouts use no FP8."""
+        copies, self.float8 = self.float8, None
+        try:
+            yield
+        finally:
+            self.float8 = copies
+
+    @contextmanager
+    def _gathered(self, block: torch.nn.Module) -> Iterator[None]:
+        """Context in which a block's parameters are whole. They stay so if they do in the rollout."""
+        if self.name == "fsdp":
+            block.unshard()
+        yield
+        if self.name == "fsdp" and not self.keep_gathered:
+            block.reshard()
+
     def drop_gathered(self) -> None:
-        """Drops FSDP2's unsharded parameters and the bf16 copies. The optimizer and the average use the sharded float32
-        parameters, and a step would leave copies out of date."""
+        """Drops FSDP2's unsharded parameters, and the copies in bf16 and FP8. The optimizer and the average use the
+        sharded float32 parameters, and a step would leave copies out of date."""
         self.compute_copy.drop()
+        if self.float8:
+            self.float8.drop()
         for module in self.transformer.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()

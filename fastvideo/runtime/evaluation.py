@@ -1,4 +1,4 @@
-"""Evaluation during training: fixed prompts with fixed seeds, sampled without noise and scored.
+"""Evaluation during training: fixed prompts with fixed seeds, sampled without noise and without FP8, and scored.
 
 --eval_steps N writes evaluation/{iteration}/ in the run's folder: one picture per prompt, and scores.json.
 fastvideo.eval.report compares the pictures with iteration 0, the model before training. The link `best` in the run's
@@ -103,7 +103,8 @@ class Evaluation:
         for turn in range(0, len(self.prompts), engine.data_ranks):
             # All ranks must run the model equally often: in the last turn, spare ranks draw the last prompt again.
             index = min(turn + engine.data_rank, len(self.prompts) - 1)
-            pictures = draw(self.plan, collate([self.dataset[index]]), index)
+            with engine.without_float8():
+                pictures = draw(self.plan, collate([self.dataset[index]]), index)
             if turn + engine.data_rank == index and pictures:
                 indices.append(index)
                 images += pictures

@@ -5,6 +5,7 @@ import os
 
 from fastvideo.config import REFERENCE, GRPOConfig
 from fastvideo.io.fingerprint import local_folder
+from fastvideo.models.float8 import float8_layers
 from fastvideo.models.flux import LatentShape, add_lora, meta_transformer, meta_vae
 from fastvideo.models.int8 import quantize_blocks
 from fastvideo.rollout_plan import make_plan, scout_plan
@@ -78,10 +79,15 @@ def predict_memory(config: GRPOConfig, world_size: int) -> dict[str, float]:
     if scouts := scout_plan(config):  # sampled in passes of as many rows; the latents of all are held meanwhile
         held = max(scouts.pictures, config.rollout_batch_size or config.local_prompts(world_size) * scouts.pictures)
         sampling += held * shape.tokens * shape.channels * 4 * LATENTS_OF_A_SCOUT
+    copies = 0  # in FP8, one byte per weight, during the rollout
+    if config.rollout_precision != "bf16":
+        blocks = (*transformer.transformer_blocks, *transformer.single_transformer_blocks)
+        copies = sum(layer.weight.numel() for block in blocks for layer in float8_layers(block))
     decoding = (config.rollout_batch_size or config.num_generations) * config.h * config.w * DECODED_PIXEL * compute / 2
     activations = max(training, sampling, decoding)
-    peak = weights + moments + max(gradients + training, sampling, decoding)
+    peak = weights + moments + max(gradients + training, sampling + copies, decoding)
     parts = dict(weights=weights, gradients=gradients, moments=moments, activations=activations, peak=peak)
+    parts |= {"fp8_copies": copies} if copies else {}
     return {"rows": rows} | {name: size / 2**30 for name, size in parts.items()}
 
 

@@ -15,6 +15,7 @@ from fastvideo.config import GRPOConfig
 from fastvideo.dataset.latent_flux_rl_datasets import LatentFluxRLDataset
 from fastvideo.io.fingerprint import local_folder
 from fastvideo.io.prompts import read_prompts
+from fastvideo.models.float8 import lacks_float8
 from fastvideo.models.flux import BASE, check_pipeline, meta_transformer
 from fastvideo.models.reward_model.loading import bad_file, to_download
 from fastvideo.models.reward_model.spec import REWARDS, resolve_reward_spec
@@ -35,6 +36,12 @@ def check_run(config: GRPOConfig, world_size: int) -> None:
     Raises:
         FlagErrors: all that is missing.
     """
+    lack = lacks_float8() if config.rollout_precision == "fp8" else None
+    if lack is not None and not config.dry_run:
+        problem = f"needs GPUs with FP8 products (compute capability 8.9 or more), and {lack}; choose bf16"
+        raise FlagError("rollout_precision", "fp8", problem)
+    if lack is not None:
+        say(f"warning: --rollout_precision fp8 can't run here: {lack}")
     path = config.pretrained_model_name_or_path
     found, configs = list(_missing_in_pipeline(config)), local_folder(path) is not None
     if configs and not found and not config.init_random_flux:

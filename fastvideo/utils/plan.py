@@ -94,6 +94,20 @@ class Plan:
         return [i for i, step in enumerate(self.steps) if step.train]
 
     @cached_property
+    def trained_states(self) -> set[int]:
+        """States from which a trained step starts, as positions of the steps that lead to them (−1: noise)."""
+        return {self.parents[i] for i in self.trained}
+
+    def untrained_states(self, prefix: bool) -> set[int]:
+        """States from which only untrained steps start, given as in `trained_states`.
+
+        prefix: whether states before the trained steps count too, not only those after a trained step. All count in a
+        plan that trains no step (draws, candidates of scouting).
+        """
+        everywhere = prefix or not self.trained
+        return {i for i in {*self.parents} - self.trained_states if everywhere or self.trained_path(i)}
+
+    @cached_property
     def training(self) -> dict[int, tuple[int, int]]:
         """What an iteration trains: position of a trained step, or number of a draw, both from 0 -> rows per prompt,
         and successors per row."""
@@ -183,7 +197,11 @@ class Plan:
     @cached_property
     def evaluations(self) -> int:
         """Velocity evaluations (NFE) per prompt in the rollout: one per row of every state that a step starts from."""
-        return sum(self.rows[parent] if parent >= 0 else self.start for parent in set(self.parents))
+        return self.evaluations_of({*self.parents})
+
+    def evaluations_of(self, states: set[int]) -> int:
+        """Those of some states, given as positions of the steps that lead to them (−1: noise)."""
+        return sum(self.rows[state] if state >= 0 else self.start for state in states)
 
     @property
     def evaluations_without_sharing(self) -> int:

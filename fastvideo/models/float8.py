@@ -1,0 +1,122 @@
+"""FP8 products in the blocks of FLUX, for steps that aren't trained.
+
+Numbers are e4m3 (arXiv 2209.05433), with one scale per output row of a weight and one per token of the activations, so
+a row of a batch doesn't depend on the other rows. The weights themselves stay; the FP8 copies lie beside them for the
+length of a rollout. Modulation, 1 token per row, decides everything after it and costs nearly nothing, so it stays in
+the compute format. So do adapters of LoRA, and layers whose sizes FP8 products don't take.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from types import MethodType
+
+import fastvideo.torchvision_repair  # noqa: F401  (before diffusers)
+from fastvideo.models.int8 import Int8Linear
+
+import torch
+
+LARGEST = torch.finfo(torch.float8_e4m3fn).max  # 448
+MULTIPLE = 16  # of which torch._scaled_mm needs both sizes of a weight
+CAPABILITY = (8, 9)  # of the first GPUs with FP8 products (Ada)
+
+
+def to_e4m3(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x ≈ scale · numbers: e4m3 [..., K] and float32 scales [..., 1], from x [..., K]."""
+    scale = (x.abs().amax(-1, keepdim=True).float() / LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
+    return (x.float() / scale).to(torch.float8_e4m3fn), scale
+
+
+def float8_product(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, emulated: bool = False
+) -> torch.Tensor:
+    """x Wᵀ + bias with both factors in e4m3: [..., N] in the format of x, which must be bf16 unless `emulated`.
+
+    Args:
+        x: [..., K]. weight: e4m3, [N, K]. scale: float32, [N, 1], W ≈ scale · weight. bias: [N].
+        emulated: multiply the same e4m3 numbers in the format of x, on any device.
+    """
+    numbers, rows = to_e4m3(x)
+    bias = None if bias is None else bias.to(x.dtype)
+    if emulated:
+        product = torch.nn.functional.linear(numbers.to(x.dtype), weight.to(x.dtype)).float() * rows * scale.t()
+        return product.to(x.dtype) if bias is None else product.to(x.dtype) + bias
+    flat, rows = numbers.flatten(0, -2), rows.flatten(0, -2)
+    product = torch._scaled_mm(flat, weight.t(), rows, scale.t(), bias, out_dtype=x.dtype, use_fast_accum=True)
+    return product.unflatten(0, x.shape[:-1])
+
+
+def float8_layers(block: torch.nn.Module) -> list[torch.nn.Linear]:
+    """The linear layers of a block whose products can be in FP8."""
+    return [
+        layer
+        for name, layer in block.named_modules()
+        if isinstance(layer, torch.nn.Linear)
+        and not name.startswith("norm")
+        and "lora_" not in name
+        and not (layer.in_features % MULTIPLE or layer.out_features % MULTIPLE)
+    ]
+
+
+class Float8Copies:
+    """FP8 copies of the weights of a transformer's blocks. See `take`, `in_use` and `drop`.
+
+    Attributes:
+        used: whether the blocks use the copies now. Read in compiled blocks, which then have two graphs per shape.
+        taken: whether there are copies now.
+    """
+
+    used = False
+
+    def __init__(self, blocks: Sequence[torch.nn.Module], emulated: bool) -> None:
+        self.layers = {block: float8_layers(block) for block in blocks}
+        self.taken = False
+        for layer in self._all():
+            layer.forward, layer.emulated = MethodType(_forward, layer), emulated
+
+    def _all(self) -> list[torch.nn.Linear]:
+        return [layer for layers in self.layers.values() for layer in layers]
+
+    @torch.no_grad()
+    def take(self, dtype: torch.dtype, whole: Callable[[torch.nn.Module], AbstractContextManager]) -> None:
+        """Copies the weights, as they are in the compute format `dtype`, unless there are copies already.
+
+        whole: context in which a block's parameters are whole, see FSDP2.
+        """
+        for block, layers in self.layers.items() if not self.taken else ():
+            with whole(block):
+                for layer in layers:
+                    weight = layer.whole(dtype) if isinstance(layer, Int8Linear) else layer.weight.to(dtype)
+                    layer.weight_e4m3, layer.scale_e4m3 = to_e4m3(weight)
+        self.taken = True
+
+    def drop(self) -> None:
+        """Frees the memory of the copies."""
+        for layer in self._all() if self.taken else ():
+            del layer.weight_e4m3, layer.scale_e4m3
+        self.taken = False
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Context in which the blocks use the copies."""
+        Float8Copies.used = True
+        try:
+            yield
+        finally:
+            Float8Copies.used = False
+
+
+def _forward(layer: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    if not Float8Copies.used:
+        return type(layer).forward(layer, x)
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    return float8_product(x, layer.weight_e4m3, layer.scale_e4m3, layer.bias, layer.emulated)
+
+
+def lacks_float8() -> str | None:
+    """Why FP8 products can't run on the GPUs of this machine. None: they can."""
+    found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    if not found:
+        return "this machine has no GPU"
+    old = [gpu.name for gpu in found if (gpu.major, gpu.minor) < CAPABILITY]
+    return f"{old[0]} has none" if old else None

@@ -1,0 +1,271 @@
+"""FP8 in untrained steps, emulated on the CPU: which steps, the same numbers everywhere, and what is refused.
+
+Real FP8 products are tested on a GPU that has them.
+"""
+
+from types import SimpleNamespace
+
+from fastvideo import train_grpo_flux
+from fastvideo.cli import parse_dataclass
+from fastvideo.config import GRPOConfig
+from fastvideo.models.float8 import Float8Copies, float8_layers, float8_product, lacks_float8, to_e4m3
+from fastvideo.models.flux import add_lora, load_transformer
+from fastvideo.models.int8 import quantize_blocks
+from fastvideo.rollout_plan import make_plan, scout_plan
+from fastvideo.runtime import rollout_drift as drift_module
+from fastvideo.runtime.memory import predict_memory
+from fastvideo.train_grpo_flux import main
+
+import pytest
+import torch
+from conftest import Run, assert_same_update, relative_difference, same_weights, torchrun
+from diffusers import AutoencoderKL, FluxTransformer2DModel
+from safetensors.torch import load_file
+
+FP8 = {"rollout_precision": "fp8_emulated"}
+LORA = {"use_lora": True, "lora_rank": 4, "lora_alpha": 8, "learning_rate": 1e-4}
+NEEDS_FLOAT8 = pytest.mark.skipif(lacks_float8() is not None, reason="needs a GPU with FP8 products")
+
+
+def random_layer(seed: int = 0, rows: int = 48, inputs: int = 64, outputs: int = 96) -> list[torch.Tensor]:
+    """Activations whose rows differ in size by orders of magnitude, a weight, and a bias."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, inputs, generator=generator) * torch.logspace(-3, 3, rows)[:, None]
+    return [x, torch.randn(outputs, inputs, generator=generator), torch.randn(outputs, generator=generator)]
+
+
+def test_products_are_as_exact_as_e4m3_in_every_row_and_rows_do_not_depend_on_their_batch():
+    x, weight, bias = random_layer()
+    numbers, scale = to_e4m3(weight)
+    found = float8_product(x, numbers, scale, bias, emulated=True)
+    exact = torch.nn.functional.linear(x, weight, bias)
+    errors = (found - exact).norm(dim=1) / torch.nn.functional.linear(x, weight).norm(dim=1)
+    assert errors.min() > 0.01 and errors.max() < 0.06  # a scale for all rows would leave nothing of the small ones
+    alone = torch.cat([float8_product(row, numbers, scale, bias, emulated=True) for row in x.split(1)])
+    torch.testing.assert_close(found, alone, rtol=1e-5, atol=1e-5)
+    zeros = float8_product(torch.zeros(2, 64), numbers, scale, None, emulated=True)
+    assert zeros.eq(0).all()
+
+
+def test_torch_multiplies_the_same_numbers():
+    """The contract with torch._scaled_mm, whose version for CPUs emulates FP8 too."""
+    x, weight, bias = (tensor.bfloat16() for tensor in random_layer())
+    given = (x.view(4, 12, -1), *to_e4m3(weight), bias)
+    found, emulated = float8_product(*given), float8_product(*given, emulated=True)
+    assert found.shape == emulated.shape == (4, 12, 96) and found.dtype == torch.bfloat16
+    assert relative_difference(found.float(), emulated.float()) < 4e-3  # two bf16 roundings
+
+
+def test_modulation_adapters_and_odd_sizes_stay_in_the_compute_format(random_flux):
+    transformer = load_transformer(random_flux)
+    add_lora(transformer, 16, 16, ["to_q", "ff.net.2"], seed=0)
+    double, single = transformer.transformer_blocks[0], transformer.single_transformer_blocks[0]
+    single.proj_mlp = torch.nn.Linear(128, 520)
+    names = {id(module): name for block in (double, single) for name, module in block.named_modules()}
+    found = [[names[id(layer)] for layer in float8_layers(block)] for block in (double, single)]
+    projections = {
+        "to_q.base_layer",
+        "to_k",
+        "to_v",
+        "add_q_proj",
+        "add_k_proj",
+        "add_v_proj",
+        "to_out.0",
+        "to_add_out",
+    }
+    parts = {"ff.net.0.proj", "ff.net.2.base_layer", "ff_context.net.0.proj", "ff_context.net.2"}
+    assert set(found[0]) == {f"attn.{name}" for name in projections} | parts
+    assert set(found[1]) == {"attn.to_q.base_layer", "attn.to_k", "attn.to_v", "proj_out"}
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_copies_are_used_only_in_their_context_and_leave_no_trace(random_flux, quantized):
+    transformer = load_transformer(random_flux).requires_grad_(False)
+    if quantized:
+        quantize_blocks(transformer, "cpu")
+    block, names = transformer.single_transformer_blocks[0], list(transformer.state_dict())
+    x = torch.randn(4, 128, generator=torch.Generator().manual_seed(0))
+    layers = float8_layers(block)
+    before = [layer(x) if layer.in_features == 128 else None for layer in layers]
+    copies = Float8Copies([block], emulated=True)
+    copies.take(torch.float32, lambda block: torch.no_grad())
+    with copies.in_use():
+        inside = [layer(x) if layer.in_features == 128 else None for layer in layers]
+    copies.drop()
+    for layer, plain, reduced in zip(layers, before, inside, strict=True):
+        if plain is not None:
+            assert torch.equal(layer(x), plain)
+            assert 0.005 < relative_difference(reduced, plain) < 0.06
+    assert list(transformer.state_dict()) == names and not hasattr(layers[0], "weight_e4m3")
+
+
+@pytest.fixture
+def rollouts(train, monkeypatch):
+    """rollouts(flag=value, ...) -> a finished Run, and what `rollout` returned in it, in order."""
+
+    def run(**given):
+        found, sample = [], train_grpo_flux.rollout
+
+        def rollout(*args):
+            found.append(sample(*args))
+            return found[-1]
+
+        with monkeypatch.context() as patch:
+            patch.setattr(train_grpo_flux, "rollout", rollout)
+            return train(**given), found
+
+    return run
+
+
+def test_trained_steps_are_untouched_and_the_drift_is_what_fp8_changes(rollouts):
+    given = {"max_train_steps": 1, "reward_model": "custom_rewards:rough_brightness"}
+    given |= {"sample_strategy": "random", "seed": 3}
+    plain, (exact,) = rollouts(**given)
+    assert plain.metrics[0]["window"][0] > 0  # there are steps before it
+    assert not any(name.startswith("rollout_drift") for name in plain.metrics[0])
+    for steps in ("after", "all"):
+        run, (reduced, again) = rollouts(**given, **FP8, fp8_steps=steps)
+        untouched = [
+            torch.equal(getattr(reduced, name)[position], values)
+            for name in ("before", "after", "means", "log_probs")
+            for position, values in getattr(exact, name).items()
+        ]
+        assert all(untouched) == (steps == "after")
+        line, moved = run.metrics[0], relative_difference(reduced.latents, exact.latents)
+        assert line["ratio_first_deviation"] <= (0 if steps == "after" else 1e-6)
+        assert torch.equal(again.latents, exact.latents)
+        assert line["rollout_drift_latents"] == pytest.approx(moved) and 1e-4 < moved < 0.1
+        assert 0 < line["rollout_drift_reward"] < 1
+    assert torch.equal(rollouts(**given, rollout_precision="bf16")[1][0].latents, exact.latents)
+
+
+def test_evaluations_use_no_fp8(train, prompts_file):
+    """V-GRPO's rollouts are in FP8 from their first step to their last."""
+    given = {"algorithm": "v_grpo", "max_train_steps": 1, "eval_steps": 1, "eval_prompts": prompts_file}
+    plain, reduced = train(**given), train(**given, **FP8)
+    assert plain.metrics[0]["evaluation_reward"] == reduced.metrics[0]["evaluation_reward"]
+    assert plain.metrics[1]["reward"] != reduced.metrics[1]["reward"]
+
+
+def test_a_drift_beyond_the_limit_is_a_warning(train, monkeypatch):
+    monkeypatch.setattr(drift_module, "LIMIT", 1e-6)
+    with pytest.warns(UserWarning, match=r"FP8 moves a picture's reward by .* Use --rollout_precision bf16"):
+        train(max_train_steps=1, **FP8)
+
+
+@pytest.mark.parametrize("lora", [{}, LORA | {"quantize_base": True}])
+def test_a_resumed_run_equals_an_uninterrupted_one(train, lora):
+    given = FP8 | lora | {"checkpointing_steps": 1, "rollout_drift_steps": 1}
+    whole = train("whole", **given)
+    rest = train("rest", **given, resume_from_checkpoint=whole.checkpoints[0])
+    assert rest.numbers() == whole.numbers()[1:] and 0 < rest.metrics[0]["rollout_drift_reward"] < 1
+    weights = [load_file(next(run.checkpoints[-1].glob("*.safetensors"))) for run in (whole, rest)]
+    assert same_weights(*weights)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "engine",
+    [
+        {"parallel": "fsdp"},
+        pytest.param({"parallel": "ddp"}, marks=pytest.mark.long),
+        pytest.param({"parallel": "fsdp", "rollout_keep_gathered": "false"}, marks=pytest.mark.long),
+        pytest.param({"parallel": "fsdp", **LORA}, marks=pytest.mark.long),
+        pytest.param({"parallel": "ddp", **LORA, "quantize_base": True}, marks=pytest.mark.long),
+    ],
+)
+def test_every_engine_gives_the_numbers_of_one_process(train, flags, tmp_path, subprocess_environment, engine):
+    """V-GRPO: FP8 is in the first call of the model too. Processes sample one prompt each, so one process has to as
+    well: where float32 rounds differently, an e4m3 number may fall to another one."""
+    given = FP8 | {"algorithm": "v_grpo", "prompts_per_iteration": 2, "reward_model": "custom_rewards:rough_brightness"}
+    given |= {"rollout_batch_size": 4, "max_train_steps": 1}
+    own = {name: value for name, value in engine.items() if name not in ("parallel", "rollout_keep_gathered")}
+    argv = flags(output_dir=tmp_path / "two", **given, **engine)
+    done = torchrun(argv, subprocess_environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    one, two = train(**given, **own), Run(tmp_path / "two")
+    assert_same_update(two, one)
+    for name in ("rollout_drift_latents", "rollout_drift_reward"):  # means over both processes, the first prompt of one
+        assert 0 < two.metrics[0][name] < 1 and 0 < one.metrics[0][name] < 1
+
+
+def settings(algorithm: str, **given) -> GRPOConfig:
+    return GRPOConfig.create(algorithm=algorithm, data_json_path="unused", reward_model="shapes", **given)
+
+
+def states(algorithm: str, window: list[int], prefix: bool, **given) -> list[int]:
+    return sorted(make_plan(settings(algorithm, **given), window).untrained_states(prefix))
+
+
+def test_which_states_fp8_may_compute():
+    assert states("mix_grpo", [3, 4], False, sampling_steps=8) == [4, 5, 6]
+    assert states("mix_grpo", [3, 4], True, sampling_steps=8) == [-1, 0, 1, 4, 5, 6]
+    assert states("mix_grpo", [0, 1], True, sampling_steps=8) == [1, 2, 3, 4, 5, 6]
+    assert states("v_grpo", [], False, sampling_steps=3) == states("v_grpo", [], True, sampling_steps=3) == [-1, 0, 1]
+    candidates = scout_plan(settings("mix_grpo", scouts=24, scout_steps=3, init_same_noise=False))
+    assert candidates.untrained_states(False) == {-1, 0, 1}
+    # E-GRPO: the anchor (0 to 3) leads to the active steps; each has a tail of its own.
+    given = {"sampling_steps": 4, "eta_step_list": [0], "eta_step_merge_list": [2]}
+    assert states("grpo_merge", [], False, **given) == [4, 5] and states("grpo_merge", [], True, **given) == [
+        0,
+        1,
+        2,
+        4,
+        5,
+    ]
+
+
+def test_what_fp8_cannot_do_is_refused_before_anything_loads(flags, refused, tmp_path, capsys):
+    refusals = {
+        "--rollout_precision fp8: needs GPUs with FP8 products .* choose bf16": {"mixed_precision": "bf16"},
+        "--rollout_precision fp8: .*--mixed_precision bf16": {},
+        "--rollout_precision fp8: .* not deepspeed": {"mixed_precision": "bf16", "parallel": "deepspeed"},
+        "--fp8_steps all: goes with --rollout_precision fp8": {"rollout_precision": "bf16", "fp8_steps": "all"},
+    }
+    for message, given in refusals.items():
+        with refused(message):
+            main(flags(**{"rollout_precision": "fp8", **given}))
+    assert not (tmp_path / "run").exists()
+    main(flags(rollout_precision="fp8", mixed_precision="bf16", dry_run=True))
+    printed = capsys.readouterr()
+    assert "of these in FP8 (fp8): 16 to 16, mean 16.0" in printed.out and "fp8_copies 0.0009" in printed.out
+    assert "warning: --rollout_precision fp8 can't run here: this machine has no GPU" in printed.err
+
+
+def test_gpus_from_ada_on_have_fp8(monkeypatch):
+    gpus = {"A100": (8, 0), "L40S": (8, 9), "H100": (9, 0)}
+    named = [SimpleNamespace(name=name, major=major, minor=minor) for name, (major, minor) in gpus.items()]
+    monkeypatch.setattr(torch.cuda, "get_device_properties", named.__getitem__)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert lacks_float8() == "A100 has none"
+    del named[0]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert lacks_float8() is None
+
+
+def test_the_predicted_memory_has_a_byte_per_weight_in_the_rollout(tmp_path):
+    with torch.device("meta"):
+        sizes = {"num_layers": 19, "num_single_layers": 38, "guidance_embeds": True}
+        FluxTransformer2DModel(**sizes).save_config(tmp_path / "transformer")
+    AutoencoderKL(latent_channels=16).save_config(tmp_path / "vae")
+    flags = f"--pretrained_model_name_or_path {tmp_path} --data_json_path unused --reward_model shapes --dry_run"
+    flags += " --use_lora --train_micro_batch_size 1"
+    plain, reduced = (
+        predict_memory(parse_dataclass(GRPOConfig, f"{flags} --rollout_precision {precision}".split()), 1)
+        for precision in ("bf16", "fp8")
+    )
+    blocks = 19 * 24 + 38 * 12  # weights of width²
+    assert reduced["fp8_copies"] == pytest.approx(blocks * 3072**2 / 2**30)
+    assert 0 < reduced["peak"] - plain["peak"] <= reduced["fp8_copies"] and "fp8_copies" not in plain
+
+
+@NEEDS_FLOAT8
+@pytest.mark.parametrize("compiled", [False, True])
+def test_products_of_a_gpu_are_those_that_are_emulated(compiled):
+    x, weight, bias = (tensor.bfloat16().cuda() for tensor in random_layer(rows=4096, inputs=512, outputs=1536))
+    product = torch.compile(float8_product, dynamic=False) if compiled else float8_product
+    given = (x.view(8, 512, -1), *to_e4m3(weight), bias)
+    found, emulated = product(*given), float8_product(*given, emulated=True)
+    assert relative_difference(found.float(), emulated.float()) < 5e-3
+    few = product(given[0][:2], *given[1:])
+    assert relative_difference(found[:2].float(), few.float()) < 5e-3
