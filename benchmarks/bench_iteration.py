@@ -3,6 +3,7 @@
     python benchmarks/bench_iteration.py --no_gradient_checkpointing
     python benchmarks/bench_iteration.py --windows 10 --ablation --no_gradient_checkpointing   # each optimisation off
     python benchmarks/bench_iteration.py --windows 0 --sweep --no_gradient_checkpointing       # other G, T, pixels
+    python benchmarks/bench_iteration.py --windows 10 --scouting --no_gradient_checkpointing   # what --scouts costs
     python benchmarks/bench_iteration.py --double_blocks 19 --single_blocks 38 --use_lora      # LoRA of all of FLUX.1
     python benchmarks/bench_iteration.py --double_blocks 2 --single_blocks 4 --attention_heads 12     # other blocks
     python benchmarks/bench_iteration.py --tiny --ablation                         # on a CPU
@@ -54,6 +55,7 @@ class BenchmarkConfig:
     windows: list[int] = flag([0, 10, 19], "where the window starts")
     ablation: bool = flag(False, "measure again with each optimisation switched off")
     sweep: bool = flag(False, "measure again with other numbers of pictures, steps, window steps and pixels")
+    scouting: bool = flag(False, "measure again with samples from their own noise, and with --scouts 24 and 48")
     profile: bool = flag(False, "milliseconds of GPU kernels by phase and kind, at the first window")
     save: bool = flag(False, "save a checkpoint, and print how long training waits for it and when it is whole")
     folder: str | None = flag(None, "where the inputs go (None: a temporary folder)")
@@ -96,7 +98,13 @@ VAE = {
     "use_quant_conv": False,
     "use_post_quant_conv": False,
 }
-PHASES = ("rollout", "decode", "reward", "train", "total")
+# Scouting needs samples with their own initial noise, which share no prefix.
+OWN_NOISE = ["--no_init_same_noise"]
+SCOUTING = {"own initial noise": OWN_NOISE} | {
+    f"{scouts} scouts": [*OWN_NOISE, "--scouts", str(scouts)] for scouts in (24, 48)
+}
+
+PHASES = ("scout", "rollout", "decode", "reward", "train", "total")
 # What a GPU kernel does, by the first of these that its name contains.
 KERNELS = {
     "compiled, elementwise": "triton",
@@ -208,17 +216,18 @@ def show_profile(profiler: torch.profiler.profile, seconds: dict[str, float]) ->
 
 
 def show(title: str, lines: list[dict]) -> None:
-    print(f"\n{title}\nwindow  " + "".join(f"{phase:>9}" for phase in PHASES) + "     NFE  TFLOP/s (share of peak)")
+    phases = [phase for phase in PHASES if f"seconds_{phase}" in lines[0]]
+    print(f"\n{title}\nwindow  " + "".join(f"{phase:>9}" for phase in phases) + "     NFE  TFLOP/s (share of peak)")
     for line in lines:
-        seconds = "".join(f"{line[f'seconds_{phase}']:9.2f}" for phase in PHASES)
+        seconds = "".join(f"{line[f'seconds_{phase}']:9.2f}" for phase in phases)
         rates = "  ".join(
             f"{phase} {line[f'tflops_{phase}']:.3g} ({line[f'peak_share_{phase}']:.0%})"
             for phase in ("prefix", "rollout", "train")
             if f"tflops_{phase}" in line
         )
-        first, last = line["window"][0], line["window"][-1]
-        print(f"{first:2d}-{last:<5d}{seconds}{line['nfe']:8d}  {rates}  ratio-1 {line['ratio_first_deviation']:.1e}")
-    means = "".join(f"{sum(line[f'seconds_{phase}'] for line in lines) / len(lines):9.2f}" for phase in PHASES)
+        window = f"{line['window'][0]:2d}-{line['window'][-1]:<5d}" if line["window"] else "none    "
+        print(f"{window}{seconds}{line['nfe']:8d}  {rates}  ratio-1 {line['ratio_first_deviation']:.1e}")
+    means = "".join(f"{sum(line[f'seconds_{phase}'] for line in lines) / len(lines):9.2f}" for phase in phases)
     memory = f"     peak memory {max(line['gib_peak'] for line in lines):.1f} GiB" if "gib_peak" in lines[0] else ""
     print(f"mean    {means}{memory}", flush=True)
 
@@ -244,7 +253,7 @@ def main() -> None:
         variants = {"all on": []}
         if config.ablation:  # FSDP2's parameters are whole with FSDP2 alone
             variants |= {f"without {k}": v for k, v in OFF.items() if "fsdp" in flags or not k.startswith("FSDP2")}
-        variants |= SWEEP if config.sweep else {}
+        variants |= (SWEEP if config.sweep else {}) | (SCOUTING if config.scouting else {})
         results = {}
         for name, changed in variants.items():
             results[name] = measure(folder, config, flags + changed)

@@ -5,9 +5,9 @@
 `--studies algorithms` trains every algorithm with four learning rates and three seeds until `--images` pictures are
 sampled and scored. The learning rate of each is the one with the greatest share right in everything on *training*
 prompts; what is reported is that share on the withheld scenes, with its spread over seeds, beside pictures,
-evaluations, optimizer steps and seconds of training. `windows` compares MixGRPO's windows, `why` changes single
-settings of the algorithms that fall behind. Finished runs in the folder are kept. Writes algorithms.png; keep the
-printed tables under benchmarks/results/.
+evaluations, optimizer steps and seconds of training. `losses` compares MixGRPO's loss with others, `windows` its
+windows; `why` changes single settings of the algorithms that fall behind. Finished runs in the folder are kept. Writes
+algorithms.png; keep the printed tables under benchmarks/results/.
 """
 
 from dataclasses import dataclass
@@ -67,6 +67,26 @@ WHY = {
     "granular_grpo, 8 prompts": "--algorithm granular_grpo --train_batch_size 8",
     "granular_grpo, stride 1": "--algorithm granular_grpo --train_batch_size 5 --granular_list 1",
 }
+# Other losses than MixGRPO's, and the likelihood-free algorithms, with as many pictures. reward_hacking.py trains with
+# them on rewards that can be hacked.
+SOLVER = "--train_batch_size 24 --dpm_algorithm_type dpmsolver++ --sampling_steps 6"
+LOSSES = {
+    "mix_grpo": f"--algorithm mix_grpo {MIX}",
+    "GRPO-Guard": f"--algorithm mix_grpo {MIX} --ratio_norm --step_weights velocity --clip_range 2e-6",
+    "Flow-DPPO": f"--algorithm mix_grpo {MIX} --trust_region divergence",
+    "TempFlow": f"--algorithm mix_grpo {MIX} --step_weights noise",
+    "L_p advantage": f"--algorithm mix_grpo {MIX} --advantage_norm lp",
+    "precise steps": f"--algorithm mix_grpo {MIX} --sde_type precise --eta 1.5",
+    "KL 0.1": f"--algorithm mix_grpo {MIX} --ref_kl_coeff 0.1",
+    "KL 1": f"--algorithm mix_grpo {MIX} --ref_kl_coeff 1",
+    "KL 1, reset every 10": f"--algorithm mix_grpo {MIX} --ref_kl_coeff 1 --ref_reset_steps 10",
+    "v_grpo": "--algorithm v_grpo --train_batch_size 24",
+    "v_grpo, 6 steps of DPM-Solver++": f"--algorithm v_grpo {SOLVER}",
+    "diffusion_nft": "--algorithm diffusion_nft --train_batch_size 24",
+    "diffusion_nft, 6 steps of DPM-Solver++": f"--algorithm diffusion_nft {SOLVER}",
+    "awm": "--algorithm awm --train_batch_size 24",
+    "awm, clip range 1e-2": "--algorithm awm --train_batch_size 24 --clip_range 1e-2",
+}
 # name -> (flags, where the window is frozen)
 WINDOWS = {
     "size 1": (f"{MIX} --group_size 1", None),
@@ -80,7 +100,7 @@ WINDOWS = {
     "decay": (f"{MIX} --sample_strategy decay", None),
 }
 COSTS = {"images": "pictures", "nfe": "velocity evaluations", "seconds_total": "seconds of training"}
-STUDIES = ("algorithms", "windows", "why")
+STUDIES = ("algorithms", "losses", "windows", "why")
 
 
 @dataclass
@@ -123,6 +143,11 @@ def plan_runs(config: ComparisonConfig) -> dict[str, dict[str, dict[float, list[
             flags = training_flags(name)
             studies["algorithms"][name] = {
                 r: [make_run(config, name, flags, r, s) for s in config.seeds] for r in rates
+            }
+    if "losses" in studies:
+        for name, flags in LOSSES.items():
+            studies["losses"][name] = {
+                r: [make_run(config, f"loss {name}", flags.split(), r, s) for s in config.seeds] for r in RATES[1:]
             }
     if "windows" in studies:
         for name, (flags, frozen) in WINDOWS.items():

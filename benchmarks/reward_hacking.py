@@ -2,8 +2,8 @@
 
     python benchmarks/reward_hacking.py --output_dir outputs/hacking --jobs 16       (on one GPU)
 
-Trains on the whole reward (the healthy run), on one of its parts alone and on the size of JPEG files, each without and
-with a weight of the KL divergence from the base model. Prints the parts and the share right in everything on the
+Trains on the whole reward (the healthy run), on one of its parts alone and on the size of JPEG files, each with the
+losses of compare_algorithms.py that `--losses` names. Prints the parts and the share right in everything on the
 withheld scenes, and the signs of reward hacking that fastvideo.eval.eval_reward finds in them; draws pictures.png, the
 first withheld scenes in the same noise. Finished runs in the folder are kept; keep the output under
 benchmarks/results/.
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tiny_world import TEST_PROMPTS, Run, base, lines, machine, run_all  # isort: skip  (first: it finds other scripts)
+from compare_algorithms import LOSSES  # isort: skip
 
 from fastvideo.cli import flag, flag_errors, parse_dataclass
 from fastvideo.eval import eval_reward
@@ -37,22 +38,22 @@ class HackingConfig:
     """What to run."""
 
     output_dir: str = flag("outputs/hacking", "folder for the results")
-    seeds: list[int] = flag([714, 1], "training seeds without the KL divergence; with it, the first one")
-    kl: list[float] = flag([0.1, 1, 10], "values of --ref_kl_coeff")
+    losses: list[str] = flag(["mix_grpo", "KL 0.1", "KL 1"], "losses to train with", choices=list(LOSSES))
+    rates: list[float] = flag([2e-4], "learning rate of each loss, or one for all")
+    seeds: list[int] = flag([714, 1, 2], "training seeds")
     iterations: int = flag(40, "training iterations, 288 pictures each", at_least=1)
     jobs: int = flag(1, "runs at a time", at_least=1)
 
 
 def plan_runs(config: HackingConfig) -> dict[str, tuple[str, Run]]:
     """{name: (what is trained on, run)}."""
-    mix = "--algorithm mix_grpo --train_batch_size 24 --iters_per_group 5 --learning_rate 2e-4"
-    runs: dict[str, tuple[str, Run]] = {}
+    rates = config.rates * len(config.losses) if len(config.rates) == 1 else config.rates
+    every, runs = max(1, config.iterations // 4), {}
     for reward, (flags, _) in REWARDS.items():
-        for kl, seeds in [(0, config.seeds), *((kl, config.seeds[:1]) for kl in config.kl)]:
-            for seed in seeds:
-                name = f"hack {reward}" + (f" kl{kl:g}" if kl else "") + f"-s{seed}"
-                given = f"{mix} {flags} --ref_kl_coeff {kl} --seed {seed}".split()
-                every = max(1, config.iterations // 4)
+        for loss, rate in zip(config.losses, rates, strict=True):
+            for seed in config.seeds:
+                name = f"hack {reward}, {loss}-s{seed}"
+                given = f"{LOSSES[loss]} {flags} --learning_rate {rate} --seed {seed}".split()
                 runs[name] = (reward, Run(name, tuple(given), config.iterations, every, keep_pictures=True))
     return runs
 
@@ -105,7 +106,7 @@ def main() -> None:
     before = base(output)
     found = run_all([run for _, run in runs.values()], output, config.jobs)
     print(f"# {machine()}, {config.jobs} runs at a time; withheld scenes, {config.iterations} iterations")
-    print(f"| trained on, KL weight, seed | right in everything | binding | form | clean | signs |\n{'|---' * 6}|")
+    print(f"| trained on, loss, seed | right in everything | binding | form | clean | signs |\n{'|---' * 6}|")
     print(f"| base model | {' | '.join(f'{before[part]:.3f}' for part in PARTS)} | |")
     for name, (reward, _) in runs.items():
         last = found[name]["points"][-1]
@@ -113,8 +114,8 @@ def main() -> None:
         texts = "; ".join(sign.split(" (95 %")[0] for sign in signs) or "none"
         print(f"| {name.removeprefix('hack ')} | {' | '.join(f'{last[part]:.3f}' for part in PARTS)} | {texts} |")
     seed = config.seeds[0]
-    shown = {"base model": "base"} | {f"{reward}": f"hack {reward}-s{seed}" for reward in REWARDS}
-    shown |= {f"jpeg, KL {kl:g}": f"hack jpeg kl{kl:g}-s{seed}" for kl in config.kl[:2]}
+    shown = {"base model": "base"}
+    shown |= {f"{r}, {loss}": f"hack {r}, {loss}-s{seed}" for r in REWARDS for loss in config.losses}
     draw({label: np.load(output / f"{name}.npy") for label, name in shown.items()}, output / "pictures.png")
 
 

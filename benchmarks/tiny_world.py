@@ -57,8 +57,9 @@ COMMON = (
 class Run:
     """One training.
 
-    flags: besides COMMON. measure_every: iterations between the measured checkpoints. frozen_at: first step of a window
-    that stays there; the trainer's own frozen window is at 0. keep_pictures: of the last checkpoint, in {name}.npy.
+    flags: besides COMMON. measure_every: iterations between the measured checkpoints; the last one is always measured.
+    frozen_at: first step of a window that stays there; the trainer's own frozen window is at 0. keep_pictures: of the
+    last checkpoint, in {name}.npy.
     """
 
     name: str
@@ -118,7 +119,7 @@ def train_and_measure(run: Run, output: Path) -> dict:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     pipe = base_pipeline()
     points = []
-    for done in range(run.measure_every, run.iterations + 1, run.measure_every):
+    for done in sorted({*range(run.measure_every, run.iterations, run.measure_every), run.iterations}):
         (checkpoint,) = folder.glob(f"checkpoint-{done}-*")
         pipe.transformer = load_tuned(str(MODEL), str(checkpoint), torch.float32).to(pipe.device)
         pictures = draw(pipe, lines(TEST_PROMPTS), REPEATS)
@@ -131,7 +132,8 @@ def train_and_measure(run: Run, output: Path) -> dict:
         np.save(output / f"{run.name}.npy", pictures)
     training = measure(draw(pipe, lines(PROMPTS), 1), lines(PROMPTS))
     keep = ("step", "reward", "clip_frac", "ratio_mean", "grad_norm", "window")
-    curve = [{k: v for k, v in row.items() if k in keep or k.startswith(("reward_", "hacking_"))} for row in rows]
+    prefixes = ("reward_", "hacking_", "scout_")
+    curve = [{k: v for k, v in row.items() if k in keep or k.startswith(prefixes)} for row in rows]
     found = {"name": run.name, "flags": run.flags, "points": points, "training": training, "curve": curve}
     subprocess.run(["rm", "-rf", folder], check=True)  # checkpoints of hundreds of runs
     result.write_text(json.dumps(found))

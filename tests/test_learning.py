@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-SEEDS = [714, *(pytest.param(seed, marks=pytest.mark.long) for seed in (1, 2))]
 FIRST_LINE = r"right in everything  before 0\.\d\d  after [01]\.\d\d  \(540 pictures, ± 0\.\d\d and ± 0\.\d\d\)"
 
 
@@ -36,12 +35,19 @@ def change(summary: dict, model: str) -> tuple[float, float]:
 
 
 @pytest.mark.slow(5)
-@pytest.mark.parametrize("seed", SEEDS)
-def test_the_quickstart_draws_three_quarters_of_the_withheld_scenes_right(seed, tmp_path):
-    summary, signs = quickstart(tmp_path / "out", "--seed", str(seed))
+@pytest.mark.parametrize(
+    ("seed", "more", "least"),
+    [
+        (714, ("--max_train_steps", "20"), 0.6),
+        *(pytest.param(seed, (), 0.75, marks=pytest.mark.long) for seed in (714, 1, 2)),
+    ],
+)
+def test_the_quickstart_draws_most_of_the_withheld_scenes_right(seed, more, least, tmp_path):
+    """Three quarters with all of its iterations; with fewer, clearly more than before."""
+    summary, signs = quickstart(tmp_path / "out", "--seed", str(seed), *more)
     assert summary["pictures"] == 540 and summary["iterations"] <= 75
     assert 0.3 <= summary["right_before"] <= 0.48  # 0.30 to 0.45, plus the error of 540 pictures
-    assert summary["right_after"] >= 0.75
+    assert summary["right_after"] >= least
     for part in ("binding", "form", "clean"):
         gain, error = change(summary, f"ShapesRewardModel_{part}")
         assert gain > -2.4 * error, part  # 2.4: a two-sided 5 % over three parts
