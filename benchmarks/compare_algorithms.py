@@ -72,20 +72,20 @@ WHY = {
 SOLVER = "--train_batch_size 24 --dpm_algorithm_type dpmsolver++ --sampling_steps 6"
 LOSSES = {
     "mix_grpo": f"--algorithm mix_grpo {MIX}",
-    "GRPO-Guard": f"--algorithm mix_grpo {MIX} --ratio_norm --step_weights velocity --clip_range 2e-6",
-    "Flow-DPPO": f"--algorithm mix_grpo {MIX} --trust_region divergence",
-    "TempFlow": f"--algorithm mix_grpo {MIX} --step_weights noise",
-    "L_p advantage": f"--algorithm mix_grpo {MIX} --advantage_norm lp",
-    "precise steps": f"--algorithm mix_grpo {MIX} --sde_type precise --eta 1.5",
-    "KL 0.1": f"--algorithm mix_grpo {MIX} --ref_kl_coeff 0.1",
-    "KL 1": f"--algorithm mix_grpo {MIX} --ref_kl_coeff 1",
-    "KL 1, reset every 10": f"--algorithm mix_grpo {MIX} --ref_kl_coeff 1 --ref_reset_steps 10",
+    "guard": f"--algorithm mix_grpo {MIX} --ratio_norm --step_weights velocity --clip_range 2e-6",
+    "dppo": f"--algorithm mix_grpo {MIX} --trust_region divergence",
+    "tempflow": f"--algorithm mix_grpo {MIX} --step_weights noise",
+    "lp": f"--algorithm mix_grpo {MIX} --advantage_norm lp",
+    "precise": f"--algorithm mix_grpo {MIX} --sde_type precise --eta 1.5",
+    "kl_0.1": f"--algorithm mix_grpo {MIX} --ref_kl_coeff 0.1",
+    "kl_1": f"--algorithm mix_grpo {MIX} --ref_kl_coeff 1",
+    "kl_1_reset_10": f"--algorithm mix_grpo {MIX} --ref_kl_coeff 1 --ref_reset_steps 10",
     "v_grpo": "--algorithm v_grpo --train_batch_size 24",
-    "v_grpo, 6 steps of DPM-Solver++": f"--algorithm v_grpo {SOLVER}",
+    "v_grpo_dpm_6": f"--algorithm v_grpo {SOLVER}",
     "diffusion_nft": "--algorithm diffusion_nft --train_batch_size 24",
-    "diffusion_nft, 6 steps of DPM-Solver++": f"--algorithm diffusion_nft {SOLVER}",
+    "diffusion_nft_dpm_6": f"--algorithm diffusion_nft {SOLVER}",
     "awm": "--algorithm awm --train_batch_size 24",
-    "awm, clip range 1e-2": "--algorithm awm --train_batch_size 24 --clip_range 1e-2",
+    "awm_clip_1e-2": "--algorithm awm --train_batch_size 24 --clip_range 1e-2",
 }
 # name -> (flags, where the window is frozen)
 WINDOWS = {

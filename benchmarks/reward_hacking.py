@@ -38,7 +38,7 @@ class HackingConfig:
     """What to run."""
 
     output_dir: str = flag("outputs/hacking", "folder for the results")
-    losses: list[str] = flag(["mix_grpo", "KL 0.1", "KL 1"], "losses to train with", choices=list(LOSSES))
+    losses: list[str] = flag(["mix_grpo", "kl_0.1", "kl_1"], "losses to train with", choices=list(LOSSES))
     rates: list[float] = flag([2e-4], "learning rate of each loss, or one for all")
     seeds: list[int] = flag([714, 1, 2], "training seeds")
     iterations: int = flag(40, "training iterations, 288 pictures each", at_least=1)
