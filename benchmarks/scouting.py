@@ -3,10 +3,11 @@
     python benchmarks/scouting.py --output_dir outputs/scouting --jobs 14       (on one GPU)
 
 Every run of an algorithm costs the same number of passes through the transformer, so with more candidates it has fewer
-iterations. A pass is one velocity evaluation of one row. A trained row counts three (forward and backward pass), with
-V-GRPO one more for the old error, and a picture that is decoded and scored one: with FLUX's blocks passes are time (see
-benchmarks/results/scouting.txt). Samples have their own initial noise, except in the variant with one start for all,
-MixGRPO's default. MixGRPO's window stays at steps 2 to 5, so that its runs differ in length alone.
+iterations. A pass is one velocity evaluation of one row. A trained row counts three (forward and backward pass), one
+more each for the velocities of an old policy (likelihood-free algorithms) and of a reference (--ref_kl_coeff), and a
+picture that is decoded and scored counts one: with FLUX's blocks passes are time (see benchmarks/results/scouting.txt).
+Samples have their own initial noise, except in the variant with one start for all, MixGRPO's default. MixGRPO's window
+stays at steps 2 to 5, so that its runs differ in length alone.
 
 Runs of a seed share prompts and noise, so differences are paired by seed. The learning rate of each variant is the one
 with the greatest share right on *training* prompts. Finished runs in the folder are kept. Writes scouting.png; keep the
@@ -19,7 +20,7 @@ from pathlib import Path
 from tiny_world import COMMON, Run, base, machine, run_all  # isort: skip  (first: it finds the other scripts)
 
 from fastvideo.cli import flag, flag_errors, parse_dataclass
-from fastvideo.config import GRPOConfig
+from fastvideo.config import DRAWN, GRPOConfig
 from fastvideo.rollout_plan import make_plan, scout_plan
 
 import numpy as np
@@ -32,6 +33,7 @@ PASSES = {"trained row": 3, "picture": 1}
 ALGORITHMS = {
     "mix_grpo": ("--algorithm mix_grpo --train_batch_size 24", 30),
     "v_grpo": ("--algorithm v_grpo --train_batch_size 24", 40),
+    "diffusion_nft": ("--algorithm diffusion_nft --train_batch_size 24", 40),
 }
 OWN, OFF, SHARED = "--no_init_same_noise", "off", "off, one start for all"
 VARIANTS = {SHARED: "", OFF: OWN} | {
@@ -55,10 +57,10 @@ class ScoutingConfig:
 
 
 def variants(config: ScoutingConfig, algorithm: str) -> dict[str, list[str]]:
-    """{variant: flags}. V-GRPO's samples always have their own initial noise."""
+    """{variant: flags}. The samples of likelihood-free algorithms always have their own initial noise."""
     found = {}
     for name, flags in VARIANTS.items():
-        if (algorithm, name) != ("v_grpo", SHARED):
+        if name != SHARED or algorithm not in DRAWN:
             steps = f"--scout_steps {config.scout_steps}" if "--scouts" in flags else ""
             found[name] = f"{ALGORITHMS[algorithm][0]} {flags} {steps}".split()
     return found
@@ -70,7 +72,7 @@ def passes(flags: list[str]) -> int:
     plan = make_plan(settings, range(FROZEN_AT, FROZEN_AT + settings.group_size))
     plans = [plan, *filter(None, [scout_plan(settings)])]
     rows = sum(rows // branch for rows, branch in plan.training.values())
-    a_row = PASSES["trained row"] + bool(plan.draws)
+    a_row = PASSES["trained row"] + bool(plan.draws) + bool(settings.ref_kl_coeff)
     return sum(p.evaluations + PASSES["picture"] * p.pictures for p in plans) + a_row * rows
 
 

@@ -291,7 +291,10 @@ def _describe_float8(config: GRPOConfig, plans: list[tuple[Plan, int]]) -> list[
         return []
     counts = [plan.evaluations_of(plan.untrained_states(config.fp8_steps == "all")) for plan, _ in plans]
     mean = np.average(counts, weights=[number for _, number in plans])
-    return [f"of these in FP8 ({config.rollout_precision}): {min(counts)} to {max(counts)}, mean {mean:.1f}"]
+    candidates = "; and all for candidates" if config.scouts else ""
+    return [
+        f"of these in FP8 ({config.rollout_precision}): {min(counts)} to {max(counts)}, mean {mean:.1f}{candidates}"
+    ]
 
 
 def describe(config: GRPOConfig, world_size: int) -> str:

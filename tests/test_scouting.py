@@ -87,7 +87,7 @@ def test_the_rank_correlation_is_spearmans():
 
 @pytest.fixture
 def noted(monkeypatch) -> dict[str, list]:
-    """What a run does: its rollouts (plan, initial latents, noise, result), its picks, and the rewards' progress."""
+    """What a run does: its rollouts (plan, initial latents, noise, result), its picks, and its scoring."""
     seen: dict[str, list] = {"rollouts": [], "scouted": [], "progress": []}
     sample, pick, compute = train_grpo_flux.rollout, Scouted.of, Scoring.compute
 
@@ -101,8 +101,9 @@ def noted(monkeypatch) -> dict[str, list]:
         return seen["scouted"][-1]
 
     def computed(self, images, prompts, models, metadata, **progress):
-        seen["progress"].append((len(images), progress))
-        return compute(self, images, prompts, models, metadata=metadata, **progress)
+        found = compute(self, images, prompts, models, metadata=metadata, **progress)
+        seen["progress"].append((len(images), progress, next(iter(found.values()))))
+        return found
 
     monkeypatch.setattr(train_grpo_flux, "rollout", rollout)
     monkeypatch.setattr(Scouted, "of", of)
@@ -131,8 +132,12 @@ def test_trained_samples_have_the_noise_of_the_picked_candidates(train, noted, a
         assert line["nfe"] == 2 * (plan.evaluations + 8 * 2) and line["images"] == 2 * 4
         assert line["seconds_total"] > line["seconds_scout"] > 0 and line["ratio_first_deviation"] <= 1e-6
         assert -1 <= line["scout_rank_correlation"] <= 1 and line["scout_failed_rewards"] == 0
-    (scouts, progress), (samples, later) = noted["progress"][-2:]
-    assert (scouts, samples) == (16, 8) and progress == later == {"curr_step": 2, "total_steps": 2}
+    (scouts, progress, rough), (samples, later, fine) = noted["progress"][-2:]
+    assert (scouts, samples) == (16, 8)
+    assert all(place[name] == 2 for place in (progress, later) for name in ("curr_step", "total_steps"))
+    rough, fine = np.take_along_axis(rough.reshape(2, 8), scouted.picks, 1), fine.reshape(2, 4)
+    expected = np.mean([rank_correlation(a, b) for a, b in zip(rough, fine, strict=True)])
+    assert line["scout_rank_correlation"] == pytest.approx(expected)
     plots = {plot.name: plot for plot in plan_plots(run.metrics, {})}
     assert [panel.title for panel in plots["scouts"].panels] == ["reward of the candidates", "rank correlation"]
     assert "scout" in plots["seconds"].panels[0].series
@@ -190,7 +195,8 @@ def test_what_cannot_be_scouted_is_refused(flags, problem, refused):
 
 
 def test_the_plan_of_the_candidates_and_their_cost_are_shown_before_a_run():
-    text = describe(config(algorithm="mix_grpo", init_same_noise=False, scouts=24), 1)
+    text = describe(config(algorithm="mix_grpo", init_same_noise=False, scouts=24, rollout_precision="fp8"), 1)
+    assert "; and all for candidates" in text
     assert "mean 300.0 (without sharing 300); and 144 for candidates" in text
     assert "24 candidates per prompt are sampled and scored first; 12 of them, the best and the worst" in text
     assert len(re.findall(r"dpmpp order \d +rows +24", text)) == 6
