@@ -3,7 +3,7 @@
     python benchmarks/bench_rewards.py --device cuda --dtype bf16
     python benchmarks/bench_rewards.py --device cpu --narrow --images 3 --image_size 256      # a quick look anywhere
 
-Writes each model's checkpoint at full architecture and in its real format (17 GB; --folder keeps the files for a run
+Writes each model's checkpoint at full architecture and in its real format (34 GB; --folder keeps the files for a run
 with another --dtype), loads it as training does, and times `compute_reward` on the pictures of one group, from decoded
 pictures to scores, with preprocessing on the CPU. Prints the median of --repeats. UnifiedReward is asked at
 --unified_reward_url. Without this flag a local server answers at once, so that only the client is timed: pictures as
@@ -45,6 +45,7 @@ from reward_servers import QuietHandler  # noqa: E402
 # Name in the printed table -> (--reward_model, --image_reward_mode, kinds of checkpoints to write).
 SETS = {
     "hpsv2": ("hpsv2", "overall", ["hps"]),
+    "hpsv3": ("hpsv3", "overall", ["hpsv3"]),
     "image_reward overall": ("image_reward", "overall", ["image_reward"]),
     "image_reward granular": ("image_reward", "granular", ["granular"]),
     "clip_score": ("clip_score", "overall", ["clip_score"]),
@@ -163,6 +164,7 @@ def main() -> None:
                     reward_dtype=config.dtype,
                     hps_path=str(folder / "hps_ckpt" / checkpoints.HPS_FILE),
                     clip_score_path=str(folder / checkpoints.CLIP_SCORE_FOLDER),
+                    hpsv3_path=str(folder / checkpoints.HPSV3_FOLDER),
                     pick_score_path=str(folder / checkpoints.PICK_SCORE_FOLDER),
                     image_reward_score_dir=str(folder / "image_reward_ckpt"),
                     unified_reward_url=config.unified_reward_url or url,

@@ -19,11 +19,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 HPS_FILE = "HPS_v2.1_compressed.pt"
 CLIP_SCORE_FOLDER = "DFN5B-CLIP-ViT-H-14-384"
 CLIP_SCORE_ARCHITECTURE = "ViT-H-14-378-quickgelu"
 PICK_SCORE_FOLDER = "PickScore_v1"
+HPSV3_FOLDER = "HPSv3"
 PROMPTS = [
     "a small red circle",
     "",
@@ -221,12 +223,114 @@ def make_pick_score(folder: Path, full: bool = False) -> None:
     model.save_pretrained(folder)
 
 
+def make_byte_level_bpe(texts: list[str], merges: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """(vocabulary, merges) of a byte-level BPE that is trained on the texts, in the form of GPT-2's files."""
+    from tokenizers import ByteLevelBPETokenizer
+
+    trained = ByteLevelBPETokenizer()
+    trained.train_from_iterator(texts, vocab_size=256 + merges, min_frequency=1, show_progress=False)
+    model = json.loads(trained.to_str())["model"]
+    return model["vocab"], [tuple(pair) for pair in model["merges"]]
+
+
+def make_hpsv3(folder: Path, full: bool = False) -> None:
+    """HPSv3: HPSv3.safetensors under transformers 4's names, and Qwen2-VL's config.json, tokenizer, preprocessing."""
+    from fastvideo.models.reward_model import hpsv3
+
+    from transformers import Qwen2Tokenizer, Qwen2VLConfig
+
+    folder = folder / HPSV3_FOLDER
+    folder.mkdir()
+    guide = Path(hpsv3.__file__).with_name("hpsv3_guide.txt").read_text(encoding="utf-8")
+    vocabulary, merges = make_byte_level_bpe([guide], 400)
+    specials = "im_start im_end object_ref_start object_ref_end box_start box_end quad_start quad_end".split()
+    specials += "vision_start vision_end vision_pad image_pad video_pad".split()
+    size = 151643 if full else len(vocabulary)  # the tokens before the special ones
+    vocabulary |= {f"[unused{i}]": i for i in range(len(vocabulary), size)}
+    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=merges, eos_token="<|endoftext|>")
+    tokenizer.add_tokens([f"<|{name}|>" for name in specials], special_tokens=True)
+    tokenizer.save_pretrained(folder)
+    ids = {name: size + 1 + i for i, name in enumerate(specials)}  # <|endoftext|> is before them
+    text, vision, layers = (
+        ((3584, 18944, 28, 28, 4), (1280, 32, 16), [16, 24, 24]) if full else ((32, 64, 2, 2, 1), (32, 1, 2), [2, 3, 3])
+    )
+    config = {
+        "architectures": ["Qwen2VLForConditionalGeneration"],
+        "model_type": "qwen2_vl",
+        "hidden_size": text[0],
+        "intermediate_size": text[1],
+        "num_hidden_layers": text[2],
+        "num_attention_heads": text[3],
+        "num_key_value_heads": text[4],
+        "hidden_act": "silu",
+        "max_position_embeddings": 32768,
+        "max_window_layers": text[2],
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "rope_scaling": {"type": "mrope", "mrope_section": layers},
+        "sliding_window": 32768,
+        "use_sliding_window": False,
+        "tie_word_embeddings": False,
+        "vocab_size": size + (421 if full else 20),
+        "bos_token_id": size,
+        "eos_token_id": ids["im_end"],
+        "vision_start_token_id": ids["vision_start"],
+        "vision_end_token_id": ids["vision_end"],
+        "vision_token_id": ids["vision_pad"],
+        "image_token_id": ids["image_pad"],
+        "video_token_id": ids["video_pad"],
+        "vision_config": {
+            "embed_dim": vision[0],
+            "depth": vision[1],
+            "num_heads": vision[2],
+            "mlp_ratio": 4,
+            "in_chans": 3,
+            "hidden_size": text[0],
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "spatial_patch_size": 14,
+            "temporal_patch_size": 2,
+        },
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    preprocessing = {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "processor_class": "Qwen2VLProcessor",
+        "min_pixels": 56 * 56,
+        "max_pixels": 16384 * 28 * 28,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "patch_size": 14,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessing))
+    loaded = Qwen2VLConfig.from_pretrained(folder)
+    loaded.text_config.vocab_size = len(tokenizer) + 1  # with <|Reward|>
+    torch.manual_seed(0)  # biases start from random numbers
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)  # as published; 8 billion parameters in fp32 would take 33 GB
+    try:
+        model = randomize(hpsv3.Rater(loaded), 8)
+    finally:
+        torch.set_default_dtype(before)
+    old_names = {new: old for old, new in hpsv3.NAMES.items()}
+    state = {
+        next(old + name[len(new) :] for new, old in old_names.items() if name.startswith(new)): tensor.contiguous()
+        for name, tensor in model.state_dict().items()
+    }
+    state = {name: tensor.float() if name.startswith("rm_head") else tensor for name, tensor in state.items()}
+    state["lm_head.weight"] = torch.zeros(state["model.embed_tokens.weight"].shape, dtype=torch.bfloat16)
+    save_file(state, folder / "HPSv3.safetensors", {"format": "pt"})
+
+
 MAKERS: dict[str, Callable[..., None]] = {
     "granular": make_granular,
     "image_reward": make_image_reward,
     "hps": make_hps,
     "clip_score": make_clip_score,
     "pick_score": make_pick_score,
+    "hpsv3": make_hpsv3,
 }
 
 
@@ -235,9 +339,18 @@ def all_narrow_files(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("rewards")
     with pytest.MonkeyPatch.context() as patch:
         narrow_architectures(patch, tmp_path_factory.mktemp("architectures"))
-        for make in MAKERS.values():
-            make(folder)
+        for kind, make in MAKERS.items():
+            if kind != "hpsv3":
+                make(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def narrow_hpsv3(tmp_path_factory) -> Path:
+    """A folder of HPSv3 with a narrow model."""
+    folder = tmp_path_factory.mktemp("hpsv3")
+    make_hpsv3(folder)
+    return folder / HPSV3_FOLDER
 
 
 @pytest.fixture

@@ -151,7 +151,7 @@ def test_hpdv2_s_prompts_come_beside_the_repository_s_own(download, server, tmp_
 
 def test_an_unknown_part_is_refused_naming_the_choices(download):
     status, output = download("hsp")
-    assert status == 2 and "'hsp'; choose from flux hps image_reward clip pick mixgrpo prompts, all" in output
+    assert status == 2 and "'hsp'; choose from flux hps hpsv3 image_reward clip pick mixgrpo prompts, all" in output
 
 
 @pytest.mark.slow

@@ -205,7 +205,7 @@ def test_the_table_in_the_docs_has_a_row_per_reward_with_its_keys():
     assert named.keys() == REWARDS.keys()
     for key, entry in REWARDS.items():
         shown = re.findall(r"`([\w…]+)`", named[key])
-        parts = {f"…_{part}" for part in (*entry.components, *entry.checks)}
+        parts = {f"…_{part}" for part in (*entry.components, *entry.checks, *entry.details)}
         assert {model_class(entry).name, *parts} <= set(shown), key
 
 

@@ -94,13 +94,15 @@ class ScoreName:
 def reward_schema(models: Mapping[str, Any], weights: Mapping[str, float]) -> dict[str, dict[str, Any]]:
     """The rewards' entry of args.json: {name: {"components": [part, …], "checks": [part, …], "weight": share}}.
 
+    The details of a DetailedReward are among the components, though they are no parts of a sum.
+
     A reward that a model at an endpoint judges has the id of this model as "judge".
 
     models: name -> reward model. weights: name -> share of the model in the reward; missing names have weight 0.
     """
     return {
         name: {
-            "components": list(getattr(model, "component_names", ())),
+            "components": [*getattr(model, "component_names", ()), *getattr(model, "detail_names", ())],
             "checks": list(getattr(model, "check_names", ())),
             "weight": float(weights.get(name, 0)),
             **({"judge": model.judge} if getattr(model, "judge", None) else {}),

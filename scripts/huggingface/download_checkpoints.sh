@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Downloads the files that the recipes need, to the default paths of the flags. An interrupted download continues.
 #
-#   scripts/huggingface/download_checkpoints.sh [flux|hps|image_reward|clip|pick|mixgrpo|prompts|all] ... [--dry_run]
+#   scripts/huggingface/download_checkpoints.sh [flux|hps|hpsv3|image_reward|clip|pick|mixgrpo|prompts|all] ... [--dry_run]
 #
 #   --dry_run    lists every file with rough size, source and target, and downloads nothing
 #   HTTP_PROXY, HTTPS_PROXY  are used
@@ -12,7 +12,7 @@
 # Files from the hub are checked against the SHA-256 that the hub states, other files against the SHA-256 written here.
 source "$(dirname "${BASH_SOURCE[0]}")/../environment.sh"
 
-PARTS=(flux hps image_reward clip pick mixgrpo prompts)
+PARTS=(flux hps hpsv3 image_reward clip pick mixgrpo prompts)
 dry_run=
 chosen=()
 for argument in "$@"; do
@@ -90,6 +90,11 @@ get_flux() {
 
 get_hps() {
   hub xswu/HPSv2 hps_ckpt 2GB HPS_v2.1_compressed.pt
+}
+
+get_hpsv3() {
+  hub MizzenAI/HPSv3 cache 17GB HPSv3.safetensors
+  hub Qwen/Qwen2-VL-7B-Instruct cache 12MB '*.json' 2MB merges.txt # its configuration, tokenizer and image processor
 }
 
 get_image_reward() {

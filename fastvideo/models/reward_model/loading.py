@@ -54,15 +54,20 @@ def check_file(file: File, setting: str | None) -> None:
         raise FlagError(file.field, None, f"not given; {file.what} belongs there")
     if not Path(path).exists() and (_is_local(path) or not file.hub):
         raise bad_file(file.field, path, f"no such file; {file.what} belongs there")
+    if file.inside and Path(path).exists() and not Path(path, file.inside).is_file():
+        raise bad_file(file.field, path, f"has no {file.inside}; {file.what} belongs there")
 
 
-def on_the_hub_only(path: str) -> bool:
-    """Whether `path` names a repository of a hub, owner/name or hf-hub:owner/name, that isn't in the hub's cache."""
+def on_the_hub_only(path: str, inside: str | None = None) -> bool:
+    """Whether `path` names a repository of a hub, owner/name or hf-hub:owner/name, that isn't in the hub's cache.
+
+    inside: a file of the repository; None: its configuration.
+    """
     name = path.removeprefix("hf-hub:")
     if Path(path).exists() or _is_local(path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         return False
-    configs = ("config.json", "open_clip_config.json")
-    return not any(isinstance(try_to_load_from_cache(name, config), str) for config in configs)
+    known = (inside,) if inside else ("config.json", "open_clip_config.json")
+    return not any(isinstance(try_to_load_from_cache(name, file), str) for file in known)
 
 
 def to_download(entry: Reward, config: Any, mode: str | None) -> list[tuple[str, str]]:
@@ -70,7 +75,7 @@ def to_download(entry: Reward, config: Any, mode: str | None) -> list[tuple[str,
     found = [
         (file.field, getattr(config, file.field))
         for file in entry.files
-        if file.hub and file.mode in (None, mode) and on_the_hub_only(getattr(config, file.field))
+        if file.hub and file.mode in (None, mode) and on_the_hub_only(getattr(config, file.field), file.inside)
     ]
     for item in entry.downloads:
         chosen = getattr(config, item.instead) if item.instead else None
@@ -193,7 +198,8 @@ def load_weights(module: torch.nn.Module, state: dict[str, torch.Tensor], path: 
     left_out = sorted({k.split(".")[0] for k in state} - parts)
     if left_out:
         logger.info("%s: not needed and left out: %s", path, ", ".join(left_out))
-    module.load_state_dict(known, strict=False)
+    # A module on the device "meta" has no memory to copy into.
+    module.load_state_dict(known, strict=False, assign=next(module.parameters()).is_meta)
 
 
 def prepare(module: torch.nn.Module, device: str, dtype: str) -> torch.nn.Module:

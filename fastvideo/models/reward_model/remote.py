@@ -16,6 +16,7 @@ from typing import Any
 from fastvideo.cli import FlagError, check_fields
 from fastvideo.io.secrets import redact
 from fastvideo.io.waiting import waiting
+from fastvideo.models.reward_model.detailed import DetailedReward
 from fastvideo.models.reward_model.granular import GranularRewardModel, RewardModel, prompt_per_image
 from fastvideo.models.reward_model.groups import Group, joined, parted
 from fastvideo.models.reward_model.network import ask_in_turn, below, server_urls
@@ -198,6 +199,24 @@ class RemoteGroupReward(RemoteReward):
         return parted(self.servers.score(self.name, (), **joined(groups))[self.name], groups)
 
 
+class RemoteDetailedReward(DetailedReward):
+    """A reward with details or checks on the servers."""
+
+    takes_metadata = True
+
+    def __init__(self, name: str, servers: Servers, details: Sequence[str], checks: Sequence[str]) -> None:
+        self.name, self.servers = name, servers
+        self.detail_names, self.check_names = tuple(details), tuple(checks)
+
+    def score(
+        self, images: list[Image.Image], prompts: list[str], metadata: Sequence[Mapping[str, Any]] | None = None
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """(scores [N], {detail or check: [N]}), NaN where a score failed."""
+        parts = (*self.detail_names, *self.check_names)
+        scores = self.servers.score(self.name, parts, images, prompts, metadata=metadata)
+        return scores[self.name], {part: scores[f"{self.name}_{part}"] for part in parts}
+
+
 class RemoteGranularReward(GranularRewardModel):
     """A granular model on the servers. They weight the components by the progress in the request."""
 
@@ -266,8 +285,12 @@ def connect(
     models: dict[str, RewardModel] = {}
     for key in spec:
         name, components, checks = names[key], settings[f"{key}.components"], settings[f"{key}.checks"]
-        granular = RemoteGranularReward(name, servers, components, checks, config) if components else None
-        asks = key in REWARDS and REWARDS[key].url == "vlm_judge_url"
-        single = RemoteGroupReward if name in groupwise else RemoteReward
-        models[name] = granular or single(name, servers, judge if asks else None)
+        if components:
+            models[name] = RemoteGranularReward(name, servers, components, checks, config)
+        elif checks or settings[f"{key}.details"]:
+            models[name] = RemoteDetailedReward(name, servers, settings[f"{key}.details"], checks)
+        else:
+            asks = key in REWARDS and REWARDS[key].url == "vlm_judge_url"
+            single = RemoteGroupReward if name in groupwise else RemoteReward
+            models[name] = single(name, servers, judge if asks else None)
     return models, {names[key]: weight for key, weight in spec.items()}

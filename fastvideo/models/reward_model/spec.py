@@ -29,6 +29,7 @@ class RewardConfig:
     hps_clip_path: str | None = flag(
         "hps_ckpt/open_clip_pytorch_model.bin", "not needed and not read: the HPS checkpoint holds the whole model"
     )
+    hpsv3_path: str = flag("MizzenAI/HPSv3", "HPSv3 model: hub id or folder")
     clip_score_path: str = flag("hf-hub:apple/DFN5B-CLIP-ViT-H-14-384", "open_clip model of CLIPScore: name or file")
     clip_score_http_proxy: str | None = flag(None, "HTTP proxy for downloading CLIPScore's model")
     clip_score_https_proxy: str | None = flag(None, "HTTPS proxy for downloading CLIPScore's model")
@@ -110,6 +111,7 @@ class File:
         what: the file's content, for error messages.
         name: name of the file, if the setting is a folder.
         hub: whether the setting may name something on a hub instead of a file.
+        inside: file that a folder or repository must have, if the setting names one.
         optional: whether the setting may be None.
         mode: the mode, one of MODES, that needs the file; None: every mode.
     """
@@ -118,6 +120,7 @@ class File:
     what: str
     name: str = ""
     hub: bool = False
+    inside: str | None = None
     optional: bool = False
     mode: str | None = None
 
@@ -158,7 +161,8 @@ class Reward:
         decisive: arguments that change scores. A reward server and its clients compare their values.
         components: parts of a granular reward, in the order of --granular_start_weights.
         groupwise: whether it scores groups of pictures, see groups.py.
-        checks: yes/no questions that a granular reward answers; they have no weight.
+        checks: yes/no questions that a reward answers; they have no weight.
+        details: further numbers that a DetailedReward reports; they have no weight.
         mode: setting, one of MODES, for a granular reward with a plain score as well. Evaluation takes the plain score.
     """
 
@@ -177,6 +181,7 @@ class Reward:
     components: tuple[str, ...] = ()
     checks: tuple[str, ...] = ()
     groupwise: bool = False
+    details: tuple[str, ...] = ()
     mode: str | None = None
 
     def missing_package(self) -> str | None:
@@ -214,6 +219,13 @@ REWARDS: dict[str, Reward] = {
         weight="hps_weight",
         files=(File("hps_path", "the HPSv2 checkpoint (HPS_v2.1_compressed.pt)"),),
         download="hps",
+    ),
+    "hpsv3": Reward(
+        model="hpsv3:HPSv3RewardModel",
+        arguments={"model_path": "hpsv3_path"},
+        files=(File("hpsv3_path", "an HPSv3 folder or its hub name", hub=True, inside="HPSv3.safetensors"),),
+        download="hpsv3",
+        details=("uncertainty",),
     ),
     "clip_score": Reward(
         model="clip_score:CLIPScoreRewardModel",
@@ -412,6 +424,7 @@ def reward_settings(config: Any, evaluation: bool, field: str = "reward_model") 
         settings[f"{key}.weight"] = round(weight, 9)  # a sum in another order rounds differently
         settings[f"{key}.components"] = list(components)
         settings[f"{key}.checks"] = list(entry.checks)
+        settings[f"{key}.details"] = list(entry.details)
         if components:
             settings[f"{key}.start_weights"] = list(config.granular_start_weights)
         if components and not evaluation:  # an evaluation scores with the start weights

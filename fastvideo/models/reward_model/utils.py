@@ -14,6 +14,7 @@ from typing import Any
 
 from fastvideo.cli import FlagError
 from fastvideo.models.reward_model.custom import FunctionReward, probe
+from fastvideo.models.reward_model.detailed import DetailedReward
 from fastvideo.models.reward_model.granular import (
     GranularRewardModel,
     RewardModel,
@@ -187,7 +188,8 @@ def compute_reward(
     rewards: float64 [N], the sum of the models' scores, weighted by reward_weights (normalised to sum 1); 0 where one
     of these models failed. successes: bool [N], whether every model of weight above 0 gave a finite score.
     rewards_dict: {name: float64 [N]}, NaN where a score failed. A granular model also has an entry
-    `{name}_{component}` per component and check; these never enter `rewards`. successes_dict: the same keys, bool [N].
+    `{name}_{component}` per component and check, a DetailedReward one per detail and check; these never enter
+    `rewards`. successes_dict: the same keys, bool [N].
     curr_step, total_steps: training progress for granular models; curr_step may be an array with one entry per image.
     begins: called with the name of each model before it scores.
     metadata: one object per image, what the prompt file says about its prompt; None: empty ones. Models that set
@@ -214,15 +216,18 @@ def compute_reward(
     rewards_dict: dict[str, np.ndarray] = {}
     for name, model in reward_models.items():
         begins(name)
+        given = {"metadata": list(metadata)} if getattr(model, "takes_metadata", False) else {}
+        parts: dict[str, np.ndarray] = {}
         if isinstance(model, GranularRewardModel):
-            scores, components = model.score(images, prompts, curr_step, total_steps)
-            rewards_dict[name] = as_scores(scores, n, name)
-            rewards_dict.update({f"{name}_{component}": found for component, found in components.items()})
+            scores, parts = model.score(images, prompts, curr_step, total_steps)
+        elif isinstance(model, DetailedReward):
+            scores, parts = model.score(images, prompts, **given)
         elif is_groupwise(model):
-            rewards_dict[name] = score_in_groups(model, images, prompts, groups, metadata)
+            scores = score_in_groups(model, images, prompts, groups, metadata)
         else:
-            given = {"metadata": list(metadata)} if getattr(model, "takes_metadata", False) else {}
-            rewards_dict[name] = as_scores(model(images, prompts, **given), n, name)
+            scores = model(images, prompts, **given)
+        rewards_dict[name] = as_scores(scores, n, name)
+        rewards_dict |= {f"{name}_{part}": as_scores(found, n, f"{name}_{part}") for part, found in parts.items()}
     successes_dict = {key: np.isfinite(found) for key, found in rewards_dict.items()}
 
     rewards = np.zeros(n)
