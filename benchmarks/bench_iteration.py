@@ -4,6 +4,8 @@
     python benchmarks/bench_iteration.py --windows 10 --ablation --no_gradient_checkpointing   # each optimisation off
     python benchmarks/bench_iteration.py --windows 0 --sweep --no_gradient_checkpointing       # other G, T, pixels
     python benchmarks/bench_iteration.py --windows 10 --scouting --no_gradient_checkpointing   # what --scouts costs
+    python benchmarks/bench_iteration.py --fp8 --no_gradient_checkpointing         # FP8 in untrained steps, its error
+    python benchmarks/bench_iteration.py --compare --no_gradient_checkpointing     # optimisations, FP8, scouts
     python benchmarks/bench_iteration.py --double_blocks 19 --single_blocks 38 --use_lora      # LoRA of all of FLUX.1
     python benchmarks/bench_iteration.py --double_blocks 2 --single_blocks 4 --attention_heads 12     # other blocks
     python benchmarks/bench_iteration.py --tiny --ablation                         # on a CPU
@@ -31,7 +33,7 @@ from fastvideo.cli import FlagError, flag, flag_errors, parse_dataclass
 from fastvideo.config import GRPOConfig
 from fastvideo.dataset.latent_flux_rl_datasets import FOLDERS
 from fastvideo.io.files import check_writable
-from fastvideo.train_grpo_flux import set_up
+from fastvideo.train_grpo_flux import Trainer, set_up
 
 import diffusers
 import torch
@@ -54,6 +56,8 @@ class BenchmarkConfig:
     tiny: bool = flag(False, "the tiny FLUX at 32x32 instead, for a CPU")
     windows: list[int] = flag([0, 10, 19], "where the window starts")
     ablation: bool = flag(False, "measure again with each optimisation switched off")
+    fp8: bool = flag(False, "measure again with FP8 in untrained steps, and how far it moves velocities and latents")
+    compare: bool = flag(False, "ablation, fp8 and scouting")
     sweep: bool = flag(False, "measure again with other numbers of pictures, steps, window steps and pixels")
     scouting: bool = flag(False, "measure again with samples from their own noise, and with --scouts 24 and 48")
     profile: bool = flag(False, "milliseconds of GPU kernels by phase and kind, at the first window")
@@ -72,6 +76,10 @@ OFF = {
     "batches": ["--rollout_batch_size", "1", "--train_micro_batch_size", "1"],
 }
 OFF["all of these"] = [flag for flags in list(OFF.values()) for flag in flags]
+
+# The rollout's drift is measured in the first iteration of each window, which isn't timed.
+PRECISION = "fp8" if torch.cuda.is_available() else "fp8_emulated"
+FP8 = {"with fp8": ["--rollout_precision", PRECISION, "--rollout_drift_steps", "2"]}
 
 # One thing larger or smaller than in the recipe.
 SWEEP = {
@@ -148,7 +156,7 @@ def free(images: list[Image.Image], prompts: list[str]) -> list[float]:
 
 
 def measure(folder: Path, config: BenchmarkConfig, flags: list[str]) -> list[dict]:
-    """metrics of the second iteration at each window position."""
+    """Metrics of the second iteration at each window position, and the first one's rollout drift."""
     torch._dynamo.reset()  # its graphs would keep the last variant's weights
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
@@ -169,6 +177,10 @@ def measure(folder: Path, config: BenchmarkConfig, flags: list[str]) -> list[dic
     for window, batch in zip(windows, loader, strict=False):
         gc.collect()  # compilation leaves so much that a collection inside the iteration would take half a second
         lines.append(trainer.iteration(batch, window)[0])
+    if training.rollout_precision != "bf16":
+        errors = velocity_errors(trainer, batch)
+        if trainer.accelerator.is_main_process:
+            print(errors)
     if config.profile:
         with torch.profiler.profile() as profiler:
             trainer.iteration(next(iter(loader)), windows[0])
@@ -184,7 +196,32 @@ def measure(folder: Path, config: BenchmarkConfig, flags: list[str]) -> list[dic
             size = sum(path.stat().st_size for path in Path(training.output_dir, "latest").rglob("*")) / 1e9
             print(f"a checkpoint of {size:.3g} GB: training waits {waited:.3g} s, it is whole after {whole:.3g} s")
             shutil.rmtree(training.output_dir)  # for the next variant
-    return lines[1::2]
+    drifts = ({k: v for k, v in line.items() if k.startswith("rollout_drift")} for line in lines[::2])
+    return [line | drift for line, drift in zip(lines[1::2], drifts, strict=True)]
+
+
+@torch.no_grad()
+def velocity_errors(trainer: Trainer, batch: dict) -> str:
+    """Relative difference of velocities with and without FP8 at 5 noise levels, and the time that the copies take."""
+    conditioning, engine = trainer.conditioning(batch), trainer.engine
+    device = trainer.accelerator.device
+    shape = (trainer.config.num_generations, trainer.shape.tokens, trainer.shape.channels)
+    latents = torch.randn(shape, generator=torch.Generator(device).manual_seed(0), device=device)
+    levels, first = (0.99, 0.9, 0.7, 0.4, 0.1), torch.zeros(len(latents), dtype=torch.long, device=device)
+    found = []
+    with engine.sampling_model() as model:
+        plain = trainer.velocity_of(model, conditioning, training=False)
+        for velocity in (plain, engine.in_float8(plain)):
+            found.append([velocity(latents, torch.full_like(latents[:, 0, 0], level), first) for level in levels])
+        times = []
+        for _ in range(2):
+            engine.float8.drop()
+            trainer.throughput.begin()
+            with trainer.throughput.phase("copies"):
+                engine.take_float8()
+            times.append(trainer.throughput.seconds["seconds_copies"])
+    errors = [f"{(a - b).norm() / b.norm():.2%} at {level}" for level, b, a in zip(levels, *found, strict=True)]
+    return f"FP8 moves the velocity of {len(latents)} rows by {', '.join(errors)}; copies take {times[-1] * 1e3:.1f} ms"
 
 
 def show_profile(profiler: torch.profiler.profile, seconds: dict[str, float]) -> None:
@@ -226,10 +263,26 @@ def show(title: str, lines: list[dict]) -> None:
             if f"tflops_{phase}" in line
         )
         window = f"{line['window'][0]:2d}-{line['window'][-1]:<5d}" if line["window"] else "none    "
-        print(f"{window}{seconds}{line['nfe']:8d}  {rates}  ratio-1 {line['ratio_first_deviation']:.1e}")
+        drift = "".join(f"  {k} {v:.2%}" for k, v in line.items() if k.startswith("rollout_drift"))
+        ratio = f"ratio-1 {line['ratio_first_deviation']:.1e}"
+        print(f"{window}{seconds}{line['nfe']:8d}  {rates}  {ratio}{drift}")
     means = "".join(f"{sum(line[f'seconds_{phase}'] for line in lines) / len(lines):9.2f}" for phase in phases)
     memory = f"     peak memory {max(line['gib_peak'] for line in lines):.1f} GiB" if "gib_peak" in lines[0] else ""
     print(f"mean    {means}{memory}", flush=True)
+
+
+def compare(results: dict[str, list[dict]]) -> None:
+    """Seconds per iteration of all variants in one table."""
+    starts = [f"window at {(line['window'] or ['none'])[0]}" for line in next(iter(results.values()))]
+    print(f"\n| seconds per iteration | {' | '.join(starts)} | mean | share of all on | peak memory |")
+    print(f"|---{'|---' * len(starts)}|---|---|---|")
+    means = {name: sum(line["seconds_total"] for line in lines) / len(lines) for name, lines in results.items()}
+    for name, lines in results.items():
+        seconds = [f"{line['seconds_total']:.2f}" for line in lines]
+        seconds += [""] * (len(starts) - len(seconds))  # a sweep may have fewer steps
+        memory = f"{max(line['gib_peak'] for line in lines):.1f} GiB" if "gib_peak" in lines[0] else ""
+        share = f"{means[name] / means['all on']:.0%}" if len(lines) == len(starts) else ""
+        print(f"| {name} | {' | '.join(seconds)} | {means[name]:.2f} | {share} | {memory} |")
 
 
 @flag_errors("bench_iteration.py")
@@ -251,15 +304,19 @@ def main() -> None:
         while not (folder / "prompt.json").exists():  # several processes share --folder
             time.sleep(0.1)
         variants = {"all on": []}
-        if config.ablation:  # FSDP2's parameters are whole with FSDP2 alone
+        if config.ablation or config.compare:  # FSDP2's parameters are whole with FSDP2 alone
             variants |= {f"without {k}": v for k, v in OFF.items() if "fsdp" in flags or not k.startswith("FSDP2")}
-        variants |= (SWEEP if config.sweep else {}) | (SCOUTING if config.scouting else {})
+        variants |= FP8 if config.fp8 or config.compare else {}
+        variants |= SCOUTING if config.scouting or config.compare else {}
+        variants |= SWEEP if config.sweep else {}
         results = {}
         for name, changed in variants.items():
             results[name] = measure(folder, config, flags + changed)
             gc.collect()
             if main_process:
                 show(f"{name}: {' '.join(flags + changed)}", results[name])
+    if main_process and len(results) > 1:
+        compare(results)
     if main_process:
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
         versions = f"Python {platform.python_version()}, torch {torch.__version__}, diffusers {diffusers.__version__}"

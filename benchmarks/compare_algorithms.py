@@ -6,8 +6,9 @@
 sampled and scored. The learning rate of each is the one with the greatest share right in everything on *training*
 prompts; what is reported is that share on the withheld scenes, with its spread over seeds, beside pictures,
 evaluations, optimizer steps and seconds of training. `losses` compares MixGRPO's loss with others, `windows` its
-windows; `why` changes single settings of the algorithms that fall behind. Finished runs in the folder are kept. Writes
-algorithms.png; keep the printed tables under benchmarks/results/.
+windows; `why` changes single settings of the algorithms that fall behind; `precision` has FP8 in untrained steps,
+emulated on a CPU. Finished runs in the folder are kept. Writes algorithms.png; keep the printed tables under
+benchmarks/results/.
 """
 
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from fastvideo.rollout_plan import make_plan
 from fastvideo.utils.grpo_states import windows
 
 import numpy as np
+import torch
 
 # Prompts per iteration such that each algorithm makes some 290 pictures in it. The trees make 64: with all edges in one
 # optimizer step (`one update` in WHY), that step has as many pictures as a step of the others.
@@ -99,8 +101,19 @@ WINDOWS = {
     "random": (f"{MIX} --sample_strategy random", None),
     "decay": (f"{MIX} --sample_strategy decay", None),
 }
+# FP8 products need bf16 around them. A CPU is slow in bf16, and emulates FP8 in float32.
+COMPUTE, REDUCED = ("bf16", "fp8") if torch.cuda.is_available() else ("no", "fp8_emulated")
+PRECISION = {
+    f"{algorithm}, {name}": f"--algorithm {algorithm} {MIX} --mixed_precision {COMPUTE} {flags}"
+    for algorithm in ("mix_grpo", "mix_grpo_flash")
+    for name, flags in {
+        "no FP8": "",
+        "FP8 after the window": f"--rollout_precision {REDUCED}",
+        "FP8 before it too": f"--rollout_precision {REDUCED} --fp8_steps all",
+    }.items()
+}
 COSTS = {"images": "pictures", "nfe": "velocity evaluations", "seconds_total": "seconds of training"}
-STUDIES = ("algorithms", "losses", "windows", "why")
+STUDIES = ("algorithms", "losses", "windows", "why", "precision")
 
 
 @dataclass
@@ -117,8 +130,8 @@ class ComparisonConfig:
 
 
 def training_flags(name: str) -> list[str]:
-    """Those of an algorithm or of a variant in WHY, without the learning rate."""
-    given = (ALGORITHMS | WHY)[name]
+    """Those of an algorithm or of a variant in WHY or PRECISION, without the learning rate."""
+    given = (ALGORITHMS | WHY | PRECISION)[name]
     return given.split() if "--algorithm" in given else ["--algorithm", name, *given.split()]
 
 
@@ -160,6 +173,12 @@ def plan_runs(config: ComparisonConfig) -> dict[str, dict[str, dict[float, list[
         for name in WHY:
             flags = training_flags(name)
             studies["why"][name] = {r: [make_run(config, name, flags, r, config.seeds[0])] for r in RATES}
+    if "precision" in studies:
+        for name in PRECISION:
+            flags = training_flags(name)
+            studies["precision"][name] = {
+                r: [make_run(config, name, flags, r, s) for s in config.seeds] for r in RATES[2:3]
+            }
     return studies
 
 

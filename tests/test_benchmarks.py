@@ -18,7 +18,7 @@ from conftest import PROMPTS, ROOT, TIME_LIMIT
 
 @pytest.mark.long
 def test_an_iteration_is_timed_by_phase_with_and_without_each_optimisation(tmp_path, subprocess_environment):
-    command = f"benchmarks/bench_iteration.py --tiny --ablation --save --json_file {tmp_path}/times.json".split()
+    command = f"benchmarks/bench_iteration.py --tiny --ablation --fp8 --save --json_file {tmp_path}/times.json".split()
     command += "--windows 0 5 --sampling_steps 12 --num_generations 2 --gradient_accumulation_steps 2".split()
     command += ["--train_micro_batch_size", "8"]
     done = subprocess.run(
@@ -30,9 +30,13 @@ def test_an_iteration_is_timed_by_phase_with_and_without_each_optimisation(tmp_p
         timeout=TIME_LIMIT,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count(" GB: training waits ") == 7
+    assert done.stdout.count(" GB: training waits ") == 8
     runs = json.loads((tmp_path / "times.json").read_text())["runs"]
-    assert list(runs)[0] == "all on" and "without shared prefix" in runs and len(runs) == 7
+    assert list(runs)[0] == "all on" and "without shared prefix" in runs and len(runs) == 8
+    assert re.search(r"FP8 moves the velocity of 2 rows by 0\.\d+% at 0.99, .* copies take [\d.]+ ms\n", done.stdout)
+    assert all(0 < line["rollout_drift_latents"] < 0.1 for line in runs["with fp8"])
+    table = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert [line.split(" | ")[0][2:] for line in table] == ["seconds per iteration", *runs]
 
     def alone(name: str) -> bool:
         return name in ("without shared prefix", "without all of these")
@@ -90,9 +94,9 @@ def test_every_reward_is_timed(subprocess_environment):
 
 def test_every_variant_of_the_iteration_benchmark_can_be_planned(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    import bench_iteration
+    from bench_iteration import FP8, OFF, SCOUTING, SWEEP
 
-    for flags in (bench_iteration.OFF | bench_iteration.SWEEP | bench_iteration.SCOUTING).values():
+    for flags in (OFF | FP8 | SCOUTING | SWEEP).values():
         config = parse_dataclass(GRPOConfig, ["--data_json_path", "unused", "--reward_model", "shapes", *flags])
         assert "steps per iteration" in describe(config, 1)
 

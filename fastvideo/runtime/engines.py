@@ -371,14 +371,18 @@ class Engine:
 
     def in_float8(self, velocity: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         """`velocity`, a function that calls the `sampling_model`, with FP8 products in the blocks."""
-        compute = torch.bfloat16 if self.config.mixed_precision == "bf16" else torch.float32
 
         def in_float8(*args: torch.Tensor) -> torch.Tensor:
-            self.float8.take(compute, self._gathered)
+            self.take_float8()
             with self.float8.in_use():
                 return velocity(*args)
 
         return in_float8
+
+    def take_float8(self) -> None:
+        """Copies the weights of the `sampling_model` in FP8, unless the copies are there already."""
+        compute = torch.bfloat16 if self.config.mixed_precision == "bf16" else torch.float32
+        self.float8.take(compute, self._gathered)
 
     @contextmanager
     def without_float8(self) -> Iterator[None]:
