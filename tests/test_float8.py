@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from fastvideo import train_grpo_flux
 from fastvideo.cli import parse_dataclass
 from fastvideo.config import GRPOConfig
+from fastvideo.eval.plots import plan_plots
 from fastvideo.models.float8 import Float8Copies, float8_layers, float8_product, lacks_float8, to_e4m3
 from fastvideo.models.flux import add_lora, load_transformer
 from fastvideo.models.int8 import quantize_blocks
@@ -136,6 +137,8 @@ def test_trained_steps_are_untouched_and_the_drift_is_what_fp8_changes(rollouts)
         assert torch.equal(again.latents, exact.latents)
         assert line["rollout_drift_latents"] == pytest.approx(moved) and 1e-4 < moved < 0.1
         assert 0 < line["rollout_drift_reward"] < 1
+        shown = [[plot.name for plot in plan_plots(found.metrics, {})] for found in (plain, run)]
+        assert set(shown[1]) - set(shown[0]) == {"rollout_drift"}
     assert torch.equal(rollouts(**given, rollout_precision="bf16")[1][0].latents, exact.latents)
 
 

@@ -209,6 +209,10 @@ def plan_plots(rows: list[dict], settings: dict, schema: Mapping[str, Any] | Non
              "are trained, how well their rewards rank the full samples (Spearman's ρ)." + mean,
              [Panel("reward of the candidates", some("scout_reward")),
               Panel("rank correlation", some("scout_rank_correlation"), colour=1)]),
+        Plot("rollout_drift", "What FP8 changes", "One prompt's group, sampled with and without FP8: difference of the "
+             "latents, and of a picture's reward in standard deviations of its group.",
+             [Panel("latents", some("rollout_drift_latents"), smooth=False, points=True),
+              Panel("reward", some("rollout_drift_reward"), smooth=False, points=True, colour=1)]),
         Plot("components", "What the reward is made of", "Each on its own scale, unweighted.", rewards),
         Plot("hacking", "Signs of reward hacking", "What the training pictures look like. Glaring colours, hard edges, "
              "fine texture and one picture again and again please a reward, not people." + mean,
