@@ -3,6 +3,7 @@
 Real FP8 products are tested on a GPU that has them.
 """
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 from fastvideo import train_grpo_flux
@@ -11,6 +12,7 @@ from fastvideo.config import GRPOConfig
 from fastvideo.eval.plots import plan_plots
 from fastvideo.models.float8 import Float8Copies, float8_layers, float8_product, lacks_float8, to_e4m3
 from fastvideo.models.flux import add_lora, load_transformer
+from fastvideo.models.flux_speed import StreamwiseAttnProcessor, compile_transformer
 from fastvideo.models.int8 import quantize_blocks
 from fastvideo.rollout_plan import make_plan, scout_plan
 from fastvideo.runtime import rollout_drift as drift_module
@@ -89,7 +91,7 @@ def test_copies_are_used_only_in_their_context_and_leave_no_trace(random_flux, q
     layers = float8_layers(block)
     before = [layer(x) if layer.in_features == 128 else None for layer in layers]
     copies = Float8Copies([block], emulated=True)
-    copies.take(torch.float32, lambda block: torch.no_grad())
+    copies.take(torch.float32, nullcontext)
     with copies.in_use():
         inside = [layer(x) if layer.in_features == 128 else None for layer in layers]
     copies.drop()
@@ -272,3 +274,30 @@ def test_products_of_a_gpu_are_those_that_are_emulated(compiled):
     assert relative_difference(found.float(), emulated.float()) < 5e-3
     few = product(given[0][:2], *given[1:])
     assert relative_difference(found[:2].float(), few.float()) < 5e-3
+
+
+@pytest.mark.long
+def test_compiled_blocks_have_one_more_graph_each_however_often_the_weights_are_copied(random_flux):
+    transformer = load_transformer(random_flux).requires_grad_(False)
+    transformer.set_attn_processor(StreamwiseAttnProcessor())
+    compile_transformer(transformer)
+    blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+    copies, generator = Float8Copies(blocks, emulated=True), torch.Generator().manual_seed(0)
+    given = {"hidden_states": (2, 4, 64), "encoder_hidden_states": (2, 8, 64), "pooled_projections": (2, 64)}
+    inputs = {name: torch.randn(shape, generator=generator) for name, shape in given.items()}
+    inputs |= {"timestep": torch.ones(2), "guidance": torch.ones(2)}
+    inputs |= {"txt_ids": torch.zeros(8, 3), "img_ids": torch.zeros(4, 3), "return_dict": False}
+    graphs = []
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for _ in range(3):
+        with torch.no_grad():
+            plain = transformer(**inputs)[0]
+            copies.take(torch.float32, nullcontext)
+            with copies.in_use():
+                reduced = transformer(**inputs)[0]
+            copies.drop()
+            assert torch.equal(transformer(**inputs)[0], plain)
+        assert 1e-3 < relative_difference(reduced, plain) < 0.1
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs == [6, 6, 6]  # two kinds of block, twice; positions and the last norm
