@@ -55,6 +55,7 @@ SETS = {
     "vlm_judge": ("vlm_judge", "overall", []),
     "ocr": ("ocr", "overall", []),
     "pairwise": ("pairwise", "overall", []),
+    "vlm_questions": ("vlm_questions", "overall", []),
     "jpeg_compressibility": ("jpeg_compressibility", "overall", []),
 }
 
@@ -88,7 +89,8 @@ def seconds(
     times = []
     for _ in range(config.repeats + 1):
         start = time.perf_counter()
-        rewards, *_ = compute_reward(pictures, prompts, models, weights, 1, 2, groups=[0] * len(pictures))
+        given = {"groups": [0] * len(pictures), "metadata": [{"questions": ["Is there a lighthouse?"]}] * len(pictures)}
+        rewards, *_ = compute_reward(pictures, prompts, models, weights, 1, 2, **given)
         # The rewards are on the CPU, so the device has finished.
         times.append(time.perf_counter() - start)
     assert np.isfinite(rewards).all()

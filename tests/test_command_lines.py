@@ -13,8 +13,8 @@ from diffusers.optimization import SchedulerType, get_scheduler
 from test_layers import imports, modules
 
 PROGRAMS = [
-    "train_grpo_flux", "train", "sample/sample_flux", "eval/eval_reward", "eval/report", "models/merge_lora",
-    "models/reward_model/server", "data_preprocess/preprocess_flux_embedding",
+    "train_grpo_flux", "train", "sample/sample_flux", "eval/eval_reward", "eval/report", "eval/run_benchmark",
+    "models/merge_lora", "models/reward_model/server", "data_preprocess/preprocess_flux_embedding",
 ]  # fmt: skip
 # Runs a program, and prints its exit status and the slow packages that it imported.
 RUN = """

@@ -12,6 +12,8 @@ from http.server import ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote
 
+from fastvideo.eval.prompt_sets import SETS
+
 import pytest
 from conftest import TIME_LIMIT
 from reward_servers import QuietHandler
@@ -137,16 +139,21 @@ def test_a_dry_run_lists_every_file_and_asks_nobody(download, server, tmp_path):
     assert download("hps", "--dry_run")[1].count("\n") == 1
 
 
-def test_hpdv2_s_prompts_come_beside_the_repository_s_own(download, server, tmp_path):
-    """What the README promises: nothing in data/ is replaced."""
-    folder = "/Tencent-Hunyuan/MixGRPO/raw/main/data"
-    server.files = {f"{folder}/prompts.txt": b"a\n", f"{folder}/prompts_test.txt": b"b\n"}
+def test_prompts_of_hpdv2_and_of_benchmarks_come_beside_the_repository_s_own(download, server, tmp_path):
+    """What the README promises: nothing in data/ is replaced. Every file that a benchmark reads is fetched."""
+    listed = download("prompts", "--dry_run")[1].splitlines()
+    urls = [re.search(r"https?://[^/]+(/\S+) +-> (\S+)", line).groups() for line in listed]
+    server.files = {unquote(path): target.encode() for path, target in urls} | {path: t.encode() for path, t in urls}
     status, output = download("prompts")
     assert status == 0, output
-    found = {path.name: path.read_text() for path in (tmp_path / "data").iterdir()}
-    assert found == {"prompts_hpdv2.txt": "a\n", "prompts_hpdv2_test.txt": "b\n"}
+    found = {path.relative_to(tmp_path).as_posix() for path in (tmp_path / "data").rglob("*") if path.is_file()}
+    wanted = {f"data/benchmarks/{name}/{file}" for name, benchmark in SETS.items() for file in benchmark.files}
+    own = {"data/prompts_hpdv2.txt", "data/prompts_hpdv2_test.txt"}
+    assert found == wanted | own and all((tmp_path / name).read_text() == name for name in found)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert "download_checkpoints.sh prompts`" in readme and all(f"`data/{name}`" in readme for name in found)
+    assert "download_checkpoints.sh prompts`" in readme and all(f"`{name}`" in readme for name in own)
+    ignored = subprocess.run(["git", "check-ignore", *wanted], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    assert set(ignored) == wanted
 
 
 def test_an_unknown_part_is_refused_naming_the_choices(download):

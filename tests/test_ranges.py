@@ -8,6 +8,7 @@ from fastvideo.config import GRPOConfig
 from fastvideo.data_preprocess.preprocess_flux_embedding import PreprocessConfig
 from fastvideo.eval.eval_reward import EvalConfig
 from fastvideo.eval.report import ReportConfig
+from fastvideo.eval.run_benchmark import BenchmarkConfig
 from fastvideo.models.merge_lora import MergeConfig
 from fastvideo.models.reward_model.server import ServerConfig
 from fastvideo.rollout_plan import describe
@@ -19,7 +20,8 @@ import torch
 VALUES = (0, -1, 1, 2, 10**9, 2**63, 2**70, 1e-300, 1e-45, 0.5, 1e300, float("nan"), float("inf"), float("-inf"))
 NEEDED: dict[type, dict[str, Any]] = {
     SampleConfig: {"baseline": True}, EvalConfig: {"image": "x.png", "prompt": "x"}, ReportConfig: {"run_dir": ["x"]},
-    PreprocessConfig: {}, MergeConfig: {}, ServerConfig: {"reward_model": "shapes"},
+    BenchmarkConfig: {"benchmark": "dpg", "baseline": True}, PreprocessConfig: {}, MergeConfig: {},
+    ServerConfig: {"reward_model": "shapes"},
 }  # fmt: skip
 
 

@@ -121,9 +121,23 @@ get_mixgrpo() {
   hub tulvgengenr/MixGRPO mix_grpo_ckpt 24GB diffusion_pytorch_model.safetensors
 }
 
-get_prompts() { # the prompts of HPDv2 from the MixGRPO repository, beside this repository's own prompts
-  web https://github.com/Tencent-Hunyuan/MixGRPO/raw/main/data/prompts.txt data/prompts_hpdv2.txt ?
-  web https://github.com/Tencent-Hunyuan/MixGRPO/raw/main/data/prompts_test.txt data/prompts_hpdv2_test.txt ?
+# The prompts of HPDv2 from the MixGRPO repository, beside this repository's own; and the prompts of benchmarks.
+get_prompts() {
+  local hub=${HF_ENDPOINT:-https://huggingface.co}/datasets github=https://github.com to=data/benchmarks style name
+  web $github/Tencent-Hunyuan/MixGRPO/raw/main/data/prompts.txt data/prompts_hpdv2.txt ?
+  web $github/Tencent-Hunyuan/MixGRPO/raw/main/data/prompts_test.txt data/prompts_hpdv2_test.txt ?
+  for style in anime concept-art paintings photo; do
+    web $hub/zhwang/HPDv2/resolve/main/benchmark/$style.json $to/hpsv2/$style.json ?
+  done
+  web $github/google-research/parti/raw/2c99f6652cbc7f0d0441aa91f4c7e7055bcb0071/PartiPrompts.tsv \
+    $to/partiprompts/PartiPrompts.tsv 123KB
+  web "$hub/sayakpaul/drawbench/resolve/ad794cba698c253ffdb6d18eff3fc87b004c1135/DrawBench%20Prompts%20-%20Sheet1.csv" \
+    $to/drawbench/drawbench.csv ?
+  web $github/djghosh13/geneval/raw/main/prompts/evaluation_metadata.jsonl $to/geneval/evaluation_metadata.jsonl ?
+  web $github/TencentQQGYLab/ELLA/raw/main/dpg_bench/dpg_bench.csv $to/dpg/dpg_bench.csv ?
+  for name in color shape texture spatial 3d_spatial numeracy non_spatial complex; do
+    web $github/Karine-Huang/T2I-CompBench/raw/main/examples/dataset/${name}_val.txt $to/t2i_compbench/${name}_val.txt 16KB
+  done
 }
 
 for part in "${chosen[@]}"; do

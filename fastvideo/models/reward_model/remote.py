@@ -44,13 +44,13 @@ def to_base64_png(image: Image.Image) -> str:
 def check_limits(url: str, limits: dict[str, int], config: Any, whole_groups: bool = False) -> None:
     """Raises FlagError if a request of --reward_batch_size pictures may exceed one of the limits of the server at url.
 
-    whole_groups: whether a request may also have the pictures or candidates of a whole group, if these are more.
+    whole_groups: whether a request may also have the pictures of a whole group, if these are more.
     A training run knows the size of its pictures (config.h, config.w); the pictures of an evaluation may have any size.
     Bytes are estimated from a picture of noise, which compresses least.
     """
-    groups = ("num_generations", "scouts") if whole_groups else ()
-    sizes = {f"--{field}": getattr(config, field, 0) for field in ("reward_batch_size", *groups)}
-    name, count = max(sizes.items(), key=lambda size: size[1])
+    count, name = config.reward_batch_size, "--reward_batch_size"
+    if whole_groups and (group := getattr(config, "num_generations", 0)) > count:
+        count, name = group, "--num_generations"
     needed = [("images", "pictures", f"{name} {count}", count, "--max_images", 1)]
     if hasattr(config, "h"):
         given = f"{name} {count} with --h {config.h} --w {config.w}"

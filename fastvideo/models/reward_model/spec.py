@@ -322,6 +322,20 @@ REWARDS: dict[str, Reward] = {
         decisive=("model", "template", "matches"),
         groupwise=True,
     ),
+    "vlm_questions": Reward(
+        model="vlm_questions:VLMQuestionsModel",
+        arguments={
+            "urls": "vlm_judge_url",
+            "model": "vlm_judge_model",
+            "num_workers": "vlm_judge_num_workers",
+            "timeout": "vlm_judge_timeout",
+            "retries": "vlm_judge_retries",
+        },
+        url="vlm_judge_url",
+        check="vlm_questions:check_questions",
+        decisive=("model",),
+        needs="questions",
+    ),
     "ocr": Reward(
         model="ocr:OCRRewardModel",
         arguments={"num_workers": "ocr_num_workers"},
