@@ -53,10 +53,17 @@ SETS = {
     "multi_reward": ("multi_reward", "overall", ["hps", "image_reward", "pick_score"]),
     "unified_reward": ("unified_reward", "overall", []),
     "vlm_judge": ("vlm_judge", "overall", []),
-    "ocr": ("ocr", "overall", []),
     "pairwise": ("pairwise", "overall", []),
     "vlm_questions": ("vlm_questions", "overall", []),
+    "ocr": ("ocr", "overall", []),
+    "geneval": ("geneval", "overall", ["geneval"]),
     "jpeg_compressibility": ("jpeg_compressibility", "overall", []),
+}
+
+
+METADATA = {  # of vlm_questions and of geneval
+    "questions": ["Is there a lighthouse?"],
+    "include": [{"class": "boat", "count": 1, "color": "red"}],
 }
 
 
@@ -89,7 +96,7 @@ def seconds(
     times = []
     for _ in range(config.repeats + 1):
         start = time.perf_counter()
-        given = {"groups": [0] * len(pictures), "metadata": [{"questions": ["Is there a lighthouse?"]}] * len(pictures)}
+        given = {"groups": [0] * len(pictures), "metadata": [METADATA] * len(pictures)}
         rewards, *_ = compute_reward(pictures, prompts, models, weights, 1, 2, **given)
         # The rewards are on the CPU, so the device has finished.
         times.append(time.perf_counter() - start)
@@ -167,6 +174,8 @@ def main() -> None:
                     hps_path=str(folder / "hps_ckpt" / checkpoints.HPS_FILE),
                     clip_score_path=str(folder / checkpoints.CLIP_SCORE_FOLDER),
                     hpsv3_path=str(folder / checkpoints.HPSV3_FOLDER),
+                    geneval_detector_path=str(folder / checkpoints.DETECTOR_FOLDER),
+                    geneval_clip_path=str(folder / "image_reward_ckpt/ViT-L-14.pt"),
                     pick_score_path=str(folder / checkpoints.PICK_SCORE_FOLDER),
                     image_reward_score_dir=str(folder / "image_reward_ckpt"),
                     unified_reward_url=config.unified_reward_url or url,

@@ -28,7 +28,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from forked import run_together
-from reward_checkpoints import all_narrow_files, narrow_hpsv3, narrow_rewards  # noqa: F401  (fixtures)
+from reward_checkpoints import all_narrow_files, narrow_geneval, narrow_hpsv3, narrow_rewards  # noqa: F401  (fixtures)
 from reward_servers import chat_server, http_server  # noqa: F401  (fixtures)
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save

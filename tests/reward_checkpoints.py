@@ -26,6 +26,7 @@ CLIP_SCORE_FOLDER = "DFN5B-CLIP-ViT-H-14-384"
 CLIP_SCORE_ARCHITECTURE = "ViT-H-14-378-quickgelu"
 PICK_SCORE_FOLDER = "PickScore_v1"
 HPSV3_FOLDER = "HPSv3"
+DETECTOR_FOLDER = "mask2former-swin-small-coco-instance"
 PROMPTS = [
     "a small red circle",
     "",
@@ -151,7 +152,6 @@ def make_granular(folder: Path, full: bool = False) -> None:
     """model_large.pth, ViT-L-14.pt, the aesthetic head, med_config.json and a BERT tokenizer in image_reward_ckpt."""
     folder = folder / "image_reward_ckpt"
     package, med_config = _image_reward_package(folder, full)
-    from clip.model import CLIP
     from ImageReward.models.AestheticScore import MLP
 
     blip = randomize(package.BLIPScore(med_config=med_config), 2).blip.state_dict()
@@ -159,11 +159,18 @@ def make_granular(folder: Path, full: bool = False) -> None:
     momentum = {"vision_proj_m.weight": torch.zeros(2, 2), "image_queue": torch.zeros(2), "temp": torch.zeros(())}
     torch.save({"model": {**blip, **momentum}}, folder / "model_large.pth")
     torch.save(randomize(MLP(768), 3).state_dict(), folder / "sac%2Blogos%2Bava1-l14-linearMSE.pth")
+    make_openai_clip(folder / "ViT-L-14.pt", full)
+
+
+def make_openai_clip(path: Path, full: bool) -> None:
+    """OpenAI's ViT-L-14.pt."""
+    from clip.model import CLIP
+
     vision, text = ((24, 1024), (768, 12, 12)) if full else ((2, 256), (192, 3, 2))
     clip_model = randomize(CLIP(768, 224, *vision, 14, 77, 49408, *text), 4)
     # The real file is a TorchScript archive.
     archive = torch.jit.trace(clip_model, (torch.zeros(1, 3, 224, 224), torch.zeros(1, 77, dtype=torch.long)))
-    torch.jit.save(archive, folder / "ViT-L-14.pt")
+    torch.jit.save(archive, path)
 
 
 def make_hps(folder: Path, full: bool = False) -> None:
@@ -221,6 +228,41 @@ def make_pick_score(folder: Path, full: bool = False) -> None:
     with torch.no_grad():
         model.logit_scale.fill_(4.6052)
     model.save_pretrained(folder)
+
+
+def make_geneval(folder: Path, full: bool = False) -> None:
+    """GenEval's detector, a Mask2Former with COCO's labels, and ViT-L-14.pt in image_reward_ckpt.
+
+    Its class probabilities are near 0 and 1, else no random detector would find anything.
+    """
+    from fastvideo.models.reward_model.geneval import RENAMED
+    from fastvideo.models.reward_model.geneval_rules import CLASSES
+
+    from transformers import (
+        Mask2FormerConfig,
+        Mask2FormerForUniversalSegmentation,
+        Mask2FormerImageProcessor,
+        SwinConfig,
+    )
+
+    stages = {"out_features": [f"stage{i}" for i in range(1, 5)], "window_size": 7}
+    labels = {i: RENAMED.get(name, name) for i, name in enumerate(CLASSES)}
+    if full:
+        backbone = SwinConfig(embed_dim=96, depths=[2, 2, 18, 2], num_heads=[3, 6, 12, 24], **stages)
+        config = Mask2FormerConfig(backbone_config=backbone, num_queries=100, id2label=labels)
+    else:
+        backbone = SwinConfig(embed_dim=8, depths=[1] * 4, num_heads=[1, 1, 2, 2], **stages)
+        sizes = dict.fromkeys("hidden_dim mask_feature_size feature_size dim_feedforward".split(), 32)
+        sizes |= {"encoder_feedforward_dim": 16, "encoder_layers": 1, "decoder_layers": 1, "num_attention_heads": 2}
+        config = Mask2FormerConfig(backbone_config=backbone, num_queries=20, id2label=labels, **sizes)
+    torch.manual_seed(0)
+    model = randomize(Mask2FormerForUniversalSegmentation(config), 9)
+    with torch.no_grad():
+        model.class_predictor.weight.mul_(20)
+    model.save_pretrained(folder / DETECTOR_FOLDER)
+    Mask2FormerImageProcessor(size={"height": 384, "width": 384}).save_pretrained(folder / DETECTOR_FOLDER)
+    (folder / "image_reward_ckpt").mkdir(exist_ok=True)
+    make_openai_clip(folder / "image_reward_ckpt/ViT-L-14.pt", full)
 
 
 def make_byte_level_bpe(texts: list[str], merges: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
@@ -331,6 +373,7 @@ MAKERS: dict[str, Callable[..., None]] = {
     "clip_score": make_clip_score,
     "pick_score": make_pick_score,
     "hpsv3": make_hpsv3,
+    "geneval": make_geneval,
 }
 
 
@@ -340,7 +383,7 @@ def all_narrow_files(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         narrow_architectures(patch, tmp_path_factory.mktemp("architectures"))
         for kind, make in MAKERS.items():
-            if kind != "hpsv3":
+            if kind not in ("hpsv3", "geneval"):
                 make(folder)
     return folder
 
@@ -351,6 +394,15 @@ def narrow_hpsv3(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("hpsv3")
     make_hpsv3(folder)
     return folder / HPSV3_FOLDER
+
+
+@pytest.fixture(scope="session")
+def narrow_geneval(tmp_path_factory) -> dict[str, str]:
+    """The settings that name GenEval's narrow detector and CLIP."""
+    folder = tmp_path_factory.mktemp("geneval")
+    make_geneval(folder)
+    clip = folder / "image_reward_ckpt/ViT-L-14.pt"
+    return {"geneval_detector_path": str(folder / DETECTOR_FOLDER), "geneval_clip_path": str(clip)}
 
 
 @pytest.fixture

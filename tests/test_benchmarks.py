@@ -84,8 +84,9 @@ def test_every_reward_is_timed(subprocess_environment):
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if "image/s" in line]
     assert [line[:22].strip() for line in lines] == [
-        *("hpsv2", "image_reward overall", "image_reward granular", "clip_score", "pick_score", "multi_reward"),
-        *("unified_reward", "vlm_judge", "pairwise", "vlm_questions", "jpeg_compressibility"),
+        *("hpsv2", "hpsv3", "image_reward overall", "image_reward granular", "clip_score", "pick_score"),
+        *("multi_reward", "unified_reward", "vlm_judge", "pairwise", "vlm_questions", "ocr", "geneval"),
+        "jpeg_compressibility",
     ]
     for line in lines:
         rates = [float(rate) for rate in re.findall(r"([\d.]+) image/s", line)]

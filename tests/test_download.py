@@ -158,7 +158,10 @@ def test_prompts_of_hpdv2_and_of_benchmarks_come_beside_the_repository_s_own(dow
 
 def test_an_unknown_part_is_refused_naming_the_choices(download):
     status, output = download("hsp")
-    assert status == 2 and "'hsp'; choose from flux hps hpsv3 image_reward clip pick mixgrpo prompts, all" in output
+    assert (
+        status == 2
+        and "'hsp'; choose from flux hps hpsv3 image_reward clip pick geneval mixgrpo prompts, all" in output
+    )
 
 
 @pytest.mark.slow

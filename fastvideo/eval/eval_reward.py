@@ -55,7 +55,7 @@ from fastvideo.io.scores import companion, reward_schema, write_scores
 from fastvideo.models.reward_model.clip_base import CLIPReward
 from fastvideo.models.reward_model.granular import RewardModel
 from fastvideo.models.reward_model.groups import is_groupwise
-from fastvideo.models.reward_model.utils import build_reward_models, compute_reward, judge_of
+from fastvideo.models.reward_model.utils import build_reward_models, check_needs, compute_reward, judge_of
 from fastvideo.utils.picture_measures import appearance
 
 import numpy as np
@@ -65,7 +65,7 @@ from PIL import Image
 
 def read_manifest(path: Path, field: str) -> list[dict[str, Any]]:
     """The entries of a manifest: index, prompt, path (of the picture); the prompt's style and metadata if present. A
-    category in the metadata is a style too.
+    category in the metadata is a style too, and so is GenEval's tag.
 
     Without an index an entry's position is its index. A path is relative to the manifest or, as in the reference's
     manifests, to the working directory. Raises FlagError about the setting `field` for a file that is missing,
@@ -96,7 +96,7 @@ def read_manifest(path: Path, field: str) -> list[dict[str, Any]]:
             raise FlagError(field, path, f"entry {position} has metadata that is no object")
         if metadata:
             entries[-1]["metadata"] = metadata
-        if isinstance(style := keys.get("style", metadata.get("category")), str):
+        if isinstance(style := keys.get("style", metadata.get("category", metadata.get("tag"))), str):
             entries[-1]["style"] = style
     if len({entry["index"] for entry in entries}) < len(entries):
         raise FlagError(field, path, "an index comes twice")
@@ -307,6 +307,10 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         field = "manifest" if config.manifest else "image"
         problem = f"not one picture could be read; {entries[-1]['path']}: {problem}"
         raise FlagError(field, getattr(config, field), problem)
+    rewards = resolve_reward_spec(config, "reward_model_type")
+    for field, pictures in (("manifest", entries), ("baseline_manifest", before or [])):
+        prompts = [(entry["prompt"], entry.get("metadata", {})) for entry in pictures]
+        check_needs(rewards if prompts else (), prompts, field, getattr(config, field))
     output = _output(config)
     with processes(config.device) as here:
         models, _ = build_reward_models(config, here.device, evaluation=True, field="reward_model_type")
@@ -324,8 +328,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
             entry["reward"] |= _mirrored(scores, grouped, entry["index"])
         trained = config.trained_keys()
         if trained is not None:  # the models have the spec's order
-            keys = resolve_reward_spec(config, "reward_model_type")
-            trained = {name for key, name in zip(keys, models, strict=True) if key in trained}
+            trained = {name for key, name in zip(rewards, models, strict=True) if key in trained}
         summary = summarize(scores, baseline, trained)
         finish(here, lambda: _report(output, scores, baseline, summary))
         journal.remove()

@@ -19,7 +19,7 @@ from fastvideo.models.float8 import lacks_float8
 from fastvideo.models.flux import BASE, check_pipeline, meta_transformer
 from fastvideo.models.reward_model.loading import bad_file, to_download
 from fastvideo.models.reward_model.spec import REWARDS, resolve_reward_spec
-from fastvideo.models.reward_model.utils import can_score, reward_problems
+from fastvideo.models.reward_model.utils import check_needs, reward_problems
 from fastvideo.runtime.checkpoint import checkpoints
 from fastvideo.runtime.memory import checkpoint_size, describe_memory
 from fastvideo.runtime.resume import check_output, to_resume
@@ -91,23 +91,11 @@ def _check_prompts(config: GRPOConfig, field: str) -> None:
 
 
 def _check_needs(config: GRPOConfig, field: str, prompts: list[tuple[str, dict[str, Any]]]) -> None:
-    """Raises FlagError if a reward can't score a single one of the prompts, and says if it can't score some of them.
-
-    prompts: with their metadata; the setting `field` names their file. Evaluations score with all rewards.
-    """
+    """Calls `check_needs` for all rewards that score these prompts. field: the setting that names their file."""
     rewards = resolve_reward_spec(config)
     if field == "eval_prompts" and config.eval_reward is not None:
         rewards |= resolve_reward_spec(config, "eval_reward")
-    for key in rewards:
-        if key not in REWARDS or not (needs := REWARDS[key].needs):
-            continue
-        lacking = [prompt for prompt, metadata in prompts if not can_score(key, prompt, metadata)]
-        if len(lacking) == len(prompts):
-            problem = f"no prompt has {needs}, which the reward {key} needs; docs/rewards.md says what it looks for"
-            raise FlagError(field, getattr(config, field), problem)
-        if lacking:
-            which = f"{len(lacking)} of {len(prompts)} prompts have not {needs}, such as {lacking[0][:60]!r}"
-            say(f"note: --{field}: {which}; {key} gives their pictures no score, and they count as failed")
+    check_needs(rewards, prompts, field, getattr(config, field))
 
 
 def _not_downloaded(config: GRPOConfig, field: str) -> Iterator[FlagError]:

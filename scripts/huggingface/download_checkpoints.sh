@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Downloads the files that the recipes need, to the default paths of the flags. An interrupted download continues.
 #
-#   scripts/huggingface/download_checkpoints.sh [flux|hps|hpsv3|image_reward|clip|pick|mixgrpo|prompts|all] ... [--dry_run]
+#   scripts/huggingface/download_checkpoints.sh [flux|hps|hpsv3|image_reward|clip|pick|geneval|mixgrpo|prompts|all] ... [--dry_run]
 #
 #   --dry_run    lists every file with rough size, source and target, and downloads nothing
 #   HTTP_PROXY, HTTPS_PROXY  are used
@@ -12,7 +12,7 @@
 # Files from the hub are checked against the SHA-256 that the hub states, other files against the SHA-256 written here.
 source "$(dirname "${BASH_SOURCE[0]}")/../environment.sh"
 
-PARTS=(flux hps hpsv3 image_reward clip pick mixgrpo prompts)
+PARTS=(flux hps hpsv3 image_reward clip pick geneval mixgrpo prompts)
 dry_run=
 chosen=()
 for argument in "$@"; do
@@ -97,13 +97,17 @@ get_hpsv3() {
   hub Qwen/Qwen2-VL-7B-Instruct cache 12MB '*.json' 2MB merges.txt # its configuration, tokenizer and image processor
 }
 
+get_openai_clip() {
+  web https://openaipublic.azureedge.net/clip/models/b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/ViT-L-14.pt \
+    image_reward_ckpt/ViT-L-14.pt 890MB b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836
+}
+
 get_image_reward() {
   hub THUDM/ImageReward image_reward_ckpt 1.8GB ImageReward.pt 485B med_config.json
   hub bert-base-uncased image_reward_ckpt/bert-base-uncased 232KB vocab.txt 1KB tokenizer_config.json 1KB config.json
   web https://storage.googleapis.com/sfr-vision-language-research/BLIP/models/model_large.pth \
     image_reward_ckpt/model_large.pth 1.8GB
-  web https://openaipublic.azureedge.net/clip/models/b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/ViT-L-14.pt \
-    image_reward_ckpt/ViT-L-14.pt 890MB b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836
+  get_openai_clip
   web https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/sac%2Blogos%2Bava1-l14-linearMSE.pth \
     image_reward_ckpt/sac%2Blogos%2Bava1-l14-linearMSE.pth 3.7MB
 }
@@ -115,6 +119,11 @@ get_clip() {
 get_pick() {
   hub yuvalkirstain/PickScore_v1 cache 3.9GB model.safetensors 5KB config.json
   hub laion/CLIP-ViT-H-14-laion2B-s32B-b79K cache 3MB '*.json' 525KB merges.txt # its tokenizer and image processor
+}
+
+get_geneval() {
+  hub facebook/mask2former-swin-small-coco-instance cache 276MB model.safetensors 4KB '*.json'
+  get_openai_clip # where image_reward has it too
 }
 
 get_mixgrpo() {

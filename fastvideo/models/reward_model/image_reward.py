@@ -18,7 +18,6 @@ from typing import Any
 
 from fastvideo.cli import FlagError
 from fastvideo.io.pictures import open_picture
-from fastvideo.io.weights import not_finite
 from fastvideo.models.reward_model.demo import demo_parser, run_demo
 from fastvideo.models.reward_model.granular import GranularRewardModel, SmoothFunc
 from fastvideo.models.reward_model.image_reward_compat import import_image_reward, tokenizer_source
@@ -28,6 +27,7 @@ from fastvideo.models.reward_model.loading import (
     cosine,
     downloading,
     in_batches,
+    load_openai_clip,
     load_weights,
     prepare,
     read_checkpoint,
@@ -133,7 +133,6 @@ class ImageRewardModel(GranularRewardModel):
     aesthtic_rm = aesthetic_rm  # spelled so in the fork that first had the three scorers
 
     def _load_granular(self, package: Any) -> None:
-        import clip
         from ImageReward.models.AestheticScore import MLP
 
         for file in SCORE_FILES:
@@ -146,17 +145,9 @@ class ImageRewardModel(GranularRewardModel):
         self.blip = prepare(scorer.blip, self.device, self.dtype)
 
         # One CLIP model serves both CLIP and Aesthetic. Their preprocessing is the same as BLIP's: 224 pixels,
-        # normalised with the same mean and deviation. clip.load reads a given file without checking its sum.
-        try:
-            clip_model, _ = clip.load(str(clip_file), device="cpu", jit=False)
-        except Exception as error:  # half a dozen types for another file
-            raise bad_file("image_reward_score_dir", clip_file, "not a readable CLIP checkpoint") from error
-        if clip_model.visual.input_resolution != 224:
-            raise bad_file("image_reward_score_dir", clip_file, "a CLIP for 224 pixel pictures is needed")
-        if name := not_finite(clip_model.state_dict()):
-            raise bad_file("image_reward_score_dir", clip_file, f"{name} has values that aren't finite")
+        # normalised with the same mean and deviation.
+        clip_model, _, self.tokenize = load_openai_clip(clip_file, "image_reward_score_dir")
         self.clip = prepare(clip_model, self.device, self.dtype)
-        self.tokenize = clip.tokenize
         aesthetic = MLP(clip_model.text_projection.shape[1])
         state = read_checkpoint(aesthetic_file, "image_reward_score_dir")
         load_weights(aesthetic, state, aesthetic_file, "image_reward_score_dir")

@@ -170,6 +170,24 @@ def read_checkpoint(path: str | Path, field: str) -> dict[str, Any]:
     return loaded
 
 
+def load_openai_clip(path: str | Path, field: str) -> tuple[torch.nn.Module, Callable, Callable]:
+    """OpenAI's CLIP ViT-L/14 in a file of OpenAI's format: (model, preprocessing of a picture, tokenizer of texts).
+
+    Raises FlagError, naming the setting `field`, for another file.
+    """
+    import clip
+
+    try:  # clip.load reads a given file without checking its sum
+        model, preprocess = clip.load(str(path), device="cpu", jit=False)
+    except Exception as error:  # half a dozen types for another file
+        raise bad_file(field, path, "not a readable CLIP checkpoint") from error
+    if model.visual.input_resolution != 224:
+        raise bad_file(field, path, "a CLIP for 224 pixel pictures is needed")
+    if name := not_finite(model.state_dict()):
+        raise bad_file(field, path, f"{name} has values that aren't finite")
+    return model, preprocess, clip.tokenize
+
+
 def load_weights(module: torch.nn.Module, state: dict[str, torch.Tensor], path: str | Path, field: str) -> None:
     """Loads weights by name.
 

@@ -29,6 +29,10 @@ class RewardConfig:
     hps_clip_path: str | None = flag(
         "hps_ckpt/open_clip_pytorch_model.bin", "not needed and not read: the HPS checkpoint holds the whole model"
     )
+    geneval_detector_path: str = flag(
+        "facebook/mask2former-swin-small-coco-instance", "GenEval's object detector, a Mask2Former: hub id or folder"
+    )
+    geneval_clip_path: str = flag("image_reward_ckpt/ViT-L-14.pt", "OpenAI's CLIP that names colours for GenEval")
     hpsv3_path: str = flag("MizzenAI/HPSv3", "HPSv3 model: hub id or folder")
     clip_score_path: str = flag("hf-hub:apple/DFN5B-CLIP-ViT-H-14-384", "open_clip model of CLIPScore: name or file")
     clip_score_http_proxy: str | None = flag(None, "HTTP proxy for downloading CLIPScore's model")
@@ -157,7 +161,8 @@ class Reward:
         check: "module:function" in this package, called with the settings on the first process before anything loads.
             Raises FlagError if the reward can't work.
         packages, extra: packages that not every installation has, and the extra in pyproject.toml that installs them.
-        needs: what a prompt must have. The function can_score(prompt, metadata) of the model's module looks for it.
+        needs: what a prompt must have. The function can_score(prompt, metadata) of the model's module looks for it, and
+            raises ValueError for malformed metadata.
         decisive: arguments that change scores. A reward server and its clients compare their values.
         components: parts of a granular reward, in the order of --granular_start_weights.
         groupwise: whether it scores groups of pictures, see groups.py.
@@ -342,6 +347,19 @@ REWARDS: dict[str, Reward] = {
         packages=("rapidocr_onnxruntime", "rapidfuzz"),
         extra="ocr",
         needs="a text in quotation marks",
+    ),
+    "geneval": Reward(
+        model="geneval:GenEvalRewardModel",
+        arguments={"detector_path": "geneval_detector_path", "clip_path": "geneval_clip_path"},
+        files=(
+            File("geneval_detector_path", "a Mask2Former folder or its hub name", hub=True, inside="config.json"),
+            File("geneval_clip_path", "OpenAI's CLIP ViT-L/14"),
+        ),
+        download="geneval",
+        packages=("scipy",),
+        extra="geneval",
+        needs="metadata in GenEval's format",
+        checks=("right",),
     ),
     "shapes": Reward("shapes:ShapesRewardModel", components=("binding", "form", "clean"), checks=("right",)),
     "jpeg_compressibility": Reward("jpeg:JpegCompressibilityRewardModel"),

@@ -9,10 +9,10 @@ package.module:function` needs no entry there.
 import importlib
 import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from fastvideo.cli import FlagError
+from fastvideo.cli import FlagError, say
 from fastvideo.models.reward_model.custom import FunctionReward, probe
 from fastvideo.models.reward_model.detailed import DetailedReward
 from fastvideo.models.reward_model.granular import (
@@ -99,10 +99,31 @@ def _named(path: str) -> Any:
     return getattr(importlib.import_module(f"fastvideo.models.reward_model.{module}"), name)
 
 
-def can_score(key: str, prompt: str, metadata: Mapping[str, Any]) -> bool:
-    """Whether a reward of the registry can score pictures of a prompt: the prompt has what the entry `needs`."""
-    entry = REWARDS[key]
-    return entry.needs is None or _named(f"{entry.model.partition(':')[0]}:can_score")(prompt, metadata)
+def check_needs(
+    keys: Iterable[str], prompts: Sequence[tuple[str, Mapping[str, Any]]], field: str, value: object
+) -> None:
+    """Raises FlagError if one of the rewards can't score any of the prompts, or if metadata are malformed.
+
+    Says it if a reward can't score some of the prompts. keys: names of rewards. prompts: with their metadata; the
+    setting `field` with this value gave them.
+    """
+    for key in keys:
+        if key not in REWARDS or not (needs := REWARDS[key].needs):
+            continue
+        can_score = _named(f"{REWARDS[key].model.partition(':')[0]}:can_score")
+        lacking = []
+        for prompt, metadata in prompts:
+            try:
+                if not can_score(prompt, metadata):
+                    lacking.append(prompt)
+            except ValueError as error:
+                raise FlagError(field, value, f"{prompt[:60]!r}: {error}") from None
+        if len(lacking) == len(prompts):
+            problem = f"no prompt has {needs}, which the reward {key} needs; docs/rewards.md says what it looks for"
+            raise FlagError(field, value, problem)
+        if lacking:
+            which = f"{len(lacking)} of {len(prompts)} prompts have not {needs}, such as {lacking[0][:60]!r}"
+            say(f"note: --{field}: {which}; {key} gives their pictures no score, and they count as failed")
 
 
 def _build(entry: Reward, config: Any, device: str, evaluation: bool) -> RewardModel:
