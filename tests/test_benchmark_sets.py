@@ -154,6 +154,14 @@ def test_dpg_s_questions_are_asked_at_the_endpoint(sets, tiny_flux, chat_server,
     assert "2 of 1065 prompts: not comparable with published numbers" in capsys.readouterr().out
 
 
+def test_geneval_s_verdicts_are_reported_per_category(sets, tiny_flux, narrow_geneval):
+    given = {**narrow_geneval, "images_per_prompt": 1}
+    assert run_benchmark.main(flags(sets, "geneval", tiny_flux, **given)) == 0
+    found = json.loads((sets.parent / "out/geneval/benchmark.json").read_text())
+    assert found["mean_over_categories"].keys() >= {"GenEvalRewardModel", "GenEvalRewardModel_right"}
+    assert "GenEvalRewardModel_right" in found["note"] and found["prompts"] < found["published_prompts"]
+
+
 def test_questions_without_an_answer_and_prompts_without_questions_give_no_score(chat_server):
     def answer(content):
         return (200, "no logprobs") if "colour" in content[1]["text"] else (200, {"yes": 0.9, "no": 0.1})

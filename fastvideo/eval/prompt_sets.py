@@ -111,7 +111,7 @@ SETS = {
         4,
         "geneval",
         published="FLUX.1-dev: 0.67 (NVlabs/Sana, README.md)",
-        note="the published score is the mean over categories",
+        note="the published score is GenEvalRewardModel_right, its mean over categories",
     ),
     "dpg": PromptSet(
         ("dpg_bench.csv",),
