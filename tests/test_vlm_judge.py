@@ -118,6 +118,7 @@ WRONG = {
         {},
         "vlm_judge_template .*its first line is 'Is it {prompt}.', not of",
     ),
+    "no label": ({"template": "answer: image 1 or 2\n{prompt}"}, {}, "vlm_judge_template .*its first line is"),
     "a bad range": ({"template": "answer: number 5 to 1\n{prompt}"}, {}, "vlm_judge_template .*its first line is"),
     "pairs": ({"vlm_judge_template": "pairwise"}, {}, "vlm_judge_template pairwise: its answer is image 1 or 2; this"),
     "unreachable": ({}, {"dead": True}, "vlm_judge_url: no endpoint says what it serves, e.g. http://127.0.0.1:"),
@@ -204,3 +205,19 @@ def test_pictures_of_every_mode_arrive(chat_server):
     modes = [Image.new(mode, (9, 9)) for mode in ("RGB", "RGBA", "L", "1", "P", "CMYK")]
     scores = VLMJudgeModel(server.url, template="rating_10")(modes, "a")
     assert scores.tolist() == [1, 1, 1, 1, 1, 10]  # CMYK's zero is white
+
+
+def test_a_run_asks_each_prompt_s_own_questions(train, flags, chat_server, tmp_path, refused, prompts_file):
+    """In a mix with the judge, without failed samples."""
+    server = chat_server(lambda content: (200, {"Yes": mark(content) / 5, "No": 1 - mark(content) / 5}))
+    given = {"reward_model": "vlm_judge,vlm_questions", "vlm_judge_url": server.url, "max_train_steps": 1}
+    prompts = [{"prompt": prompt, "questions": [f"Is it {prompt}?", "Is it?"]} for prompt in PROMPTS[:2]]
+    (tmp_path / "prompts.json").write_text(json.dumps(prompts))
+    (line,) = train(**given, prompts_file=tmp_path / "prompts.json", train_batch_size=2).metrics
+    assert line["failed_rewards"] == 0 and line["grad_norm"] > 0 and 0 <= line["reward_VLMQuestionsModel"] <= 1
+    asked = [body["messages"][0]["content"][1]["text"] for _, _, body in server.requests]
+    assert len(asked) == 2 + 8 + 16 and all(
+        sum(f"Is it {prompt}?" in text for text in asked) == 4 for prompt in PROMPTS[:2]
+    )
+    with refused("--prompts_file .*: no prompt has questions, which the reward vlm_questions needs"):
+        main(flags(**given, prompts_file=prompts_file))

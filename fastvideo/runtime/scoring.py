@@ -148,7 +148,8 @@ class Scoring:
             grouped = {name for name, model in self.models.items() if is_groupwise(model)}
             weights = {name: weight for name, weight in self.weights.items() if name not in grouped}
             alone = {name: v[:, trained:] for name, v in scores.items() if name not in grouped}
-            anchors = reward_means(alone, weights) if weights else {}
+            total = sum(weights.values())  # 0: only groupwise models have a weight
+            anchors = reward_means(alone, {name: weight / total for name, weight in weights.items()}) if total else {}
             metrics |= {f"eval_{name}": value for name, value in anchors.items()}
         metrics |= {f"hacking_{name}": float(values.mean()) for name, values in looks.items()}
         for model in self.models.values():

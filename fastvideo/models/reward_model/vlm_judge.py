@@ -81,8 +81,7 @@ class Template:
         return sum(numbers) / len(numbers)
 
     def _better(self, answer: Answer) -> float:
-        (label,) = self.labels or [""]
-        found = self._last(answer, label, r"(?:image|picture)?\s*\b(1|2|tie)\b(?!/)")
+        found = self._last(answer, self.labels[0], r"(?:image|picture)?\s*\b(1|2|tie)\b(?!/)")
         return {"1": 1.0, "2": 0.0, "tie": 0.5}[found]
 
     def _yes(self, answer: Answer) -> float:
@@ -124,7 +123,7 @@ def read_template(value: str, field: str, kinds: Sequence[str]) -> Template:
         labels = tuple(shlex.split(form[4] or ""))
         bounds = tuple(map(float, form.group(2, 3))) if form[2] else Template.bounds
         fits = bounds[0] < bounds[1] and not (labels and form[1] == "yes or no")
-        fits = fits and (form[1] != "image 1 or 2" or len(labels) <= 1)
+        fits = fits and (form[1] != "image 1 or 2" or len(labels) == 1)
     except (TypeError, ValueError):
         fits = False
     if not fits:
