@@ -94,7 +94,7 @@ class HPSv3RewardModel(DetailedReward):
             self.image_processor = Qwen2VLImageProcessor.from_pretrained(source)
         self.tokenizer.add_tokens([REWARD], special_tokens=True)
         config.text_config.vocab_size = len(self.tokenizer)  # the checkpoint has no row beyond
-        state = read_checkpoint(path, FIELD)
+        state = read_checkpoint(path, FIELD, device)  # 16 GB in the memory of every process would be much
         state = {
             renamed: state.pop(name)
             for name in list(state)

@@ -151,8 +151,8 @@ def check_tokenizer(tokenizer: Any, source: str) -> None:
         raise OSError(f"{source}: no vocabulary of its tokenizer found")
 
 
-def read_checkpoint(path: str | Path, field: str) -> dict[str, Any]:
-    """The dict in a .pt, .pth, .bin or .safetensors file, tensors on the CPU. Code in the file is never run.
+def read_checkpoint(path: str | Path, field: str, device: str = "cpu") -> dict[str, Any]:
+    """The dict in a .pt, .pth, .bin or .safetensors file, tensors on the device. Code in the file is never run.
 
     Raises FlagError, naming the setting `field`, if there is no such file or it isn't a checkpoint.
     """
@@ -160,8 +160,8 @@ def read_checkpoint(path: str | Path, field: str) -> dict[str, Any]:
         raise bad_file(field, path, "no such file")
     try:
         if Path(path).suffix == ".safetensors":
-            return load_file(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+            return load_file(path, device)
+        loaded = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch and safetensors raise half a dozen types for a damaged file
         cause = (str(error) or repr(error)).splitlines()[0]
         raise bad_file(field, path, f"not a readable checkpoint ({cause[:200]})") from error
