@@ -92,6 +92,8 @@ SETS = {
         count=3200,
         images=1,
         rewards="hpsv2",
+        published="FLUX.1-dev, HPS v2.1, times 100: 32.47 (animation 33.87, concept-art 32.27, painting 32.62, photo "
+        "31.11) in HiDream-I1's report, arXiv 2505.22705",
         note="papers give 100 times this score, and the version (v2.0 or v2.1) of the checkpoint decides it",
     ),
     "partiprompts": PromptSet(("PartiPrompts.tsv",), _parti, 1632, 1, ALL_PREFERENCES),
@@ -128,6 +130,8 @@ SETS = {
         2400,
         10,
         "vlm_judge",
+        published="FLUX.1-dev, by its own scorers: color 0.7407, shape 0.5718, texture 0.6922, spatial 0.2863, "
+        "non_spatial 0.3127, complex 0.3703 (MILR, arXiv 2509.22761, table 2)",
         note="its own scorers (BLIP-VQA, UniDet, CLIP ViT-B/32) aren't part of this package: compare these scores only "
         "with each other",
     ),
