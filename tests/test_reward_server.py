@@ -13,6 +13,7 @@ import time
 import zlib
 from types import SimpleNamespace
 
+from fastvideo import train_grpo_flux
 from fastvideo.eval import eval_reward
 from fastvideo.models.reward_model import remote
 from fastvideo.models.reward_model.jpeg import JpegCompressibilityRewardModel
@@ -31,6 +32,7 @@ from conftest import ROOT, TIME_LIMIT, base_weights, same_weights
 from PIL import Image
 from reward_checkpoints import HPS_FILE, PICK_SCORE_FOLDER, PROMPTS, pictures
 from reward_servers import QuietHandler
+from test_group_rewards import brighter
 
 SPEC = "shapes:3,custom_rewards:brightness"
 SCENES = all_scenes(withheld=False)[::97][:6]
@@ -228,6 +230,19 @@ def test_a_judge_behind_servers_is_known_to_the_run_and_must_be_one(serve, chat_
     assert served_judge(RewardSpecConfig(reward_model="vlm_judge", reward_server=urls[1])) == "another"
     with pytest.raises(ValueError, match="its judge is another, that of another server judge"):
         connect(*urls, reward_model="vlm_judge")
+
+
+def test_a_run_compares_pictures_at_a_server_and_knows_its_judge(train, flags, serve, chat_server, refused):
+    judge, spec = chat_server(brighter), "pairwise,custom_rewards:place_in_group"
+    given = {"reward_model": spec, "train_batch_size": 2, "max_train_steps": 1}
+    here = train(**given, vlm_judge_url=judge.url)
+    url = serve(spec, vlm_judge_url=judge.url)
+    there = train(**given, reward_server=url, reward_batch_size=3, output_dir="there")
+    assert there.numbers() == here.numbers()
+    judge.models = ["another"]
+    given |= {"reward_server": serve(spec, vlm_judge_url=judge.url), "resume_from_checkpoint": "latest"}
+    with refused("--vlm_judge_model: not given; .* the judge judge, --reward_server serves another; name it to go on"):
+        train_grpo_flux.main(flags(**given | {"max_train_steps": 2, "output_dir": there.folder}))
 
 
 def test_whole_groups_travel_in_one_request(serve):

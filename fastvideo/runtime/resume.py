@@ -371,7 +371,7 @@ def _check_judge(checkpoint: Path, before: str | None, config: GRPOConfig) -> No
     """Raises FlagError for another judge than the checkpoint's, unless --vlm_judge_model names it."""
     judge = served_judge(config)
     if None not in (judge, before) and judge not in (before, config.vlm_judge_model):
-        where = "the reward servers" if config.reward_server else "--vlm_judge_url"
+        where = "--reward_server" if config.reward_server else "--vlm_judge_url"
         problem = (
             f"not given; {checkpoint} was trained with the judge {before}, {where} serves {judge}; name it to go on"
         )
