@@ -22,7 +22,7 @@ echo "Installing the environment into .venv (some minutes the first time) ..."
 mapfile -t torch < <(grep -E '^torch(vision)?==' requirements.txt)
 "${pip[@]}" ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} "${torch[@]}"
 DS_BUILD_OPS=0 "${pip[@]}" -r requirements.txt
-"${pip[@]}" --no-build-isolation -e '.[ocr,geneval]' # the extras are its only dependencies; the tests need them
+"${pip[@]}" --no-build-isolation -e '.[ocr]' # the extras are its only dependencies; the tests need them
 # Where torch is a CPU-only build and torchvision isn't, `import diffusers` works all the same: see the module imported.
 for folder in .venv/lib/python3*/site-packages; do
   echo 'import importlib.util; importlib.util.find_spec("fastvideo") and __import__("fastvideo.torchvision_repair")' > "$folder/torchvision_repair.pth"

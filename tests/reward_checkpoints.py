@@ -235,7 +235,7 @@ def make_geneval(folder: Path, full: bool = False) -> None:
 
     Its class probabilities are near 0 and 1, else no random detector would find anything.
     """
-    from fastvideo.models.reward_model.geneval import RENAMED
+    from fastvideo.models.reward_model.geneval import RENAMED, without_scipy
     from fastvideo.models.reward_model.geneval_rules import CLASSES
 
     from transformers import (
@@ -256,7 +256,8 @@ def make_geneval(folder: Path, full: bool = False) -> None:
         sizes |= {"encoder_feedforward_dim": 16, "encoder_layers": 1, "decoder_layers": 1, "num_attention_heads": 2}
         config = Mask2FormerConfig(backbone_config=backbone, num_queries=20, id2label=labels, **sizes)
     torch.manual_seed(0)
-    model = randomize(Mask2FormerForUniversalSegmentation(config), 9)
+    with without_scipy():
+        model = randomize(Mask2FormerForUniversalSegmentation(config), 9)
     with torch.no_grad():
         model.class_predictor.weight.mul_(20)
     model.save_pretrained(folder / DETECTOR_FOLDER)

@@ -155,6 +155,13 @@ def test_transformers_clip_gives_projected_features(clip_model, method):
     )
 
 
+def test_transformers_mask2former_asks_for_scipy_under_this_name():
+    from transformers.models.mask2former import modeling_mask2former as module
+
+    asks = 'requires_backends(self, ["scipy"])' in inspect.getsource(module.Mask2FormerLoss.__init__)
+    assert asks and callable(module.requires_backends), changed("transformers", "no such check", "geneval")
+
+
 # --- open_clip --------------------------------------------------------------------------------------------------------
 
 

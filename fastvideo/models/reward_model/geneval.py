@@ -5,7 +5,8 @@ Mask2Former, trained on COCO, finds objects and their outlines; OpenAI's CLIP Vi
 crop in which all but the object is grey. geneval_rules.py has the decision rules and the metadata's format.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from typing import Any
 
@@ -36,13 +37,26 @@ def can_score(prompt: str, metadata: Mapping[str, Any]) -> bool:
     return bool(metadata.get("include") or metadata.get("exclude"))
 
 
+@contextmanager
+def without_scipy() -> Iterator[None]:
+    """Lets transformers build Mask2Former where scipy isn't installed, which only its training needs."""
+    from transformers.models.mask2former import modeling_mask2former as module
+
+    check = module.requires_backends
+    module.requires_backends = lambda *_: None
+    try:
+        yield
+    finally:
+        module.requires_backends = check
+
+
 class Detector:
     """Mask2Former for COCO's 80 classes. path: folder or hub id. device, dtype: as in `prepare`."""
 
     def __init__(self, path: str, device: str, dtype: str) -> None:
         from transformers import Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessor
 
-        with downloading(DETECTOR, path):
+        with downloading(DETECTOR, path), without_scipy():
             self.processor = Mask2FormerImageProcessor.from_pretrained(path, size=SIZE)
             model, report = Mask2FormerForUniversalSegmentation.from_pretrained(
                 path, output_loading_info=True, ignore_mismatched_sizes=True, weights_only=True

@@ -356,8 +356,6 @@ REWARDS: dict[str, Reward] = {
             File("geneval_clip_path", "OpenAI's CLIP ViT-L/14"),
         ),
         download="geneval",
-        packages=("scipy",),
-        extra="geneval",
         needs="metadata in GenEval's format",
         checks=("right",),
     ),
