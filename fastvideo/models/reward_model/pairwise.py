@@ -26,10 +26,12 @@ def check_pairwise(config: Any) -> None:
 def chosen_pairs(size: int, matches: int | None, prompt: str) -> list[tuple[int, int]]:
     """The pairs of a group's places that are compared.
 
-    matches: comparisons of each picture; None, or size − 1 and more: with all others. The choice is the same for every
-    picture but for names: a random circle, in which each picture meets its nearest neighbours and others at random
-    distances. So all pictures are linked by comparisons. With an odd number of pictures an odd `matches` is one more.
-    The choice depends on nothing but the arguments.
+    matches: comparisons of each picture; None, or size − 1 and more: with all others. With an odd number of pictures an
+    odd `matches` means one more.
+
+    The pictures are put on a circle at random. Each is compared with those at the same few distances from it: with its
+    neighbours, which from 2 comparisons on links all pictures, and at distances that are drawn. The choice depends on
+    nothing but the arguments.
     """
     if matches is None or matches >= size - 1:
         return list(combinations(range(size), 2))
