@@ -106,3 +106,14 @@ def place_in_group(images: Images, prompts: list[str], groups: list[int]) -> lis
         assert len({prompts[i] for i in members}) == 1
         scores[members] = (values[members, None] > values[members]).mean(1)
     return scores.tolist()
+
+
+def shapes_win_rates(images: Images, prompts: list[str], groups: list[int]) -> list[float]:
+    """The share of its group's other pictures that a picture beats in the reward `shapes`; a tie counts half."""
+    values, numbers = np.array(SHAPES(images, prompts)), np.array(groups)
+    scores = np.zeros(len(images))
+    for number in np.unique(numbers):
+        own = values[numbers == number]
+        wins = (own[:, None] > own).sum(1) + ((own[:, None] == own).sum(1) - 1) / 2
+        scores[numbers == number] = wins / (len(own) - 1)
+    return scores.tolist()

@@ -162,7 +162,7 @@ def test_one_dead_endpoint_of_two_costs_no_sample(chat_server, caplog, monkeypat
 
 
 def test_a_run_records_its_judge_and_goes_on_with_another_only_if_it_is_named(
-    train, flags, chat_server, refused, tmp_path
+    train, flags, chat_server, refused, tmp_path, capsys
 ):
     """In a mix, with failed samples."""
     server = chat_server(lambda content: (200, f"Rating: {mark(content) if mark(content) < 2.35 else 'none'}"))
@@ -178,11 +178,16 @@ def test_a_run_records_its_judge_and_goes_on_with_another_only_if_it_is_named(
     assert json.loads((run.checkpoints[0] / "checkpoint.json").read_text())["judge"] == "judge"
 
     given |= {"resume_from_checkpoint": "latest", "max_train_steps": 2}
-    server.models = ["another"]
-    with refused("--vlm_judge_model: not given; .*was trained with the judge judge, --vlm_judge_url serves another"):
-        main(flags(**given | {"output_dir": run.folder}))
+    for server.models, server.root, name in ((["another"], None, "another"), (["judge"], "/new", r"judge \(/new\)")):
+        with refused(
+            f"--vlm_judge_model: not given; .*was trained with the judge judge, --vlm_judge_url serves {name};"
+        ):
+            main(flags(**given | {"output_dir": run.folder}))
+    server.models, server.root = ["another"], None
+    capsys.readouterr()
     train(**given, vlm_judge_model="another")
     assert len(run.metrics) == 2 and server.requests[-1][2]["model"] == "another"
+    assert "with the judge another; before, it was judge\n" in capsys.readouterr().err
     server.models = ["judge", "another"]
     with refused("--vlm_judge_model: not given; http.* serves judge, another"):
         main(flags(**given | {"output_dir": run.folder, "max_train_steps": 3}))

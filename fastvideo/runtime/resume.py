@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastvideo.cli import FlagError
+from fastvideo.cli import FlagError, say
 from fastvideo.config import PLACES, REFERENCE, GRPOConfig
 from fastvideo.io.files import check_writable, not_written, write_bytes
 from fastvideo.io.fingerprint import sample_file
@@ -368,9 +368,13 @@ def check_resumable(checkpoint: Path, config: GRPOConfig, processes: int) -> Non
 
 
 def _check_judge(checkpoint: Path, before: str | None, config: GRPOConfig) -> None:
-    """Raises FlagError for another judge than the checkpoint's, unless --vlm_judge_model names it."""
+    """Raises FlagError for another judge than the checkpoint's. If --vlm_judge_model names it, only says so."""
     judge = served_judge(config)
-    if None not in (judge, before) and judge not in (before, config.vlm_judge_model):
+    if None in (judge, before) or judge == before:
+        return
+    if config.vlm_judge_model is not None:
+        say(f"note: resuming {checkpoint} with the judge {judge}; before, it was {before}")
+    else:
         where = "--reward_server" if config.reward_server else "--vlm_judge_url"
         problem = (
             f"not given; {checkpoint} was trained with the judge {before}, {where} serves {judge}; name it to go on"

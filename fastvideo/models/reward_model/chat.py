@@ -143,8 +143,9 @@ class ChatClient:
         endpoints = [below(url, "/chat/completions") for url in self.urls]
         return ask_in_turn(send, endpoints, self.first + index, self.retries, self.backoff)
 
-    def served(self, model: str | None, field: str) -> str:
-        """The id of the model that all endpoints serve.
+    def served(self, model: str | None, field: str) -> tuple[str, str]:
+        """The id of the model that all endpoints serve, and the id with the name of its weights, if the first endpoint
+        gives them another name (`root`, as vLLM does under --served-model-name).
 
         model: the id to look for, the value of the setting `field`; None: the only model that they serve.
 
@@ -152,27 +153,28 @@ class ChatClient:
         one serves no such model, or several where none is chosen.
         """
 
-        def send(url: str) -> list[str]:
+        def send(url: str) -> dict[str, str]:
             response = self.client.get(url)
             response.raise_for_status()
-            return [str(entry["id"]) for entry in response.json()["data"]]
+            return {str(entry["id"]): str(entry.get("root") or entry["id"]) for entry in response.json()["data"]}
 
         found, problems = {}, []
         for url in self.urls:
-            ids, problem = ask_in_turn(send, [below(url, "/models")], 0, self.retries, self.backoff)
-            if ids is None:
+            roots, problem = ask_in_turn(send, [below(url, "/models")], 0, self.retries, self.backoff)
+            if roots is None:
                 problems.append(problem)
             else:
-                found[url] = ids
+                found[url] = roots
         if not found:
             raise FlagError(self.field, None, f"no endpoint says what it serves, e.g. {problems[0]}")
         for problem in problems:
             logger.warning("--%s: %s; the others go on without it", self.field, problem)
-        for url, ids in found.items():
-            serves = f"{redact(url)} serves {', '.join(ids) or 'no model'}"
-            if model is None and len(ids) != 1:
+        for url, roots in found.items():
+            serves = f"{redact(url)} serves {', '.join(roots) or 'no model'}"
+            if model is None and len(roots) != 1:
                 raise FlagError(field, None, f"not given; {serves}")
-            model = model or ids[0]
-            if model not in ids:
+            model = model or next(iter(roots))
+            if model not in roots:
                 raise FlagError(field, model, serves)
-        return model
+        root = next(iter(found.values()))[model]
+        return model, model if root == model else f"{model} ({root})"

@@ -45,7 +45,7 @@ def chosen_pairs(size: int, matches: int | None, prompt: str) -> list[tuple[int,
 
 
 class PairwiseRewardModel:
-    """A picture's share of wins, 0 to 1, over others of its group. Attribute: judge, the model's id at the endpoint."""
+    """A picture's share of wins, 0 to 1, over others of its group. Attributes: those of VLMJudgeModel."""
 
     name = "PairwiseRewardModel"
     groupwise = True
@@ -63,7 +63,7 @@ class PairwiseRewardModel:
         """matches: see `chosen_pairs`. The other arguments are those of VLMJudgeModel."""
         self.template, self.matches = read_template(template, "pairwise_template", PAIR), matches
         self.client: ChatClient = judge_client(urls, num_workers, timeout, retries)
-        self.judge = self.client.served(model, "vlm_judge_model")
+        self.model, self.judge = self.client.served(model, "vlm_judge_model")
 
     def score_groups(self, groups: Sequence[Group]) -> list[np.ndarray]:
         """R = wins/comparisons, float64 [G] per group, NaN for a picture without a comparison.
@@ -77,7 +77,7 @@ class PairwiseRewardModel:
             for a, b in chosen
             for i, j in ((a, b), (b, a))
         ]
-        answers = self.client.ask(self.judge, questions, self.template.read, "the judge", **self.template.body)
+        answers = self.client.ask(self.model, questions, self.template.read, "the judge", **self.template.body)
         won = (answers[::2] + 1 - answers[1::2]) / 2  # by the first picture of each pair; NaN: a question failed
         scores, begin = [], 0
         for group, chosen in zip(groups, pairs, strict=True):

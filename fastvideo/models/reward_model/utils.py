@@ -165,7 +165,7 @@ def build_reward_models(
 
 
 def judge_of(models: Mapping[str, RewardModel]) -> str | None:
-    """The id of the model behind --vlm_judge_url, if one of the rewards asks it."""
+    """The model behind --vlm_judge_url, its id and the name of its weights, if one of the rewards asks it."""
     return next(filter(None, (getattr(model, "judge", None) for model in models.values())), None)
 
 

@@ -142,9 +142,9 @@ def judge_client(urls: str, workers: int, timeout: float, retries: int) -> ChatC
 
 
 def served_by(config: Any) -> str:
-    """The id of the judge that the endpoints in the settings serve. Raises FlagError, see `ChatClient.served`."""
+    """The judge that the endpoints in the settings serve, as in `ChatClient.served`. Raises FlagError as that."""
     client = judge_client(config.vlm_judge_url, 1, config.vlm_judge_timeout, config.vlm_judge_retries)
-    return client.served(config.vlm_judge_model, "vlm_judge_model")
+    return client.served(config.vlm_judge_model, "vlm_judge_model")[1]
 
 
 def check_judge(config: Any) -> None:
@@ -166,7 +166,7 @@ def _try(urls: str, model: str | None, template: Template, timeout: float, retri
     client, grey = judge_client(urls, 1, timeout, retries), Image.new("RGB", (256, 256), "grey")
     question = template.ask([grey] * (2 if template.kind in PAIR else 1), "a grey square")
     with waiting("the judge of --vlm_judge_url"):
-        answer, problem = client.ask_one(client.served(model, "vlm_judge_model"), question, **template.body)
+        answer, problem = client.ask_one(client.served(model, "vlm_judge_model")[0], question, **template.body)
     if answer is None:
         raise FlagError("vlm_judge_url", None, f"a question about a grey picture failed: {problem}")
     if template.kind == "yes or no":
@@ -179,7 +179,7 @@ def _try(urls: str, model: str | None, template: Template, timeout: float, retri
 class VLMJudgeModel:
     """The judge's answers about single pictures: the probability of yes, or a number.
 
-    Attributes: judge, the id of the model at the endpoint.
+    Attributes: model, the id of the judge at the endpoint; judge, the id with the name of its weights.
     """
 
     name = "VLMJudgeModel"
@@ -198,10 +198,10 @@ class VLMJudgeModel:
         further attempts after a failed request, at the next endpoint."""
         self.template = read_template(template, "vlm_judge_template", SINGLE)
         self.client = judge_client(urls, num_workers, timeout, retries)
-        self.judge = self.client.served(model, "vlm_judge_model")
+        self.model, self.judge = self.client.served(model, "vlm_judge_model")
 
     def __call__(self, images: list[Image.Image], prompts: list[str]) -> np.ndarray:
         """float64 [N]; NaN for a failed sample. The number of failed samples and one reason are logged."""
         prompts = prompt_per_image(prompts, len(images))
         questions = [self.template.ask([image], prompt) for image, prompt in zip(images, prompts, strict=True)]
-        return self.client.ask(self.judge, questions, self.template.read, "the judge", **self.template.body)
+        return self.client.ask(self.model, questions, self.template.read, "the judge", **self.template.body)

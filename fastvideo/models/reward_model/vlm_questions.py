@@ -46,7 +46,7 @@ def can_score(prompt: str, metadata: Mapping[str, Any]) -> bool:
 
 
 class VLMQuestionsModel:
-    """Share of a prompt's questions that the judge answers with yes, 0 to 1. Attribute: judge, its id at the endpoint.
+    """Share of a prompt's questions that the judge answers with yes, 0 to 1. Attributes: those of VLMJudgeModel.
 
     NaN: the prompt has no questions, or one of them has no answer.
     """
@@ -65,7 +65,7 @@ class VLMQuestionsModel:
         """The arguments are those of VLMJudgeModel."""
         self.template = read_template("question", "vlm_judge_url", SINGLE)
         self.client = judge_client(urls, num_workers, timeout, retries)
-        self.judge = self.client.served(model, "vlm_judge_model")
+        self.model, self.judge = self.client.served(model, "vlm_judge_model")
 
     def __call__(
         self, images: list[Image.Image], prompts: list[str], metadata: Sequence[Mapping[str, Any]] | None = None
@@ -78,7 +78,7 @@ class VLMQuestionsModel:
             for image, questions in zip(images, asked, strict=True)
             for _, question, _ in questions
         ]
-        answers = iter(self.client.ask(self.judge, each, self.template.read, "the judge", **self.template.body))
+        answers = iter(self.client.ask(self.model, each, self.template.read, "the judge", **self.template.body))
         return np.array([self._score(questions, [next(answers) for _ in questions]) for questions in asked])
 
     @staticmethod
