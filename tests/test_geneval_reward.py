@@ -7,12 +7,15 @@ from fastvideo.eval import eval_reward
 from fastvideo.io.prompts import read_prompts
 from fastvideo.models.reward_model.geneval import Detector, GenEvalRewardModel
 from fastvideo.models.reward_model.geneval_rules import CLASSES, COLORS, Found, check_wants, judge
+from fastvideo.models.reward_model.utils import build_reward_models, compute_reward
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 from PIL import Image, ImageDraw
+from test_reward_registry import config
+from test_reward_server import connect, no_proxy_and_short_waits, serve  # noqa: F401  (fixtures)
 
 CASES = json.loads((ROOT / "tests/golden/geneval.json").read_text())
 DOG = {"include": [{"class": "dog", "count": 1}]}
@@ -158,6 +161,18 @@ def test_a_run_trains_on_metadata_and_an_evaluation_has_a_row_per_tag(train, nar
     assert set(styles) == {"single_object", "counting"}
     scores = json.loads((tmp_path / "manifest_scores.json").read_text())
     assert [entry["reward"]["GenEvalRewardModel_right"] for entry in scores] == [1, 0]
+
+
+def test_checks_details_and_metadata_travel_from_and_to_a_reward_server(serve, narrow_geneval, narrow_hpsv3):  # noqa: F811
+    given = {**narrow_geneval, "hpsv3_path": str(narrow_hpsv3), "reward_model": "geneval,hpsv3"}
+    here, weights = build_reward_models(config(**given), "cpu")
+    there, _ = connect(serve(given.pop("reward_model"), models=here, **given), **given, reward_model="geneval,hpsv3")
+    images, prompts, metadata = [noise(0, 40, 40), noise(1, 40, 40)], ["a dog", "a cat"], [DOG, {}]
+    wanted, found = (compute_reward(images, prompts, m, weights, metadata=metadata)[2] for m in (here, there))
+    assert {"GenEvalRewardModel_right", "HPSv3RewardModel_uncertainty"} < wanted.keys() == found.keys()
+    for name, values in wanted.items():
+        np.testing.assert_array_equal(found[name], values)
+    assert wanted["GenEvalRewardModel_right"][0] == 1 and np.isnan(wanted["GenEvalRewardModel"][1])
 
 
 def test_our_prompts_have_wants_of_all_kinds_and_no_test_prompt_trains():
