@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 
 from fastvideo import train_grpo_flux
 from fastvideo.eval import eval_reward
@@ -113,6 +114,14 @@ def test_without_the_package_one_line_names_the_extra(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "rapidfuzz" else found(name))
     with pytest.raises(ValueError, match=r"'shapes,ocr'.* needs the package rapidfuzz; `pip install -e '.\[ocr\]'`"):
         check_reward_files(config(reward_model="shapes,ocr"))
+
+
+def test_an_engine_that_cannot_be_imported_is_one_line(monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("rapidocr_onnxruntime")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "cv2", None)  # an import of it fails
+    with pytest.raises(ValueError, match="reward_model ocr: ModuleNotFoundError: .*cv2.*; OpenCV needs the system's"):
+        check_reward_files(config(reward_model="ocr"))
 
 
 def test_a_run_trains_on_what_is_read_and_an_evaluation_reports_it(train, tmp_path, monkeypatch, capfd):

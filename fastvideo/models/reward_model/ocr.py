@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from fastvideo.cli import FlagError
 from fastvideo.io.secrets import one_line
 from fastvideo.models.reward_model.demo import demo_parser, run_demo
 from fastvideo.models.reward_model.granular import prompt_per_image
@@ -79,6 +80,15 @@ def text_score(wanted: str, lines: Sequence[str]) -> float:
                 break
             least = min(least, Levenshtein.distance(text, run, score_cutoff=least))
     return 1 - least / len(text)
+
+
+def check_engine(config: Any) -> None:
+    """Raises FlagError if the packages are installed but can't be imported, as OpenCV where a system library lacks."""
+    try:
+        import rapidocr_onnxruntime  # noqa: F401  (imports OpenCV and onnxruntime)
+    except ImportError as error:
+        problem = f"{one_line(error)}; OpenCV needs the system's libGL (Debian: libgl1)"
+        raise FlagError("reward_model", "ocr", problem) from error
 
 
 class OCRRewardModel:

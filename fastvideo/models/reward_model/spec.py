@@ -346,6 +346,7 @@ REWARDS: dict[str, Reward] = {
         arguments={"num_workers": "ocr_num_workers"},
         packages=("rapidocr_onnxruntime", "rapidfuzz"),
         extra="ocr",
+        check="ocr:check_engine",
         needs="a text in quotation marks",
     ),
     "geneval": Reward(
