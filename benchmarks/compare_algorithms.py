@@ -87,7 +87,7 @@ LOSSES = {
     "diffusion_nft": "--algorithm diffusion_nft --train_batch_size 24",
     "diffusion_nft_dpm_6": f"--algorithm diffusion_nft {SOLVER}",
     "awm": "--algorithm awm --train_batch_size 24",
-    "awm_clip_1e-2": "--algorithm awm --train_batch_size 24 --clip_range 1e-2",
+    "awm_clip_1e-4": "--algorithm awm --train_batch_size 24 --clip_range 1e-4",
 }
 # name -> (flags, where the window is frozen)
 WINDOWS = {

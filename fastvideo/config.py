@@ -75,7 +75,7 @@ _DRAWS = {"training_strategy": "all", "flow_grpo_sampling": False, "init_same_no
 ALGORITHMS |= {
     "v_grpo": {"requires": _DRAWS, "defaults": {"clip_range": 3e-2}},
     "diffusion_nft": {"requires": _DRAWS, "defaults": {"old_policy_decay": 0.5, "ref_kl_coeff": 1e-4}},
-    "awm": {"requires": _DRAWS, "defaults": {}},
+    "awm": {"requires": _DRAWS, "defaults": {"clip_range": 1e-2}},
 }
 MERGES, TREES = ("grpo_merge", "granular_grpo"), ("branch_grpo", "branch_grpo_mix")
 DRAWN = ("v_grpo", "diffusion_nft", "awm")  # likelihood-free: train draws of time and noise on finished pictures

@@ -524,7 +524,7 @@ RECIPE_VALUES = {
     }),
     "V_GRPO": ("v_grpo", {"draws": 4, "clip_range": 3e-2, "init_same_noise": False}),
     "DiffusionNFT": ("diffusion_nft", {"draws": 4, "nft_beta": 1, "old_policy_decay": 0.5, "ref_kl_coeff": 1e-4}),
-    "AWM": ("awm", {"draws": 4, "clip_range": 1e-4, "old_policy_decay": 0.9, "old_kl_coeff": 0.1}),
+    "AWM": ("awm", {"draws": 4, "clip_range": 1e-2, "old_policy_decay": 0.9, "old_kl_coeff": 0.1}),
     "GRPO_Guard": ("mix_grpo", {"ratio_norm": True, "step_weights": "velocity", "clip_range": 2e-6}),
     "FlowGRPO": ("flow_grpo", {"sde_type": "flow", "flow_grpo_fast_steps": 0}),
 }  # fmt: skip
