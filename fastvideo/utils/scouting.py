@@ -67,7 +67,7 @@ class Scouted:
     ) -> "Scouted":
         """Picks `num_generations` of the candidates of iteration `number` by --scout_pick.
 
-        The picks ascend by number and not by reward, so that each optimizer step gets good and bad samples.
+        The picks ascend by number and not by reward, so that optimizer steps mix good and bad samples.
         """
         rewards, count = rewards_of(config, scores, weights), config.num_generations
         if config.scout_pick == "random":
