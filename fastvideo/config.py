@@ -756,11 +756,10 @@ class GRPOConfig(RewardSpecConfig):
         return replace(self, reward_server=None)
 
     @property
-    def copies(self) -> dict[str, float]:
-        """Copies of the trained parameters that the run holds -> decay of the average that a copy is."""
-        found = {EMA: self.ema_decay} if self.ema_decay else {}
-        found |= {OLD_POLICY: self.old_policy_decay} if self.algorithm in AVERAGED else {}
-        return found | ({REFERENCE: 0.0} if self.ref_kl_coeff else {})
+    def copies(self) -> tuple[str, ...]:
+        """Names of the copies of the trained parameters that the run holds."""
+        needed = {EMA: self.ema_decay > 0, OLD_POLICY: self.algorithm in AVERAGED, REFERENCE: self.ref_kl_coeff > 0}
+        return tuple(name for name, need in needed.items() if need)
 
     @property
     def sampling_policy(self) -> str:

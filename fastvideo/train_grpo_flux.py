@@ -56,17 +56,20 @@ from fastvideo.runtime.resume import Progress, load_policies, load_trained, open
 from fastvideo.runtime.rollout_drift import rollout_drift
 from fastvideo.runtime.scoring import Scoring
 from fastvideo.runtime.stopping import last_line, saving_on_error, why_stopped
-from fastvideo.runtime.throughput import Stopwatch, Throughput
+from fastvideo.runtime.throughput import Throughput
 from fastvideo.utils.advantages import plan_advantages
 from fastvideo.utils.draws import ERRORS, Draws, make_draws, nft_loss, velocity_error
 from fastvideo.utils.grpo_states import windows
 from fastvideo.utils.picture_measures import group_measures
 from fastvideo.utils.plan import Plan
 from fastvideo.utils.sampling_utils import (
+    InParts,
     Noise,
+    Velocity,
     gaussian_kl,
     log_prob,
     normalised_log_ratio,
+    split_log_probs,
     to_device,
     transition_mean,
     transition_table,
@@ -88,9 +91,6 @@ DRIFT = (
     "before the first update the probability ratio deviates from 1 by more than a tenth of --clip_range "
     "(ratio_first_deviation in metrics.jsonl): rollout and training round differently. Use --recompute_old_log_prob"
 )
-
-# v = velocity(x [N, L, C], σ [N], prompt index [N])
-Velocity = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 # --- rollout: the mixed ODE-SDE sampler -------------------------------------------------------------------------------
@@ -165,29 +165,6 @@ def rollout(
     pictures = [states[leaf][0].unflatten(0, (prompts, -1)) for leaf in plan.leaves]
     result.latents = torch.cat(pictures, 1).flatten(0, 1)
     return result
-
-
-@dataclass(frozen=True)
-class InParts:
-    """Computes a velocity in parts of equal length, at most `size` rows each.
-
-    training: whether autograd records the calls; numbers then round as in training.
-    stopwatch: times the calls that have one row per prompt. prompts: number of prompts.
-    """
-
-    velocity: Velocity
-    size: int
-    training: bool = False
-    stopwatch: Stopwatch | None = None
-    prompts: int = 0
-
-    def __call__(self, latents: torch.Tensor, sigma: torch.Tensor, prompt_index: torch.Tensor) -> torch.Tensor:
-        rows = len(latents)
-        count = math.ceil(rows / self.size)
-        timed = self.stopwatch is not None and rows == self.prompts
-        with torch.set_grad_enabled(self.training), self.stopwatch.lap(rows) if timed else nullcontext():
-            parts = zip(*(x.tensor_split(count) for x in (latents, sigma, prompt_index)), strict=True)
-            return torch.cat([self.velocity(*part).detach() for part in parts])
 
 
 # --- loss -------------------------------------------------------------------------------------------------------------
@@ -300,7 +277,7 @@ class DrawsObjective:
         self.old_errors = {j: torch.empty_like(times) for j, times in drawn.times.items()}
         self.velocities = {  # of the policies that the loss compares with
             name: {j: torch.empty_like(flow) for j, flow in drawn.flows.items()}
-            for name in config.copies.keys() & {OLD_POLICY, REFERENCE}
+            for name in {OLD_POLICY, REFERENCE}.intersection(config.copies)
         }
         self.before_updates = {name: partial(self.remember_velocity, name=name) for name in sorted(self.velocities)}
         self.before_updates |= {CURRENT: self.remember_errors} if config.algorithm != "diffusion_nft" else {}
@@ -449,7 +426,7 @@ class Trainer:
         size = config.rollout_batch_size or prompts * config.num_generations
         with self.engine.sampling_model() as model:
             plain = self.velocity_of(model, conditioning, training=False)
-            plain = InParts(plain, size, stopwatch=self.throughput.prefix, prompts=prompts)
+            plain = InParts(plain, size, timer=self.throughput.prefix.lap, prompts=prompts)
             # Trained steps round as in training, others may be in FP8.
             trained = InParts(self.velocity_of(model, conditioning), config.train_micro_batch_size, training=True)
             instead = dict.fromkeys(plan.trained_states, trained)
@@ -518,19 +495,6 @@ class Trainer:
         with self.throughput.phase("reward"):  # the time that does not overlap with sampling
             scores, looks = self.scoring.gather_arrays(scored)
         return Rollout.join(parts), images, scores, looks
-
-    def split_log_probs(self, plan: Plan, sampled: Rollout) -> dict[int, np.ndarray]:
-        """For every split: rows per prompt before the split -> log-probabilities [P, rows after the split], all ranks.
-
-        Empty unless the reward of an inner node weights its leaves by probability (BranchGRPO).
-        """
-        found: dict[int, np.ndarray] = {}
-        if self.config.tree_fusion == "probability":
-            for position, (step, rows) in enumerate(zip(plan, plan.rows, strict=True)):
-                if step.branch > 1:
-                    own = sampled.log_probs[position].reshape(self.local_prompts, -1)
-                    found[rows // step.branch] = self.engine.gather(own).double().cpu().numpy()
-        return found
 
     # --- optimizer steps --------------------------------------------------------------------------------------------
 
@@ -612,8 +576,10 @@ class Trainer:
             given = (plan, number, conditioning, batch, scouted and scouted.picks)
             sampled, images, scores, looks = self.collect(*given)
             drift = rollout_drift(self, given, sampled.latents, scores)
-        weights, split_log_probs = self.scoring.advantage_weights(plan, number), self.split_log_probs(plan, sampled)
-        advantages, flat = plan_advantages(config, plan, scores, weights, split_log_probs)
+        weights = self.scoring.advantage_weights(plan, number)
+        weighted = config.tree_fusion == "probability"  # BranchGRPO's inner nodes weigh their leaves by probability
+        splits = split_log_probs(plan, sampled.log_probs, self.engine.gather) if weighted else {}
+        advantages, flat = plan_advantages(config, plan, scores, weights, splits)
         reward_metrics = self.scoring.metrics(plan, scores, looks, number, scouted)
         failures, scored = self.scoring.failures(reward_metrics)
         too_many = config.max_reward_failures is not None and failures > config.max_reward_failures

@@ -407,18 +407,19 @@ def brute_force(scores, split_log_probs, splits, steps, children, temperature) -
 
 @pytest.mark.parametrize("fusion,temperature", [("mean", 0), ("probability", 1.0), ("probability", 0.05)])
 def test_advantages_of_a_tree_are_those_of_a_recursion(train, monkeypatch, fusion, temperature):
-    seen, advantages_of, log_probs_of = [], train_grpo_flux.plan_advantages, train_grpo_flux.Trainer.split_log_probs
+    seen, advantages_of, collect = [], train_grpo_flux.plan_advantages, train_grpo_flux.Trainer.collect
 
-    def sampling(trainer, plan, sampled):
-        seen.append(sampled)
-        return log_probs_of(trainer, plan, sampled)
+    def sampling(trainer, *given):
+        found = collect(trainer, *given)
+        seen.append(found[0])
+        return found
 
     def recording(config, plan, scores, *rest):
         found = advantages_of(config, plan, scores, *rest)
         seen.append((plan, scores, found[0]))
         return found
 
-    monkeypatch.setattr(train_grpo_flux.Trainer, "split_log_probs", sampling)
+    monkeypatch.setattr(train_grpo_flux.Trainer, "collect", sampling)
     monkeypatch.setattr(train_grpo_flux, "plan_advantages", recording)
     train(
         algorithm="branch_grpo", num_generations=8, tree_split_points=[0, 2, 3], sampling_steps=6, train_batch_size=2,

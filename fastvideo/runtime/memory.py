@@ -109,7 +109,7 @@ def trained_model(config: GRPOConfig) -> FluxTransformer2DModel:
 def checkpoint_size(config: GRPOConfig) -> int:
     """Bytes of a checkpoint: trained weights, AdamW's two moments and copies of the trained weights."""
     trained = sum(p.numel() for p in trained_model(config).parameters() if p.requires_grad)
-    copies = len(config.copies.keys() - ({REFERENCE} if not config.ref_reset_steps else ()))
+    copies = len(set(config.copies) - ({REFERENCE} if not config.ref_reset_steps else set()))
     return trained * (2 if config.master_weight_type == "bf16" else 4) * (3 + copies)
 
 

@@ -24,8 +24,8 @@ class Policies:
 
     def __init__(self, config: GRPOConfig, engine: Engine) -> None:
         self.config, self.engine, self.reference_moved = config, engine, False
-        parameters = engine.trained_parameters()
-        self.copies = {name: EMAModel(parameters, decay=decay) for name, decay in config.copies.items()}
+        parameters, decays = engine.trained_parameters(), {EMA: config.ema_decay, OLD_POLICY: config.old_policy_decay}
+        self.copies = {name: EMAModel(parameters, decay=decays.get(name, 0.0)) for name in config.copies}
 
     @contextmanager
     def acting(self, name: str) -> Iterator[None]:

@@ -1,7 +1,8 @@
 """Float32 computations that rollout and training share: a transition's mean and density, and the noise."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from fastvideo.models.flux import LatentShape
@@ -9,6 +10,9 @@ from fastvideo.utils.plan import Plan
 
 import numpy as np
 import torch
+
+# v = velocity(x [N, L, C], σ [N], prompt index [N])
+Velocity = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def transition_mean(latents: torch.Tensor, velocity: torch.Tensor, x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -44,6 +48,22 @@ def gaussian_kl(mean: torch.Tensor, reference: torch.Tensor, std: torch.Tensor) 
     mean, reference: [N, L, C]. std: [N, 1, 1]. The mean is over elements, as in `log_prob`.
     """
     return ((mean - reference) ** 2 / (2 * std**2)).mean(dim=(1, 2))
+
+
+def split_log_probs(
+    plan: Plan, log_probs: dict[int, torch.Tensor], gather: Callable[[torch.Tensor], torch.Tensor]
+) -> dict[int, np.ndarray]:
+    """For every split: rows per prompt before the split -> log-probabilities [P, rows after the split], all ranks.
+
+    Args:
+        log_probs: plan position -> [P·rows] of this rank. gather: puts the rows of all ranks together.
+    """
+    found = {}
+    for position, (step, rows) in enumerate(zip(plan, plan.rows, strict=True)):
+        if step.branch > 1:
+            own = log_probs[position].reshape(-1, rows)
+            found[rows // step.branch] = gather(own).double().cpu().numpy()
+    return found
 
 
 def transition_table(plan: Plan, device: torch.device) -> torch.Tensor:
@@ -87,3 +107,26 @@ class Noise:
             key = np.random.SeedSequence([self.seed, self.iteration, slot, sample, stream, 0])
             row.normal_(generator=torch.Generator().manual_seed(int(key.generate_state(1, np.uint64)[0]) >> 1))
         return to_device(noise, self.device)
+
+
+@dataclass(frozen=True)
+class InParts:
+    """Computes a velocity in parts of equal length, at most `size` rows each.
+
+    training: whether autograd records the calls; numbers then round as in training.
+    timer: rows -> context that times a call; used for calls that have one row per prompt. prompts: number of prompts.
+    """
+
+    velocity: Velocity
+    size: int
+    training: bool = False
+    timer: Callable[[int], AbstractContextManager] | None = None
+    prompts: int = 0
+
+    def __call__(self, latents: torch.Tensor, sigma: torch.Tensor, prompt_index: torch.Tensor) -> torch.Tensor:
+        rows = len(latents)
+        count = math.ceil(rows / self.size)
+        timed = self.timer is not None and rows == self.prompts
+        with torch.set_grad_enabled(self.training), self.timer(rows) if timed else nullcontext():
+            parts = zip(*(x.tensor_split(count) for x in (latents, sigma, prompt_index)), strict=True)
+            return torch.cat([self.velocity(*part).detach() for part in parts])
