@@ -173,7 +173,7 @@ def main() -> None:
                     reward_dtype=config.dtype,
                     hps_path=str(folder / "hps_ckpt" / checkpoints.HPS_FILE),
                     clip_score_path=str(folder / checkpoints.CLIP_SCORE_FOLDER),
-                    hpsv3_path=str(folder / checkpoints.HPSV3_FOLDER),
+                    **checkpoints.hpsv3_settings(folder / checkpoints.HPSV3_FOLDER),
                     geneval_detector_path=str(folder / checkpoints.DETECTOR_FOLDER),
                     geneval_clip_path=str(folder / "image_reward_ckpt/ViT-L-14.pt"),
                     pick_score_path=str(folder / checkpoints.PICK_SCORE_FOLDER),

@@ -26,6 +26,17 @@ CLIP_SCORE_FOLDER = "DFN5B-CLIP-ViT-H-14-384"
 CLIP_SCORE_ARCHITECTURE = "ViT-H-14-378-quickgelu"
 PICK_SCORE_FOLDER = "PickScore_v1"
 HPSV3_FOLDER = "HPSv3"
+HPSV3_GUIDE = """Look at the picture and say how much people would like it, from 0 (not at all) to 10 (very much).
+
+First how it looks: are bodies and things formed as they should be, is it sharp where it should be, are there details to
+discover, do colours, light and composition please?
+
+Then how it fits its text: does it show who and what the text names, in the right number, with the right colours, doing
+the right things, in the right place and manner, and nothing that speaks against the text?
+The text: {text_prompt}
+
+The mark of this picture: <|Reward|>
+"""
 DETECTOR_FOLDER = "mask2former-swin-small-coco-instance"
 PROMPTS = [
     "a small red circle",
@@ -276,16 +287,16 @@ def make_byte_level_bpe(texts: list[str], merges: int) -> tuple[dict[str, int], 
     return model["vocab"], [tuple(pair) for pair in model["merges"]]
 
 
-def make_hpsv3(folder: Path, full: bool = False) -> None:
-    """HPSv3: HPSv3.safetensors under transformers 4's names, and Qwen2-VL's config.json, tokenizer, preprocessing."""
+def make_hpsv3(folder: Path, full: bool = False, guide: str = HPSV3_GUIDE) -> None:
+    """HPSv3: HPSv3.safetensors under transformers 4's names, a guide, and Qwen2-VL's configuration and tokenizer."""
     from fastvideo.models.reward_model import hpsv3
 
     from transformers import Qwen2Tokenizer, Qwen2VLConfig
 
     folder = folder / HPSV3_FOLDER
     folder.mkdir()
-    guide = Path(hpsv3.__file__).with_name("hpsv3_guide.txt").read_text(encoding="utf-8")
-    vocabulary, merges = make_byte_level_bpe([guide], 400)
+    (folder / "rating_guide.txt").write_text(guide, encoding="utf-8", newline="")
+    vocabulary, merges = make_byte_level_bpe([guide.replace(hpsv3.PROMPT, "{prompt}")], 400)
     specials = "im_start im_end object_ref_start object_ref_end box_start box_end quad_start quad_end".split()
     specials += "vision_start vision_end vision_pad image_pad video_pad".split()
     size = 151643 if full else len(vocabulary)  # the tokens before the special ones
@@ -390,11 +401,16 @@ def all_narrow_files(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def narrow_hpsv3(tmp_path_factory) -> Path:
-    """A folder of HPSv3 with a narrow model."""
+def narrow_hpsv3(tmp_path_factory) -> dict[str, str]:
+    """The settings that name HPSv3's narrow model and its guide."""
     folder = tmp_path_factory.mktemp("hpsv3")
     make_hpsv3(folder)
-    return folder / HPSV3_FOLDER
+    return hpsv3_settings(folder / HPSV3_FOLDER)
+
+
+def hpsv3_settings(folder: Path) -> dict[str, str]:
+    """The settings that name a folder of `make_hpsv3`."""
+    return {"hpsv3_path": str(folder), "hpsv3_guide_path": str(folder / "rating_guide.txt")}
 
 
 @pytest.fixture(scope="session")

@@ -8,11 +8,13 @@ import shutil
 import subprocess
 import sys
 import threading
+import zipfile
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote
 
 from fastvideo.eval.prompt_sets import SETS
+from fastvideo.models.reward_model.spec import RewardConfig
 
 import pytest
 from conftest import TIME_LIMIT
@@ -173,6 +175,29 @@ def test_hub_files_come_whole_and_are_compared_with_the_hub_s_sums(download, ser
     server.lie = True
     status, output = download("hps")
     assert status != 0 and "HPS_v2.1_compressed.pt" in output
+
+
+def test_a_published_text_is_read_from_its_wheel_and_checked_and_no_code_of_the_wheel_runs(download, tmp_path):
+    """HPSv3's guide: two constants of a module."""
+    first, last, script = "Rate {text_prompt}: ä\n", "<|Reward|>", tmp_path / SCRIPT
+    changed = re.sub(r"\n  hub (MizzenAI|Qwen)[^\n]*", "", script.read_text())
+    sum_ = re.search(r"packaged hpsv3==1.0.0 \S+ 3KB (\w{64})", changed)[1]
+    script.write_text(changed)
+    module = f"import no_such_package\nINSTRUCTION = {first!r}\nX = f()\nprompt_with_special_token = {last!r}\n"
+    (tmp_path / "wheels").mkdir()
+    with zipfile.ZipFile(tmp_path / "wheels/hpsv3-1.0.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("hpsv3/dataset/data_collator_qwen.py", module)
+        wheel.writestr("hpsv3-1.0.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: hpsv3\nVersion: 1.0.0\n")
+        wheel.writestr("hpsv3-1.0.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr("hpsv3-1.0.0.dist-info/RECORD", "")
+    index = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path / "wheels"), "PIP_CONFIG_FILE": os.devnull}
+    status, output = download("hpsv3", **index)
+    guide = tmp_path / RewardConfig.hpsv3_guide_path
+    assert status == 1 and f"expected {sum_}" in output and not list(guide.parent.iterdir()), output
+    script.write_text(changed.replace(sum_, hashlib.sha256((first + last).encode()).hexdigest()))
+    status, output = download("hpsv3", **index)
+    assert status == 0 and guide.read_text(encoding="utf-8") == first + last, output
+    assert "is there" in download("hpsv3", PIP_NO_INDEX="1")[1]
 
 
 def put_web_files(server, text):

