@@ -2,7 +2,8 @@
 
 `--flag_name` and `--flag-name` are the same; every switch has a `--no_` form; the text None means "not set". The word
 `--override` stands between a recipe's flags, the environment's and those given by hand: where two exclude each other,
-the later one counts.
+the later one counts. `--config FILE.yaml` stands for the flags in a file, one `name: value` per line. The flags beside
+it count more than the file, and the file more than what stands before the last `--override`.
 
 A program reads its command line before it imports torch, so that --help and a refused flag answer at once:
 
@@ -192,6 +193,7 @@ class _Parser(argparse_dataclass.ArgumentParser):
     def __init__(self, cls: type, **kwargs: Any):
         self._by_name = {f.name: f for f in fields(cls)}
         super().__init__(cls, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+        super().add_argument(CONFIG, metavar="FILE", default=argparse.SUPPRESS, help=CONFIG_HELP)
 
     def add_argument(self, *names: str, **kwargs: Any) -> argparse.Action:
         f = self._by_name.get(kwargs.get("dest", names[0][2:].replace("-", "_")) if names[0][:2] == "--" else None)
@@ -226,15 +228,58 @@ class _Parser(argparse_dataclass.ArgumentParser):
         namespace, unknown = argparse.ArgumentParser.parse_known_args(self, argv)
         if unknown:
             name = unknown[0].partition("=")[0]
-            known = [option[2:] for option in self._option_string_actions if option[:2] == "--" and option != "--help"]
-            self.error(f"unknown flag {name}" + (answer(name.lstrip("-"), known) if name.startswith("-") else ""))
+            self.error(f"unknown flag {name}" + (self._answer(name.lstrip("-")) if name.startswith("-") else ""))
         return {name: value for name, value in vars(namespace).items() if value is not argparse_dataclass.MISSING}
+
+    def _answer(self, unknown: str) -> str:
+        known = [option[2:] for option in self._option_string_actions if option[:2] == "--" and option != "--help"]
+        return answer(unknown, known)
+
+    def read_file(self, path: str) -> list[str]:
+        """The settings of a YAML file as a command line: `h: 512` as --h=512.
+
+        A value is its text in the file, read as on the command line: 1e-4 is a number, and errors are the same.
+        """
+        import yaml
+
+        try:
+            node = yaml.compose(Path(path).read_text(encoding="utf-8"), yaml.SafeLoader)
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            self.error(f"{CONFIG} {path}: {getattr(error, 'strerror', None) or error}")
+        if not isinstance(node, yaml.MappingNode | None):
+            self.error(f"{CONFIG} {path}: expected lines of `name: value`")
+        words: list[str] = []
+        seen: set[str] = set()
+        for key, value in node.value if node else ():
+            name = str(key.value).replace("-", "_")
+            option = self._option_string_actions.get(f"--{name}")
+            where = f"{CONFIG} {path}, line {key.start_mark.line + 1}: {name}"
+            if option is None or option.dest not in self._by_name or name.startswith("no_"):
+                self.error(f"{where}: unknown name{self._answer(name)}")
+            if option.dest in seen:
+                self.error(f"{where}: is there twice")
+            seen.add(option.dest)
+            kind = self._by_name[option.dest].type
+            parts = value.value if isinstance(value, yaml.SequenceNode) and get_origin(kind) is list else [value]
+            if not all(isinstance(part, yaml.ScalarNode) for part in parts):
+                self.error(f"{where}: expected {'a list of values' if get_origin(kind) is list else 'one value'}")
+            texts = ["None" if part.tag.endswith(":null") else part.value for part in parts]
+            if kind is bool:
+                if not value.tag.endswith(":bool"):
+                    self.error(f"{where}: {texts[0]}: expected true or false")
+                words.append(f"--{name}" if yaml.SafeLoader.bool_values[texts[0].lower()] else f"--no_{name}")
+            elif parts is value.value:
+                words += [f"--{name}", *(texts or ["None"])]
+            else:
+                words.append(f"--{name}={texts[0]}")
+        return words
 
     def error(self, message: str) -> Any:
         self.exit(2, redact(f"{self.prog}: error: {_one_line(message)} (--help lists the flags)\n"))
 
 
-OVERRIDE = "--override"  # see the module's first lines
+OVERRIDE, CONFIG = "--override", "--config"  # see the module's first lines
+CONFIG_HELP = "YAML file of flags, one `name: value` per line; flags given beside it count more"
 _READ: dict[type, Any] = {}  # what parse_first has read, by class, until the program's main asks for it
 # Turns a command line of another program, with underscores, into (this program's, notes to print).
 Translate = Callable[[Sequence[str]], tuple[list[str], list[str]]]
@@ -264,6 +309,7 @@ def parse_dataclass(
     aliases = {f.metadata["alias"]: f.name for f in fields(cls) if "alias" in f.metadata}
     argv = [_plain(word, aliases) for word in (sys.argv[1:] if argv is None else argv)]
     parser = _Parser(cls, description=doc)
+    argv = _with_files(argv, parser.read_file)
     argv, notes = translate(argv) if translate else (argv, [])
     explicit: dict[str, Any] = {}
     for given in map(parser.given, _split(argv)):
@@ -290,6 +336,21 @@ def say(*lines: str) -> None:
 def _split(argv: Sequence[str]) -> list[list[str]]:
     """The parts of a command line between OVERRIDE words."""
     return [list(part) for override, part in groupby(argv, lambda word: word == OVERRIDE) if not override]
+
+
+def _with_files(argv: Sequence[str], read: Callable[[str], list[str]]) -> list[str]:
+    """The command line with the flags of its files, as parts of their own before the flags that they stand beside."""
+    result: list[str] = []
+    for part in _split(argv):
+        words, rest = iter(part), []
+        for word in words:
+            name, equals, path = word.partition("=")
+            if name == CONFIG:
+                result += [*read(path if equals else next(words, "")), OVERRIDE]
+            else:
+                rest.append(word)
+        result += [*rest, OVERRIDE]
+    return result
 
 
 def _plain(word: str, aliases: Mapping[str, str]) -> str:

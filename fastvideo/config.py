@@ -89,6 +89,8 @@ PLACES = (
     "eval_reward serve_report"
 ).split()
 
+NOT_AGAIN = ("resume_from_checkpoint", "dry_run", "hps_clip_path")  # what to do with a run, and what isn't read
+
 
 @dataclass
 class GRPOConfig(RewardSpecConfig):
@@ -104,7 +106,9 @@ class GRPOConfig(RewardSpecConfig):
     prompts_file: str | None = flag(
         None, "prompts: text with one per line, JSON, JSON Lines, CSV or TSV; embedded and cached under output_dir"
     )
-    output_dir: str = flag("outputs/mixgrpo", "folder for args.json, metrics.jsonl, images and checkpoints")
+    output_dir: str = flag(
+        "outputs/mixgrpo", "folder for args.json, config.yaml, metrics.jsonl, images and checkpoints"
+    )
     resume_from_checkpoint: str | None = flag(
         None, "checkpoint folder to go on from; `latest`: the newest in output_dir; `auto`: this or a new run"
     )
@@ -789,6 +793,27 @@ class GRPOConfig(RewardSpecConfig):
         values = asdict(self)
         values.pop("wandb_key")
         return {k: redact(v) if isinstance(v, str) else v for k, v in values.items()}
+
+    def to_yaml(self) -> str:
+        """A file that starts the run again with --config: all fields that it reads, those of its own first.
+
+        Without secrets, so a login in a URL must be given again.
+        """
+        import yaml
+
+        algorithm = ALGORITHMS[self.algorithm]
+        usual = {f.name: default_of(f) for f in fields(self)} | algorithm["defaults"] | algorithm["requires"]
+        readers = {f.name: f.metadata.get("algorithms") or ALGORITHMS for f in fields(self)}
+        values = self.to_public_dict()
+        values = {k: v for k, v in values.items() if k not in NOT_AGAIN and self.algorithm in readers[k]}
+        own = {k: v for k, v in values.items() if v != usual[k]}
+        parts = {
+            f"--config FILE --output_dir FOLDER starts this run again, on {world_size_of_environment()} process(es) as "
+            "here. Its own settings:": {"algorithm": self.algorithm} | own,
+            "and the defaults:": {k: v for k, v in values.items() if k not in {"algorithm", *own}},
+        }
+        texts = (yaml.safe_dump(part, sort_keys=False, allow_unicode=True, width=10**6) for part in parts.values())
+        return "\n".join(f"# {title}\n{text}" for title, text in zip(parts, texts, strict=True))
 
 
 def world_size_of_environment() -> int:

@@ -238,7 +238,7 @@ _FAMILIAR: dict[str, tuple[str, ...]] = {
     "tensorboard": ("no flag: metrics.jsonl in --output_dir has all metrics, fastvideo.eval.report draws them",),
     # processes
     "rdzv_endpoint rdzv_backend rdzv_id max_restarts": ("no flag: torchrun takes it, before the script",),
-    "config config_path yaml": ("no flag: give flags; recipes in scripts/finetune hold sets of them",),
+    "config_path yaml yaml_path settings": ("--config",),
     "num_processes nproc nproc_per_node num_gpus gpus n_gpus n_gpu world_size multi_gpu gpu_ids "
     "gpus_per_node": (_PROCESSES,),
     "num_machines nnodes num_nodes node_rank machine_rank master_addr master_port main_process_ip main_process_port "

@@ -22,7 +22,7 @@ PROGRAMS = {
 
 
 def names_of(config: type) -> set[str]:
-    return {name for f in fields(config) for name in (f.name, f.metadata.get("alias")) if name}
+    return {"config"} | {name for f in fields(config) for name in (f.name, f.metadata.get("alias")) if name}
 
 
 def answer_of(capsys, program: str, flag: str) -> str:

@@ -28,6 +28,7 @@ class Log:
         """wandb_id: the run's id in wandb; a resumed run keeps the id. reward_names: see `reward_schema`."""
         self.folder = Path(config.output_dir)
         write_json(self.folder / "args.json", config.to_public_dict() | {"reward_names": reward_names})
+        write_bytes(self.folder / "config.yaml", config.to_yaml().encode())
         self.tracker = Tracker(config, wandb_id) if config.use_wandb else None
 
     def write(self, metrics: dict) -> None:

@@ -47,7 +47,7 @@ NEEDED_SETTINGS = ("use_lora", "lora_rank", "lora_alpha", "lora_target_modules",
 NEEDED_SETTINGS += ("engine", "processes", "zero_stage")
 # What a run writes into its folder besides checkpoints.
 FOLDERS = ("images", "evaluation", "rl_embeddings", "eval_embeddings", "superseded")
-FILES = ("args.json", "metrics.jsonl", "wandb.json")
+FILES = ("args.json", "config.yaml", "metrics.jsonl", "wandb.json")
 
 
 @dataclass
@@ -237,7 +237,14 @@ def set_aside_later(checkpoint: Path, output_dir: Path) -> None:
 def set_aside_run(output_dir: Path) -> None:
     """Moves what a run without a checkpoint has written into superseded/run.N/. Its embeddings are used again."""
     target = _free(output_dir, "run")
-    for name in ("args.json", "wandb.json", "images", "evaluation", "metrics.jsonl"):  # is_used until the last is moved
+    for name in (
+        "args.json",
+        "config.yaml",
+        "wandb.json",
+        "images",
+        "evaluation",
+        "metrics.jsonl",
+    ):  # is_used until the last is moved
         if (output_dir / name).exists():
             _set_aside(output_dir / name, target / name)
     print(f"{output_dir} has no checkpoint yet: the run starts from the beginning; what was there is in {target}")

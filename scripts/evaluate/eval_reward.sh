@@ -6,5 +6,5 @@
 #   bash scripts/evaluate/eval_reward.sh --image cat.png --prompt "a cat"        (also --single_img, --single_img_prompt)
 source "$(dirname "${BASH_SOURCE[0]}")/../environment.sh"
 given reward_model_type REWARD_MODEL_TYPE
-[[ " $* " =~ \ --(image|single[-_]img)[=\ ] ]] || set -- --manifest "${MANIFEST:-outputs/samples/manifest.json}" "$@"
-run_distributed -m fastvideo.eval.eval_reward "${args[@]}" "$@"
+[[ " $* " =~ \ --(image|single[-_]img|config)[=\ ] ]] || set -- --manifest "${MANIFEST:-outputs/samples/manifest.json}" "$@"
+run_distributed -m fastvideo.eval.eval_reward "${args[@]}" --override "$@"

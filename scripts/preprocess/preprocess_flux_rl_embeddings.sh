@@ -7,4 +7,4 @@ source "$(dirname "${BASH_SOURCE[0]}")/../environment.sh"
 given model_path MODEL_PATH
 given prompt_dir PROMPT_FILE
 given output_dir OUTPUT_DIR
-run_distributed -m fastvideo.data_preprocess.preprocess_flux_embedding "${args[@]}" "$@"
+run_distributed -m fastvideo.data_preprocess.preprocess_flux_embedding "${args[@]}" --override "$@"
