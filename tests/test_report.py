@@ -237,6 +237,16 @@ def test_what_training_pictures_look_like_is_a_group_of_panels(run_dir: Path):
     assert all(panel.series[key][29] == 3 for panel in plot.panels for key in panel.series)
 
 
+@pytest.mark.parametrize("moved", [True, False])
+def test_a_training_reward_whose_weights_moved_is_called_not_comparable(run_dir: Path, moved: bool):
+    rows = [{"step": 0, "evaluation_reward": 1.0}, *(metrics_row(i) for i in range(1, 5))]
+    rows[-1] |= {"granular_weight_binding": 0.4, "granular_weight_form": 0.4} if moved else {}
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = write(run_dir)
+    assert ("not comparable, as weights moved" in page) == moved
+    assert ("can&#x27;t be compared with that of another" in page) == moved
+
+
 def hacked_rows(count: int) -> list[dict]:
     """Metrics whose looks all change evenly from the first tenth of the run to the last."""
     way = np.linspace(0, 1, count // 10 * 8 + count % 10)

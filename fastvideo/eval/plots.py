@@ -134,6 +134,18 @@ def first_last(values: np.ndarray) -> tuple[float, float, int]:
     return (known[:k].mean(), known[-k:].mean(), k) if len(known) else (math.nan, math.nan, 0)
 
 
+def granular_weights(rows: list[dict]) -> dict[str, np.ndarray]:
+    """Component -> its weight in the reward, in each row."""
+    names = [k for k in dict.fromkeys(k for row in rows for k in row) if k.startswith("granular_weight_")]
+    weights = {k.removeprefix("granular_weight_"): column(rows, k) for k in names}
+    return {name: values for name, values in weights.items() if np.isfinite(values).any()}
+
+
+def weights_moved(rows: list[dict]) -> bool:
+    """Whether weights of the reward's components changed. Then rewards of different iterations can't be compared."""
+    return any(np.nanmax(values) - np.nanmin(values) > 1e-9 for values in granular_weights(rows).values())
+
+
 def evaluation_measure(settings: dict) -> str:
     """The name of the reward that decides a run's best checkpoint."""
     return str(settings.get("eval_reward") or settings.get("reward_model") or "–")
@@ -180,8 +192,6 @@ def plan_plots(rows: list[dict], settings: dict, schema: Mapping[str, Any] | Non
         for i, name in enumerate(parts):
             title = trained[name].part + (f" ({model})" if len(models) > 1 else "")
             rewards.append(Panel(title, some(f"reward_{name}"), colour=i))
-    weights = [k for k in dict.fromkeys(k for row in rows for k in row) if k.startswith("granular_weight_")]
-    weights = {k.removeprefix("granular_weight_"): v for k, v in some(*weights).items()}
     looks = some(*dict.fromkeys(k for row in rows for k in row if k.startswith("hacking_"))).items()
     phases = {k.removeprefix("seconds_"): v for k, v in some(*(f"seconds_{p}" for p in PHASES)).items()}
     windows = [w if isinstance(w := row.get("window"), list) else [] for row in rows]
@@ -218,7 +228,7 @@ def plan_plots(rows: list[dict], settings: dict, schema: Mapping[str, Any] | Non
              "fine texture and one picture again and again please a reward, not people." + mean,
              [Panel(k.removeprefix("hacking_").replace("_", " "), {k: v}, colour=i) for i, (k, v) in enumerate(looks)]),
         Plot("granular_weights", "Granular weights", "Weight of each component in the reward; they sum to 1.",
-             [Panel("weight", weights, smooth=False)]),
+             [Panel("weight", granular_weights(rows), smooth=False)]),
         Plot("ratio", "Policy ratio and clipping", "How far new and old policy differ, and the share of terms beyond "
              "each side of the clip range. If means of log r lie below 0, only the lower side acts: see --ratio_norm.",
              [Panel("max |ratio − 1|", deviation, log=log, limit=clip if log else None),

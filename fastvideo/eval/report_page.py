@@ -15,7 +15,7 @@ from typing import Any
 
 from fastvideo.config import PLACES
 from fastvideo.eval.hacking import LIMITS
-from fastvideo.eval.plots import CSS_COLOURS, column, evaluation_measure, first_last, read_picture
+from fastvideo.eval.plots import CSS_COLOURS, column, evaluation_measure, first_last, read_picture, weights_moved
 from fastvideo.eval.runs import Comparison, Pair, Run
 from fastvideo.eval.statistics import RIGHT, number, with_error
 from fastvideo.utils.picture_measures import APPEARANCE
@@ -211,6 +211,7 @@ def headline(run: Run, comparison: Comparison) -> list[tuple[str, str, str]]:
     first, last, k = first_last(column(rows, "reward"))
     if k:
         text = f"mean of the first and the last {k} iterations" if k > 1 else "first and last iteration"
+        text += "; not comparable, as weights moved" if weights_moved(rows) else ""
         tiles.append(("Training reward", f"{number(first)} → {number(last)}", text))
     evaluated = {row.get("step"): row for row in run.rows if "evaluation_reward" in row}
     best = next((row.get("evaluation_best_iteration") for row in reversed(evaluated.values())), None)
@@ -253,6 +254,11 @@ def remarks(run: Run) -> list[str]:
         count = int(np.nansum(column(run.rows, key)))
         if count:
             found.append(f"{text}: {count:,}.")
+    if weights_moved(run.rows):
+        found.append(
+            "The weights of the reward's parts moved, so the training reward of one iteration can't be compared with "
+            "that of another: look at the parts, and at evaluations, whose weights don't move."
+        )
     for name in APPEARANCE:  # diversity is left out: it depends on where the window is
         first, last, k = first_last(column(run.rows, f"hacking_{name}"))
         # With k 1 single iterations would be compared, whose prompts differ and so their pictures.
