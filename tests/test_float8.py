@@ -277,7 +277,12 @@ def test_products_of_a_gpu_are_those_that_are_emulated(compiled):
 
 
 @pytest.mark.long
-def test_compiled_blocks_have_one_more_graph_each_however_often_the_weights_are_copied(random_flux):
+@pytest.mark.parametrize("fast_guards", [False, True])
+def test_compiled_blocks_have_one_more_graph_each_however_often_the_weights_are_copied(
+    random_flux, monkeypatch, fast_guards
+):
+    """fast_guards: torch 2.11's default, with which a graph isn't checked again while no module's attributes change."""
+    monkeypatch.setattr(torch._dynamo.config, "use_recursive_dict_tags_for_guards", fast_guards)
     transformer = load_transformer(random_flux).requires_grad_(False)
     transformer.set_attn_processor(StreamwiseAttnProcessor())
     compile_transformer(transformer)

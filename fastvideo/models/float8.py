@@ -61,17 +61,14 @@ class Float8Copies:
     """FP8 copies of the weights of a transformer's blocks. See `take`, `in_use` and `drop`.
 
     Attributes:
-        used: whether the blocks use the copies now. Read in compiled blocks, which then have two graphs per shape.
         taken: whether there are copies now.
     """
-
-    used = False
 
     def __init__(self, blocks: Sequence[torch.nn.Module], emulated: bool) -> None:
         self.layers = {block: float8_layers(block) for block in blocks}
         self.taken = False
         for layer in self._all():
-            layer.forward, layer.emulated = MethodType(_forward, layer), emulated
+            layer.forward, layer.emulated, layer.in_float8 = MethodType(_forward, layer), emulated, False
 
     def _all(self) -> list[torch.nn.Linear]:
         return [layer for layers in self.layers.values() for layer in layers]
@@ -97,16 +94,24 @@ class Float8Copies:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Context in which the blocks use the copies."""
-        Float8Copies.used = True
+        """Context in which the blocks use the copies. Compiled blocks have one more graph per shape then.
+
+        A switch for all layers wouldn't do: torch 2.11 doesn't look for another graph unless a module's own attributes
+        have changed.
+        """
+        self._switch(True)
         try:
             yield
         finally:
-            Float8Copies.used = False
+            self._switch(False)
+
+    def _switch(self, on: bool) -> None:
+        for layer in self._all():
+            layer.in_float8 = on
 
 
 def _forward(layer: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    if not Float8Copies.used:
+    if not layer.in_float8:
         return type(layer).forward(layer, x)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
