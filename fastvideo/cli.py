@@ -30,6 +30,7 @@ A program reads its command line before it imports torch, so that --help and a r
 """
 
 import argparse
+import inspect
 import math
 import operator
 import os
@@ -37,7 +38,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, Field, field, fields
+from dataclasses import MISSING, Field, field, fields, make_dataclass
 from itertools import groupby
 from pathlib import Path
 from types import NoneType, UnionType
@@ -114,11 +115,11 @@ def flag(default: Any, help: str, **metadata: Any) -> Any:
 
     Keywords, all optional: `choices` and `metavar` as in argparse; keys of BOUNDS, the range (`at_least=1`); `none`,
     one more word for None; `alias`, another name of the flag; `algorithms`, the only ones that read the field (see
-    config.py).
+    config.py); `section`, the title in --help above this field and the next ones; `names`, a function that says in
+    --help which values there are.
     """
-    assert metadata.keys() <= {*BOUNDS, "choices", "metavar", "none", "alias", "algorithms"}, (
-        f"unknown keyword in {metadata}"
-    )
+    known = {*BOUNDS, "choices", "metavar", "none", "alias", "algorithms", "section", "names"}
+    assert metadata.keys() <= known, f"unknown keyword in {metadata}"
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": help, "nargs": "+", **metadata})
     return field(default=default, metadata={"help": help, **metadata})
@@ -155,8 +156,24 @@ def default_of(f: Field) -> Any:
     return f.default if f.default_factory is MISSING else f.default_factory()
 
 
+def sections(cls: type) -> dict[str, list[Field]]:
+    """Titles of --help -> fields. First the titles in the attribute SECTIONS, then the class's own, then its bases'."""
+    by_name = {f.name: f for f in fields(cls)}
+    found: dict[str, list[Field]] = {title: [] for title in getattr(cls, "SECTIONS", ())}
+    for owner in cls.__mro__:
+        title = "flags"
+        for name in inspect.get_annotations(owner):
+            if f := by_name.pop(name, None):
+                title = f.metadata.get("section", title)
+                found.setdefault(title, []).append(f)
+    return found
+
+
 def is_none(text: str) -> bool:
     return text.lower() in ("none", "null", "")
+
+
+METAVARS = {"int": "N", "float": "X", "Path": "PATH"}  # what --help writes for a value of the type
 
 
 class _Switch(argparse.Action):
@@ -191,19 +208,24 @@ class _Parser(argparse_dataclass.ArgumentParser):
     """argparse-dataclass with underscored names, `--no_` forms, None, defaults in --help and one-line errors."""
 
     def __init__(self, cls: type, **kwargs: Any):
-        self._by_name = {f.name: f for f in fields(cls)}
-        super().__init__(cls, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+        titles = {f.name: title for title, found in sections(cls).items() for f in found}
+        self._by_name = {name: cls.__dataclass_fields__[name] for name in titles}
+        self._titles, self._groups = titles, {}
+        ordered = make_dataclass(cls.__name__, [(f.name, f.type, f) for f in self._by_name.values()])
+        usage, kind = "%(prog)s [--config FILE] [--flag VALUE ...]", argparse.RawDescriptionHelpFormatter
+        super().__init__(ordered, allow_abbrev=False, formatter_class=kind, usage=usage, **kwargs)
         super().add_argument(CONFIG, metavar="FILE", default=argparse.SUPPRESS, help=CONFIG_HELP)
 
     def add_argument(self, *names: str, **kwargs: Any) -> argparse.Action:
         f = self._by_name.get(kwargs.get("dest", names[0][2:].replace("-", "_")) if names[0][:2] == "--" else None)
         if f is None:
             return super().add_argument(*names, **kwargs)
-        help = f"{f.metadata['help']} (default: {default_of(f)})".replace("%", "%%")
+        names = f"; {f.metadata['names']()}" if "names" in f.metadata else ""
+        help = f"{f.metadata['help']}{names} (default: {default_of(f)})".replace("%", "%%")
+        title = self._titles[f.name]
+        group = self._groups.get(title) or self._groups.setdefault(title, self.add_argument_group(title))
         if f.type is bool:
-            return super().add_argument(
-                f"--{f.name}", action=_Switch, dest=f.name, default=kwargs["default"], help=help
-            )
+            return group.add_argument(f"--{f.name}", action=_Switch, dest=f.name, default=kwargs["default"], help=help)
         kwargs["help"] = help
         if get_origin(f.type) is list:
             kwargs |= {"action": _List, "type": get_args(f.type)[0]}
@@ -220,8 +242,10 @@ class _Parser(argparse_dataclass.ArgumentParser):
             kwargs["type"] = convert
             if choices:
                 kwargs["choices"] = [*choices, None]
+        if not kwargs.get("choices"):
+            kwargs.setdefault("metavar", METAVARS.get(kwargs["type"].__name__, "TEXT"))
         aliases = [f"--{f.metadata['alias']}"] if "alias" in f.metadata else []
-        return super().add_argument(f"--{f.name}", *aliases, **kwargs)
+        return group.add_argument(f"--{f.name}", *aliases, **kwargs)
 
     def given(self, argv: Sequence[str]) -> dict[str, Any]:
         """{name: value} of the flags in a command line."""

@@ -96,21 +96,19 @@ NOT_AGAIN = ("resume_from_checkpoint", "dry_run", "hps_clip_path")  # what to do
 class GRPOConfig(RewardSpecConfig):
     """All settings of a training run. Defaults are the MixGRPO recipe's."""
 
+    SECTIONS = ("model", "data", "reward")  # the first in --help; the others follow in the order below
+
     # --- what to train on -------------------------------------------------------------------------------------------
-    pretrained_model_name_or_path: str = flag("data/flux", "diffusers FLUX pipeline: a folder or a hub id")
+    pretrained_model_name_or_path: str = flag(
+        "data/flux", "diffusers FLUX pipeline: a folder or a hub id", section="model"
+    )
     init_random_flux: bool = flag(
         False,
         "for measurements: random weights for the transformer whose config.json is in that pipeline",
     )
-    data_json_path: str | None = flag(None, "prompt.json written by the preprocessing script")
+    data_json_path: str | None = flag(None, "prompt.json written by the preprocessing script", section="data")
     prompts_file: str | None = flag(
         None, "prompts: text with one per line, JSON, JSON Lines, CSV or TSV; embedded and cached under output_dir"
-    )
-    output_dir: str = flag(
-        "outputs/mixgrpo", "folder for args.json, config.yaml, metrics.jsonl, images and checkpoints"
-    )
-    resume_from_checkpoint: str | None = flag(
-        None, "checkpoint folder to go on from; `latest`: the newest in output_dir; `auto`: this or a new run"
     )
     seed: int = flag(714, "seed of all noise and of the samples' order", at_least=0, below=2**63)
     sampler_seed: int = flag(7144, "seed of the prompts' order", at_least=0, below=2**63)
@@ -121,7 +119,6 @@ class GRPOConfig(RewardSpecConfig):
         below=1,
     )
     dataloader_num_workers: int = flag(4, "threads that read embeddings ahead; 0: none", at_least=0, at_most=256)
-    dry_run: bool = flag(False, "print the derived arithmetic and the rollout plan, then exit")
 
     def _check_data(self) -> None:
         given = (self.data_json_path is not None) + (self.prompts_file is not None)
@@ -129,7 +126,13 @@ class GRPOConfig(RewardSpecConfig):
         self._need(given == 1, "data_json_path", both)
 
     # --- how much of it ---------------------------------------------------------------------------------------------
-    max_train_steps: int = flag(300, "iterations; the run stops after exactly this many", at_least=1, at_most=10**9)
+    max_train_steps: int = flag(
+        300,
+        "iterations; the run stops after exactly this many",
+        at_least=1,
+        at_most=10**9,
+        section="amount of training",
+    )
     train_batch_size: int = flag(1, "prompts per rank and iteration", at_least=1, at_most=10**5)
     prompts_per_iteration: int | None = flag(
         None, "prompts per iteration over all ranks; overrides train_batch_size", at_least=1, at_most=10**6
@@ -154,17 +157,15 @@ class GRPOConfig(RewardSpecConfig):
         at_least=1,
         none="auto",
     )
-    checkpointing_steps: int = flag(50, "iterations between checkpoints; the last one is always saved", at_least=1)
-    checkpoints_total_limit: int | None = flag(
-        None, "checkpoints kept; older ones are deleted (None: all are kept)", at_least=1
-    )
 
     def _check_amounts(self) -> None:
         even = self.algorithm in TREES or self.num_generations % self.gradient_accumulation_steps == 0
         self._need(even, "gradient_accumulation_steps", f"must divide --num_generations {self.num_generations}")
 
     # --- sampling ---------------------------------------------------------------------------------------------------
-    algorithm: str | None = flag(None, "derived from the flags below if not given", choices=list(ALGORITHMS))
+    algorithm: str | None = flag(
+        None, "derived from the flags below if not given", choices=list(ALGORITHMS), section="algorithm and sampling"
+    )
     h: int = flag(720, "picture height in pixels", at_least=16, at_most=2**14)
     w: int = flag(720, "picture width in pixels", at_least=16, at_most=2**14)
     sampling_steps: int = flag(25, "denoising steps T", at_least=3, at_most=1000)
@@ -218,6 +219,7 @@ class GRPOConfig(RewardSpecConfig):
         "sampled again from their own noise with the full plan, and trained; 0: none",
         at_least=0,
         at_most=10**4,
+        section="scouting",
     )
     scout_steps: int = flag(6, "DPM-Solver++ steps of a candidate (scouts)", at_least=1, at_most=1000)
     scout_pick: str = flag(
@@ -250,6 +252,7 @@ class GRPOConfig(RewardSpecConfig):
         at_least=1,
         at_most=1000,
         algorithms=DRAWN,
+        section="likelihood-free algorithms",
     )
 
     old_policy_decay: float = flag(
@@ -288,6 +291,7 @@ class GRPOConfig(RewardSpecConfig):
         "a stochastic step is merged with the next ones until its e^h exceeds this",
         above=0,
         algorithms=("grpo_merge",),
+        section="E-GRPO and Granular-GRPO",
     )
     eta_step_list: list[int] = flag(
         [], "active steps, from 0, instead of the first half", metavar="E", algorithms=MERGES
@@ -318,7 +322,7 @@ class GRPOConfig(RewardSpecConfig):
 
     # --- BranchGRPO -------------------------------------------------------------------------------------------------
     tree_split_points: list[int] = flag(
-        [0, 3, 6, 9], "steps at which every row splits", metavar="STEP", algorithms=TREES
+        [0, 3, 6, 9], "steps at which every row splits", metavar="STEP", algorithms=TREES, section="BranchGRPO"
     )
     tree_split_children: int = flag(
         2,
@@ -374,7 +378,9 @@ class GRPOConfig(RewardSpecConfig):
         self._need(inside, "depth_pruning", f"depths lie between 1 and {steps - 1}")
 
     # --- MixGRPO's window -------------------------------------------------------------------------------------------
-    group_size: int = flag(4, "window size: stochastic, trained steps per iteration", at_least=1, at_most=1000)
+    group_size: int = flag(
+        4, "window size: stochastic, trained steps per iteration", at_least=1, at_most=1000, section="MixGRPO's window"
+    )
     sample_strategy: str = flag(
         "progressive", "how the window moves", choices=["progressive", "random", "decay", "exp_decay"]
     )
@@ -393,7 +399,9 @@ class GRPOConfig(RewardSpecConfig):
         self._need(ordered, "max_iters_per_group", "must not be below min_iters_per_group")
 
     # --- MixGRPO-Flash ----------------------------------------------------------------------------------------------
-    dpm_algorithm_type: str | None = flag(None, "solver of the compressed tail, None or dpmsolver++")
+    dpm_algorithm_type: str | None = flag(
+        None, "solver of the compressed tail, None or dpmsolver++", section="MixGRPO-Flash"
+    )
     dpm_apply_strategy: str | None = flag(None, "where the solver runs: post, after the window")
     dpm_post_compress_ratio: float = flag(
         0.4, "points of the tail, as a share of the steps it replaces", above=0, at_most=1
@@ -413,7 +421,10 @@ class GRPOConfig(RewardSpecConfig):
 
     # --- rewards ----------------------------------------------------------------------------------------------------
     multi_reward_mix: str = flag(
-        "advantage_aggr", "combine advantages per model, or rewards first", choices=["advantage_aggr", "reward_aggr"]
+        "advantage_aggr",
+        "combine advantages per model, or rewards first",
+        choices=["advantage_aggr", "reward_aggr"],
+        section="mixes of rewards, and failures",
     )
     granular_mix: str = flag(
         "raw", "weight raw component scores, or each component's advantage", choices=["raw", "advantage"]
@@ -434,7 +445,9 @@ class GRPOConfig(RewardSpecConfig):
     )
 
     # --- GRPO -------------------------------------------------------------------------------------------------------
-    use_group: bool = flag(True, "normalise rewards per prompt; else over all samples (reward_aggr only)")
+    use_group: bool = flag(
+        True, "normalise rewards per prompt; else over all samples (reward_aggr only)", section="advantages and loss"
+    )
     trimmed_ratio: float = flag(
         0.0, "lowest share of rewards, left out of mean and standard deviation", at_least=0, below=1
     )
@@ -497,7 +510,7 @@ class GRPOConfig(RewardSpecConfig):
         self._need(fits, "ref_reset_steps", "goes with --ref_kl_coeff")
 
     # --- optimizer --------------------------------------------------------------------------------------------------
-    learning_rate: float = flag(1e-5, "AdamW learning rate", above=0, at_most=1)
+    learning_rate: float = flag(1e-5, "AdamW learning rate", above=0, at_most=1, section="optimizer")
     lr_scheduler: str = flag(
         "constant_with_warmup",
         "learning rate over optimizer steps, a schedule of diffusers",
@@ -515,7 +528,7 @@ class GRPOConfig(RewardSpecConfig):
         0.0, "decay of an average of the weights, saved beside each checkpoint; 0: none", at_least=0, below=1
     )
     ema_start_step: int = flag(0, "iteration at which averaging starts", at_least=0)
-    mixed_precision: str = flag("bf16", "compute format", choices=["no", "bf16"])
+    mixed_precision: str = flag("bf16", "compute format", choices=["no", "bf16"], section="number formats and speed")
     master_weight_type: str = flag("fp32", "format of the trained weights", choices=["fp32", "bf16"])
     allow_tf32: bool = flag(True, "TF32 matrix products on NVIDIA GPUs")
     gradient_checkpointing: bool = flag(True, "recompute activations in the backward pass: less memory, more time")
@@ -562,7 +575,7 @@ class GRPOConfig(RewardSpecConfig):
         self._need(fits, "rollout_precision", "goes with --parallel none, ddp or fsdp, not deepspeed")
 
     # --- LoRA -------------------------------------------------------------------------------------------------------
-    use_lora: bool = flag(False, "train low-rank adapters; the model itself stays frozen")
+    use_lora: bool = flag(False, "train low-rank adapters; the model itself stays frozen", section="LoRA")
     lora_rank: int = flag(128, "rank of the adapters", at_least=1, at_most=2**14)
     lora_alpha: int = flag(256, "scale of the adapters, times their rank", at_least=1, at_most=10**6)
     lora_target_modules: list[str] = flag(
@@ -575,6 +588,7 @@ class GRPOConfig(RewardSpecConfig):
         None,
         "how the model lies on the processes (None: ddp for several processes, none for one)",
         choices=["none", "ddp", "fsdp", "deepspeed"],
+        section="engine and processes",
     )
     zero_stage: int = flag(2, "deepspeed: splits gradients and moments (2), or parameters too (3)", choices=[2, 3])
     fsdp_sharding_startegy: str | None = flag(
@@ -635,6 +649,7 @@ class GRPOConfig(RewardSpecConfig):
         "iterations between evaluations; 0: none. An evaluation samples --eval_prompts with fixed seeds and scores "
         "them, also before training and after the last iteration; the link `best` points to the best checkpoint",
         at_least=0,
+        section="evaluation during training",
     )
     eval_prompts: str | None = flag(None, "file with the prompts of these evaluations, in a format of prompts_file")
     eval_reward: str | None = flag(
@@ -653,7 +668,18 @@ class GRPOConfig(RewardSpecConfig):
         ):
             raise FlagError("eval_reward", self.eval_reward, NO_GROUP)
 
-    # --- logging ----------------------------------------------------------------------------------------------------
+    # --- output -------------------------------------------------------------------------------------------------------
+    output_dir: str = flag(
+        "outputs/mixgrpo", "folder for args.json, config.yaml, metrics.jsonl, images and checkpoints", section="output"
+    )
+    resume_from_checkpoint: str | None = flag(
+        None, "checkpoint folder to go on from; `latest`: the newest in output_dir; `auto`: this or a new run"
+    )
+    dry_run: bool = flag(False, "print the derived arithmetic and the rollout plan, then exit")
+    checkpointing_steps: int = flag(50, "iterations between checkpoints; the last one is always saved", at_least=1)
+    checkpoints_total_limit: int | None = flag(
+        None, "checkpoints kept; older ones are deleted (None: all are kept)", at_least=1
+    )
     experiment_name: str = flag("mixgrpo", "name of the run in wandb")
     wandb_key: str | None = flag(None, "refused: set WANDB_API_KEY in the environment instead")
     wandb_project: str = flag("mixgrpo-flux", "project of the run in wandb")

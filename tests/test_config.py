@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fastvideo.cli import FlagError, parse_dataclass
 from fastvideo.config import ALGORITHMS, GRPOConfig
-from fastvideo.models.reward_model.spec import REWARDS, SHARED
+from fastvideo.models.reward_model.spec import MIXES, REWARDS, SCHEDULES, SHARED
 from fastvideo.reference_flags import REFERENCE_FLAGS, translate
 from fastvideo.rollout_plan import describe
 from fastvideo.runtime import preflight
@@ -87,7 +87,7 @@ def test_lists_and_numbers_keep_their_types():
     assert config.learning_rate == 1e-4 and config.prompts_per_iteration == 8
 
 
-def test_help_explains_every_flag_in_a_sentence(capsys):
+def test_help_explains_every_flag_in_a_sentence_by_section_needed_ones_first(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
     assert stop.value.code == 0
@@ -95,6 +95,20 @@ def test_help_explains_every_flag_in_a_sentence(capsys):
     for field in fields(GRPOConfig):
         assert f"--{field.name}" in text
         assert len(field.metadata["help"]) > 10 and " ".join(field.metadata["help"].split()[:3]) in text
+    order = [
+        "model:",
+        "--pretrained",
+        "data:",
+        "--prompts_file",
+        "reward:",
+        "--reward_model",
+        "--algorithm",
+        "optimizer:",
+    ]
+    order += ["engine and processes:", "output:", "--output_dir", "reward files and addresses:", "--hps_path"]
+    places = [text.index(f" {words} ") for words in order]
+    assert places == sorted(places) and text.index("model:") < 1500  # a short usage line
+    assert all(name in text for name in (*REWARDS, *MIXES, *SCHEDULES))
 
 
 def test_an_unknown_flag_is_an_error_with_a_suggestion(capsys):

@@ -126,6 +126,14 @@ def download(server, tmp_path):
     return run
 
 
+def test_without_a_part_the_parts_and_their_sizes_are_listed_and_nothing_is_downloaded(download, server):
+    status, output = download()
+    sizes = dict(re.findall(r"^  (\w+) +([\d.]+) GB$", output, re.M))
+    assert status == 2 and not server.requests and "or all" in output
+    assert float(sizes["flux"]) > 30 and sizes["hps"] == "2.0" and sizes.keys() >= {"prompts", "mixgrpo"}
+    assert float(sizes["all"]) == pytest.approx(sum(float(v) for k, v in sizes.items() if k != "all"), abs=0.5)
+
+
 def test_a_dry_run_lists_every_file_and_asks_nobody(download, server, tmp_path):
     status, output = download("all", "--dry_run")
     assert status == 0 and not server.requests

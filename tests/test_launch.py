@@ -454,6 +454,19 @@ def test_a_bad_hostfile_is_refused_in_one_line(environment, hostfile, text, mess
     assert message in error and str(hostfile) in error
 
 
+def test_the_launcher_explains_itself_without_a_hostfile():
+    alone = {key: value for key, value in os.environ.items() if key != "HOSTFILE"}
+    for words, status, text in ((["--help"], 0, "Several nodes"), (["x.py"], 2, "HOSTFILE is not set")):
+        done = subprocess.run(
+            [sys.executable, FINETUNE / "launch.py", *words],
+            env=alone,
+            timeout=TIME_LIMIT,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == status and text in done.stdout + done.stderr and "Traceback" not in done.stderr
+
+
 def test_other_bad_settings_are_refused_in_one_line(environment, hostfile, tmp_path):
     assert "missing: can't be read" in refused(environment, HOSTFILE=str(tmp_path / "missing"))
     assert "NPROC_PER_NODE 0" in refused(environment, NPROC_PER_NODE="0")

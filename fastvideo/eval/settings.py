@@ -23,6 +23,7 @@ class EvalConfig(RewardConfig):
     manifest: str | None = flag(
         None,
         "pictures: a manifest of sample_flux.py, or with --benchmark_prompts a folder in the HPSv2 benchmark's layout",
+        section="pictures and rewards",
     )
     image: str | None = flag(None, "score this one picture instead of a manifest; needs --prompt")
     prompt: str | None = flag(None, "prompt of --image")
@@ -37,7 +38,7 @@ class EvalConfig(RewardConfig):
     trained_rewards: str | None = flag(None, "--reward_model of the training; the other rewards count as held out")
     hacking_measures: bool = flag(True, "also measure saturation, sharpness, high frequencies and diversity")
     device: str = flag("auto", "cpu, cuda (the process's own), cuda:1, ... or auto; --reward_device goes before it")
-    prompt_file: str | None = flag(None, "another name of --manifest")
+    prompt_file: str | None = flag(None, "another name of --manifest", section="other names")
     single_img: str | None = flag(None, "another name of --image")
     single_img_prompt: str | None = flag(None, "another name of --prompt")
     batch_size: int | None = flag(None, "another name of --reward_batch_size")

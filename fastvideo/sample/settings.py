@@ -11,7 +11,7 @@ from fastvideo.io.devices import DTYPES
 class SampleConfig:
     """Settings of a sampling run."""
 
-    pretrained_model_name_or_path: str = flag("data/flux", "base FLUX pipeline: a folder or a hub id")
+    pretrained_model_name_or_path: str = flag("data/flux", "base FLUX pipeline: a folder or a hub id", section="model")
     flux_baseline_model_dir: str | None = flag(None, "another name of --pretrained_model_name_or_path")
     model_path: str | None = flag(
         None,
@@ -23,11 +23,12 @@ class SampleConfig:
         "data/prompts_test.txt",
         "prompts: text with one per line, JSON, JSON Lines, CSV or TSV, or a folder of HPSv2 benchmark prompts "
         "(anime.json, ...)",
+        section="prompts",
     )
-    output_dir: str = flag("outputs/samples", "folder for the pictures")
+    output_dir: str = flag("outputs/samples", "folder for the pictures", section="output")
     output_json: str | None = flag(None, "manifest to write (None: manifest.json in output_dir; sweep.json of a sweep)")
     image_format: str = flag("png", "file format; jpg loses detail", choices=["png", "jpg"])
-    seed: int = flag(42, "seed of the initial noise", at_least=0, below=2**63)
+    seed: int = flag(42, "seed of the initial noise", at_least=0, below=2**63, section="sampling")
     images_per_prompt: int = flag(1, "pictures of each prompt, each with its own noise", at_least=1, at_most=10**4)
     batch_size: int = flag(1, "pictures sampled at a time; changes speed and memory only", at_least=1)
     h: int = flag(1024, "picture height in pixels", at_least=16, at_most=2**14)
@@ -46,7 +47,12 @@ class SampleConfig:
         None, "static shift of the sigma schedule (None: the base pipeline's own scheduler)", at_least=1e-3, at_most=1e3
     )
     max_sequence_length: int = flag(512, "T5 tokens; cut to what the model's tokenizer declares", at_least=1)
-    dtype: str = flag("auto", "number format; auto: bf16 on a GPU, fp32 on the CPU", choices=["auto", *DTYPES])
+    dtype: str = flag(
+        "auto",
+        "number format; auto: bf16 on a GPU, fp32 on the CPU",
+        choices=["auto", *DTYPES],
+        section="speed and memory",
+    )
     device: str = flag("auto", "cpu, cuda (the process's own), cuda:1, ... or auto")
     compile: bool = flag(False, "compile the transformers' blocks: a slow start, then faster steps")
     cpu_offload: str = flag(
@@ -54,7 +60,7 @@ class SampleConfig:
         "keep in GPU memory only the model at work (model) or only the layer at work (sequential, slow)",
         choices=["none", "model", "sequential"],
     )
-    overwrite: bool = flag(False, "replace the pictures of other settings or prompts in the folder")
+    overwrite: bool = flag(False, "replace the pictures of other settings or prompts in the folder", section="output")
 
     def __post_init__(self) -> None:
         base, other = self.pretrained_model_name_or_path, self.flux_baseline_model_dir

@@ -357,6 +357,11 @@ def main(args: list[str]) -> int:
     if args == ["--free_port"]:
         print(free_port())
         return 0
+    if args in (["-h"], ["--help"]):
+        print(__doc__)
+        return 0
+    if not os.environ.get("HOSTFILE"):
+        raise ValueError("HOSTFILE is not set: it names the file with the machines, one per line (--help)")
     nodes = read_hostfile(os.environ["HOSTFILE"], os.environ.get("NPROC_PER_NODE") or "1")
     return run_on_each(nodes, sys.stdin.read()) if args == ["--each"] else launch(nodes, args)
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Downloads the files that the recipes need, to the default paths of the flags. An interrupted download continues.
+# Without a part it lists all parts with their sizes.
 #
 #   scripts/huggingface/download_checkpoints.sh [flux|hps|hpsv3|image_reward|clip|pick|geneval|mixgrpo|prompts|all] ... [--dry_run]
 #
@@ -29,7 +30,6 @@ for argument in "$@"; do
       ;;
   esac
 done
-[ ${#chosen[@]} -gt 0 ] || chosen=("${PARTS[@]}")
 
 hf=$(dirname "$PYTHON_BIN")/hf
 [ -x "$hf" ] || hf=hf
@@ -190,6 +190,18 @@ get_prompts() {
   done
 }
 
-for part in "${chosen[@]}"; do
+if [ ${#chosen[@]} -eq 0 ] && [ -z "$dry_run" ]; then
+  echo "download_checkpoints.sh: name the parts to download, or all; --dry_run lists their files"
+  dry_run=1
+  for part in "${PARTS[@]}"; do
+    "get_$part" | sed "s/^/$part /"
+  done | awk '
+    BEGIN { bytes["KB"] = 1e3; bytes["MB"] = 1e6; bytes["GB"] = 1e9 }
+    !($1 in sum) { order[++parts] = $1 }
+    { found = $2 * bytes[substr($2, length($2) - 1)]; sum[$1] += found; sum["all"] += found }
+    END { order[++parts] = "all"; for (i = 1; i <= parts; i++) printf "  %-13s %6.1f GB\n", order[i], sum[order[i]] / 1e9 }'
+  exit 2
+fi >&2
+for part in "${chosen[@]:-${PARTS[@]}}"; do
   "get_$part"
 done

@@ -25,7 +25,7 @@ MODES = ("granular", "overall")  # of a reward with components: their weighted s
 class RewardConfig:
     """Where the reward models lie and how they run; training and evaluation share these settings."""
 
-    hps_path: str = flag("hps_ckpt/HPS_v2.1_compressed.pt", "HPS checkpoint")
+    hps_path: str = flag("hps_ckpt/HPS_v2.1_compressed.pt", "HPS checkpoint", section="reward files and addresses")
     hps_clip_path: str | None = flag(
         "hps_ckpt/open_clip_pytorch_model.bin", "not needed and not read: the HPS checkpoint holds the whole model"
     )
@@ -73,8 +73,12 @@ class RewardConfig:
     pairwise_matches: int | None = flag(
         None, "comparisons of each picture with others of its group (None: with all of them)", at_least=1
     )
-    granular_start_weights: list[float] = flag([0.5, 0.3, 0.2], "component weights at the start", metavar="W")
-    reward_batch_size: int = flag(12, "images per forward pass of a reward model", at_least=1)
+    granular_start_weights: list[float] = flag(
+        [0.5, 0.3, 0.2], "component weights at the start", metavar="W", section="reward"
+    )
+    reward_batch_size: int = flag(
+        12, "images per forward pass of a reward model", at_least=1, section="reward processes"
+    )
     reward_device: str | None = flag(None, "device of the reward models (None: the rank's own)")
     reward_dtype: str = flag("fp32", "number format of the reward models", choices=list(DTYPES))
     reward_server: str | None = flag(
@@ -92,7 +96,7 @@ class RewardConfig:
 class RewardSpecConfig(RewardConfig):
     """Which rewards train, and how their scores add up; training and the reward server share these settings."""
 
-    reward_model: str = flag("image_reward", "reward or mix: names with optional weights, e.g. hpsv2,image_reward:0.5")
+    reward_model: str = flag("image_reward", "reward or mix", section="reward", names=lambda: _choices())
     hps_weight: float = flag(1.0, "weight of HPSv2 in a mix")
     clip_score_weight: float = flag(1.0, "weight of CLIPScore in a mix")
     image_reward_weight: float = flag(1.0, "weight of ImageReward in a mix")
