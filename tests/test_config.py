@@ -96,8 +96,9 @@ def test_help_explains_every_flag_in_a_sentence_by_section_needed_ones_first(cap
         assert f"--{field.name}" in text
         assert len(field.metadata["help"]) > 10 and " ".join(field.metadata["help"].split()[:3]) in text
     order = "model: --pretrained_model_name_or_path data: --prompts_file reward: --reward_model --algorithm optimizer: "
-    order += "--learning_rate LoRA: --use_lora output: --output_dir addresses: --hps_path"
-    places = [text.index(f" {words} ") for words in order.split()]
+    order += "--learning_rate LoRA: --lora_rank output: --output_dir addresses: --hps_path"
+    flags = text[text.index("options:") :]
+    places = [flags.index(f" {words} ") for words in order.split()]
     assert places == sorted(places) and text.index("model:") < 1500  # a short usage line
     assert all(name in text for name in (*REWARDS, *MIXES, *SCHEDULES))
 
