@@ -60,7 +60,6 @@ from fastvideo.runtime.throughput import Throughput
 from fastvideo.utils.advantages import plan_advantages
 from fastvideo.utils.draws import ERRORS, Draws, make_draws, nft_loss, velocity_error
 from fastvideo.utils.grpo_states import windows
-from fastvideo.utils.picture_measures import group_measures
 from fastvideo.utils.plan import Plan
 from fastvideo.utils.sampling_utils import (
     InParts,
@@ -451,31 +450,26 @@ class Trainer:
 
     def score(
         self, pictures: list[Image.Image], batch: dict, part: slice, plan: Plan, number: int
-    ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """Scores the pictures of the P prompts in a part of the batch, sorted by prompt, and measures their appearance.
-
-        Returns scores, name -> [P, pictures], NaN where failed; and looks, name -> mean over a prompt's trained
-        pictures [P]. Looks may show reward hacking (see `group_measures`).
-        """
+    ) -> dict[str, np.ndarray]:
+        """Scores of the pictures of P prompts, a part of the batch: name -> [P, pictures], NaN where failed."""
         per_prompt = plan.pictures
         captions, metadata = ([x for x in batch[k][part] for _ in range(per_prompt)] for k in ("caption", "metadata"))
         place = self.scoring.place(plan, len(captions) // per_prompt, number)
         scores = self.scoring.compute(pictures, captions, self.scoring.models, **place, metadata=metadata)
-        groups = [pictures[i : i + plan.trained_pictures] for i in range(0, len(pictures), per_prompt)]
-        return {name: v.reshape(-1, per_prompt) for name, v in scores.items()}, group_measures(groups)
+        return {name: v.reshape(-1, per_prompt) for name, v in scores.items()}
 
     def scout(self, number: int, conditioning: Conditioning, batch: dict) -> Scouted | None:
         """With --scouts: scores candidates of all prompts that are sampled in few steps, and picks those to train."""
         if (plan := scout_plan(self.config)) is None:
             return None
         with self.throughput.phase("scout"):
-            _, _, scores, _ = self.collect(plan, number, conditioning, batch)
+            _, _, scores = self.collect(plan, number, conditioning, batch)
         return Scouted.of(self.config, number, scores, self.scoring.advantage_weights(plan, number))
 
     def collect(
         self, plan: Plan, number: int, conditioning: Conditioning, batch: dict, picks: np.ndarray | None = None
-    ) -> tuple[Rollout, list[Image.Image], dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """Rollout and pictures of this data rank (pictures on its first process); scores and looks of all ranks.
+    ) -> tuple[Rollout, list[Image.Image], dict[str, np.ndarray]]:
+        """Rollout and pictures of this data rank (pictures on its first process), and scores of all ranks.
 
         Samples as many whole groups at a time as --rollout_batch_size holds. Scores them while it samples the next.
         """
@@ -493,8 +487,8 @@ class Trainer:
             images += pictures
             scored.append(self.scoring.begin(self.score, pictures, batch, slice(begin, end), plan, number))
         with self.throughput.phase("reward"):  # the time that does not overlap with sampling
-            scores, looks = self.scoring.gather_arrays(scored)
-        return Rollout.join(parts), images, scores, looks
+            scores = self.scoring.gather_arrays(scored)
+        return Rollout.join(parts), images, scores
 
     # --- optimizer steps --------------------------------------------------------------------------------------------
 
@@ -574,13 +568,14 @@ class Trainer:
         with self.policies.acting(config.sampling_policy):
             scouted = self.scout(number, conditioning, batch)
             given = (plan, number, conditioning, batch, scouted and scouted.picks)
-            sampled, images, scores, looks = self.collect(*given)
+            sampled, images, scores = self.collect(*given)
             drift = rollout_drift(self, given, sampled.latents, scores)
+        looks = self.scoring.begin_looks(plan, images)
         weights = self.scoring.advantage_weights(plan, number)
         weighted = config.tree_fusion == "probability"  # BranchGRPO's inner nodes weigh their leaves by probability
         splits = split_log_probs(plan, sampled.log_probs, self.engine.gather) if weighted else {}
         advantages, flat = plan_advantages(config, plan, scores, weights, splits)
-        reward_metrics = self.scoring.metrics(plan, scores, looks, number, scouted)
+        reward_metrics = self.scoring.metrics(plan, scores, number, scouted)
         failures, scored = self.scoring.failures(reward_metrics)
         too_many = config.max_reward_failures is not None and failures > config.max_reward_failures
         if not scored and self.accelerator.is_main_process:
@@ -591,6 +586,7 @@ class Trainer:
             else:  # all scores failed on all ranks, or too many
                 progress.skipped_in_a_row += self.steps_per_iteration
                 metrics = {"optimizer_steps": 0, "skipped_steps": self.steps_per_iteration}
+        reward_metrics |= self.scoring.looks(looks)
         progress.too_many_failures = too_many
         progress.iteration = number - too_many  # a resumed run repeats an iteration with too many failed scores
         tokens, trained_rows = (len(self.image_ids), len(conditioning.text_ids)), metrics.pop("trained_rows", 0)

@@ -6,6 +6,7 @@ import threading
 from fastvideo import train_grpo_flux
 from fastvideo.dataset import latent_flux_rl_datasets
 from fastvideo.models.reward_model.custom import probe
+from fastvideo.runtime import scoring
 from fastvideo.runtime.engines import Engine
 from fastvideo.runtime.evaluation import Evaluation
 from fastvideo.runtime.log import Log
@@ -55,7 +56,7 @@ def test_an_error_anywhere_in_an_iteration_keeps_the_iterations_before(train, st
         (latent_flux_rl_datasets, "collate", 3, ValueError("broken prompt"), 2),
         (train_grpo_flux, "rollout", 3, torch.OutOfMemoryError("no memory to sample"), 2),
         (train_grpo_flux, "decode_latents", 3, torch.OutOfMemoryError("no memory to decode"), 2),
-        (train_grpo_flux, "group_measures", 3, ZeroDivisionError("in the scoring thread"), 2),
+        (scoring, "compute_reward", 3, ZeroDivisionError("in the scoring thread"), 2),
         (train_grpo_flux, "policy_loss", 5, torch.OutOfMemoryError("no memory to train"), 2),  # 2 losses per iteration
         (Log, "write_images", 2, ValueError("no such picture format"), 2),
     ]
@@ -67,6 +68,13 @@ def test_an_error_anywhere_in_an_iteration_keeps_the_iterations_before(train, st
         train("cut", **SETTINGS, resume_from_checkpoint="latest")
         assert cut.numbers() == whole.numbers() and same_weights(cut.weights(), whole.weights()), name
         cut.folder.rename(cut.folder.with_name(name))
+
+
+def test_pictures_that_cannot_be_measured_do_not_end_a_run(train, monkeypatch):
+    monkeypatch.setattr(scoring, "group_measures", Failing(scoring.group_measures, 1, ZeroDivisionError("no pixels")))
+    with pytest.warns(UserWarning, match="can't be measured: ZeroDivisionError: no pixels"):
+        run = train(max_train_steps=2)
+    assert ["hacking_sharpness" in line for line in run.metrics] == [False, True]
 
 
 def test_optimizer_steps_of_a_half_done_iteration_are_kept(train, stops, monkeypatch):

@@ -64,7 +64,7 @@ def rollout_drift(
         scored = []
         if not trainer.engine.place_in_group:  # the first process of a sequence group decodes and scores
             scored = [scoring.begin(trainer.score, trainer.decode(exact, size), batch, slice(1), plan, number)]
-        compared, _ = scoring.gather_arrays(scored)
+        compared = scoring.gather_arrays(scored)
 
     def rewards(values: dict[str, np.ndarray]) -> np.ndarray:
         return sum(weight * values[name] for name, weight in scoring.weights.items())

@@ -1,6 +1,7 @@
 """Runs the reward models in a separate thread, and computes the scores' weights in the advantage and their metrics."""
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, ParamSpec, TypeVar
@@ -12,6 +13,7 @@ from fastvideo.models.reward_model.granular import GranularRewardModel, RewardMo
 from fastvideo.models.reward_model.groups import is_groupwise
 from fastvideo.models.reward_model.utils import build_reward_models, compute_reward, judge_of
 from fastvideo.utils.advantages import reward_means
+from fastvideo.utils.picture_measures import group_measures
 from fastvideo.utils.plan import Plan
 from fastvideo.utils.scouting import Scouted
 
@@ -25,6 +27,14 @@ Arguments, Result = ParamSpec("Arguments"), TypeVar("Result")
 
 class RewardFailed(RuntimeError):
     """Raised on all processes when a reward raised an error or did not answer in time on any of them."""
+
+
+def _measure(groups: list[list[Image.Image]]) -> dict[str, np.ndarray]:
+    try:
+        return group_measures(groups)
+    except Exception as error:  # no reason to end a run
+        warnings.warn(f"how the pictures look can't be measured: {one_line(error)}", stacklevel=1)  # shown once
+        return {}
 
 
 class Scoring:
@@ -89,10 +99,22 @@ class Scoring:
             raise RewardFailed(f"the reward {problems[0]}") from (failed and failed[1])
         return [result for results, _ in everywhere for result in results]
 
-    def gather_arrays(self, futures: "Sequence[Future[tuple[dict[str, np.ndarray], ...]]]") -> list[dict]:
-        """`gather` for work that returns several {name: array with a row per prompt}: one of each, with all prompts."""
-        everywhere = zip(*self.gather(futures), strict=True)
-        return [{name: np.concatenate([part[name] for part in parts]) for name in parts[0]} for parts in everywhere]
+    def gather_arrays(self, futures: "Sequence[Future[dict[str, np.ndarray]]]") -> dict[str, np.ndarray]:
+        """`gather` for work that returns {name: array with a row per prompt}: the same with all prompts."""
+        parts = self.gather(futures)
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def begin_looks(self, plan: Plan, images: list[Image.Image]) -> "list[Future[dict[str, np.ndarray]]]":
+        """Starts to measure how the trained pictures look (`group_measures`), while they are trained."""
+        places = range(0, len(images), plan.pictures)
+        groups = [images[i : i + plan.trained_pictures] for i in places]
+        return [self.begin(_measure, groups)] if groups else []
+
+    def looks(self, futures: "Sequence[Future[dict[str, np.ndarray]]]") -> dict[str, float]:
+        """Means of what `begin_looks` has started on all processes: hacking_…, which may show reward hacking."""
+        parts = [part for part in self.gather(futures) if part]
+        found = {name: np.concatenate([part[name] for part in parts]) for name in (parts[0] if parts else ())}
+        return {f"hacking_{name}": float(values.mean()) for name, values in found.items()}
 
     def place(self, plan: Plan, prompts: int, iteration: int) -> dict[str, Any]:
         """What `compute_reward` must know about the pictures of `prompts` prompts: progress and groups."""
@@ -129,18 +151,17 @@ class Scoring:
         self,
         plan: Plan,
         scores: dict[str, np.ndarray],
-        looks: dict[str, np.ndarray],
         iteration: int,
         scouted: Scouted | None = None,
     ) -> dict[str, float]:
-        """Means of the weighted reward, of every model and component, and of the looks (hacking_…); the granular
-        weights of this iteration; and what scouting adds.
+        """Means of the weighted reward and of every model and component; the granular weights of this iteration; and
+        what scouting adds.
 
         Pictures that train nothing (E-GRPO's noise-free anchors) have separate means, eval_reward…. They have no group,
         so groupwise models don't score them.
 
         Args:
-            scores: name -> [P, pictures], NaN where failed. looks: name -> [P].
+            scores: name -> [P, pictures], NaN where failed.
         """
         trained = plan.trained_pictures
         metrics = reward_means({name: v[:, :trained] for name, v in scores.items()}, self.weights)
@@ -151,7 +172,6 @@ class Scoring:
             total = sum(weights.values())  # 0: only groupwise models have a weight
             anchors = reward_means(alone, {name: weight / total for name, weight in weights.items()}) if total else {}
             metrics |= {f"eval_{name}": value for name, value in anchors.items()}
-        metrics |= {f"hacking_{name}": float(values.mean()) for name, values in looks.items()}
         for model in self.models.values():
             if isinstance(model, GranularRewardModel):
                 step, total = self.progress(plan, 1, iteration)
