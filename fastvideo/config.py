@@ -11,6 +11,7 @@ from typing import Any
 
 from fastvideo.cli import FlagError, check_fields, default_of, flag
 from fastvideo.io.secrets import redact
+from fastvideo.io.words import counted
 from fastvideo.models.reward_model.spec import NO_GROUP, REWARDS, RewardSpecConfig, resolve_reward_spec
 from fastvideo.utils.steps import SDE_KINDS, STEP_WEIGHTS
 
@@ -834,8 +835,11 @@ class GRPOConfig(RewardSpecConfig):
         values = {k: v for k, v in values.items() if k not in NOT_AGAIN and self.algorithm in readers[k]}
         own = {k: v for k, v in values.items() if v != usual[k]}
         parts = {
-            f"--config FILE --output_dir FOLDER starts this run again, on {world_size_of_environment()} process(es) as "
-            "here. Its own settings:": {"algorithm": self.algorithm} | own,
+            "--config FILE --output_dir FOLDER starts this run again, on "
+            f"{counted(world_size_of_environment(), 'process')} as here. Its own settings:": {
+                "algorithm": self.algorithm
+            }
+            | own,
             "and the defaults:": {k: v for k, v in values.items() if k not in {"algorithm", *own}},
         }
         texts = (yaml.safe_dump(part, sort_keys=False, allow_unicode=True, width=10**6) for part in parts.values())

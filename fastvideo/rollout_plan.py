@@ -17,7 +17,8 @@ from itertools import islice
 
 from fastvideo.cli import FlagError
 from fastvideo.config import DRAWN, MERGES, TREES, GRPOConfig
-from fastvideo.models.reward_model.spec import resolve_reward_spec
+from fastvideo.io.words import counted
+from fastvideo.models.reward_model.spec import REWARDS, resolve_reward_spec
 from fastvideo.utils.grpo_states import window_counts, windows
 from fastvideo.utils.plan import Plan
 from fastvideo.utils.steps import KINDS, SDE_KINDS, Step, entropy, shift_time, sigma_schedule
@@ -297,6 +298,12 @@ def _describe_float8(config: GRPOConfig, plans: list[tuple[Plan, int]]) -> list[
     ]
 
 
+LEGEND = (
+    "  step, sigma before and after it (1: noise, 0: picture), kind, rows per prompt that the model computes; std "
+    "of the step's noise and e^h, the exponential of its entropy"
+)
+
+
 def describe(config: GRPOConfig, world_size: int) -> str:
     """Counts per iteration, reward weights and the plan of the first window, as text. Checks the plan of every window.
 
@@ -322,12 +329,13 @@ def describe(config: GRPOConfig, world_size: int) -> str:
     ]
     return "\n".join(
         [
-            f"{config.algorithm}: {prompts} prompts x {first.pictures} samples = {prompts * first.pictures} images per "
-            f"iteration on {world_size} process(es)"
+            f"{config.algorithm}: {counted(prompts, 'prompt')} x {first.pictures} samples = "
+            f"{prompts * first.pictures} images per iteration on {counted(world_size, 'process')}"
             + (f", {config.sp_size} per picture" if config.sp_size > 1 else ""),
-            f"rewards: {', '.join(f'{name} {weight:.4g}' for name, weight in resolve_reward_spec(config).items())}",
-            f"{steps} optimizer steps per iteration, each on {taken}, "
-            f"in {config.max_train_steps} iterations: {config.max_train_steps * steps} optimizer steps",
+            *_describe_rewards(config),
+            f"{counted(steps, 'optimizer step')} per iteration, each on {taken}, in "
+            f"{counted(config.max_train_steps, 'iteration')}: "
+            f"{counted(config.max_train_steps * steps, 'optimizer step')}",
             f"velocity evaluations (NFE) per prompt and iteration: {min(evaluations)} to {max(evaluations)}, mean "
             f"{np.average(evaluations, weights=iterations):.1f} (without sharing {first.evaluations_without_sharing})"
             + (f"; and {scouts.evaluations} for candidates" if scouts else ""),
@@ -337,9 +345,23 @@ def describe(config: GRPOConfig, world_size: int) -> str:
             f"{first.draws} draws of time and noise train each picture; plan:"
             if first.draws
             else f"plan of the first window {trained}:",
+            LEGEND,
             first.describe(),
         ]
     )
+
+
+def _describe_rewards(config: GRPOConfig) -> list[str]:
+    """The rewards with their weights, and the weights of components at the start and the end of training."""
+    weights = resolve_reward_spec(config)
+    lines = [f"rewards: {', '.join(f'{name} {weight:.4g}' for name, weight in weights.items())}"]
+    for name in filter(REWARDS.__contains__, weights):
+        parts = REWARDS[name].scored_components(config, evaluation=False)
+        moves = zip(parts, config.granular_start_weights, config.granular_end_weights, strict=False)
+        if parts:
+            texts = (f"{part} {start:.4g}" + f" to {end:.4g}" * (start != end) for part, start, end in moves)
+            lines.append(f"components of {name}, first to last ({config.granular_schedule}): {', '.join(texts)}")
+    return lines
 
 
 def _describe_scouts(config: GRPOConfig, scouts: Plan) -> list[str]:

@@ -841,7 +841,7 @@ def test_a_dry_run_shows_merges_entropies_and_inactive_steps(capsys):
     flags = [*TO_PLAN, "--dry_run", "--algorithm", "grpo_merge"]
     train_grpo_flux.main(flags)
     text = capsys.readouterr().out
-    assert "1 prompts x 97 samples = 97 images" in text and "8 optimizer steps per iteration" in text
+    assert "1 prompt x 97 samples = 97 images" in text and "8 optimizer steps per iteration" in text
     assert "1012 to 1012" in text
     trained = [line for line in text.splitlines() if line.endswith(")") and "trained" in line]
     assert [("covers" in line, "e^h" in line) for line in trained] == [(False, True)] * 2 + [(True, True)] * 6

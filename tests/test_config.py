@@ -553,7 +553,7 @@ def test_every_recipe_trains_with_the_values_of_its_paper(tmp_path, capsys):
         assert program == "fastvideo/train_grpo_flux.py"
         with parts_missing():
             main(argv)
-        assert f"{algorithm}: 1 prompts x " in capsys.readouterr().out
+        assert f"{algorithm}: 1 prompt x " in capsys.readouterr().out
 
 
 def test_the_environment_counts_more_than_a_recipe_and_arguments_more_than_both(tmp_path):

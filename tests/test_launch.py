@@ -180,7 +180,7 @@ def test_two_nodes_train_what_one_process_trains(start, train, hostfile, tmp_pat
     one, two = train(**{**FOUR_PROMPTS, **given, "parallel": "none"}), Run(tmp_path / "two")
     assert_same_update(two, one)
     first, *_, last = (line for line in check_log(log, "pdsh", processes=2) if line.startswith(HOSTS[0]))
-    assert "16 images per iteration on 2 process(es)" in first and "2/2" in last
+    assert "16 images per iteration on 2 processes" in first and "2/2" in last
 
 
 @pytest.mark.slow
@@ -498,7 +498,7 @@ def test_a_dry_run_prints_the_plan_and_each_node_s_command(environment, flags, t
 
     environment |= {"NPROC_PER_NODE": "3", "LAUNCHER": "ssh", "REMOTE_SHELL": "false"}
     plan, *_, memory, room, first, second, summary = dry_run(RECIPE)
-    assert "5 process(es)" in plan and memory.startswith("predicted peak memory of each process: ")
+    assert "5 processes" in plan and memory.startswith("predicted peak memory of each process: ")
     assert room.startswith("checkpoints: 1 of 0.0182 GB")
     assert first.startswith(f"127.0.0.2: cd {ROOT} && {sys.executable} -m torch.distributed.run ")
     assert "--nnodes 2 --nproc_per_node 2 --node_rank 0 --master_addr 127.0.0.2 --master_port FREE_PORT" in first
@@ -546,7 +546,7 @@ def test_accelerate_launch_trains_what_one_process_trains(
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     one, two = train(**given), Run(tmp_path / "two")
-    assert "2 process(es)" in done.stdout
+    assert "2 processes" in done.stdout
     for a, b in zip(one.numbers(), two.numbers(), strict=True):
         assert {n: a[n] for n in ("reward", "grad_norm", "lr")} == pytest.approx(
             {n: b[n] for n in ("reward", "grad_norm", "lr")}, rel=1e-3

@@ -15,7 +15,8 @@ from fastvideo.eval import report
 from fastvideo.eval.live import LiveReport
 from fastvideo.eval.plots import WRONG, column, compare_plots, draw_schedules, plan_plots, smoothed
 from fastvideo.eval.report_page import remarks
-from fastvideo.eval.runs import Run, group_runs, read_metrics
+from fastvideo.eval.runs import Run, group_runs
+from fastvideo.io.metrics import read_metrics
 from fastvideo.io.scores import ScoreName, reward_schema, score_names
 
 import custom_rewards

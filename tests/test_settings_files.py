@@ -1,6 +1,7 @@
 """--config FILE.yaml: flags in a file, their place among recipes and flags, and the file that a run writes."""
 
 import os
+import re
 import shutil
 import subprocess
 from dataclasses import asdict
@@ -111,7 +112,12 @@ def test_the_file_of_a_run_gives_the_same_settings_under_any_recipe_and_no_secre
 
 
 def test_a_run_starts_again_from_its_file_bit_for_bit_and_is_resumed_with_it(train, tmp_path, capfd):
-    first, again = train("x", checkpointing_steps=1), Run(tmp_path / "y")
+    first, again = train("x", checkpointing_steps=1, granular_end_weights=[0.2, 0.3, 0.5]), Run(tmp_path / "y")
+    printed = capfd.readouterr().out
+    assert "1 prompt x 4 samples = 4 images per iteration on 1 process\n" in printed and "rows per prompt" in printed
+    assert "(linear): binding 0.5 to 0.2, form 0.3, clean 0.2 to 0.5\n" in printed and "predicted time" not in printed
+    assert f"the trained model: {first.checkpoints[-1]}; metrics: {first.folder}/metrics.jsonl\n" in printed
+    assert printed.endswith(f"report: python -m fastvideo.eval.report --run_dir {first.folder}\n")
     command = ["--config", str(first.folder / "config.yaml"), "--output_dir", str(again.folder)]
     for resume in ([], ["--resume_from_checkpoint", "latest"]):
         main([*command, *resume])
@@ -119,6 +125,8 @@ def test_a_run_starts_again_from_its_file_bit_for_bit_and_is_resumed_with_it(tra
         assert same_weights(again.weights(), first.weights())
         shutil.rmtree(again.checkpoints[-1])
     assert "changed settings" not in capfd.readouterr().out
+    main([*command, "--resume_from_checkpoint", "latest", "--dry_run", "--max_train_steps", "1000000"])
+    assert re.search(r"predicted time: 1000000 iterations of \S+ s, the mean in \S+: \d+ (d|h)", capfd.readouterr().out)
     texts = [(run.folder / "config.yaml").read_text() for run in (first, again)]
     assert texts[1] == texts[0].replace(str(first.folder), str(again.folder))
 

@@ -138,7 +138,7 @@ def test_the_update_does_not_depend_on_how_prompts_lie_on_processes(
     argv = flags(output_dir=tmp_path / "two", image_log_steps=1, prompts_per_iteration=4, **settings)
     done = torchrun(argv, subprocess_environment)
     assert done.returncode == 0, done.stderr
-    assert "4 prompts x 4 samples = 16 images per iteration on 2 process(es)" in done.stdout
+    assert "4 prompts x 4 samples = 16 images per iteration on 2 processes" in done.stdout
     assert_same_update(run_at("two"), run)
     with Image.open(tmp_path / "two/images/iteration_000002.png") as grid:
         assert grid.size == (64, 64)

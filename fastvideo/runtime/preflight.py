@@ -14,7 +14,9 @@ from fastvideo.cli import FlagError, FlagErrors, say
 from fastvideo.config import GRPOConfig
 from fastvideo.dataset.latent_flux_rl_datasets import LatentFluxRLDataset
 from fastvideo.io.fingerprint import local_folder
+from fastvideo.io.metrics import read_metrics
 from fastvideo.io.prompts import read_prompts
+from fastvideo.io.words import counted, duration
 from fastvideo.models.float8 import lacks_float8
 from fastvideo.models.flux import BASE, check_pipeline, meta_transformer
 from fastvideo.models.reward_model.loading import bad_file, to_download
@@ -53,6 +55,8 @@ def check_run(config: GRPOConfig, world_size: int) -> None:
     except FlagError as error:
         found += [] if found and error.field == BASE else [error]
         configs = False
+    if config.dry_run and (time := _describe_time(config)):
+        print(time, flush=True)
     for rewards, field in ((config, "reward_model"), (config.held_out(), "eval_reward")):
         if getattr(config, field) is not None:
             found += reward_problems(rewards, field == "eval_reward", field)
@@ -169,6 +173,20 @@ def _lost_shards(folder: Path, part: str) -> Iterator[str]:
             yield f"{part} lacks {len(lost)} of the {len(names)} files in {index.name}, such as {lost[0]}"
 
 
+def _describe_time(config: GRPOConfig) -> str | None:
+    """How long the run takes if its iterations take as long as those before it in --output_dir; None without any."""
+    path = Path(config.output_dir) / "metrics.jsonl"
+    rows = [row for row in read_metrics(path)[0] if "seconds_total" in row] if path.is_file() else []
+    timed = [row["seconds_total"] + row.get("seconds_evaluation", 0) for row in rows[1:] or rows]  # the first warms up
+    if not timed:
+        return None
+    mean = sum(timed) / len(timed)
+    return (
+        f"predicted time: {counted(config.max_train_steps, 'iteration')} of {mean:.3g} s, the mean in {path}: "
+        f"{duration(mean * config.max_train_steps)}"
+    )
+
+
 def _check_room(config: GRPOConfig) -> None:
     """Raises FlagError unless a checkpoint fits on the disk. Warns if not all fit that the run will keep.
 
@@ -185,7 +203,10 @@ def _check_room(config: GRPOConfig) -> None:
     if not fit:
         problem = f"a checkpoint takes {size / 1e9:.3g} GB, but {free / 1e9:.3g} GB are free"
         raise FlagError("output_dir", config.output_dir, problem)
-    text = f"checkpoints: {saved} of {size / 1e9:.3g} GB, at most {kept} at a time; --output_dir has room for {fit}"
+    text = (
+        f"checkpoints: {saved} of {size / 1e9:.3g} GB, at most {kept} at a time, {kept * size / 1e9:.3g} GB of the "
+        f"{free / 1e9:.3g} GB that are free; --output_dir has room for {fit}"
+    )
     if fit < kept:
         advice = f"--checkpoints_total_limit {fit - 1}" if fit > 1 else "another --output_dir"
         text = f"warning: {text}; choose {advice}"

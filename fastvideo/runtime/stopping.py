@@ -2,16 +2,18 @@
 
 import errno
 import os
+import shlex
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from fastvideo.config import GRPOConfig
 from fastvideo.io.secrets import one_line, redact
-from fastvideo.runtime.checkpoint import CheckpointNotWritten
+from fastvideo.runtime.checkpoint import CheckpointNotWritten, checkpoints
 from fastvideo.runtime.resume import Progress
 from fastvideo.runtime.scoring import RewardFailed
 
@@ -100,12 +102,19 @@ def saving_on_error(progress: Progress, save: Callable[[], None], alone: bool) -
 
 @contextmanager
 def last_line(program: str, output_dir: str) -> Iterator[None]:
-    """The edge of a run: ends it with a last line on stderr that says why, and status 1, or 128 + n after signal n.
+    """The edge of a run: its last lines say where its results are, or in one line on stderr why it stopped; then the
+    status is 1, or 128 + n after signal n.
 
     An error comes with its traceback. With several processes torchrun writes the last lines; so it gets the error.
     """
     try:
         yield
+        if os.environ.get("RANK", "0") == "0" and (found := checkpoints(Path(output_dir))):
+            print(
+                f"the trained model: {found[-1]}; metrics: {Path(output_dir) / 'metrics.jsonl'}\n"
+                f"report: python -m fastvideo.eval.report --run_dir {shlex.quote(output_dir)}",
+                flush=True,
+            )
     except (TrainingStopped, CheckpointNotWritten) as error:
         if isinstance(error, IterationFailed):
             if int(os.environ.get("WORLD_SIZE", "1")) > 1:
