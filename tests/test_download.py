@@ -150,7 +150,7 @@ def test_a_dry_run_lists_every_file_and_asks_nobody(download, server, tmp_path):
 
 
 def test_prompts_of_hpdv2_and_of_benchmarks_come_beside_the_repository_s_own(download, server, tmp_path):
-    """What the README promises: nothing in data/ is replaced. Every file that a benchmark reads is fetched."""
+    """What docs/reproduce.md promises: nothing in data/ is replaced. Every file that a benchmark reads is fetched."""
     listed = download("prompts", "--dry_run")[1].splitlines()
     urls = [re.search(r"https?://[^/]+(/\S+) +-> (\S+)", line).groups() for line in listed]
     server.files = {unquote(path): target.encode() for path, target in urls} | {path: t.encode() for path, t in urls}
@@ -160,8 +160,8 @@ def test_prompts_of_hpdv2_and_of_benchmarks_come_beside_the_repository_s_own(dow
     wanted = {f"data/benchmarks/{name}/{file}" for name, benchmark in SETS.items() for file in benchmark.files}
     own = {"data/prompts_hpdv2.txt", "data/prompts_hpdv2_test.txt"}
     assert found == wanted | own and all((tmp_path / name).read_text() == name for name in found)
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert "download_checkpoints.sh prompts`" in readme and all(f"`{name}`" in readme for name in own)
+    page = (ROOT / "docs/reproduce.md").read_text(encoding="utf-8")
+    assert "download_checkpoints.sh prompts`" in page and all(f"`{name}`" in page for name in own)
     ignored = subprocess.run(["git", "check-ignore", *wanted], cwd=ROOT, capture_output=True, text=True).stdout.split()
     assert set(ignored) == wanted
 
