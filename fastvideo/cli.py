@@ -31,6 +31,7 @@ A program reads its command line before it imports torch, so that --help and a r
 
 import argparse
 import inspect
+import io
 import math
 import operator
 import os
@@ -330,6 +331,7 @@ def parse_dataclass(
     """
     if argv is None and cls in _READ:
         return _READ.pop(cls)
+    _write_any_letter()
     aliases = {f.metadata["alias"]: f.name for f in fields(cls) if "alias" in f.metadata}
     argv = [_plain(word, aliases) for word in (sys.argv[1:] if argv is None else argv)]
     parser = _Parser(cls, description=doc)
@@ -349,6 +351,13 @@ def parse_dataclass(
         parser.error(f"--{error}")
     say(*notes)
     return settings
+
+
+def _write_any_letter() -> None:
+    """A terminal or pipe of ASCII alone gets other letters as escapes, instead of an error after all the work."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def say(*lines: str) -> None:

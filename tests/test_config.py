@@ -1,6 +1,7 @@
 """The trainer's command line: forms of flags, what is refused and how, algorithms, and the recipes in scripts/."""
 
 import ast
+import io
 import json
 import os
 import shlex
@@ -101,6 +102,15 @@ def test_help_explains_every_flag_in_a_sentence_by_section_needed_ones_first(cap
     places = [flags.index(f" {words} ") for words in order.split()]
     assert places == sorted(places) and text.index("model:") < 1500  # a short usage line
     assert all(name in text for name in (*REWARDS, *MIXES, *SCHEDULES))
+
+
+def test_a_terminal_of_ascii_shows_other_letters_as_escapes_and_ends_nothing(monkeypatch):
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict"))
+    parse()
+    for stream in (sys.stdout, sys.stderr):
+        print("right 0.91 ± 0.02", file=stream, flush=True)
+        assert stream.buffer.getvalue() == b"right 0.91 \\xb1 0.02\n"
 
 
 def test_an_unknown_flag_is_an_error_with_a_suggestion(capsys):

@@ -5,10 +5,13 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from contextlib import closing
+
+from fastvideo.eval.live import LiveReport
 
 import pytest
 from browser import Browser
@@ -33,6 +36,20 @@ def wait_for(condition):
             return value
         time.sleep(0.1)
     raise AssertionError("nothing came within two minutes")
+
+
+def test_a_browser_that_leaves_prints_nothing_into_the_training(tmp_path, capfd, monkeypatch):
+    left = threading.Event()
+    handle = LiveReport.handle_error
+    monkeypatch.setattr(LiveReport, "handle_error", lambda *args: (handle(*args), left.set()))
+    monkeypatch.setattr(LiveReport, "page", lambda self: bytes(50_000_000))  # more than the connection holds
+    with LiveReport(tmp_path, 0) as server:
+        capfd.readouterr()
+        with socket.create_connection(("127.0.0.1", server.server_port)) as browser:
+            browser.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert browser.recv(16)
+        assert left.wait(TIME_LIMIT)
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.slow

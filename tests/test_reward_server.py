@@ -660,11 +660,25 @@ def test_a_server_lost_during_training_stops_the_run_or_is_counted(train, run_at
         assert stop.value.code == 1
         line = capsys.readouterr().err.splitlines()[-1]
         assert "iteration 2 than --max_reward_failures 0 (4 failed_rewards, 4 failed_brightness)" in line
+        assert f": look at {server.url}, where" in line
         run = run_at("out")
         assert len(run.metrics) == 2
     assert [line["failed_brightness"] for line in run.metrics[:2]] == [0, 4]
     assert [line["optimizer_steps"] for line in run.metrics[:2]] == [2, 0] and run.metrics[1]["reward"] is None
     assert same_weights(run.weights(0), run.weights(-1))  # the trained weights are kept
+
+
+def test_a_server_that_dies_is_named_at_the_end_with_how_to_resume(train, run_at, troubled, capsys):
+    server = troubled(lambda body, number: good(body) if number == 1 else (500, b"lost"))
+    with pytest.raises(SystemExit):
+        train(
+            "out", reward_model="custom_rewards:brightness", reward_server=server.url, reward_server_retries=0,
+            max_train_steps=4, max_skipped_steps=3,
+        )  # fmt: skip
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert f"no score came for any picture, the last time in iteration 3: look at {server.url}, where" in line
+    assert "--resume_from_checkpoint latest continues" in line and "non-finite" not in line
+    assert len(run_at("out").metrics) == 3
 
 
 @pytest.mark.parametrize("limit", [0, 1])

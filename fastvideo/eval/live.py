@@ -6,6 +6,7 @@ Only this machine can reach it. From another machine: ssh -L PORT:127.0.0.1:PORT
 import html
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -59,6 +60,11 @@ class LiveReport(ThreadingHTTPServer):
         self.run_dir, self._drawing = Path(run_dir), threading.Lock()
         self._page, self._version = b"", ""  # the newest page, and which metrics.jsonl it shows
         print(f"report: http://127.0.0.1:{self.server_port}/", flush=True)
+
+    def handle_error(self, request: socket.socket, client_address: tuple[str, int]) -> None:
+        """A browser that leaves before it has the whole page is no error, and no text for the training's terminal."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
     def page(self) -> bytes:
         """The newest page. Waits until the first page is drawn; later, open pages ask for the `version`."""

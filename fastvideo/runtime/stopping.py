@@ -1,6 +1,7 @@
 """Why a run ends early, and what it saves before."""
 
 import errno
+import math
 import os
 import shlex
 import signal
@@ -13,6 +14,7 @@ from typing import Any
 
 from fastvideo.config import GRPOConfig
 from fastvideo.io.secrets import one_line, redact
+from fastvideo.io.words import counted
 from fastvideo.runtime.checkpoint import CheckpointNotWritten, checkpoints
 from fastvideo.runtime.resume import Progress
 from fastvideo.runtime.scoring import RewardFailed
@@ -48,8 +50,14 @@ def why_stopped(
         failed = ", ".join(f"{v} {k}" for k, v in metrics.items() if "failed_" in k and v)
         return TrainingStopped(
             f"more scores failed in iteration {metrics['step']} than --max_reward_failures "
-            f"{config.max_reward_failures} ({failed}); this iteration trained nothing, earlier iterations are "
-            "saved; --resume_from_checkpoint latest repeats this iteration"
+            f"{config.max_reward_failures} ({failed}){_servers(config)}; this iteration trained nothing, earlier "
+            "iterations are saved; --resume_from_checkpoint latest repeats this iteration"
+        )
+    if progress.skipped_in_a_row >= config.max_skipped_steps and not math.isfinite(metrics["reward"]):
+        return TrainingStopped(
+            f"no score came for any picture, the last time in iteration {progress.iteration}{_servers(config)}; "
+            f"{counted(progress.skipped_in_a_row, 'optimizer step')} in a row could not be taken; the weights before "
+            f"them are saved in {config.output_dir}; when scores come again, --resume_from_checkpoint latest continues"
         )
     if progress.skipped_in_a_row >= config.max_skipped_steps:
         return TrainingStopped(
@@ -64,6 +72,12 @@ def why_stopped(
             "--resume_from_checkpoint latest",
         )
     return None
+
+
+def _servers(config: GRPOConfig) -> str:
+    """Names the servers that scores come from; empty without any."""
+    urls = filter(None, (config.reward_server, config.unified_reward_url, config.vlm_judge_url))
+    return "".join(f": look at {url}, where scores come from" for url in [", ".join(urls)] if url)
 
 
 @contextmanager
