@@ -5,7 +5,7 @@
 Every run of an algorithm costs the same number of passes through the transformer, so with more candidates it has fewer
 iterations. A pass is one velocity evaluation of one row. A trained row counts three (forward and backward pass), one
 more each for the velocities of an old policy (likelihood-free algorithms) and of a reference (--ref_kl_coeff), and a
-picture that is decoded and scored counts one: with FLUX's blocks passes are time (see benchmarks/results/scouting.txt).
+picture that is decoded and scored counts one: with FLUX's blocks that is nearly time (benchmarks/results/scouting.txt).
 Samples have their own initial noise, except in the variant with one start for all, MixGRPO's default. MixGRPO's window
 stays at steps 2 to 5, so that its runs differ in length alone.
 
