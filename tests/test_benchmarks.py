@@ -218,7 +218,7 @@ def test_every_compared_run_can_be_planned_and_has_a_name_of_its_own(benchmark, 
     for run in {run.flags[:-1]: run for run in runs}.values():  # the last flag is the seed
         given = ["--data_json_path", "unused", "--max_train_steps", str(run.iterations)]
         config = parse_dataclass(GRPOConfig, [*world.COMMON, *run.flags, *given])
-        assert "steps per iteration" in describe(config, 1) and config.h == 32
+        assert "per iteration" in describe(config, 1) and config.h == 32
         assert run.measure_every <= run.iterations
 
 
