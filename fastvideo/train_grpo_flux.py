@@ -698,7 +698,7 @@ def train(trainer: Trainer, sampler: PromptSampler, batches: Iterator[dict]) -> 
                 if log is not None:
                     log.write(metrics | {"epoch": sampler.epoch_of(metrics["step"])})
             if log is not None and config.image_log_steps and metrics["step"] % config.image_log_steps == 0:
-                log.write_images(metrics["step"], images[: config.num_generations])
+                log.write_images(metrics["step"], images[: config.num_generations], batch["caption"][0])
             window = {"window": f"{w[0]}-{w[-1]}"} if (w := metrics["window"]) else {}
             bar.set_postfix(reward=f"{metrics['reward']:.4f}", **window)
             bar.update()

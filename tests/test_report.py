@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fastvideo.eval import report
 from fastvideo.eval.live import LiveReport
-from fastvideo.eval.plots import WRONG, column, compare_plots, draw_schedules, plan_plots, smoothed
+from fastvideo.eval.plots import WRONG, column, compare_plots, draw, draw_schedules, plan_plots, smoothed
 from fastvideo.eval.report_page import remarks
 from fastvideo.eval.runs import Run, group_runs
 from fastvideo.io.metrics import read_metrics
@@ -295,7 +295,7 @@ def test_a_run_with_evaluations_shows_the_first_beside_the_last(other_run: Path)
         and "Iteration 0: a large circle 0" in page
         and "Iteration 15: a large circle 0" in page
     )
-    assert "<dt>Best evaluation</dt><dd><b>0.450</b><span>iteration 15</span>" in page
+    assert "<dt>Best evaluation</dt><dd><b>0.450</b><span>iteration 15, shapes</span>" in page
     assert EVIL not in page and html.escape(EVIL) in page
     with Image.open(other_run / "report" / "evaluation.png") as image:
         assert image.width > 600
@@ -336,7 +336,50 @@ def test_a_comparison_has_a_line_per_setting_and_a_band_over_seeds(run_dir: Path
     assert np.allclose(reward.panels[0].spread[name], 0.2 / np.sqrt(2))
     assert np.isfinite(reward.panels[0].series[other]).sum() == 15 and other not in reward.panels[0].spread
     names = "right reward components granular_weights ratio optimisation window seconds evaluation".split()
+    names += ["evaluation_by_pictures", "evaluation_by_seconds"]
     assert sorted(p.stem for p in path.parent.glob("*.png")) == sorted(names)
+
+
+def test_compared_runs_are_also_shown_at_equal_cost_and_no_line_goes_on_after_its_run(other_run: Path):
+    """The second run samples three times the pictures per iteration in half the time, and ends after 15 iterations."""
+    settings = json.loads((other_run / "args.json").read_text())
+    rows = [metrics_row(i) for i in range(1, 31)]
+    short = [row | {"images": 72, "seconds_total": 2.0} for row in rows[:15]]
+    plots = compare_plots({"long": [plan_plots(rows, settings)], "short": [plan_plots(short, settings)]})
+    by_name = {plot.name: plot for plot in plots}
+    for name, axis, costs in (
+        ("reward_by_pictures", "pictures sampled", {"long": 24, "short": 72}),
+        ("reward_by_seconds", "seconds of training, without evaluations", {"long": 4, "short": 2}),
+    ):
+        (panel,) = by_name[name].panels
+        assert by_name[name].axis == axis and panel.title == "weighted total"
+        for run, iterations in (("long", 30), ("short", 15)):
+            assert np.allclose(panel.along[run][:iterations], costs[run] * np.arange(1, iterations + 1))
+        assert np.isfinite(panel.along["short"]).sum() == 15
+    assert np.isfinite(smoothed(by_name["reward"].panels[0].series["short"])).sum() == 15
+    figure = draw(by_name["reward_by_pictures"])
+    assert figure.axes[0].get_xlim() == (0, pytest.approx(72 * 15 * 1.02))
+
+
+def test_numbers_that_hardly_differ_have_an_axis_of_plain_numbers():
+    rows = [metrics_row(i) | {"reward": 0.9977 + i * 1e-6, "reward_std": 1e-7} for i in range(1, 31)]
+    figure = draw(next(plot for plot in plan_plots(rows, {}) if plot.name == "reward"))
+    figure.canvas.draw()
+    assert figure.axes[0].yaxis.get_offset_text().get_text() == ""
+    assert all(label.get_text().startswith(("0.9976", "0.9977")) for label in figure.axes[0].get_yticklabels())
+
+
+def test_a_best_evaluation_of_several_rewards_says_that_it_is_a_sum(other_run: Path):
+    settings = json.loads((other_run / "args.json").read_text()) | {"eval_reward": "hpsv2,pick_score:0.5"}
+    (other_run / "args.json").write_text(json.dumps(settings))
+    page = report.write_report(other_run)[0].read_text()
+    assert "<span>iteration 15, weighted sum of raw scores: hpsv2,pick_score:0.5</span>" in page
+
+
+def test_sample_grids_have_the_prompt_that_their_file_names(train):
+    run = train(image_log_steps=1, max_train_steps=1)
+    page = report.write_report(run.folder)[0].read_text()
+    assert re.search(r"<figcaption>iteration 1: (\w+ )+background</figcaption>", page)
 
 
 def test_runs_evaluated_by_different_rewards_share_no_axis(other_run: Path):
@@ -577,7 +620,7 @@ def test_a_phone_without_network_and_with_a_keyboard_sorts_filters_and_zooms(
     compared, _ = report.write_report([run_dir, other_run], **scores, output_dir=tmp_path / "compared")
     with closing(Browser(tmp_path / "profile")) as browser:
         browser.open(compared.as_uri())
-        assert fits(browser)
+        assert fits(browser) and browser.evaluate("document.querySelectorAll('.group[open]').length") == 1
         browser.open((run_dir / "report" / "report.html").as_uri())
         assert fits(browser)
         assert shown_pairs(browser) == ["2", "5", "0", "3", "1", "4"]  # largest gain first, the failed one last

@@ -16,6 +16,7 @@ from fastvideo.io.files import write_bytes
 from fastvideo.io.pictures import open_picture
 from fastvideo.io.scores import ScoreName, score_names
 from fastvideo.models.reward_model.granular import GranularRewardModel
+from fastvideo.models.reward_model.spec import MIXES
 
 import matplotlib
 import numpy as np
@@ -74,6 +75,7 @@ class Panel:
         limit: label and value of a dashed line.
         top: the upper end of a window's axis is at least this.
         colour: index in SERIES of the first line.
+        along: label -> places of its values on the x axis, where these aren't the plot's steps.
     """
 
     title: str
@@ -86,6 +88,7 @@ class Panel:
     limit: tuple[str, float] | None = None
     top: float = 0
     colour: int = 0
+    along: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass
@@ -93,6 +96,7 @@ class Plot:
     """A figure of panels above each other over the iterations: {name}.png, and an SVG in the page.
 
     steps: [n], the x axis of every panel. runs: names of compared runs; a run has the same colour in all panels.
+    costs: what training had cost at each step: name of the axis -> [n]. axis: the name of the x axis.
     """
 
     name: str
@@ -101,6 +105,16 @@ class Plot:
     panels: list[Panel] = field(default_factory=list)
     steps: np.ndarray = field(default_factory=lambda: np.empty(0))
     runs: tuple[str, ...] = ()
+    costs: dict[str, np.ndarray] = field(default_factory=dict)
+    axis: str = "iteration"
+
+
+# Titles of the page's groups of plots -> names of their plots.
+GROUPS = {
+    "Scores": ("right", "evaluation", "reward", "components", "granular_weights"),
+    "Pictures and policy": ("scouts", "rollout_drift", "hacking", "ratio", "window"),
+    "Optimisation and time": ("optimisation", "seconds"),
+}
 
 
 def column(rows: list[dict], key: str) -> np.ndarray:
@@ -120,11 +134,12 @@ def smoothing_width(n: int) -> int:
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
-    """Centred moving mean over `smoothing_width` values, fewer at both ends; NaNs are left out."""
+    """Centred moving mean over `smoothing_width` values, fewer at both ends; NaNs inside are left out, others stay."""
     window, known = np.ones(smoothing_width(len(values))), np.isfinite(values)
     count = np.convolve(known, window, "same")
     total = np.convolve(np.where(known, values, 0.0), window, "same")
-    return np.divide(total, count, out=np.full(len(values), math.nan), where=count > 0)
+    inside = np.logical_or.accumulate(known) & np.logical_or.accumulate(known[::-1])[::-1]
+    return np.divide(total, count, out=np.full(len(values), math.nan), where=inside & (count > 0))
 
 
 def first_last(values: np.ndarray) -> tuple[float, float, int]:
@@ -151,6 +166,11 @@ def evaluation_measure(settings: dict) -> str:
     return str(settings.get("eval_reward") or settings.get("reward_model") or "–")
 
 
+def is_sum(measure: str) -> bool:
+    """Whether a reward named so is the weighted sum of several rewards' raw scores, and so on no reward's scale."""
+    return "," in measure or measure in MIXES
+
+
 def scores_in(rows: list[dict], prefix: str, schema: Mapping[str, Any]) -> dict[str, ScoreName]:
     """The scores whose means are in the metrics as {prefix}{name}: name -> meaning, see `score_names`."""
     names = dict.fromkeys(key.removeprefix(prefix) for row in rows for key in row if key.startswith(prefix))
@@ -175,7 +195,9 @@ def plan_plots(rows: list[dict], settings: dict, schema: Mapping[str, Any] | Non
     prefix = "evaluation_reward"
     judged = scores_in(every, f"{prefix}_", schema or {})
     of_evaluation = some(*(f"{prefix}_{name}" for name, known in judged.items() if known.kind == "check"), rows=every)
-    titles = {prefix: f"what decides the best checkpoint: {evaluation_measure(settings)}"}
+    measure = evaluation_measure(settings)
+    decides = "a weighted sum of raw scores" if is_sum(measure) else measure
+    titles = {prefix: f"what decides the best checkpoint: {decides}"}
     titles |= {f"{prefix}_{name}": name for name, known in judged.items() if known.kind != "check"}
     measured = [
         Panel(title, {key: values}, smooth=False, points=True, colour=i)
@@ -249,6 +271,10 @@ def plan_plots(rows: list[dict], settings: dict, schema: Mapping[str, Any] | Non
     for plot in plots:
         plot.steps = {"evaluation": step_numbers(evaluated), "right": step_numbers(every)}.get(plot.name, steps)
         plot.panels = [panel for panel in plot.panels if panel.series]
+        costs = {"pictures sampled": "images", "seconds of training, without evaluations": "seconds_total"}
+        sums = {axis: np.append(0, np.nancumsum(column(rows, key))) for axis, key in costs.items()}
+        done = np.searchsorted(steps, plot.steps, side="right")
+        plot.costs = {axis: values[done] for axis, values in sums.items() if values[-1]}
     return [plot for plot in plots if plot.panels]
 
 
@@ -269,7 +295,35 @@ def compare_plots(groups: dict[str, list[list[Plot]]]) -> list[Plot]:
     """
     plots = [plot for runs in groups.values() for run in runs for plot in run]
     names = dict.fromkeys(plot.name for plot in plots)
-    return [_compared([plot for plot in plots if plot.name == name], groups) for name in names]
+    compared = [_compared([plot for plot in plots if plot.name == name], groups) for name in names]
+    main = "evaluation" if "evaluation" in names else "reward"
+    return [part for plot in compared for part in (plot, *(_along_costs(plot, groups) if plot.name == main else ()))]
+
+
+def _along_costs(compared: Plot, groups: dict[str, list[list[Plot]]]) -> list[Plot]:
+    """The same lines over pictures and over seconds instead of iterations, which cost each run something else."""
+    found = []
+    plots = {
+        name: [plot for run in runs for plot in run if plot.name == compared.name] for name, runs in groups.items()
+    }
+    for axis in dict.fromkeys(axis for group in plots.values() for plot in group for axis in plot.costs):
+        along: dict[str, np.ndarray] = {}
+        for name, group in plots.items():
+            costs = [np.full(len(compared.steps), math.nan) for _ in group]
+            for cost, plot in zip(costs, group, strict=True):
+                if axis in plot.costs:
+                    cost[np.searchsorted(compared.steps, plot.steps)] = plot.costs[axis]
+            along[name] = np.ma.masked_invalid(costs).mean(0).filled(math.nan) if costs else np.empty(0)
+        panels = [
+            replace(panel, along={name: along[name] for name in panel.series})
+            for panel in compared.panels[:1]  # what decides which run is better
+            if all(np.isfinite(along[name]).any() for name in panel.series)
+        ]
+        what = axis.split()[0]
+        new = replace(compared, name=f"{compared.name}_by_{what}", title=f"{compared.title} by {what}", axis=axis)
+        caption = "The same as above, at equal cost instead of after equally many iterations."
+        found += [replace(new, caption=caption, panels=panels)] if panels else []
+    return found
 
 
 def _compared(plots: list[Plot], groups: dict[str, list[list[Plot]]]) -> Plot:
@@ -314,6 +368,7 @@ def draw(plot: Plot) -> Figure:
     for ax, panel in zip(figure.subplots(n, sharex=True, squeeze=False)[:, 0], plot.panels, strict=True):
         ax.set_title(panel.title)
         ax.yaxis.set_major_locator(MaxNLocator(5 if n == 1 else 3))
+        ax.ticklabel_format(axis="y", useOffset=False)
         if panel.kind == "stack":
             areas = [np.append(v, v[-1]) for v in map(np.nan_to_num, panel.series.values())]
             ax.stackplot(edges, areas, step="post", labels=list(panel.series), colors=SERIES, alpha=0.85, lw=0)
@@ -335,7 +390,9 @@ def draw(plot: Plot) -> Figure:
         ax.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
         ax.grid(axis="x", visible=False)
         ax.set_xlim(edges[0], edges[-1])
-    ax.set_xlabel("iteration")
+        if panel.along:
+            ax.set_xlim(0, max(np.nanmax(places) for places in panel.along.values()) * 1.02)
+    ax.set_xlabel(plot.axis)
     return figure
 
 
@@ -349,18 +406,18 @@ def draw_lines(ax: Axes, steps: np.ndarray, panel: Panel, runs: Sequence[str] = 
     for i, (name, values) in enumerate(panel.series.items()):
         style = line_style(runs.index(name) if runs else panel.colour + i)
         label = name if len(panel.series) > 1 and not runs else None
-        known = np.isfinite(values)
+        known, places = np.isfinite(values), panel.along.get(name, steps)
         line = smoothed(values) if panel.smooth else values
         if name in panel.spread:
             band = smoothed(panel.spread[name]) if panel.smooth else panel.spread[name]
-            ax.fill_between(steps, line - band, line + band, color=style["color"], alpha=0.18, lw=0)
+            ax.fill_between(places, line - band, line + band, color=style["color"], alpha=0.18, lw=0)
         if panel.smooth and not runs:
-            ax.plot(steps, values, color=style["color"], alpha=0.35, lw=0.9)
+            ax.plot(places, values, color=style["color"], alpha=0.35, lw=0.9)
         marker = "o" if panel.points or known.sum() == 1 else None
         if panel.points:
-            ax.plot(steps[known], line[known], lw=1.8, label=label, marker=marker, ms=4, **style)
+            ax.plot(places[known], line[known], lw=1.8, label=label, marker=marker, ms=4, **style)
         else:
-            ax.plot(steps, line, lw=1.8, label=label, marker=marker, **style)
+            ax.plot(places, line, lw=1.8, label=label, marker=marker, **style)
     if panel.log:
         ax.set_yscale("log")
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 3), numticks=5))
@@ -397,7 +454,8 @@ def describe(plot: Plot) -> str:
                 first, last, _ = first_last(values)
                 name = f"{panel.title} of {label}" if plot.runs else label if len(panel.series) > 1 else panel.title
                 parts.append(f"{name} from {number(first)} to {number(last)}")
-    return f"{plot.title} over the iterations: " + "; ".join(parts)
+    over = "the iterations" if plot.axis == "iteration" else plot.axis
+    return f"{plot.title} over {over}: " + "; ".join(parts)
 
 
 def save(figure: Figure, path: str | Path, dpi: int = 200) -> None:
@@ -429,6 +487,12 @@ def read_picture(path: Path) -> Image.Image | None:
         return open_picture(path)
     except (FileNotFoundError, ValueError):
         return None
+
+
+def picture_prompt(path: Path) -> str:
+    """The prompt in a picture's file; empty without one."""
+    image = read_picture(path)
+    return str(image.info.get("prompt", "")) if image else ""
 
 
 @dataclass

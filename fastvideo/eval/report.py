@@ -60,6 +60,7 @@ if __name__ == "__main__":  # before the slow imports: --help and a refused flag
 
 from fastvideo.eval.live import LiveReport
 from fastvideo.eval.plots import (
+    GROUPS,
     STYLE,
     Column,
     Plot,
@@ -162,12 +163,13 @@ def write_report(
     comparison = Comparison.of(runs, baseline_scores, tuned_scores)
     output_dir = Path(output_dir or runs[0].folder / "report")
     output_dir.mkdir(parents=True, exist_ok=True)
-    curves = []
+    curves: dict[str, str] = dict.fromkeys(GROUPS, "")
     with matplotlib.rc_context(STYLE):
         for plot in plots_of(groups):
             figure = draw(plot)
             save(figure, output_dir / f"{plot.name}.png")
-            curves.append(
+            group = next(title for title, names in GROUPS.items() if plot.name.split("_by_")[0] in names)
+            curves[group] += (
                 f"<figure><h3>{plot.title}</h3>{inline_svg(figure, describe(plot), plot.name)}"
                 f"<figcaption>{html.escape(plot.caption)}</figcaption></figure>"
             )

@@ -8,14 +8,23 @@ import math
 import re
 import string
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from fastvideo.config import PLACES
 from fastvideo.eval.hacking import LIMITS
-from fastvideo.eval.plots import CSS_COLOURS, column, evaluation_measure, first_last, read_picture, weights_moved
+from fastvideo.eval.plots import (
+    CSS_COLOURS,
+    column,
+    evaluation_measure,
+    first_last,
+    is_sum,
+    picture_prompt,
+    read_picture,
+    weights_moved,
+)
 from fastvideo.eval.runs import Comparison, Pair, Run
 from fastvideo.eval.statistics import RIGHT, number, with_error
 from fastvideo.utils.picture_measures import APPEARANCE
@@ -40,7 +49,7 @@ RUN_COLUMNS = (
 def page(
     groups: dict[str, list[Run]],
     comparison: Comparison,
-    curves: Sequence[str],
+    curves: Mapping[str, str],
     signs: Sequence[str],
     title: str | None,
     max_gallery: int,
@@ -48,7 +57,8 @@ def page(
     """The whole page.
 
     Args:
-        groups: name -> runs, see `group_runs`. comparison: the pairs of pictures, if any. curves: figures, as HTML.
+        groups: name -> runs, see `group_runs`. comparison: the pairs of pictures, if any. curves: title of a group ->
+            its figures, as HTML.
         signs: sentences about the scores that hint at reward hacking. title: None: the groups' names.
         max_gallery: most pairs shown.
     """
@@ -89,7 +99,11 @@ def page(
             ["Reward", *comparison.labels, "Change", "Improved", "Pairs"],
             [score_row(row, comparison) for row in comparison.rows],
         ),
-        curves="".join(curves),
+        curves="".join(
+            f'<details class="group" open><summary>{title}</summary><div class="curves">{figures}</div></details>'
+            for title, figures in curves.items()
+            if figures
+        ),
         models="".join(
             f'<option value="{html.escape(name)}">{html.escape(comparison.label(name))}</option>' for name in scores
         ),
@@ -216,7 +230,9 @@ def headline(run: Run, comparison: Comparison) -> list[tuple[str, str, str]]:
     evaluated = {row.get("step"): row for row in run.rows if "evaluation_reward" in row}
     best = next((row.get("evaluation_best_iteration") for row in reversed(evaluated.values())), None)
     if best in evaluated:
-        tiles.append(("Best evaluation", number(evaluated[best]["evaluation_reward"]), f"iteration {best:,}"))
+        measure = evaluation_measure(settings)
+        text = f"iteration {best:,}, {'weighted sum of raw scores: ' if is_sum(measure) else ''}{measure}"
+        tiles.append(("Best evaluation", number(evaluated[best]["evaluation_reward"]), text))
     planned = settings.get("max_train_steps")
     planned = f"of {planned:,} planned" if isinstance(planned, int) else "so far"
     tiles.append(("Iterations", f"{run.iterations:,}", planned))
@@ -322,6 +338,8 @@ def sample_grids(run: Run, most: int, title: str = "") -> list[str]:
     figures = []
     for path in (grids[i] for i in sorted(set(spaced))):
         name = f"{title}iteration {int(path.stem[10:])}"
+        if prompt := picture_prompt(path):
+            name += f": {prompt}"
         figures.append(
             f"<figure>{image_tag(path, f'samples, {name}', size=640)}"
             f"<figcaption>{html.escape(name)}</figcaption></figure>"

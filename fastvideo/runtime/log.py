@@ -19,6 +19,7 @@ from fastvideo.io.scores import evaluation_scores, read_scores
 from fastvideo.runtime.tracking import Tracker, picture
 
 from diffusers.utils import make_image_grid
+from PIL.PngImagePlugin import PngInfo
 
 
 class Log:
@@ -47,14 +48,15 @@ class Log:
         entries = read_scores(evaluation_scores(self.folder, step), "output_dir")
         return {"evaluation_samples": [picture(str(entry["path"]), entry["prompt"]) for entry in entries]}
 
-    def write_images(self, step: int, images: list) -> None:
-        """Writes the pictures as one grid, images/iteration_{step}.png."""
+    def write_images(self, step: int, images: list, prompt: str) -> None:
+        """Writes the pictures as one grid, images/iteration_{step}.png, with their prompt in the file."""
         rows = max(n for n in range(1, math.isqrt(len(images)) + 1) if len(images) % n == 0)
         path = self.folder / "images" / f"iteration_{step:06d}.png"
         path.parent.mkdir(exist_ok=True)
         grid = make_image_grid(images, rows=rows, cols=len(images) // rows)
-        data = io.BytesIO()
-        grid.save(data, "PNG")
+        data, text = io.BytesIO(), PngInfo()
+        text.add_itxt("prompt", prompt)
+        grid.save(data, "PNG", pnginfo=text)
         write_bytes(path, data.getvalue())
         if self.tracker is not None:
             self.tracker.log(lambda: {"samples": picture(grid)}, step)
