@@ -52,6 +52,7 @@ from fastvideo.runtime.log import Log
 from fastvideo.runtime.memory import predict_memory
 from fastvideo.runtime.policies import Policies
 from fastvideo.runtime.preflight import check_run
+from fastvideo.runtime.progress_line import ProgressLine
 from fastvideo.runtime.resume import Progress, load_policies, load_trained, open_output
 from fastvideo.runtime.rollout_drift import rollout_drift
 from fastvideo.runtime.scoring import Scoring
@@ -81,7 +82,6 @@ import numpy as np
 import torch
 from diffusers.optimization import get_scheduler
 from PIL import Image
-from tqdm import tqdm
 
 # In bf16 on an H100, batches of 2 or more rows round alike. A batch of 1 row differs by as much as the clip range.
 FEW_ROWS = 2
@@ -679,14 +679,14 @@ def train(trainer: Trainer, sampler: PromptSampler, batches: Iterator[dict]) -> 
     names = reward_schema(held_out | trainer.scoring.models, trainer.scoring.weights)
     log = Log(config, progress.wandb_id, names) if main_process else None
     schedule = islice(windows(config), progress.iteration, config.max_train_steps)
-    bar = tqdm(total=config.max_train_steps, initial=progress.iteration, desc="training", disable=not main_process)
+    line = ProgressLine(config.max_train_steps, progress.iteration, main_process)
 
     def save() -> None:
         trainer.save(sampler)
         trainer.writer.finish()
 
     rescue = saving_on_error(progress, save, trainer.accelerator.num_processes == 1)
-    with closing(log) if log else nullcontext(), bar, stop_signals() as asked, trainer.writer.thread, rescue:
+    with closing(log) if log else nullcontext(), line, stop_signals() as asked, trainer.writer.thread, rescue:
         before = trainer.evaluate(0)  # the model before training
         if log is not None and before:
             log.write({"step": 0} | before)
@@ -699,9 +699,7 @@ def train(trainer: Trainer, sampler: PromptSampler, batches: Iterator[dict]) -> 
                     log.write(metrics | {"epoch": sampler.epoch_of(metrics["step"])})
             if log is not None and config.image_log_steps and metrics["step"] % config.image_log_steps == 0:
                 log.write_images(metrics["step"], images[: config.num_generations], batch["caption"][0])
-            window = {"window": f"{w[0]}-{w[-1]}"} if (w := metrics["window"]) else {}
-            bar.set_postfix(reward=f"{metrics['reward']:.4f}", **window)
-            bar.update()
+            line.show(metrics)
             # A checkpoint that can't be written ends the run too, at the latest when the next checkpoint starts.
             interrupted = trainer.engine.any_process(bool(asked) or trainer.writer.failed)
             reason = why_stopped(config, progress, metrics, asked, interrupted)
