@@ -220,7 +220,10 @@ def velocity_errors(trainer: Trainer, batch: dict) -> str:
             with trainer.throughput.phase("copies"):
                 engine.take_float8()
             times.append(trainer.throughput.seconds["seconds_copies"])
-    errors = [f"{(a - b).norm() / b.norm():.2%} at {level}" for level, b, a in zip(levels, *found, strict=True)]
+    moved = {level: float((a - b).norm() / b.norm()) for level, b, a in zip(levels, *found, strict=True)}
+    if not min(moved.values()) > 0:
+        raise SystemExit("bench_iteration.py: FP8 moves no velocity, so it has no effect: nothing is measured")
+    errors = [f"{error:.2%} at {level}" for level, error in moved.items()]
     return f"FP8 moves the velocity of {len(latents)} rows by {', '.join(errors)}; copies take {times[-1] * 1e3:.1f} ms"
 
 

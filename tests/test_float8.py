@@ -276,33 +276,40 @@ def test_products_of_a_gpu_are_those_that_are_emulated(compiled):
     assert relative_difference(found[:2].float(), few.float()) < 5e-3
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("fast_guards", [False, True])
+@pytest.mark.parametrize(
+    ("device", "fast_guards"),
+    [
+        pytest.param("cpu", False, marks=pytest.mark.long),
+        pytest.param("cpu", True, marks=pytest.mark.long),
+        pytest.param("cuda", True, marks=NEEDS_FLOAT8),
+    ],
+)
 def test_compiled_blocks_have_one_more_graph_each_however_often_the_weights_are_copied(
-    random_flux, monkeypatch, fast_guards
+    random_flux, monkeypatch, device, fast_guards
 ):
     """fast_guards: torch 2.11's default, with which a graph isn't checked again while no module's attributes change."""
     monkeypatch.setattr(torch._dynamo.config, "use_recursive_dict_tags_for_guards", fast_guards)
-    transformer = load_transformer(random_flux).requires_grad_(False)
+    transformer = load_transformer(random_flux).requires_grad_(False).to(device)
     transformer.set_attn_processor(StreamwiseAttnProcessor())
     compile_transformer(transformer)
     blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
-    copies, generator = Float8Copies(blocks, emulated=True), torch.Generator().manual_seed(0)
+    copies, generator = Float8Copies(blocks, emulated=device == "cpu"), torch.Generator().manual_seed(0)
     given = {"hidden_states": (2, 4, 64), "encoder_hidden_states": (2, 8, 64), "pooled_projections": (2, 64)}
     inputs = {name: torch.randn(shape, generator=generator) for name, shape in given.items()}
     inputs |= {"timestep": torch.ones(2), "guidance": torch.ones(2)}
-    inputs |= {"txt_ids": torch.zeros(8, 3), "img_ids": torch.zeros(4, 3), "return_dict": False}
+    inputs |= {"txt_ids": torch.zeros(8, 3), "img_ids": torch.zeros(4, 3)}
+    inputs = {name: tensor.to(device) for name, tensor in inputs.items()} | {"return_dict": False}
     graphs = []
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     for _ in range(3):
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(device, torch.bfloat16):
             plain = transformer(**inputs)[0]
-            copies.take(torch.float32, nullcontext)
+            copies.take(torch.bfloat16, nullcontext)
             with copies.in_use():
                 reduced = transformer(**inputs)[0]
             copies.drop()
             assert torch.equal(transformer(**inputs)[0], plain)
-        assert 1e-3 < relative_difference(reduced, plain) < 0.1
+        assert 5e-3 < relative_difference(reduced, plain) < 0.1
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert graphs == [6, 6, 6]  # two kinds of block, twice; positions and the last norm
