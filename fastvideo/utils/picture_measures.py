@@ -1,7 +1,6 @@
 """Measures of pictures: colour, sharpness, fine texture, and how much the pictures of a prompt differ."""
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
 import numpy as np
@@ -9,7 +8,6 @@ from PIL import Image
 
 APPEARANCE = ("saturation", "sharpness", "high_frequency")
 THUMBNAIL = 32  # pixels per side
-THREADS = 8
 
 
 def appearances(images: Sequence[Image.Image]) -> dict[str, np.ndarray]:
@@ -26,12 +24,11 @@ def appearances(images: Sequence[Image.Image]) -> dict[str, np.ndarray]:
         by_size.setdefault(image.size, []).append(place)
     for (width, height), places in by_size.items():
         at_once = max(1, 2**19 // (width * height))  # pictures that fit into a CPU cache; bounds the memory too
-        parts = [places[start : start + at_once] for start in range(0, len(places), at_once)]
-        pixels = (np.stack([np.asarray(images[place].convert("RGB")) for place in part]) for part in parts)
-        with ThreadPoolExecutor(min(THREADS, len(parts))) as pool:  # NumPy computes without Python's lock
-            for part, measured in zip(parts, pool.map(_appearances, pixels), strict=True):
-                for name, values in zip(APPEARANCE, measured, strict=True):
-                    found[name][part] = values
+        for start in range(0, len(places), at_once):
+            chosen = places[start : start + at_once]
+            pixels = np.stack([np.asarray(images[place].convert("RGB")) for place in chosen])
+            for name, values in zip(APPEARANCE, _appearances(pixels), strict=True):
+                found[name][chosen] = values
     return found
 
 
