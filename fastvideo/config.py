@@ -87,7 +87,7 @@ PICKS = ("extremes", "random")
 # Settings that say where things are or what is shown, not what is trained.
 PLACES = (
     "output_dir resume_from_checkpoint dry_run use_wandb experiment_name image_log_steps eval_steps eval_prompts "
-    "eval_reward serve_report"
+    "eval_reward eval_h eval_w eval_sampling_steps eval_guidance_scale serve_report"
 ).split()
 
 NOT_AGAIN = ("resume_from_checkpoint", "dry_run", "hps_clip_path")  # what to do with a run, and what isn't read
@@ -659,9 +659,20 @@ class GRPOConfig(RewardSpecConfig):
         "(None: the reward in training)",
     )
 
+    eval_h: int | None = flag(None, "height of the evaluated pictures (None: --h)", at_least=16, at_most=2**14)
+    eval_w: int | None = flag(None, "width of the evaluated pictures (None: --w)", at_least=16, at_most=2**14)
+    eval_sampling_steps: int | None = flag(
+        None, "denoising steps of the evaluated pictures (None: --sampling_steps)", at_least=1, at_most=1000
+    )
+    eval_guidance_scale: float | None = flag(
+        None, "distilled guidance of the evaluated pictures (None: --guidance_scale)", above=0, at_most=1000
+    )
+
     def _check_evaluation(self) -> None:
-        for name in ("eval_prompts", "eval_reward"):
+        for name in "eval_prompts eval_reward eval_h eval_w eval_sampling_steps eval_guidance_scale".split():
             self._need(self.eval_steps > 0 or getattr(self, name) is None, name, "goes with --eval_steps")
+        for name in ("eval_h", "eval_w"):
+            self._need((getattr(self, name) or 0) % 16 == 0, name, "must be a multiple of 16")
         self._need(self.eval_steps == 0 or self.eval_prompts is not None, "eval_steps", "give --eval_prompts too")
         evaluated = "reward_model" if self.eval_reward is None else "eval_reward"
         if self.eval_steps and any(

@@ -47,7 +47,7 @@ from fastvideo.models.flux import (
 from fastvideo.rollout_plan import describe, make_plan, optimizer_steps, scout_plan
 from fastvideo.runtime.checkpoint import CheckpointWriter
 from fastvideo.runtime.engines import Engine, build_engine, main_process_first
-from fastvideo.runtime.evaluation import Evaluation, build_held_out
+from fastvideo.runtime.evaluation import Evaluation, Sampling, build_held_out
 from fastvideo.runtime.log import Log
 from fastvideo.runtime.memory import predict_memory
 from fastvideo.runtime.policies import Policies
@@ -418,8 +418,8 @@ class Trainer:
         self, plan: Plan, number: int, slots: range, conditioning: Conditioning, picks: np.ndarray | None = None
     ) -> Rollout:
         """The rollout of iteration `number` for the prompts in `slots`. picks: the samples' numbers, see Noise."""
-        config, prompts = self.config, len(slots)
-        noise = Noise(config.seed, number, slots, self.shape, self.accelerator.device, picks)
+        config, prompts, shape = self.config, len(slots), conditioning.shape or self.shape
+        noise = Noise(config.seed, number, slots, shape, self.accelerator.device, picks)
         own = 1 if config.init_same_noise else plan.start
         latents = noise(0, own).repeat_interleave(plan.start // own, 0)
         size = config.rollout_batch_size or prompts * config.num_generations
@@ -438,8 +438,9 @@ class Trainer:
 
     def draw(self, plan: Plan, batch: dict, slot: int) -> list[Image.Image]:
         """Pictures of one prompt for an evaluation. Empty, except on the first process of a sequence group."""
-        sampled = self.sample(plan, 0, range(slot, slot + 1), self.conditioning(batch))  # training starts at 1
-        return [] if self.engine.place_in_group else self.decode(sampled, 1)
+        conditioning, size = self.evaluation.conditioning(self.conditioning(batch)), self.evaluation.sampling[:2]
+        sampled = self.sample(plan, 0, range(slot, slot + 1), conditioning)  # training starts at 1
+        return [] if self.engine.place_in_group else decode_latents(self.vae, sampled.latents, *size, 1)
 
     def evaluate(self, iteration: int) -> dict[str, float]:
         """Metrics of the evaluation after an iteration. Empty if none is due or the iteration did not train."""
@@ -644,10 +645,11 @@ def set_up(config: GRPOConfig, lock: FolderLock | None = None) -> tuple[Trainer,
     eval_index = embed("eval_prompts", "eval_embeddings") if config.eval_steps else None
     if config.sp_size > 1:
         text_tokens = len(dataset[0]["prompt_embeds"])
-        check_sequence_split(config.pretrained_model_name_or_path, config.h, config.w, text_tokens, config.sp_size)
+        for size in {(config.h, config.w), Sampling.of(config)[:2]}:
+            check_sequence_split(config.pretrained_model_name_or_path, *size, text_tokens, config.sp_size)
     trainer = Trainer(config, engine, scoring, checkpoint)
     if eval_index is not None:
-        trainer.evaluation = Evaluation(config, eval_index, scoring, held_out)
+        trainer.evaluation = Evaluation(config, eval_index, scoring, held_out, trainer.vae)
     together = trainer.local_prompts * engine.data_ranks
     if accelerator.is_main_process:
         if together > len(dataset):

@@ -4,8 +4,11 @@ import json
 import os
 import shutil
 
+from fastvideo.train_grpo_flux import Trainer
+
 import pytest
-from conftest import PROMPTS, torchrun
+import torch
+from conftest import PROMPTS, same_weights, torchrun
 from PIL import Image
 
 # A reward that the training doesn't see, and a learning rate at which every iteration changes the pictures.
@@ -68,6 +71,35 @@ def test_evaluation_leaves_training_alone_and_keeps_the_best_checkpoint(train, e
     ]  # fmt: skip
 
 
+def test_larger_pictures_of_more_steps_are_judged_and_leave_training_and_its_graphs_alone(
+    train, eval_prompts, random_flux, monkeypatch
+):
+    """Blocks are traced and guarded as when they are compiled, and then run as they are, which takes seconds less."""
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda model, _, **__: model)
+    graphs, iteration = [], Trainer.iteration
+
+    def counted(self, *args):
+        before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        found = iteration(self, *args)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"] - before)
+        return found
+
+    monkeypatch.setattr(Trainer, "iteration", counted)
+    judging = dict(eval_steps=1, eval_prompts=eval_prompts, eval_reward="jpeg_compressibility")
+    judging |= dict(pretrained_model_name_or_path=random_flux)
+    own = dict(eval_h=64, eval_w=48, eval_sampling_steps=8, eval_guidance_scale=2.0)
+    torch._dynamo.reset()
+    train(compile="true", **judging, **own)
+    assert graphs[0] > 0 and graphs[1] == 0  # evaluations before and between the iterations replaced no graph
+
+    other, same = train(**judging, **own), train(**judging)
+    assert training_numbers(other) == training_numbers(same) and same_weights(other.weights(), same.weights())
+    with Image.open(other.folder / "evaluation/000002/00000.png") as image:
+        assert image.size == (48, 64)
+    best = [json.loads((run.folder / "best/checkpoint.json").read_text())["best"] for run in (other, same)]
+    assert best[0]["measure"] != best[1]["measure"]  # results of other settings are never compared
+
+
 def test_an_evaluation_with_failed_scores_is_counted_and_never_the_best(train, prompts_file):
     run = train(eval_steps=1, eval_prompts=prompts_file, eval_reward="failing_rewards:lost_for_circles")
     for line in run.metrics:
@@ -104,6 +136,8 @@ def test_two_processes_and_a_resumed_run_evaluate_alike(train, flags, eval_promp
     [
         ({"eval_steps": 1}, "give --eval_prompts too"),
         ({"eval_reward": "shapes"}, "--eval_reward shapes: goes with --eval_steps"),
+        ({"eval_sampling_steps": 50}, "--eval_sampling_steps 50: goes with --eval_steps"),
+        ({"eval_steps": 1, "eval_prompts": "no.txt", "eval_w": 40}, "--eval_w 40: must be a multiple of 16"),
         ({"eval_steps": 1, "eval_prompts": "none.txt"}, "--eval_prompts none.txt: "),
         ({"eval_steps": 1, "eval_prompts": "no.txt", "eval_reward": "shape"}, "--eval_reward 'shape': unknown reward"),
     ],

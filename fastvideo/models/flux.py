@@ -281,12 +281,15 @@ class LatentShape:
     width: int
 
     @classmethod
-    def of(cls, vae: AutoencoderKL, height: int, width: int) -> "LatentShape":
-        """Raises FlagError unless the picture (in pixels) divides into 2×2 patches of latent cells."""
+    def of(cls, vae: AutoencoderKL, height: int, width: int, prefix: str = "") -> "LatentShape":
+        """Raises FlagError, about {prefix}h or {prefix}w, unless the picture divides into 2×2 patches of latent cells.
+
+        height, width: in pixels.
+        """
         patch = 2 * vae_scale_factor(vae)
         for field, size in {"h": height, "w": width}.items():
             if size % patch:
-                raise FlagError(field, size, f"must be a multiple of {patch}")
+                raise FlagError(f"{prefix}{field}", size, f"must be a multiple of {patch}")
         rows, columns = 2 * (height // patch), 2 * (width // patch)
         return cls(rows * columns // 4, 4 * vae.config.latent_channels, rows, columns)
 
@@ -304,6 +307,7 @@ class Conditioning:
     text_ids: torch.Tensor  # [text length, 3]
     image_ids: torch.Tensor  # [L, 3]
     guidance_scale: float
+    shape: LatentShape | None = None  # of the latents; None: that of training
 
     def of(self, begin: int, end: int) -> "Conditioning":
         """The conditioning of prompts `begin` to `end` − 1."""

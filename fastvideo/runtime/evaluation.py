@@ -4,7 +4,8 @@
 fastvideo.eval.report compares the pictures with iteration 0, the model before training. The link `best` in the run's
 folder points to the checkpoint with the highest score. Noise depends on --seed and the prompt's place in
 --eval_prompts, and each picture is sampled separately. So the number of processes and restarts don't change a picture,
-and an evaluation doesn't change the training.
+and an evaluation doesn't change the training. Pictures may be larger and have more steps than in training: --eval_h,
+--eval_w, --eval_sampling_steps, --eval_guidance_scale. Compiled blocks then get graphs of their own beside training's.
 """
 
 import hashlib
@@ -12,14 +13,17 @@ import io
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 from fastvideo.cli import FlagError
 from fastvideo.config import GRPOConfig
 from fastvideo.dataset.latent_flux_rl_datasets import LatentFluxRLDataset, collate
 from fastvideo.io.files import write_bytes
 from fastvideo.io.scores import evaluation_scores, write_scores
+from fastvideo.models.flux import Conditioning, LatentShape
 from fastvideo.models.reward_model.groups import is_groupwise
 from fastvideo.models.reward_model.spec import NO_GROUP
 from fastvideo.models.reward_model.utils import RewardModel, build_reward_models, judge_of
@@ -32,15 +36,31 @@ from fastvideo.utils.steps import Step, sigma_schedule
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 
 # draw(plan, batch of one prompt, slot of the prompt) -> pictures; empty on processes that don't decode.
 Draw = Callable[[Plan, dict, int], list[Image.Image]]
 
 
-def noise_free_plan(config: GRPOConfig) -> Plan:
+class Sampling(NamedTuple):
+    """How evaluated pictures are sampled, where it may differ from training: names and units as in GRPOConfig."""
+
+    h: int
+    w: int
+    sampling_steps: int
+    guidance_scale: float
+
+    @classmethod
+    def of(cls, config: GRPOConfig) -> "Sampling":
+        own = (config.eval_h, config.eval_w, config.eval_sampling_steps, config.eval_guidance_scale)
+        pairs = zip(cls._fields, own, strict=True)
+        return cls(*(getattr(config, name) if value is None else value for name, value in pairs))
+
+
+def noise_free_plan(sampling_steps: int, shift: float) -> Plan:
     """The whole schedule in Euler steps, for one picture per prompt."""
-    sigmas = sigma_schedule(config.sampling_steps, config.shift)
+    sigmas = sigma_schedule(sampling_steps, shift)
     steps = (Step(i, sigma, sigmas[i + 1], sigmas[1], "ode") for i, sigma in enumerate(sigmas[:-1]))
     return Plan(tuple(steps))
 
@@ -67,21 +87,27 @@ class Evaluation:
     models: name -> reward model: the training rewards with their start weights, except those that compare pictures of a
         group, and the held-out --eval_reward models.
     weights: name -> share in the reward that decides the best checkpoint: --eval_reward, else the training reward.
+    shape: of the pictures' latents. sampling: see `Sampling`.
     """
 
-    def __init__(self, config: GRPOConfig, index: Path, scoring: Scoring, held_out: tuple[dict, dict] | None) -> None:
+    def __init__(
+        self, config: GRPOConfig, index: Path, scoring: Scoring, held_out: tuple[dict, dict] | None, vae: AutoencoderKL
+    ) -> None:
         """index: the prompt.json of the embedded prompts. held_out: see `build_held_out`."""
         self.config = config
         self.dataset = LatentFluxRLDataset(index)
         self.prompts = [entry["caption"] for entry in self.dataset.entries]
         self.metadata = [entry.get("metadata", {}) for entry in self.dataset.entries]
-        self.plan = noise_free_plan(config)
+        self.sampling = Sampling.of(config)
+        self.shape = LatentShape.of(vae, self.sampling.h, self.sampling.w, "eval_")
+        self.plan = noise_free_plan(self.sampling.sampling_steps, config.shift)
         self.scoring, self.weights = scoring, scoring.weights
         self.models = {name: model for name, model in scoring.models.items() if not is_groupwise(model)}
         if held_out:
             self.models, self.weights = self.models | held_out[0], held_out[1]
         settings = "seed h w sampling_steps shift guidance_scale pretrained_model_name_or_path".split()
-        measure = [self.prompts, self.weights, [getattr(config, name) for name in settings]]
+        found = self.sampling._asdict()
+        measure = [self.prompts, self.weights, [found.get(name, getattr(config, name)) for name in settings]]
         if judge := judge_of(self.models):
             measure.append(judge)
         measure += [self.metadata] if any(self.metadata) else []  # which older runs don't have
@@ -90,6 +116,11 @@ class Evaluation:
     def due(self, iteration: int) -> bool:
         """Whether an evaluation follows the iteration."""
         return iteration % self.config.eval_steps == 0 or iteration == self.config.max_train_steps
+
+    def conditioning(self, training: Conditioning) -> Conditioning:
+        """The conditioning of a prompt in training, for pictures as they are evaluated."""
+        image_ids = self.shape.image_ids(training.image_ids.device)
+        return replace(training, image_ids=image_ids, guidance_scale=self.sampling.guidance_scale, shape=self.shape)
 
     def run(self, iteration: int, draw: Draw, engine: Engine, progress: Progress) -> dict[str, float]:
         """Samples and scores the prompts. All processes must call it; all get the metrics `evaluation_…`.
@@ -125,6 +156,8 @@ class Evaluation:
                 for index, (prompt, scores) in enumerate(zip(self.prompts, found, strict=True))
             ]
             write_scores(path, entries)
+        if engine.accelerator.device.type == "cuda" and self.sampling[:2] != (self.config.h, self.config.w):
+            torch.cuda.empty_cache()  # training has tensors of other sizes
         metrics = reward_means({name: np.array([v[name] for v in found]) for name in found[0]}, self.weights)
         self._compare(iteration, metrics, progress)
         metrics["best_iteration"] = progress.best["iteration"] if progress.best else None
