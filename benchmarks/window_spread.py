@@ -131,7 +131,7 @@ def sample_windows(config: SpreadConfig) -> tuple[list[str], dict[int, torch.Ten
     windows = {
         start: sample(make_plan(training, range(start, start + config.group_size))) for start in sorted(config.windows)
     }
-    return prompts, windows, sample(noise_free_plan(training))[:, 0]
+    return prompts, windows, sample(noise_free_plan(training.sampling_steps, training.shift))[:, 0]
 
 
 @flag_errors("window_spread.py")
