@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 
+from fastvideo.__main__ import PROGRAMS as COMMANDS
 from fastvideo.config import GRPOConfig
 
 import pytest
@@ -28,6 +29,39 @@ except SystemExit as stop:
     status = stop.code or 0
 print("\\n", status, *sorted({"torch", "diffusers", "transformers", "accelerate", "peft"} & sys.modules.keys()))
 """
+
+
+# Runs hier-grpo where only the standard library and the project's own dependencies can be imported.
+ALONE = """
+import importlib.abc, runpy, sys
+from importlib.metadata import packages_distributions
+allowed = {"fastvideo", "argparse_dataclass", "yaml", "_yaml", "attr"}
+class Refuse(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in foreign:
+            raise ModuleNotFoundError(f"No module named {name!r}")
+foreign = packages_distributions().keys() - allowed
+sys.meta_path.insert(0, Refuse())
+runpy.run_module("fastvideo", run_name="__main__", alter_sys=True)
+"""
+
+
+def hier_grpo(*argv: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", ALONE, *argv]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIME_LIMIT)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_one_name_runs_every_program_whose_help_needs_no_other_packages(name):
+    done = hier_grpo(name, "--help")
+    assert done.returncode == 0 and done.stdout.startswith("usage: "), done.stderr
+    assert f"{COMMANDS[name].split('.')[-1]}.py" in done.stdout.splitlines()[0]
+
+
+def test_an_unknown_name_is_refused_with_the_nearest_one():
+    done = hier_grpo("evalute")
+    assert done.returncode == 2 and done.stderr.endswith("did you mean evaluate?\n")
+    assert all(name in hier_grpo("--help").stdout for name in COMMANDS)
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
