@@ -582,6 +582,11 @@ class GRPOConfig(RewardSpecConfig):
     lora_target_modules: list[str] = flag(
         ["to_q", "to_k", "to_v", "to_out.0"], "linear layers that get an adapter", metavar="MODULE"
     )
+    lora_init: str | None = flag(
+        None,
+        "LoRA file, or folder with one, that the adapters start from; it must have the layers of lora_target_modules "
+        "and the rank lora_rank (None: adapters that change nothing yet)",
+    )
     quantize_base: bool = flag(False, "LoRA, without fsdp or deepspeed: the frozen model's blocks are held in 8 bit")
 
     # --- processes --------------------------------------------------------------------------------------------------
@@ -617,6 +622,7 @@ class GRPOConfig(RewardSpecConfig):
     def _check_processes(self) -> None:
         layers = self.lora_target_modules or not self.use_lora
         self._need(bool(layers), "lora_target_modules", "give at least one linear layer, such as to_q")
+        self._need(self.use_lora or self.lora_init is None, "lora_init", "goes with --use_lora")
         strategy, sp_size = self.fsdp_sharding_startegy, self.sp_size
         engine = self.parallel or ("ddp" if strategy == "none" else None)
         fits = strategy in (None, "none") or engine in (None, "fsdp")

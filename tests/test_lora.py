@@ -230,3 +230,36 @@ def test_sampling_takes_a_lora_checkpoint_and_can_hand_over_to_the_base_model(ad
         assert difference(*pictures) <= 2, name
     assert difference(sample("whole0", "--model_path", str(adapters)), sample("base", "--baseline")) > 8
     assert difference(sample("half0", "--model_path", str(adapters), *half), sample("base", "--baseline")) > 2
+
+
+def test_adapters_start_from_a_file_whatever_its_alpha(train, tiny_flux):
+    """Here from a run's own checkpoint, whose adapters then act with half of their alpha: B is twice as large."""
+    first = train("first", **LORA, max_train_steps=1)
+    given = {**LORA, "lora_alpha": 4, "lora_init": first.checkpoints[0], "max_train_steps": 1}
+    second = train("second", **given | {"learning_rate": 1e-12})  # hardly trains
+    before, after = (load_file(run.checkpoints[0] / LORA_FILE) for run in (first, second))
+    for name, weight in before.items():
+        factor = {"lora_B": 2, "alpha": 0.5}.get(next((p for p in ("lora_B", "alpha") if p in name), ""), 1)
+        torch.testing.assert_close(after[name], weight * factor, rtol=1e-4, atol=1e-7)
+    whole = train("whole", **{**given, "learning_rate": 1e-3}, ref_kl_coeff=1e-9)
+    assert whole.metrics[0]["ref_kl_loss"] == pytest.approx(0, abs=1e-6)  # the reference starts there too
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ({**LORA, "lora_rank": 8}, "has rank 4, --lora_rank is 8"),
+        ({**LORA, "lora_target_modules": ["to_q"]}, "its layers aren't those of --lora_target_modules"),
+        ({}, "goes with --use_lora"),
+        ({**LORA, "lora_init": "nowhere"}, "no LoRA file"),
+    ],
+    ids=["rank", "layers", "no LoRA", "no file"],
+)
+def test_a_start_of_another_shape_is_refused_before_any_weight_is_loaded(
+    adapters, train, capsys, monkeypatch, given, problem
+):
+    monkeypatch.setattr(train_grpo_flux, "set_up", lambda *_: pytest.fail("a run was set up"))
+    with pytest.raises(SystemExit):
+        train("other", **{"lora_init": adapters, **given})
+    error = capsys.readouterr().err
+    assert problem in error and "--lora_init" in error

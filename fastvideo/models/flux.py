@@ -192,6 +192,21 @@ def add_lora(transformer: FluxTransformer2DModel, rank: int, alpha: int, targets
             parameter.data = parameter.data.float()
 
 
+def read_lora_init(
+    transformer: FluxTransformer2DModel, path: str, rank: int, alpha: int, targets: Sequence[str]
+) -> dict[str, torch.Tensor]:
+    """The weights from which adapters start that `add_lora` adds, from a LoRA file or a folder with one.
+
+    transformer: without adapters; may be on the meta device. Raises FlagError unless the file has the same layers and
+    rank.
+    """
+    adapters = read_adapters(find_lora(path, "lora_init"), "lora_init")
+    adapters.check_fit(transformer)
+    linear = (name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear))
+    layers = {name for name in linear if any(name == t or name.endswith(f".{t}") for t in targets)}
+    return adapters.start_of(layers, rank, alpha)
+
+
 def load_with_lora(
     base: str, lora: str | Path, dtype: torch.dtype = torch.float32, field: str = "model_path"
 ) -> FluxTransformer2DModel:

@@ -111,6 +111,24 @@ class Adapters:
                 if shape != expected:
                     self.refuse(f"made for another base model: {layer}.{part} is {shape}, expected {expected}")
 
+    def start_of(self, layers: set[str], rank: int, alpha: float) -> dict[str, torch.Tensor]:
+        """Weights with which new adapters of these layers act as these ones, named as in a transformer whose adapter is
+        `default`. Raises FlagError about the file if it has other layers or ranks.
+        """
+        if layers != self.ranks.keys():
+            some = sorted(layers ^ self.ranks.keys())[0]
+            where = "only in the file" if some in self.ranks else "not in the file"
+            self.refuse(f"its layers aren't those of --lora_target_modules: {some} is {where}")
+        for layer, own in self.ranks.items():
+            if own != rank:
+                self.refuse(f"{layer} has rank {own}, --lora_rank is {rank}")
+        found = {}
+        for layer in layers:
+            factor = self.alphas[layer] / alpha  # of alpha / rank, with equal ranks
+            found[f"{layer}.lora_A.default.weight"] = self.weights[f"{layer}.lora_A.weight"].float()
+            found[f"{layer}.lora_B.default.weight"] = self.weights[f"{layer}.lora_B.weight"].float() * factor
+        return found
+
     def put_into(self, transformer: FluxTransformer2DModel) -> None:
         """Adds the adapters, switched on, to a transformer that they fit."""
         some = next(iter(self.ranks))

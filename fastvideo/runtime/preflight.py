@@ -18,7 +18,7 @@ from fastvideo.io.metrics import read_metrics
 from fastvideo.io.prompts import read_prompts
 from fastvideo.io.words import counted, duration
 from fastvideo.models.float8 import lacks_float8
-from fastvideo.models.flux import BASE, LatentShape, check_pipeline, meta_transformer, meta_vae
+from fastvideo.models.flux import BASE, LatentShape, check_pipeline, meta_transformer, meta_vae, read_lora_init
 from fastvideo.models.reward_model.loading import bad_file, to_download
 from fastvideo.models.reward_model.spec import REWARDS, resolve_reward_spec
 from fastvideo.models.reward_model.utils import check_needs, reward_problems
@@ -70,6 +70,9 @@ def check_run(config: GRPOConfig, world_size: int) -> None:
         checks.append(lambda: LatentShape.of(meta_vae(path), *size, "eval_"))
     if config.data_json_path:
         checks.append(lambda: _check_embeddings(config, configs))
+    if config.lora_init and configs:
+        shape = (config.lora_rank, config.lora_alpha, config.lora_target_modules)
+        checks.append(lambda: read_lora_init(meta_transformer(path), config.lora_init, *shape))
     if config.dry_run:  # a run that goes on looks when it has the folder
         checks.append(lambda: to_resume(config, world_size))
     texts = [name for name in ("prompts_file", "eval_prompts") if getattr(config, name) is not None]

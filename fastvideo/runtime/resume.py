@@ -15,7 +15,7 @@ from fastvideo.config import PLACES, REFERENCE, GRPOConfig
 from fastvideo.io.files import check_writable, not_written, write_bytes
 from fastvideo.io.fingerprint import sample_file
 from fastvideo.io.lock import FolderLock
-from fastvideo.models.flux import add_lora, load_transformer
+from fastvideo.models.flux import add_lora, load_transformer, read_lora_init
 from fastvideo.models.flux_speed import enable_gradient_checkpointing
 from fastvideo.models.int8 import quantize_blocks
 from fastvideo.models.lora import LORA_FILE, read_trained_lora
@@ -170,9 +170,10 @@ def load_trained(config: GRPOConfig, engine: Engine, checkpoint: Path | None) ->
     if config.quantize_base:
         quantize_blocks(transformer, engine.accelerator.device)
     if config.use_lora:
-        add_lora(transformer, config.lora_rank, config.lora_alpha, config.lora_target_modules, config.seed)
-        if checkpoint is not None:
-            transformer.load_state_dict(read_weights(checkpoint), strict=False)
+        shape = (config.lora_rank, config.lora_alpha, config.lora_target_modules)
+        start = read_lora_init(transformer, config.lora_init, *shape) if config.lora_init else {}
+        add_lora(transformer, *shape, config.seed)
+        transformer.load_state_dict(start if checkpoint is None else read_weights(checkpoint), strict=False)
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(transformer, config.selective_checkpointing)
     return transformer.train()
