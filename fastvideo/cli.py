@@ -221,8 +221,8 @@ class _Parser(argparse_dataclass.ArgumentParser):
         f = self._by_name.get(kwargs.get("dest", names[0][2:].replace("-", "_")) if names[0][:2] == "--" else None)
         if f is None:
             return super().add_argument(*names, **kwargs)
-        names = f"; {f.metadata['names']()}" if "names" in f.metadata else ""
-        help = f"{f.metadata['help']}{names} (default: {default_of(f)})".replace("%", "%%")
+        values = f"; {f.metadata['names']()}" if "names" in f.metadata else ""
+        help = f"{f.metadata['help']}{values} (default: {default_of(f)})".replace("%", "%%")
         title = self._titles[f.name]
         group = self._groups.get(title) or self._groups.setdefault(title, self.add_argument_group(title))
         if f.type is bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvideo.cli import FlagError
+from fastvideo.io.words import counted
 
 KEYS = ("prompt", "caption", "text")  # of JSON objects and columns; the first that is there counts
 ADVICE = (
@@ -37,7 +38,8 @@ class PromptFile:
     duplicates: int  # repeated prompts
 
     def __str__(self) -> str:
-        return f"{len(self.prompts)} prompts ({self.empty} empty lines and {self.duplicates} duplicates left out)"
+        left_out = f"{counted(self.empty, 'empty line')} and {counted(self.duplicates, 'duplicate')} left out"
+        return f"{counted(len(self.prompts), 'prompt')} ({left_out})"
 
 
 def read_prompts(path: str | Path, field: str, unique: bool = True) -> PromptFile:

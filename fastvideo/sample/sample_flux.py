@@ -40,6 +40,7 @@ from fastvideo.io.processes import Processes, barrier, processes
 from fastvideo.io.prompts import read_prompts
 from fastvideo.io.resumable import Claims, Store, digest, finish
 from fastvideo.io.weights import not_finite
+from fastvideo.io.words import counted
 from fastvideo.models.flux import (
     LatentShape,
     check_files,
@@ -338,7 +339,8 @@ def _sample_run(
             entry |= {"index": picture.index} | {name: value for name, value in others.items() if value}
             entries.append(entry)
         write_json(config.manifest, entries)
-        print(f"{len(entries)} pictures of {len(entries) // config.images_per_prompt} prompts: {config.manifest}")
+        prompts = counted(len(entries) // config.images_per_prompt, "prompt")
+        print(f"{counted(len(entries), 'picture')} of {prompts}: {config.manifest}")
 
     finish(here, write)
 

@@ -15,6 +15,7 @@ from fastvideo.cli import FlagError, flag, flag_errors, parse_dataclass
 from fastvideo.dataset.latent_flux_rl_datasets import FOLDERS, read_index
 from fastvideo.io.files import is_tensor_file, write_json, writing
 from fastvideo.io.prompts import read_prompts
+from fastvideo.io.words import counted
 
 
 def make_index(folder: Path, output: Path, prompt_file: str | None = None) -> int:
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     output = Path(config.output_path) if config.output_path else folder / config.output_name
     with writing("output_path", output, file=True):
         count = make_index(folder, output, config.prompt_file)
-    print(f"{output}: {count} prompts")
+    print(f"{output}: {counted(count, 'prompt')}")
 
 
 if __name__ == "__main__":
