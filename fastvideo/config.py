@@ -165,7 +165,10 @@ class GRPOConfig(RewardSpecConfig):
 
     # --- sampling ---------------------------------------------------------------------------------------------------
     algorithm: str | None = flag(
-        None, "derived from the flags below if not given", choices=list(ALGORITHMS), section="algorithm and sampling"
+        None,
+        "sets defaults of its own (docs/algorithms.md); derived from the flags below if not given",
+        choices=list(ALGORITHMS),
+        section="algorithm and sampling",
     )
     h: int = flag(720, "picture height in pixels", at_least=16, at_most=2**14)
     w: int = flag(720, "picture width in pixels", at_least=16, at_most=2**14)
@@ -278,7 +281,10 @@ class GRPOConfig(RewardSpecConfig):
     def _check_draws(self) -> None:
         self._need_all_steps_trained()
         steps = {"ratio_norm": False, "step_weights": "equal", "trust_region": "clip", "recompute_old_log_prob": False}
-        for name, plain in (steps | {"drop_last_sample": False}).items():
+        steps |= {"drop_last_sample": False} | {
+            n: default_of(self.__dataclass_fields__[n]) for n in ("eta", "sde_type")
+        }
+        for name, plain in steps.items():
             problem = f"--algorithm {self.algorithm} trains no denoising step; leave it at {plain}"
             self._need(getattr(self, name) == plain, name, problem)
         if self.algorithm == "diffusion_nft":

@@ -16,7 +16,7 @@ from dataclasses import replace
 from itertools import islice
 
 from fastvideo.cli import FlagError
-from fastvideo.config import DRAWN, MERGES, TREES, GRPOConfig
+from fastvideo.config import DRAWN, MERGES, OLD_POLICY, REFERENCE, TREES, GRPOConfig
 from fastvideo.io.words import counted
 from fastvideo.models.reward_model.spec import REWARDS, resolve_reward_spec
 from fastvideo.utils.grpo_states import window_counts, windows
@@ -312,7 +312,16 @@ def describe(config: GRPOConfig, world_size: int) -> str:
     """
     prompts = config.local_prompts(world_size) * config.data_ranks(world_size)
     k, plans = config.gradient_accumulation_steps, plans_of_run(config)
-    evaluations, iterations = zip(*((plan.evaluations, number) for plan, number in plans), strict=True)
+    iterations = [number for _, number in plans]
+    evaluations, apart = (
+        [getattr(p, name) for p, _ in plans] for name in ("evaluations", "evaluations_without_sharing")
+    )
+    least, most, mean, unshared = (
+        min(evaluations),
+        max(evaluations),
+        *(np.average(numbers, weights=iterations) for numbers in (evaluations, apart)),
+    )
+    spread = f"{least} to {most}, mean {mean:.1f}" if least < most else f"{most}"
     first, steps, scouts = plans[0][0], optimizer_steps(config), scout_plan(config)
     if config.lr_scheduler == "polynomial" and config.lr_warmup_steps >= config.max_train_steps * steps:
         problem = (
@@ -336,8 +345,8 @@ def describe(config: GRPOConfig, world_size: int) -> str:
             f"{counted(steps, 'optimizer step')} per iteration, each on {taken}, in "
             f"{counted(config.max_train_steps, 'iteration')}: "
             f"{counted(config.max_train_steps * steps, 'optimizer step')}",
-            f"velocity evaluations (NFE) per prompt and iteration: {min(evaluations)} to {max(evaluations)}, mean "
-            f"{np.average(evaluations, weights=iterations):.1f} (without sharing {first.evaluations_without_sharing})"
+            f"loss: {_describe_loss(config)}",
+            f"velocity evaluations (NFE) per prompt and iteration: {spread} (without sharing {unshared:.4g})"
             + (f"; and {scouts.evaluations} for candidates" if scouts else ""),
             *_describe_float8(config, plans),
             *left_out,
@@ -349,6 +358,21 @@ def describe(config: GRPOConfig, world_size: int) -> str:
             first.describe(),
         ]
     )
+
+
+def _describe_loss(config: GRPOConfig) -> str:
+    """What is minimised, with the settings that decide it."""
+    names = {REFERENCE: config.ref_kl_coeff, OLD_POLICY: config.old_kl_coeff if config.algorithm == "awm" else 0}
+    if config.algorithm == "diffusion_nft":
+        parts = [f"DiffusionNFT, beta {config.nft_beta:g}, old policy of decay {config.old_policy_decay:g}"]
+    elif config.trust_region == "divergence":
+        parts = [f"unclipped ratio, masked from a divergence of {config.divergence_limit:g}"]
+    else:
+        parts = [f"{'normalised ' if config.ratio_norm else ''}ratio, clipped at ±{config.clip_range:g}"]
+    parts += [f"steps weighted by {config.step_weights}"] if config.step_weights != "equal" else []
+    parts += [f"{config.kl_coeff:g} x squared log-ratio"] if config.kl_coeff else []
+    parts += [f"{weight:g} x distance from the {name.replace('_', ' ')}" for name, weight in names.items() if weight]
+    return ", ".join(parts)
 
 
 def _describe_rewards(config: GRPOConfig) -> list[str]:

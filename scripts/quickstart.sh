@@ -9,6 +9,12 @@ cd "$(dirname "$0")/.."
 source scripts/environment.sh
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_PROGRESS_BARS=1
 out=${OUTPUT_DIR:-outputs/quickstart-$(date +%Y%m%d-%H%M%S)}
+unset OUTPUT_DIR # the recipe would read it too
+case " $* " in *" -h "* | *" --help "* | *" --dry_run "*)
+  sed -n '2,/^cd /{/^#/s/^# \{0,1\}//p}' scripts/quickstart.sh
+  exec bash scripts/finetune/finetune_tiny_flux.sh --prompts_file data/tiny_prompts.txt --output_dir "$out/run" "$@"
+  ;;
+esac
 model=data/tiny_flux
 run() {
   printf '\n== %s\n' "$1"
@@ -30,14 +36,14 @@ draw() { # NAME, flags that say which model
     --pretrained_model_name_or_path $model "${@:2}" --prompts_file data/tiny_prompts_test.txt --output_dir "$out/$1" \
     --seed 42 --images_per_prompt 2 --batch_size 64 --h 32 --w 32 --total_sampling_steps 10
 }
-# Both at once, with one thread each. One progress bar is enough.
+# Both at once, with one thread each.
 set -m # the first job gets its own process group, which ends with this script: Ctrl-C doesn't reach background jobs
-TQDM_DISABLE=1 draw base --baseline &
+draw base --baseline 2>"$out/base.log" & # one progress bar is enough
 base=$!
 set +m
 trap 'kill -- -$base 2>/dev/null' EXIT
 draw tuned --model_path "$tuned"
-wait $base
+wait $base || { status=$? && cat "$out/base.log" >&2 && exit $status; }
 trap - EXIT
 
 run "4/5 score both, and look for signs of reward hacking" fastvideo.eval.eval_reward --manifest "$out/tuned/manifest.json" \
@@ -53,6 +59,5 @@ Look at
   $out/report/before_after.png the first withheld scenes, base above, tuned below, wrong pictures marked
   $out/report/summary.json     share right before and after, seconds, iterations
   $out/run/metrics.jsonl       one line per iteration
-  $out/run/images/             sample grids during training
   $tuned   the tuned transformer, for FluxTransformer2DModel.from_pretrained
 TXT

@@ -41,7 +41,8 @@ def check_run(config: GRPOConfig, world_size: int) -> None:
     """
     lack = lacks_float8() if config.rollout_precision == "fp8" else None
     if lack is not None and not config.dry_run:
-        problem = f"needs GPUs with FP8 products (compute capability 8.9 or more), and {lack}; choose bf16"
+        needed = "needs GPUs with FP8 products (compute capability 8.9 or more)"
+        problem = f"{needed}, and {lack}; choose --rollout_precision bf16"
         raise FlagError("rollout_precision", "fp8", problem)
     if lack is not None:
         say(f"warning: --rollout_precision fp8 can't run here: {lack}")

@@ -19,6 +19,7 @@ dry_run=
 chosen=()
 for argument in "$@"; do
   case "$argument" in
+    -h | --help) sed -n '2,/^source /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}" && exit ;;
     --dry_run | --dry-run) dry_run=1 ;;
     all) chosen=("${PARTS[@]}") ;;
     *)
