@@ -459,7 +459,8 @@ def test_a_dry_run_prints_arithmetic_and_plan_and_touches_nothing(flags, capsys,
     main(flags(dry_run=True, output_dir=tmp_path / "out", train_batch_size=3))
     text = capsys.readouterr().out
     assert "mix_grpo: 3 prompts x 4 samples = 12 images" in text and "4 optimizer steps" in text
-    assert "per prompt and iteration: 21 to 21, mean 21.0 (without sharing 24)" in text
+    assert "per prompt and iteration: 21 (without sharing 24)" in text
+    assert "loss: ratio, clipped at ±0.0001" in text
     plan = [line.split() for line in text.splitlines() if " -> " in line]
     assert [line[4] for line in plan] == ["flow_sde"] * 2 + ["ode"] * 4
     assert [line[0] for line in plan] == list("012345") and plan[-1][3] == "0.0000"

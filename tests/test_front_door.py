@@ -283,3 +283,12 @@ def test_preprocessing_and_index_as_the_readme_of_e_grpo_writes_them(
     ):
         done = generate(*flags)
         assert done.returncode == 2 and named in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("script", ["scripts/quickstart.sh", "scripts/huggingface/download_checkpoints.sh"])
+def test_scripts_that_take_long_explain_themselves_and_stop(script, tmp_path, subprocess_environment):
+    environment = {**subprocess_environment, "PYTHON_BIN": sys.executable, "OUTPUT_DIR": str(tmp_path / "out")}
+    done = subprocess.run(["bash", script, "--help"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and not (tmp_path / "out").exists()
+    first = next(line[2:] for line in (ROOT / script).read_text().splitlines() if line.startswith("# "))
+    assert done.stdout.startswith(first)

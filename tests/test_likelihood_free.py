@@ -233,6 +233,7 @@ def test_settings_of_denoising_steps_are_refused():
     for given in (
         {"ratio_norm": True}, {"step_weights": "noise"}, {"trust_region": "divergence"}, {"timestep_fraction": 0.5},
         {"recompute_old_log_prob": True}, {"init_same_noise": True}, {"ref_reset_steps": 3},
+        {"eta": 0.5}, {"sde_type": "cps"},
     ):  # fmt: skip
         (name,) = given
         with pytest.raises(ValueError, match=f"{name}|contradicts --{name}"):
@@ -242,6 +243,9 @@ def test_settings_of_denoising_steps_are_refused():
             config("diffusion_nft", **given)
     with pytest.raises(ValueError, match="draws 8: goes with --algorithm v_grpo"):
         GRPOConfig.create(algorithm="mix_grpo", prompts_file="p.txt", reward_model="shapes", draws=8)
+    assert "loss: DiffusionNFT, beta 1, old policy of decay 0.5, 0.0001 x distance from the reference" in describe(
+        config("diffusion_nft"), 1
+    )
     text = describe(config(), 1)
     assert "4 draws of time and noise train each picture" in text and "trained" not in text
     assert math.isclose(config("diffusion_nft").ref_kl_coeff, 1e-4)
