@@ -153,7 +153,9 @@ def test_adapters_in_bf16_train_in_the_direction_of_float32_with_fsdp_as_without
     assert min(alone, fsdp) > 0.6
 
 
-@pytest.mark.parametrize(("count", "compiled"), [(1, False), (2, False), (3, False), (3, True)])
+@pytest.mark.parametrize(
+    ("count", "compiled"), [(1, False), (2, False), (3, False), pytest.param(3, True, marks=pytest.mark.long)]
+)
 def test_one_process_sums_bf16_gradients_in_float32(count, compiled):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
