@@ -1,10 +1,13 @@
 """An error in the middle of a run loses nothing that was trained, and is the last thing printed."""
 
 import json
+import signal
+import sys
 import threading
 
 from fastvideo import train_grpo_flux
 from fastvideo.dataset import latent_flux_rl_datasets
+from fastvideo.io import processes
 from fastvideo.models.reward_model.custom import probe
 from fastvideo.runtime import scoring
 from fastvideo.runtime.engines import Engine
@@ -68,6 +71,34 @@ def test_an_error_anywhere_in_an_iteration_keeps_the_iterations_before(train, st
         train("cut", **SETTINGS, resume_from_checkpoint="latest")
         assert cut.numbers() == whole.numbers() and same_weights(cut.weights(), whole.weights()), name
         cut.folder.rename(cut.folder.with_name(name))
+
+
+def interrupting(place: int):
+    """A trace function that raises SIGINT before the handler's instruction number `place`."""
+    left = place
+
+    def trace(frame, event, _):
+        nonlocal left
+        if frame.f_code.co_name == "note":
+            frame.f_trace_opcodes = True
+            left -= event == "opcode"
+            if left == 0 and event == "opcode":
+                signal.raise_signal(signal.SIGINT)
+        return trace
+
+    return trace
+
+
+@pytest.mark.parametrize("place", range(1, 40))
+def test_a_signal_that_interrupts_the_handling_of_the_first_one_ends_nothing(place):
+    """As when Slurm signals all processes, and torchrun passes its own signal on in the same moment."""
+    with processes.stop_signals() as asked:
+        sys.settrace(interrupting(place))
+        try:
+            signal.raise_signal(signal.SIGINT)
+        finally:
+            sys.settrace(None)
+    assert asked[0] == signal.SIGINT
 
 
 def test_pictures_that_cannot_be_measured_do_not_end_a_run(train, monkeypatch):

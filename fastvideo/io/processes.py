@@ -96,7 +96,7 @@ def processes(device: str = "auto") -> Iterator[Processes]:
 def stop_signals() -> Iterator[list[int]]:
     """Yields a list. The first SIGTERM or SIGINT adds its number; ONE_REQUEST seconds later signals act as usual."""
     asked: list[int] = []
-    first = 0.0
+    first: float | None = None
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def restore() -> None:
@@ -105,16 +105,17 @@ def stop_signals() -> Iterator[list[int]]:
 
     def note(number: int, _frame: object) -> None:
         nonlocal first
-        if not asked:
+        now = time.monotonic()
+        if first is None:  # set at once: another signal may interrupt this handler at any place
+            first = now
             asked.append(number)
-            first = time.monotonic()
             if os.environ.get("RANK", "0") == "0":
                 print(
                     f"\n{signal.Signals(number).name}: this iteration ends, then a checkpoint is saved; another one, "
                     f"at least {ONE_REQUEST} seconds from now, stops at once",
                     file=sys.stderr,
                 )
-        elif time.monotonic() > first + ONE_REQUEST:
+        elif now > first + ONE_REQUEST:
             restore()
             signal.raise_signal(number)
 
