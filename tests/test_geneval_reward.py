@@ -148,7 +148,7 @@ def test_a_run_trains_on_metadata_and_an_evaluation_has_a_row_per_tag(train, nar
     assert line["failed_GenEvalRewardModel"] == 4 and line["failed_JpegCompressibilityRewardModel"] == 0
     assert line["reward_GenEvalRewardModel"] == line["reward_GenEvalRewardModel_right"] == 0  # 0.75 is below 0.9
     assert line["grad_norm"] > 0
-    assert "1 of 2 prompts have not metadata in GenEval's format, such as 'a cat'" in capfd.readouterr().err
+    assert "1 of 2 prompts lack metadata in GenEval's format, such as 'a cat'" in capfd.readouterr().err
 
     noise(0, 32, 32).save(tmp_path / "noise.png")
     entry = {"image": "noise.png", "prompt": "a dog", "metadata": {"tag": "single_object", **DOG}}

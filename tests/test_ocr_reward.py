@@ -135,7 +135,7 @@ def test_a_run_trains_on_what_is_read_and_an_evaluation_reports_it(train, tmp_pa
     for line in run.metrics:
         assert line["reward_OCRRewardModel"] == pytest.approx(expected) and line["failed_OCRRewardModel"] == 4
         assert line["failed_JpegCompressibilityRewardModel"] == 0 and line["grad_norm"] > 0
-    assert "1 of 2 prompts have not a text in quotation marks, such as 'a red circle'" in capfd.readouterr().err
+    assert "1 of 2 prompts lack a text in quotation marks, such as 'a red circle'" in capfd.readouterr().err
 
     drawn[0].save(tmp_path / "sign.png")
     (tmp_path / "manifest.json").write_text(json.dumps([{"image": "sign.png", "prompt": SIGN}]))

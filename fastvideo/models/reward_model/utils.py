@@ -122,7 +122,7 @@ def check_needs(
             problem = f"no prompt has {needs}, which the reward {key} needs; docs/rewards.md says what it looks for"
             raise FlagError(field, value, problem)
         if lacking:
-            which = f"{len(lacking)} of {len(prompts)} prompts have not {needs}, such as {lacking[0][:60]!r}"
+            which = f"{len(lacking)} of {len(prompts)} prompts lack {needs}, such as {lacking[0][:60]!r}"
             say(f"note: --{field}: {which}; {key} gives their pictures no score, and they count as failed")
 
 
