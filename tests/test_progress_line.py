@@ -43,7 +43,9 @@ def test_a_terminal_gets_one_line_that_never_wraps(monkeypatch, columns):
             line.show(metrics(1, window=[], reward=float("nan")))
             line.show(metrics(2))
         terminal.flush()
-        text = os.read(main, 10_000).decode()
+        text = ""
+        while not text.endswith("\n"):  # a terminal hands over what it has, in any pieces
+            text += os.read(main, 10_000).decode()
     os.close(main)
     assert text.count("\n") == 1 and text.endswith("\n")
     shown = text.strip().split("\r")
