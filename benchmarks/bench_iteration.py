@@ -19,7 +19,6 @@ fills up a batch, adds nothing. Prints tables and the versions; keep the output 
 
 import gc
 import json
-import os
 import platform
 import re
 import shutil
@@ -33,6 +32,7 @@ from fastvideo.cli import FlagError, flag, flag_errors, parse_dataclass
 from fastvideo.config import GRPOConfig
 from fastvideo.dataset.latent_flux_rl_datasets import FOLDERS
 from fastvideo.io.files import check_writable
+from fastvideo.io.messages import is_first
 from fastvideo.train_grpo_flux import Trainer, set_up
 
 import diffusers
@@ -298,7 +298,7 @@ def main() -> None:
         check_writable("folder", config.folder)
     if config.json_file:
         check_writable("json_file", config.json_file, file=True)
-    main_process = os.environ.get("RANK", "0") == "0"
+    main_process = is_first()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(config.folder or temporary)
         if main_process:

@@ -16,7 +16,7 @@ read -r double single <<<"${BLOCKS:-2 4}"
 blocks=$OUT/blocks$double+$single
 mkdir -p "$OUT"
 
-torchrun() { "$PYTHON_BIN" -m torch.distributed.run --standalone --nproc_per_node "$@"; }
+torchrun() { "$PYTHON_BIN" -m fastvideo.torchrun --standalone --nproc_per_node "$@"; }
 
 model() { # which several of these scripts may share
   mkdir -p "$blocks"

@@ -34,7 +34,6 @@ import inspect
 import io
 import math
 import operator
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -46,7 +45,7 @@ from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin
 
 from fastvideo.familiar_flags import answer
-from fastvideo.io.secrets import redact
+from fastvideo.io.messages import end, say, shorten_interrupts
 
 import argparse_dataclass
 
@@ -91,9 +90,7 @@ def flag_errors(program: str, names: Mapping[str, str] | None = None) -> Iterato
     except FlagError as error:
         found = error.errors if isinstance(error, FlagErrors) else [error]
         named = [FlagError((names or {}).get(e.field, e.field), e.value, e.problem) for e in found]
-        # One write: other processes may write to the same stream at this moment.
-        sys.stderr.write(redact("".join(f"{program}: error: --{_one_line(error)}\n" for error in named)))
-        raise SystemExit(2) from error
+        end("".join(f"{program}: error: --{_one_line(error)}\n" for error in named), 2)
 
 
 def _one_line(text: object) -> str:
@@ -300,7 +297,7 @@ class _Parser(argparse_dataclass.ArgumentParser):
         return words
 
     def error(self, message: str) -> Any:
-        self.exit(2, redact(f"{self.prog}: error: {_one_line(message)} (--help lists the flags)\n"))
+        end(f"{self.prog}: error: {_one_line(message)} (--help lists the flags)\n", 2)
 
 
 OVERRIDE, CONFIG = "--override", "--config"  # see the module's first lines
@@ -313,7 +310,10 @@ Translate = Callable[[Sequence[str]], tuple[list[str], list[str]]]
 def parse_first(
     cls: type, argv: Sequence[str] | None = None, doc: str = "", translate: Translate | None = None
 ) -> None:
-    """parse_dataclass before the slow imports: the program's `main`, which asks for argv None, gets the result."""
+    """parse_dataclass before the slow imports: the program's `main`, which asks for argv None, gets the result. From
+    here on Ctrl-C ends the program with one line.
+    """
+    shorten_interrupts()
     _READ[cls] = parse_dataclass(cls, argv, doc, translate)
 
 
@@ -358,12 +358,6 @@ def _write_any_letter() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-
-
-def say(*lines: str) -> None:
-    """Prints to stderr, on the first process only."""
-    if os.environ.get("RANK", "0") == "0":
-        sys.stderr.write(redact("".join(f"{line}\n" for line in lines)))
 
 
 def _split(argv: Sequence[str]) -> list[list[str]]:

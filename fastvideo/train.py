@@ -26,10 +26,10 @@ from dataclasses import field, fields, make_dataclass
 from pathlib import Path
 from typing import Any
 
-from fastvideo.cli import parse_first, say
+from fastvideo.cli import parse_first
 from fastvideo.config import ALGORITHMS, GRPOConfig
 from fastvideo.familiar_flags import answer
-from fastvideo.io.secrets import redact
+from fastvideo.io.messages import end, say
 from fastvideo.models.reward_model.spec import MIXES, REWARDS
 from fastvideo.reference_flags import REFERENCE_FLAGS, translate
 
@@ -236,8 +236,7 @@ def read(overrides: Sequence[str]) -> None:
     try:
         argv, note = to_flags(overrides)
     except ValueError as error:
-        sys.stderr.write(redact(f"train.py: error: {error}\n"))
-        raise SystemExit(2) from error
+        end(f"train.py: error: {error}\n", 2)
     parse_first(GRPOConfig, argv, __doc__, translate)
     say(note)
 

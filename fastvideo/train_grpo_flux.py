@@ -11,8 +11,6 @@ differs from the references on purpose.
 """
 
 import math
-import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, field, replace
@@ -32,6 +30,7 @@ from fastvideo.data_preprocess.preprocess_flux_embedding import embed_prompts
 from fastvideo.dataset.latent_flux_rl_datasets import LatentFluxRLDataset, PromptSampler, read_ahead
 from fastvideo.eval.live import live_report
 from fastvideo.io.lock import FolderLock
+from fastvideo.io.messages import is_first, warn
 from fastvideo.io.processes import entry_point, stop_signals
 from fastvideo.io.scores import reward_schema
 from fastvideo.models.flux import (
@@ -536,7 +535,7 @@ class Trainer:
         metrics = statistics.metrics(accelerator.gather)
         moved = metrics["ratio_first_deviation"] > config.clip_range / 10 and config.algorithm != "diffusion_nft"
         if accelerator.is_main_process and moved:
-            warnings.warn(DRIFT, stacklevel=1)  # shown once
+            warn(DRIFT)
         trained = {(i, t.position, t.parent) for i, step in enumerate(work) for t in chain(*step)}
         return metrics | {
             "grad_norm": float(np.mean(taken)) if taken else math.nan,
@@ -580,7 +579,7 @@ class Trainer:
         failures, scored = self.scoring.failures(reward_metrics)
         too_many = config.max_reward_failures is not None and failures > config.max_reward_failures
         if not scored and self.accelerator.is_main_process:
-            warnings.warn(f"iteration {number}: all {failures} scores failed; nothing is trained", stacklevel=1)
+            warn(f"iteration {number}: all {failures} scores failed; nothing is trained")
         with self.throughput.phase("train"):
             if scored and not too_many:
                 metrics = self.optimize(plan, number, sampled, advantages, conditioning)
@@ -653,7 +652,7 @@ def set_up(config: GRPOConfig, lock: FolderLock | None = None) -> tuple[Trainer,
     together = trainer.local_prompts * engine.data_ranks
     if accelerator.is_main_process:
         if together > len(dataset):
-            print(f"warning: an iteration takes {together} prompts, but there are only {len(dataset)}: some repeat")
+            warn(f"an iteration takes {together} prompts, but there are only {len(dataset)}: some repeat")
         if (done := trainer.progress.iteration) >= config.max_train_steps:
             print(f"nothing to do: {done} of --max_train_steps {config.max_train_steps} iterations are done")
     sampler = PromptSampler(
@@ -720,7 +719,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse_dataclass(GRPOConfig, argv, __doc__, translate)
     with flag_errors("train_grpo_flux.py"), ExitStack() as held:
         text = describe(config, world_size_of_environment())
-        if os.environ.get("RANK", "0") == "0":
+        if is_first():
             print(text, flush=True)
         check_run(config, world_size_of_environment())
         if config.dry_run:

@@ -38,13 +38,13 @@ run_distributed() {
   if [ -n "${HOSTFILE:-}" ]; then
     exec "$PYTHON_BIN" scripts/finetune/launch.py "$@"
   fi
-  if [[ " $* " =~ \ (--dry[-_]run|dry_run=[Tt]rue)\  ]]; then # describes the run of all processes in one
+  if [[ " $* " =~ \ (-h|--help|--dry[-_]run|dry_run=[Tt]rue)\  ]]; then # describes the run of all processes in one
     local processes=${NPROC_PER_NODE:-1}
     processes=${processes//[!0-9]/}
     WORLD_SIZE=${processes:-1} LOCAL_WORLD_SIZE=${processes:-1} exec "$PYTHON_BIN" "$@"
   fi
   if [ "${NPROC_PER_NODE:-1}" = 1 ]; then
-    exec "$PYTHON_BIN" "$@" # torchrun would end every error with a traceback of its own, and with status 1
+    exec "$PYTHON_BIN" "$@"
   fi
-  exec "$PYTHON_BIN" -m torch.distributed.run --standalone --nproc_per_node "$NPROC_PER_NODE" "$@"
+  exec "$PYTHON_BIN" -m fastvideo.torchrun --standalone --nproc_per_node "$NPROC_PER_NODE" "$@"
 }

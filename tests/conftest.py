@@ -21,6 +21,7 @@ os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(__file__).parents[1] / ".
 import fastvideo.torchvision_repair  # noqa: F401  (before transformers)
 from fastvideo import train_grpo_flux
 from fastvideo.data_preprocess.preprocess_flux_embedding import embed_prompts
+from fastvideo.io import messages
 from fastvideo.models.reward_model import utils as reward_utils
 from fastvideo.models.reward_model.custom import FunctionReward
 
@@ -90,9 +91,10 @@ def forget_accelerator() -> None:
 
 @pytest.fixture(autouse=True)
 def reset_accelerate():
-    """Each test starts without an Accelerator and with one thread, because two threads round differently."""
+    """Each test starts without an Accelerator, with no warning shown, and with one thread: two round differently."""
     forget_accelerator()
     torch.set_num_threads(1)
+    messages._warned.clear()
     yield
     forget_accelerator()
 
@@ -305,6 +307,20 @@ def parts_missing() -> Iterator[None]:
     with pytest.raises(SystemExit) as stop:
         yield
     assert stop.value.code == 2
+
+
+@pytest.fixture
+def warned(capsys):
+    """warned(regex): the block in this context prints one line on stderr that is a warning and matches."""
+
+    @contextmanager
+    def expect(message: str) -> Iterator[None]:
+        capsys.readouterr()
+        yield
+        told = capsys.readouterr().err
+        assert len(re.findall(f"^warning: .*{message}.*$", told, re.MULTILINE)) == 1, told
+
+    return expect
 
 
 @pytest.fixture

@@ -709,12 +709,12 @@ def test_a_resumed_run_equals_an_uninterrupted_one(train, algorithm):
 
 
 @pytest.mark.parametrize("algorithm", ["mix_grpo", "grpo_merge", "branch_grpo"])
-def test_recomputed_old_log_probabilities_make_the_first_ratio_exactly_one(train, velocity_calls, algorithm):
+def test_recomputed_old_log_probabilities_make_the_first_ratio_exactly_one(train, velocity_calls, algorithm, warned):
     """Here sampling rounds differently from training, like graphs of different shapes."""
     velocity_calls(lambda velocity, sampling: velocity * (1 + 1e-3 * sampling))
     given = {"algorithm": algorithm, **SPLITS.get(algorithm, {}), "train_batch_size": 2, "clip_range": 1e-6}
     given |= {"train_micro_batch_size": 3, "max_train_steps": 1, "mixed_precision": "bf16"}
-    with pytest.warns(UserWarning, match="deviates from 1 .* --recompute_old_log_prob"):
+    with warned("deviates from 1 .* --recompute_old_log_prob"):
         (line,) = train(**given).metrics
     (recomputed,) = train(recompute_old_log_prob=True, **given).metrics
     assert line["ratio_first_deviation"] > 1e-7 and recomputed["ratio_first_deviation"] == 0

@@ -644,7 +644,7 @@ def test_a_script_refuses_a_variable_that_it_cannot_use_in_one_line(variable, va
 
 def test_a_recipe_starts_several_processes_with_torchrun(tmp_path):
     command = recipe_command(MIX_GRPO, tmp_path, NPROC_PER_NODE="2")
-    assert command[:2] == ["-m", "torch.distributed.run"] and "--nproc_per_node\n2\n" in "\n".join(command)
+    assert command[:2] == ["-m", "fastvideo.torchrun"] and "--nproc_per_node\n2\n" in "\n".join(command)
 
 
 @pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="a GPU takes all of it in one process")
@@ -656,7 +656,7 @@ def test_the_tiny_recipe_gives_each_core_a_process_as_far_as_24_prompts_divide(c
     fake.chmod(0o755)
     path = f"{fake.parent}:{os.environ['PATH']}"
     command = recipe_command(ROOT / "scripts/finetune/finetune_tiny_flux.sh", tmp_path, PATH=path)
-    at = command.index("--nproc_per_node") + 1 if "torch.distributed.run" in command else None
+    at = command.index("--nproc_per_node") + 1 if "fastvideo.torchrun" in command else None
     assert (1 if at is None else int(command[at])) == processes
 
 

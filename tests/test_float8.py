@@ -152,9 +152,9 @@ def test_evaluations_use_no_fp8(train, prompts_file):
     assert plain.metrics[1]["reward"] != reduced.metrics[1]["reward"]
 
 
-def test_a_drift_beyond_the_limit_is_a_warning(train, monkeypatch):
+def test_a_drift_beyond_the_limit_is_a_warning(train, monkeypatch, warned):
     monkeypatch.setattr(drift_module, "LIMIT", 1e-6)
-    with pytest.warns(UserWarning, match=r"FP8 moves a picture's reward by .* Use --rollout_precision bf16"):
+    with warned(r"FP8 moves a picture's reward by .* Use --rollout_precision bf16"):
         train(max_train_steps=1, **FP8)
 
 

@@ -175,7 +175,7 @@ def test_decoded_pictures_are_rounded_as_diffusers_rounds_them(tiny_flux):
 
 
 @torch.no_grad()
-def test_pictures_that_do_not_fit_into_memory_together_are_decoded_one_at_a_time(tiny_flux, monkeypatch):
+def test_pictures_that_do_not_fit_into_memory_together_are_decoded_one_at_a_time(tiny_flux, monkeypatch, warned):
     vae, decode, sizes = load_vae(tiny_flux), AutoencoderKL.decode, []
 
     def with_little_memory(self, latents, **kwargs):
@@ -188,7 +188,7 @@ def test_pictures_that_do_not_fit_into_memory_together_are_decoded_one_at_a_time
     latents = torch.randn(3, shape.tokens, shape.channels, generator=torch.Generator().manual_seed(0))
     expected = decode_latents(vae, latents, 32, 32, 1)
     monkeypatch.setattr(AutoencoderKL, "decode", with_little_memory)
-    with pytest.warns(UserWarning, match="3 pictures don't fit"):
+    with warned("3 pictures don't fit"):
         found = decode_latents(vae, latents, 32, 32, 3)
     decode_latents(vae, latents, 32, 32, 3)  # doesn't try 3 at once again
     assert sizes == [3, 1, 1, 1, 1, 1, 1] and vae.use_tiling

@@ -239,7 +239,7 @@ def test_a_process_that_raises_stops_all_nodes(start, tmp_path, trainer):
     wait_until_gone(process.mark)
     told = log.read_text()
     if trainer == "trainer":  # all its processes learn of the error, and record it for torchrun's summary
-        assert "raised RuntimeError: on purpose (rank 1)" in told.partition("127.0.0.2: Root Cause")[2]
+        assert "raised RuntimeError: on purpose (rank 1)" in told.partition(" failed first:\n")[2]
     else:
         assert "127.0.0.2: RuntimeError: on purpose" in told.splitlines()
 
@@ -333,7 +333,7 @@ def test_processes_that_share_a_pipe_write_whole_lines(start, tmp_path, environm
         {start}
     """)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # one packet per write
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    command = [sys.executable, "-m", "fastvideo.torchrun", "--standalone", "--nproc_per_node", "2", str(script)]
     with ours, theirs:
         both = {"stdout": theirs, "stderr": theirs}
         subprocess.run(
@@ -343,6 +343,45 @@ def test_processes_that_share_a_pipe_write_whole_lines(start, tmp_path, environm
         packets = iter(lambda: ours.recv(10000), b"")
         lines = {packet for packet in packets if b"rank" in packet}
     assert lines == {f"rank {rank} to <{name}>\n".encode() for rank in (0, 1) for name in ("stdout", "stderr")}
+
+
+TWO_ENDS = {  # what two processes do -> what they print, and the exit status
+    "end('program.py: error: --h 33\\n', 2)": ("program.py: error: --h 33\n", 2),
+    "end('program.py: error: --h 33\\n', 2) if RANK == '1' else time.sleep(60)": ("program.py: error: --h 33\n", 2),
+    "sys.exit(1) if RANK == '1' else time.sleep(60)": ("", 1),
+    "os.kill(os.getpid(), 9) if RANK == '1' else time.sleep(60)": (
+        "rank 1 was ended first, by SIGKILL; Linux does this when memory runs out\n",
+        137,
+    ),
+    "os._exit(9)": ("rank . ended first, with status 9\n", 9),
+    "entry_point(lambda: (print('here', flush=True), time.sleep(60)))": (
+        "script.py: stopped by Ctrl-C, in processes.py, line \\d+\n",
+        130,
+    ),
+}
+
+
+@pytest.mark.parametrize("what", TWO_ENDS)
+def test_why_two_processes_end_is_said_once_without_words_of_torchrun(what, tmp_path, environment):
+    script, (said, status) = tmp_path / "script.py", TWO_ENDS[what]
+    script.write_text(f"""if True:
+        import os, sys, time
+        from fastvideo.io import messages
+        from fastvideo.io.messages import end
+        messages.FIRST_SPEAKS, RANK = 3, os.environ["RANK"]
+        messages.shorten_interrupts()
+        if "entry_point" in {what!r}:
+            from fastvideo.io.processes import entry_point
+        {what}
+    """)
+    command = [sys.executable, "-m", "fastvideo.torchrun", "--standalone", "--nproc_per_node", "2", str(script)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    process = subprocess.Popen(command, env=environment, cwd=ROOT, **pipes)
+    if status == 130:
+        assert [process.stdout.readline() for _ in range(2)] == ["here\n"] * 2
+        os.killpg(process.pid, signal.SIGINT)
+    told = process.communicate(timeout=TIME_LIMIT)[1]
+    assert re.fullmatch(said, told) and process.returncode == status, told
 
 
 # --- by hand, and with Slurm ------------------------------------------------------------------------------------------
@@ -500,7 +539,7 @@ def test_a_dry_run_prints_the_plan_and_each_node_s_command(environment, flags, t
     plan, *_, memory, room, first, second, summary = dry_run(RECIPE)
     assert "5 processes" in plan and memory.startswith("predicted peak memory of each process: ")
     assert room.startswith("checkpoints: 1 of 0.0182 GB")
-    assert first.startswith(f"127.0.0.2: cd {ROOT} && {sys.executable} -m torch.distributed.run ")
+    assert first.startswith(f"127.0.0.2: cd {ROOT} && {sys.executable} -m fastvideo.torchrun ")
     assert "--nnodes 2 --nproc_per_node 2 --node_rank 0 --master_addr 127.0.0.2 --master_port FREE_PORT" in first
     assert "--nnodes 2 --nproc_per_node 3 --node_rank 1 --master_addr 127.0.0.2" in second
     assert "fastvideo/train_grpo_flux.py" in first and "--num_generations 4" in second

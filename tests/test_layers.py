@@ -13,7 +13,7 @@ LAYERS = [  # lowest first; a name covers a module, or all modules of a package 
     "utils rollout_plan",
     "models.reward_model",
     "runtime",
-    "train train_grpo_flux __main__ sample eval data_preprocess models.reward_model.server models.merge_lora",
+    "train train_grpo_flux torchrun __main__ sample eval data_preprocess models.reward_model.server models.merge_lora",
 ]
 
 

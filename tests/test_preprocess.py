@@ -170,7 +170,7 @@ def test_a_killed_run_gives_the_same_files_after_a_restart(tmp_path):
 def test_two_processes_give_the_same_files_as_one(tmp_path):
     prompts = prompt_file(tmp_path, *PROMPTS)
     main(flags(prompts, tmp_path / "one", "--batch_size", "2"))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", MODULE]
+    launcher = [sys.executable, "-m", "fastvideo.torchrun", "--standalone", "--nproc_per_node", "2", "-m", MODULE]
     command = [*launcher, *flags(prompts, tmp_path / "two", "--batch_size", "2")]
     subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, timeout=TIME_LIMIT)
     assert contents(tmp_path / "two") == contents(tmp_path / "one")

@@ -278,7 +278,7 @@ def test_a_folder_copied_without_links_goes_on(train, run_at, tmp_path):
     assert [path.name for path in (tmp_path / "copy/superseded").iterdir()] == ["latest.0"]
 
 
-def test_a_disk_without_links_keeps_the_best_checkpoint_and_names_it(tmp_path, monkeypatch):
+def test_a_disk_without_links_keeps_the_best_checkpoint_and_names_it(tmp_path, monkeypatch, warned):
     def refuse(*_, **__):
         raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
 
@@ -288,7 +288,7 @@ def test_a_disk_without_links_keeps_the_best_checkpoint_and_names_it(tmp_path, m
         write_json(tmp_path / f"checkpoint-{iteration}-0/checkpoint.json", {"format": 1, "best": best})
     checkpoint.point_to(tmp_path, best)
     monkeypatch.setattr(os, "symlink", refuse)
-    with pytest.warns(UserWarning, match="gets no link `latest`: Operation not permitted"):
+    with warned("gets no link `latest`: Operation not permitted"):
         checkpoint.point_to(tmp_path, best)
     checkpoint._rotate(tmp_path, 1, best)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10-0", "checkpoint-2-0"]

@@ -19,7 +19,7 @@ right in everything. It comes first wherever scores are listed. `measures` (see 
 appearance of each picture, and for prompts with several pictures the diversity.
 
 Pictures that can't be read are named and left out. Failed scores are counted, and no mean includes them. Either makes
-the exit status 1. Bad input makes it 2, or 1 through torchrun.
+the exit status 1. Bad input makes it 2, or 1 through plain torchrun.
 
 A killed evaluation goes on where it stopped: until the end, hidden .part files beside X.json hold what was scored.
 Meanwhile another evaluation for the same X.json is refused if its pictures or flags differ. docs/evaluation.md has

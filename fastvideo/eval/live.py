@@ -4,7 +4,6 @@ Only this machine can reach it. From another machine: ssh -L PORT:127.0.0.1:PORT
 """
 
 import html
-import os
 import re
 import socket
 import subprocess
@@ -15,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from fastvideo.cli import FlagError
+from fastvideo.io.messages import is_first
 
 DRAW_LIMIT = 600  # seconds
 WAITING = '<!DOCTYPE html><meta http-equiv="refresh" content="5"><title>report</title><p>%s</p>'
@@ -107,5 +107,5 @@ class LiveReport(ThreadingHTTPServer):
 
 def live_report(run_dir: str | Path, port: int | None) -> AbstractContextManager:
     """A context in which the first of all processes serves the report at the port, if there is one."""
-    first = os.environ.get("RANK", "0") == "0"
+    first = is_first()
     return LiveReport(run_dir, port) if port is not None and first else nullcontext()

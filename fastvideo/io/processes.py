@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from fastvideo.io.devices import resolve_device
+from fastvideo.io.messages import is_first
 from fastvideo.io.secrets import redact
 from fastvideo.io.waiting import EXIT_GRACE, end_within, waiting
 
@@ -44,7 +45,7 @@ def write_whole_lines() -> None:
 
 
 def entry_point(main: Callable[[], None]) -> None:
-    """Runs a program that torchrun starts. torchrun's last lines are the traceback of the process that failed first.
+    """Runs a program that torchrun starts: leaves it the traceback, which fastvideo/torchrun.py prints last.
 
     The process always ends, and no traceback shows a secret.
     """
@@ -109,7 +110,7 @@ def stop_signals() -> Iterator[list[int]]:
         if first is None:  # set at once: another signal may interrupt this handler at any place
             first = now
             asked.append(number)
-            if os.environ.get("RANK", "0") == "0":
+            if is_first():
                 print(
                     f"\n{signal.Signals(number).name}: this iteration ends, then a checkpoint is saved; another one, "
                     f"at least {ONE_REQUEST} seconds from now, stops at once",

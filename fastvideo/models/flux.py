@@ -5,7 +5,6 @@ is the VAE's down-scaling factor (8 in FLUX.1).
 """
 
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import fastvideo.torchvision_repair  # noqa: F401  (before diffusers)
 from fastvideo.cli import FlagError
+from fastvideo.io.messages import warn
 from fastvideo.io.weights import loading_problem, mismatch, stored_shapes
 from fastvideo.models.lora import Adapters, find_lora, read_adapters
 
@@ -392,7 +392,7 @@ def decode_latents(
         try:
             pixels = decode(batch_size)
         except torch.OutOfMemoryError:
-            warnings.warn(f"{batch_size} pictures don't fit into memory: decoding one at a time in tiles", stacklevel=2)
+            warn(f"{batch_size} pictures don't fit into memory: decoding one at a time in tiles")
             vae.enable_tiling()
     pixels = pixels or decode(1)  # outside the except block, because the exception keeps the full memory alive
     # VaeImageProcessor's rounding, but on the GPU: the copy to the CPU is a quarter of the size.

@@ -19,7 +19,6 @@ import os
 import platform
 import re
 import shutil
-import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -29,6 +28,7 @@ from fastvideo.cli import FlagError
 from fastvideo.config import CURRENT, GRPOConfig
 from fastvideo.io.files import sync, usual_modes, write_json
 from fastvideo.io.fingerprint import local_folder, model_fingerprint, sample_file
+from fastvideo.io.messages import warn
 from fastvideo.io.resumable import digest
 from fastvideo.io.waiting import PATIENCE, result_of
 from fastvideo.io.weights import weight_files
@@ -297,7 +297,7 @@ def point_to(output_dir: Path, best: dict[str, Any] | None) -> None:
         except OSError as error:
             with suppress(OSError):
                 link.unlink()  # it would mean an older checkpoint
-            warnings.warn(f"{output_dir} gets no link `{name}`: {error.strerror or error}", stacklevel=1)  # shown once
+            warn(f"{output_dir} gets no link `{name}`: {error.strerror or error}")
 
 
 def _rotate(output_dir: Path, limit: int | None, best: dict[str, Any] | None) -> None:

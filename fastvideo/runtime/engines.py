@@ -15,8 +15,9 @@ from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
-from fastvideo.cli import FlagError, say
+from fastvideo.cli import FlagError
 from fastvideo.config import GRPOConfig
+from fastvideo.io.messages import say
 from fastvideo.io.waiting import PATIENCE, waiting
 from fastvideo.models.float8 import Float8Copies
 from fastvideo.models.flux import load_transformer, meta_transformer, random_transformer

@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fastvideo.cli import FlagError, FlagErrors, say
+from fastvideo.cli import FlagError, FlagErrors
 from fastvideo.config import GRPOConfig
 from fastvideo.dataset.latent_flux_rl_datasets import LatentFluxRLDataset
 from fastvideo.io.fingerprint import local_folder
+from fastvideo.io.messages import is_first, say, warn
 from fastvideo.io.metrics import read_metrics
 from fastvideo.io.prompts import read_prompts
 from fastvideo.io.words import counted, duration
@@ -44,15 +45,15 @@ def check_run(config: GRPOConfig, world_size: int) -> None:
         needed = "needs GPUs with FP8 products (compute capability 8.9 or more)"
         problem = f"{needed}, and {lack}; choose --rollout_precision bf16"
         raise FlagError("rollout_precision", "fp8", problem)
-    if lack is not None:
-        say(f"warning: --rollout_precision fp8 can't run here: {lack}")
+    if lack is not None and is_first():
+        warn(f"--rollout_precision fp8 can't run here: {lack}")
     path = config.pretrained_model_name_or_path
     found, configs = list(_missing_in_pipeline(config)), local_folder(path) is not None
     if configs and not found and not config.init_random_flux:
         found += _raised([lambda: check_pipeline(path, bool(config.prompts_file or config.eval_steps))])
     try:
         memory = describe_memory(config, world_size)
-        if os.environ.get("RANK", "0") == "0":
+        if is_first():
             print(memory, flush=True)
     except FlagError as error:
         found += [] if found and error.field == BASE else [error]
@@ -218,5 +219,5 @@ def _check_room(config: GRPOConfig) -> None:
     if fit < kept:
         advice = f"--checkpoints_total_limit {fit - 1}" if fit > 1 else "another --output_dir"
         text = f"warning: {text}; choose {advice}"
-    if os.environ.get("RANK", "0") == "0":
+    if is_first():
         print(text, flush=True)

@@ -3,18 +3,18 @@
 import json
 import os
 import shutil
-import sys
 import uuid
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastvideo.cli import FlagError, say
+from fastvideo.cli import FlagError
 from fastvideo.config import PLACES, REFERENCE, GRPOConfig
 from fastvideo.io.files import check_writable, not_written, write_bytes
 from fastvideo.io.fingerprint import sample_file
 from fastvideo.io.lock import FolderLock
+from fastvideo.io.messages import say, warn
 from fastvideo.models.flux import add_lora, load_transformer, read_lora_init
 from fastvideo.models.flux_speed import enable_gradient_checkpointing
 from fastvideo.models.int8 import quantize_blocks
@@ -232,7 +232,7 @@ def set_aside_later(checkpoint: Path, output_dir: Path) -> None:
             break
         target = _free(output_dir, path.name)
         _set_aside(path, target)
-        print(f"warning: a checkpoint after {checkpoint.name} was moved to {target}", file=sys.stderr)
+        warn(f"a checkpoint after {checkpoint.name} was moved to {target}")
 
 
 def set_aside_run(output_dir: Path) -> None:
@@ -265,7 +265,7 @@ def copies_to_checkpoints(output_dir: Path) -> None:
             own = output_dir / f"checkpoint-{record['iteration']}-{record['epoch']}"
             target = target if own.exists() else own
         _set_aside(path, target)
-        print(f"warning: {path} was no link; it was moved to {target}", file=sys.stderr)
+        warn(f"{path} was no link; it was moved to {target}")
 
 
 def remove_leftovers(output_dir: Path) -> None:

@@ -1,9 +1,9 @@
 """How far FP8 in the rollout moves pictures and rewards: one prompt's group, sampled again without FP8."""
 
-import warnings
 from typing import Any, Protocol
 
 from fastvideo.config import GRPOConfig
+from fastvideo.io.messages import warn
 from fastvideo.runtime.engines import Engine
 from fastvideo.runtime.scoring import Scoring
 from fastvideo.runtime.throughput import Throughput
@@ -75,5 +75,5 @@ def rollout_drift(
     relative = (difference / np.where(spread > 0, spread, np.nan))[np.isfinite(difference)]
     reward = float(np.nanmean(relative)) if np.isfinite(relative).any() else float("nan")
     if reward > LIMIT and trainer.engine.accelerator.is_main_process:
-        warnings.warn(WARNING.format(reward, LIMIT), stacklevel=2)
+        warn(WARNING.format(reward, LIMIT))
     return {"rollout_drift_latents": moved, "rollout_drift_reward": reward}

@@ -1,12 +1,12 @@
 """Runs the reward models in a separate thread, and computes the scores' weights in the advantage and their metrics."""
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, ParamSpec, TypeVar
 
 from fastvideo.config import GRPOConfig
+from fastvideo.io.messages import warn
 from fastvideo.io.secrets import one_line
 from fastvideo.io.waiting import WaitedTooLong, result_of, waiting
 from fastvideo.models.reward_model.granular import GranularRewardModel, RewardModel
@@ -33,7 +33,7 @@ def _measure(groups: list[list[Image.Image]]) -> dict[str, np.ndarray]:
     try:
         return group_measures(groups)
     except Exception as error:  # no reason to end a run
-        warnings.warn(f"how the pictures look can't be measured: {one_line(error)}", stacklevel=1)  # shown once
+        warn(f"how the pictures look can't be measured: {one_line(error)}")
         return {}
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvideo.config import GRPOConfig
+from fastvideo.io.messages import end, is_first
 from fastvideo.io.secrets import one_line, redact
 from fastvideo.io.words import counted
 from fastvideo.runtime.checkpoint import CheckpointNotWritten, checkpoints
@@ -123,7 +124,7 @@ def last_line(program: str, output_dir: str) -> Iterator[None]:
     """
     try:
         yield
-        if os.environ.get("RANK", "0") == "0" and (found := checkpoints(Path(output_dir))):
+        if is_first() and (found := checkpoints(Path(output_dir))):
             print(
                 f"the trained model: {found[-1]}; metrics: {Path(output_dir) / 'metrics.jsonl'}\n"
                 f"report: python -m fastvideo.eval.report --run_dir {shlex.quote(output_dir)}",
@@ -134,13 +135,9 @@ def last_line(program: str, output_dir: str) -> Iterator[None]:
             if int(os.environ.get("WORLD_SIZE", "1")) > 1:
                 raise
             sys.stderr.write(redact("".join(traceback.format_exception(error.__cause__))))
-        sys.stderr.write(redact(f"{program}: stopped: {error}\n"))
-        raise SystemExit(128 + error.number if isinstance(error, Interrupted) else 1) from error
+        end(f"{program}: stopped: {error}\n", 128 + error.number if isinstance(error, Interrupted) else 1)
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
-        sys.stderr.write(
-            f"{program}: stopped: {error}: --output_dir {output_dir} is full; its checkpoints are "
-            "complete, --resume_from_checkpoint latest continues from the last one\n"
-        )
-        raise SystemExit(1) from error
+        full = f"--output_dir {output_dir} is full; its checkpoints are complete"
+        end(f"{program}: stopped: {error}: {full}, --resume_from_checkpoint latest continues from the last one\n", 1)

@@ -103,7 +103,7 @@ def torchrun(nodes: list[Node], rank: int, port: str, args: list[str]) -> list[s
     place = {"nnodes": len(nodes), "nproc_per_node": nodes[rank].slots, "node_rank": rank}
     place |= {"master_addr": nodes[0].host, "master_port": port}
     flags = [word for name, value in place.items() for word in (f"--{name}", str(value))]
-    return [sys.executable, "-m", "torch.distributed.run", *flags, *args]
+    return [sys.executable, "-m", "fastvideo.torchrun", *flags, *args]
 
 
 def passed_environment() -> dict[str, str]:

@@ -8,11 +8,11 @@ package.module:function` needs no entry there.
 
 import importlib
 import inspect
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from fastvideo.cli import FlagError, say
+from fastvideo.cli import FlagError
+from fastvideo.io.messages import is_first, say
 from fastvideo.models.reward_model.custom import FunctionReward, probe
 from fastvideo.models.reward_model.detailed import DetailedReward
 from fastvideo.models.reward_model.granular import (
@@ -64,7 +64,7 @@ def _checks(key: str, config: Any, evaluation: bool, field: str) -> list[Callabl
     if key not in REWARDS:
         size = (getattr(config, "w", 256), getattr(config, "h", 256))
         limit = getattr(config, "reward_timeout", PROBE_LIMIT)
-        return [lambda: probe(key, field, size, limit)] if os.environ.get("RANK", "0") == "0" else []
+        return [lambda: probe(key, field, size, limit)] if is_first() else []
     entry = REWARDS[key]
     mode = entry.chosen_mode(config, evaluation)
 
@@ -76,7 +76,7 @@ def _checks(key: str, config: Any, evaluation: bool, field: str) -> list[Callabl
     def reachable() -> None:
         if entry.url and not getattr(config, entry.url):
             raise FlagError(entry.url, None, f"not given; {key} needs the URL of its server")
-        if entry.check and os.environ.get("RANK", "0") == "0":
+        if entry.check and is_first():
             _named(entry.check)(config)
 
     def schedule() -> None:
