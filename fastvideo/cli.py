@@ -30,6 +30,7 @@ A program reads its command line before it imports torch, so that --help and a r
 """
 
 import argparse
+import difflib
 import inspect
 import io
 import math
@@ -66,7 +67,14 @@ class FlagError(ValueError):
         super().__init__(field, value, problem)
 
     def __str__(self) -> str:
-        return f"{self.field}: {self.problem}" if self.value is None else f"{self.field} {self.value}: {self.problem}"
+        return f"{self.field if self.value is None else written(self.field, self.value)}: {self.problem}"
+
+
+def written(name: str, value: object) -> str:
+    """A setting as on the command line, without the two dashes: `name value`, or `name` and `no_name` for a switch."""
+    if isinstance(value, bool):
+        return name if value else f"no_{name}"
+    return f"{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
 
 
 class FlagErrors(FlagError):
@@ -146,7 +154,14 @@ def check_fields(config: Any) -> None:
         for chosen in (value if isinstance(value, list) else [value]) if choices else []:
             if chosen in choices:
                 continue
-            raise FlagError(f.name, chosen, f"choose from {', '.join(map(str, choices))}" + ", or None" * optional)
+            raise FlagError(f.name, chosen, choose_from(choices, chosen))
+
+
+def choose_from(choices: Sequence[Any], chosen: object) -> str:
+    """What there is to choose from, and which of it may be meant by `chosen`, for messages."""
+    names = {str(choice).lower(): str(choice) for choice in choices}
+    near = difflib.get_close_matches(str(chosen).lower(), names, 1)
+    return f"choose from {', '.join(names.values())}" + "".join(f"; did you mean {names[name]}?" for name in near)
 
 
 def default_of(f: Field) -> Any:
@@ -199,7 +214,8 @@ class _List(argparse.Action):
         try:
             setattr(namespace, self.dest, [self.convert(part) for part in parts])
         except ValueError:
-            parser.error(f"--{self.dest} {' '.join(values)}: expected a list of {self.convert.__name__} values")
+            problem = f"{' '.join(values)}: expected a list of {self.convert.__name__} values"
+            raise argparse.ArgumentError(self, problem) from None
 
 
 class _Parser(argparse_dataclass.ArgumentParser):
@@ -209,6 +225,7 @@ class _Parser(argparse_dataclass.ArgumentParser):
         titles = {f.name: title for title, found in sections(cls).items() for f in found}
         self._by_name = {name: cls.__dataclass_fields__[name] for name in titles}
         self._titles, self._groups = titles, {}
+        self._other_defaults: dict[str, list[str]] = getattr(cls, "other_defaults", dict)()
         ordered = make_dataclass(cls.__name__, [(f.name, f.type, f) for f in self._by_name.values()])
         usage, kind = "%(prog)s [--config FILE] [--flag VALUE ...]", argparse.RawDescriptionHelpFormatter
         super().__init__(ordered, allow_abbrev=False, formatter_class=kind, usage=usage, **kwargs)
@@ -219,7 +236,8 @@ class _Parser(argparse_dataclass.ArgumentParser):
         if f is None:
             return super().add_argument(*names, **kwargs)
         values = f"; {f.metadata['names']()}" if "names" in f.metadata else ""
-        help = f"{f.metadata['help']}{values} (default: {default_of(f)})".replace("%", "%%")
+        default = "; ".join([str(default_of(f)), *self._other_defaults.get(f.name, ())])
+        help = f"{f.metadata['help']}{values} (default: {default})".replace("%", "%%")
         title = self._titles[f.name]
         group = self._groups.get(title) or self._groups.setdefault(title, self.add_argument_group(title))
         if f.type is bool:
@@ -239,11 +257,16 @@ class _Parser(argparse_dataclass.ArgumentParser):
             convert.__name__ = inner.__name__  # argparse's errors name it
             kwargs["type"] = convert
             if choices:
-                kwargs["choices"] = [*choices, None]
+                kwargs |= {"choices": [*choices, None], "metavar": f"{{{','.join(map(str, choices))}}}"}
         if not kwargs.get("choices"):
             kwargs.setdefault("metavar", METAVARS.get(kwargs["type"].__name__, "TEXT"))
         aliases = [f"--{f.metadata['alias']}"] if "alias" in f.metadata else []
         return group.add_argument(f"--{f.name}", *aliases, **kwargs)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            wanted = choose_from([choice for choice in action.choices if choice is not None], value)
+            raise argparse.ArgumentError(action, f"invalid choice: {value!r}; {wanted}")
 
     def given(self, argv: Sequence[str]) -> dict[str, Any]:
         """{name: value} of the flags in a command line."""
@@ -290,10 +313,15 @@ class _Parser(argparse_dataclass.ArgumentParser):
                 if not value.tag.endswith(":bool"):
                     self.error(f"{where}: {texts[0]}: expected true or false")
                 words.append(f"--{name}" if yaml.SafeLoader.bool_values[texts[0].lower()] else f"--no_{name}")
-            elif parts is value.value:
-                words += [f"--{name}", *(texts or ["None"])]
-            else:
-                words.append(f"--{name}={texts[0]}")
+                continue
+            words += [f"--{name}", *(texts or ["None"])] if parts is value.value else [f"--{name}={texts[0]}"]
+            try:
+                if get_origin(kind) is list:
+                    option(self, argparse.Namespace(), texts)
+                else:
+                    self._check_value(option, self._get_value(option, texts[0]))
+            except argparse.ArgumentError as error:
+                self.error(f"{where}: {error.message}")
         return words
 
     def error(self, message: str) -> Any:
@@ -323,7 +351,8 @@ def parse_dataclass(
     """Parses a command line into the dataclass `cls`. A FlagError of its validation ends the program with one line.
 
     If the class has a `create(**explicit)` constructor, it is called with just the flags that were given. If it has a
-    method `outdone(before, after)`, this names the flags before an OVERRIDE that flags after it exclude.
+    method `outdone(before, after)`, this names the flags before an OVERRIDE that flags after it exclude. A method
+    `other_defaults()` gives --help what else may be the default: {field: texts}.
 
     Args:
         argv: None is the process's own command line, which `parse_first` may have read already.
@@ -341,7 +370,8 @@ def parse_dataclass(
     for given in map(parser.given, _split(argv)):
         for name, by in getattr(cls, "outdone", lambda *_: {})(explicit, given).items():
             notes.append(
-                f"note: --{name} {explicit.pop(name)} isn't used, because --{by} {given[by]} is given after it"
+                f"note: --{written(name, explicit.pop(name))} isn't used, because --{written(by, given[by])} is given "
+                "after it"
             )
         explicit |= given
     try:

@@ -9,7 +9,7 @@ import os
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from fastvideo.cli import FlagError, check_fields, default_of, flag
+from fastvideo.cli import FlagError, check_fields, default_of, flag, written
 from fastvideo.io.secrets import redact
 from fastvideo.io.words import counted
 from fastvideo.models.reward_model.spec import NO_GROUP, REWARDS, RewardSpecConfig, resolve_reward_spec
@@ -285,7 +285,7 @@ class GRPOConfig(RewardSpecConfig):
             n: default_of(self.__dataclass_fields__[n]) for n in ("eta", "sde_type")
         }
         for name, plain in steps.items():
-            problem = f"--algorithm {self.algorithm} trains no denoising step; leave it at {plain}"
+            problem = f"--algorithm {self.algorithm} trains no denoising step; leave it out"
             self._need(getattr(self, name) == plain, name, problem)
         if self.algorithm == "diffusion_nft":
             for name in ("clip_range", "kl_coeff"):
@@ -726,7 +726,7 @@ class GRPOConfig(RewardSpecConfig):
         for a, b in (*pairs, *(pair[::-1] for pair in pairs)):
             if before.get(a) is not None and after.get(b) is not None:
                 found[a] = b
-        if algorithm := after.get("algorithm"):
+        if (algorithm := after.get("algorithm")) in ALGORITHMS:
             owners = {f.name: f.metadata["algorithms"] for f in fields(GRPOConfig) if "algorithms" in f.metadata}
             for name, value in before.items():
                 needed = ALGORITHMS[algorithm]["requires"].get(name, value)
@@ -738,6 +738,19 @@ class GRPOConfig(RewardSpecConfig):
                 if requires.get(name, value) != value:  # the flags choose another algorithm
                     found["algorithm"] = name
         return {name: by for name, by in found.items() if name not in after}
+
+    @staticmethod
+    def other_defaults() -> dict[str, list[str]]:
+        """{field: `VALUE with ALGORITHM, ...`}, the defaults of algorithms that differ from the fields'."""
+        found: dict[str, dict[str, list[str]]] = {}
+        for name, algorithm in ALGORITHMS.items():
+            for key, value in (algorithm["requires"] | algorithm["defaults"]).items():
+                if value != default_of(GRPOConfig.__dataclass_fields__[key]):
+                    found.setdefault(key, {}).setdefault(str(value), []).append(name)
+        return {
+            key: [f"{value} with {', '.join(names)}" for value, names in values.items()]
+            for key, values in found.items()
+        }
 
     @classmethod
     def create(cls, **explicit: Any) -> "GRPOConfig":
@@ -758,7 +771,8 @@ class GRPOConfig(RewardSpecConfig):
             algorithm = ALGORITHMS[name]
             for key, value in algorithm["requires"].items():
                 if explicit.get(key, value) != value:
-                    raise FlagError("algorithm", name, f"contradicts --{key} {explicit[key]}: it needs {value}")
+                    problem = f"contradicts --{written(key, explicit[key])}: it needs --{written(key, value)}"
+                    raise FlagError("algorithm", name, problem)
             explicit = {**algorithm["defaults"], **algorithm["requires"], **explicit, "algorithm": name}
             if name in TREES:
                 tree = {**base, **explicit}

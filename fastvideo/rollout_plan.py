@@ -286,11 +286,16 @@ def _pruning_phases(config: GRPOConfig) -> list[tuple[int, int]]:
     return list(zip(firsts, [*(first - 1 for first in firsts[1:]), most], strict=True))
 
 
+def float8_states(config: GRPOConfig, plan: Plan) -> set[int]:
+    """States of the plan whose velocities are computed in FP8 (see `Plan.untrained_states`)."""
+    return set() if config.rollout_precision == "bf16" else plan.untrained_states(config.fp8_steps == "all")
+
+
 def _describe_float8(config: GRPOConfig, plans: list[tuple[Plan, int]]) -> list[str]:
     """How many velocity evaluations are in FP8, as a line; none without FP8."""
     if config.rollout_precision == "bf16":
         return []
-    counts = [plan.evaluations_of(plan.untrained_states(config.fp8_steps == "all")) for plan, _ in plans]
+    counts = [plan.evaluations_of(float8_states(config, plan)) for plan, _ in plans]
     mean = np.average(counts, weights=[number for _, number in plans])
     candidates = "; and all for candidates" if config.scouts else ""
     return [
@@ -328,7 +333,7 @@ def describe(config: GRPOConfig, world_size: int) -> str:
             f"--lr_scheduler polynomial needs less than the run's {config.max_train_steps * steps} optimizer steps"
         )
         raise FlagError("lr_warmup_steps", config.lr_warmup_steps, problem)
-    taken = f"{k} samples per prompt" if first.parts is None else f"at most about {k} edges per prompt"
+    taken = counted(k, "sample") if first.parts is None else f"at most about {counted(k, 'edge')}"
     trained = [first[position].index for position in first.trained]
     wanted = config.eta_step_list or range(config.sampling_steps // 2) if config.algorithm in MERGES else ()
     left_out = [
@@ -338,11 +343,11 @@ def describe(config: GRPOConfig, world_size: int) -> str:
     ]
     return "\n".join(
         [
-            f"{config.algorithm}: {counted(prompts, 'prompt')} x {first.pictures} samples = "
-            f"{prompts * first.pictures} images per iteration on {counted(world_size, 'process')}"
+            f"{config.algorithm}: {counted(prompts, 'prompt')} x {counted(first.pictures, 'sample')} = "
+            f"{counted(prompts * first.pictures, 'image')} per iteration on {counted(world_size, 'process')}"
             + (f", {config.sp_size} per picture" if config.sp_size > 1 else ""),
             *_describe_rewards(config),
-            f"{counted(steps, 'optimizer step')} per iteration, each on {taken}, in "
+            f"{counted(steps, 'optimizer step')} per iteration, each on {taken} per prompt, in "
             f"{counted(config.max_train_steps, 'iteration')}: "
             f"{counted(config.max_train_steps * steps, 'optimizer step')}",
             f"loss: {_describe_loss(config)}",
@@ -351,11 +356,11 @@ def describe(config: GRPOConfig, world_size: int) -> str:
             *_describe_float8(config, plans),
             *left_out,
             *(_describe_scouts(config, scouts) if scouts else ()),
-            f"{first.draws} draws of time and noise train each picture; plan:"
+            f"{counted(first.draws, 'draw')} of time and noise per picture in the loss; plan:"
             if first.draws
             else f"plan of the first window {trained}:",
             LEGEND,
-            first.describe(),
+            first.describe(float8_states(config, first)),
         ]
     )
 
@@ -391,4 +396,7 @@ def _describe_rewards(config: GRPOConfig) -> list[str]:
 def _describe_scouts(config: GRPOConfig, scouts: Plan) -> list[str]:
     picked = {"extremes": "the best and the worst", "random": "random ones"}[config.scout_pick]
     taken = f"{config.num_generations} of them, {picked}, are sampled again in full and trained; their plan:"
-    return [f"{scouts.pictures} candidates per prompt are sampled and scored first; {taken}", scouts.describe()]
+    return [
+        f"{scouts.pictures} candidates per prompt are sampled and scored first; {taken}",
+        scouts.describe(float8_states(config, scouts)),
+    ]

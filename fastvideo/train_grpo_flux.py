@@ -43,6 +43,7 @@ from fastvideo.models.flux import (
     meta_transformer,
     predict_velocity,
 )
+from fastvideo.models.reward_model.utils import check_custom_rewards
 from fastvideo.rollout_plan import describe, make_plan, optimizer_steps, scout_plan
 from fastvideo.runtime.checkpoint import CheckpointWriter
 from fastvideo.runtime.engines import Engine, build_engine, main_process_first
@@ -652,7 +653,7 @@ def set_up(config: GRPOConfig, lock: FolderLock | None = None) -> tuple[Trainer,
     together = trainer.local_prompts * engine.data_ranks
     if accelerator.is_main_process:
         if together > len(dataset):
-            warn(f"an iteration takes {together} prompts, but there are only {len(dataset)}: some repeat")
+            warn(f"an iteration takes {together} prompts of only {len(dataset)}: some repeat")
         if (done := trainer.progress.iteration) >= config.max_train_steps:
             print(f"nothing to do: {done} of --max_train_steps {config.max_train_steps} iterations are done")
     sampler = PromptSampler(
@@ -718,6 +719,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line. Bad input prints one line and exits with status 2; a stopped run, with status 1."""
     config = parse_dataclass(GRPOConfig, argv, __doc__, translate)
     with flag_errors("train_grpo_flux.py"), ExitStack() as held:
+        for field in [name for name in ("reward_model", "eval_reward") if getattr(config, name) is not None]:
+            check_custom_rewards(config.held_out() if field == "eval_reward" else config, field)
         text = describe(config, world_size_of_environment())
         if is_first():
             print(text, flush=True)

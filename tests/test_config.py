@@ -236,11 +236,17 @@ def test_an_algorithm_brings_its_papers_values_and_given_flags_override_them():
     [
         ("--algorithm mix_grpo --training_strategy all", ("mix_grpo", "--training_strategy all", "part")),
         ("--algorithm dance_grpo --training_strategy part", ("dance_grpo", "--training_strategy part", "all")),
-        ("--algorithm dance_grpo --flow_grpo_sampling", ("dance_grpo", "--flow_grpo_sampling True")),
-        ("--algorithm flow_grpo --no_flow_grpo_sampling", ("flow_grpo", "--flow_grpo_sampling False")),
+        (
+            "--algorithm dance_grpo --flow_grpo_sampling",
+            ("dance_grpo", "--flow_grpo_sampling:", "--no_flow_grpo_sampling"),
+        ),
+        ("--algorithm flow_grpo --no_flow_grpo_sampling", ("flow_grpo", "contradicts --no_flow_grpo_sampling")),
         ("--algorithm mix_grpo --dpm_algorithm_type dpmsolver++", ("mix_grpo", "--dpm_algorithm_type dpmsolver++")),
         ("--algorithm mix_grpo_flash --dpm_algorithm_type None", ("mix_grpo_flash", "--dpm_algorithm_type None")),
-        ("--algorithm mix_grpo_flash_star --prog_overlap_step 1", ("flash_star", "--prog_overlap_step 1", "needs 0")),
+        (
+            "--algorithm mix_grpo_flash_star --prog_overlap_step 1",
+            ("flash_star", "--prog_overlap_step 1", "needs --prog_overlap_step 0"),
+        ),
         ("--flow_grpo_sampling", ("flow_grpo_sampling", "--training_strategy")),
         ("--drop_last_sample", ("drop_last_sample", "--training_strategy")),
         ("--training_strategy all --dpm_algorithm_type dpmsolver++", ("--dpm_algorithm_type", "part")),
@@ -611,6 +617,34 @@ def test_contradictions_among_the_flags_given_by_hand_stay_errors(tmp_path, caps
     with pytest.raises(SystemExit):
         parse_dataclass(GRPOConfig, command, "", translate)
     assert named in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "argv,named",
+    [
+        ("--algorithm AWM", "invalid choice: 'AWM'; choose from mix_grpo_flash_star, "),
+        ("--algorithm AWM", ", awm; did you mean awm? ("),
+        ("--parallel dpp", "choose from none, ddp, fsdp, deepspeed; did you mean ddp? ("),
+        ("--quantize_base", "--quantize_base: goes with --use_lora"),
+        ("--algorithm awm --init_same_noise", "contradicts --init_same_noise: it needs --no_init_same_noise"),
+    ],
+)
+def test_a_refusal_names_what_may_be_meant_and_writes_switches_as_they_are_given(capsys, argv, named):
+    with pytest.raises(SystemExit):
+        parse_dataclass(GRPOConfig, ["--prompts_file", "p.txt", *argv.split()])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert named in line and "None" not in line
+
+
+def test_help_says_where_an_algorithm_has_another_default(capsys):
+    with pytest.raises(SystemExit):
+        parse_dataclass(GRPOConfig, ["--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert (
+        "denoising steps T (default: 25; 16 with dance_grpo, grpo_merge, granular_grpo; 12 with dance_grpo_lora" in told
+    )
+    assert "--training_strategy {part,all}" in told and "(default: part; all with flow_grpo, dance_grpo, " in told
+    assert "order of the samples over optimizer steps (default: None)" in told and ",None}" not in told
 
 
 def test_the_environment_sets_every_flag_that_a_recipe_has_ever_named():

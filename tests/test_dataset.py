@@ -208,11 +208,11 @@ def without_key(path: Path) -> None:
         (lambda path: path.write_text(path.read_text().replace("caption 0", r"\ud83d")), "not a JSON file"),
         (
             lambda path: path.write_text(path.read_text().replace('"1.pt', '"' + "x" * 300)),
-            "3 embedding files are missing",
+            "3 embedding files can.t be found",
         ),
         (lambda path: path.write_text("[3]"), "entry 0 has no text under prompt_embed_path"),
         (without_key, "entry 3 has no text under caption"),
-        (lambda path: (path.parent / "text_ids" / "2.pt").unlink(), "1 embedding files are missing, such as .*2.pt"),
+        (lambda path: (path.parent / "text_ids" / "2.pt").unlink(), "1 embedding file can.t be found, such as .*2.pt"),
     ],
 )
 def test_a_bad_prompt_json_gives_one_line_that_names_flag_and_file(tmp_path, damage, message):

@@ -320,11 +320,11 @@ def test_hybrid_sharding_is_refused_on_nodes_that_differ_or_have_one_process(
         ({"parallel": "deepspeed", "ema_decay": 0.9}, 2, "ema_decay"),
         ({"parallel": "deepspeed", "master_weight_type": "bf16"}, 2, "master_weight_type"),
         ({"parallel": "fsdp", "master_weight_type": "bf16"}, 2, "master_weight_type"),
-        ({"quantize_base": True}, 1, "quantize_base True: goes with --use_lora"),
+        ({"quantize_base": True}, 1, "quantize_base: goes with --use_lora"),
         (
             {"quantize_base": True, "use_lora": True, "parallel": "fsdp"},
             2,
-            "quantize_base True: .* --parallel none or ddp",
+            "quantize_base: .* --parallel none or ddp",
         ),
         ({"quantize_base": True, "use_lora": True, "fsdp_sharding_startegy": "full"}, 2, "quantize_base True"),
         ({"quantize_base": True, "use_lora": True, "parallel": "deepspeed"}, 2, "quantize_base True"),

@@ -165,7 +165,7 @@ def wait_until_gone(mark: str) -> None:
 def check_log(log: Path, launcher: str, processes: int = 4) -> list[str]:
     """Checks that each line of the log names its node. Returns the lines."""
     output = log.read_text().splitlines()
-    assert output[0].startswith(f"launch.py: 2 nodes, {processes} processes ({launcher}), master 127.0.0.2:")
+    assert output[0].startswith(f"launch.py: nodes: 2, processes: {processes} ({launcher}), master 127.0.0.2:")
     assert all(line.startswith(tuple(f"{host}: " for host in HOSTS)) for line in output[1:]), output
     return output[1:]
 

@@ -247,5 +247,5 @@ def test_settings_of_denoising_steps_are_refused():
         config("diffusion_nft"), 1
     )
     text = describe(config(), 1)
-    assert "4 draws of time and noise train each picture" in text and "trained" not in text
+    assert "4 draws of time and noise per picture in the loss" in text and "trained" not in text
     assert math.isclose(config("diffusion_nft").ref_kl_coeff, 1e-4)

@@ -46,14 +46,14 @@ def test_everything_that_is_missing_is_named_at_once(lines, tmp_path, dry_run):
     (tmp_path / "file").write_text("")
     found = lines(
         dry_run,
-        pretrained_model_name_or_path=tmp_path / "none", reward_model="hpsv2,no_such_module:f", hps_path="none.pt",
+        pretrained_model_name_or_path=tmp_path / "none", reward_model="hpsv2", hps_path="none.pt",
         prompts_file="none.txt", eval_steps=1, eval_prompts="no.txt", eval_reward="pick_score",
         output_dir=tmp_path / "file/run",
     )  # fmt: skip
     named = [line.split()[0] for line in found]
     assert sorted(named) == [
         "--eval_prompts", "--hps_path", "--output_dir", "--pick_score_path", "--pretrained_model_name_or_path",
-        "--prompts_file", "--reward_model",
+        "--prompts_file",
     ]  # fmt: skip
 
 
@@ -135,3 +135,12 @@ def test_a_dry_run_misses_the_checkpoint_to_resume_from(lines, tmp_path, given, 
     (line,) = lines(resume_from_checkpoint=given, output_dir=tmp_path / "none")
     assert line.startswith(f"--resume_from_checkpoint {given}: {problem}")
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("field", ["reward_model", "eval_reward"])
+def test_a_reward_that_is_no_function_is_named_before_the_plan_is_printed(flags, prompts_file, capsys, field):
+    given = {"eval_steps": 1, "eval_prompts": prompts_file, field: "custom_rewards:missing"}
+    with pytest.raises(SystemExit):
+        main(flags(**given, dry_run=True))
+    told = capsys.readouterr()
+    assert not told.out and f"error: --{field} custom_rewards:missing: " in told.err

@@ -81,6 +81,18 @@ def test_captions_stay_bound_to_their_embeddings_when_the_prompt_file_is_edited(
     assert len({*before.values(), *after.values()}) == 5
 
 
+def test_prompts_longer_than_the_model_takes_are_counted_and_the_longest_is_shown(tmp_path, capfd):
+    long = "a red circle left of a blue square on a black background"
+    prompts = prompt_file(tmp_path, "a red circle", f"{long} and {long}", f"{long} and a circle")
+    main(flags(prompts, tmp_path / "out", "--batch_size", "1"))
+    told = capfd.readouterr().err
+    (line,) = (line for line in told.splitlines() if line.startswith("warning"))
+    assert "takes 14 tokens of a prompt and doesn't see what follows in 2 prompts; the longest has " in line
+    assert line.endswith(repr(f"{long} and {long}"[:80])) and "truncated" not in told and "indexing errors" not in told
+    main(flags(prompt_file(tmp_path, "a red circle"), tmp_path / "short"))
+    assert "warning" not in capfd.readouterr().err
+
+
 def test_a_restart_keeps_intact_embeddings_and_remakes_damaged_ones(tmp_path, monkeypatch, capsys):
     prompts = prompt_file(tmp_path, "one", "two", "three")
     index = main(flags(prompts, tmp_path / "out"))

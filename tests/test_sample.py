@@ -372,10 +372,17 @@ def test_the_benchmark_layout_and_its_jpeg_files(tmp_path, capsys, refused):
     damaged.write_bytes(before[:-80])
     capsys.readouterr()
     main(argv)
-    assert "1 pictures sampled, 3 were there" in capsys.readouterr().out
+    assert "1 sampled, 3 were there" in capsys.readouterr().out
     assert damaged.read_bytes() == before
     with refused("--prompts_file .*holds anime.json, concept-art.json.*found none"):
         main(command(tmp_path, "none", "--prompts_file", ROOT / "docs"))
+
+
+def test_prompts_longer_than_the_model_takes_are_named(tmp_path, warned):
+    path = tmp_path / "long.txt"
+    path.write_text("a red circle\n" + "a red circle and " * 6, encoding="utf-8")
+    with warned("takes 14 tokens of a prompt and doesn't see what follows in 1 prompt; .*'a red circle"):
+        main(command(tmp_path, "out", "--prompts_file", path))
 
 
 def test_a_restart_makes_only_what_is_missing_or_damaged(tmp_path, capsys, monkeypatch):
@@ -388,7 +395,7 @@ def test_a_restart_makes_only_what_is_missing_or_damaged(tmp_path, capsys, monke
     (manifest.parent / "00002_0.png").write_bytes(before["00001_0.png"])  # a picture of another prompt
     capsys.readouterr()
     main(argv)
-    assert "3 pictures sampled, 1 were there" in capsys.readouterr().out
+    assert "3 sampled, 1 were there" in capsys.readouterr().out
     assert {path.name: path.read_bytes() for path in manifest.parent.iterdir()} == before
 
     monkeypatch.setattr(sample_flux, "HybridPipeline", None)  # nothing to do: nothing may be loaded
@@ -408,7 +415,7 @@ def test_prompts_may_be_added_but_other_ones_in_the_same_folder_are_refused(tmp_
     write_prompts(tmp_path, *PROMPTS, "fifth")
     capsys.readouterr()
     main(command(tmp_path, "out"))
-    assert "1 pictures sampled, 4 were there" in capsys.readouterr().out
+    assert "1 sampled, 4 were there" in capsys.readouterr().out
     write_prompts(tmp_path, *PROMPTS, "another fifth")
     with refused("--output_dir .*other prompts: 00004_0.png"):
         main(command(tmp_path, "out"))
@@ -417,7 +424,7 @@ def test_prompts_may_be_added_but_other_ones_in_the_same_folder_are_refused(tmp_
     write_prompts(tmp_path, PROMPTS[0], "new", *PROMPTS[2:])
     capsys.readouterr()
     main(command(tmp_path, "out", "--overwrite"))
-    assert "1 pictures sampled, 3 were there" in capsys.readouterr().out
+    assert "1 sampled, 3 were there" in capsys.readouterr().out
     assert json.loads(manifest.read_text())[1]["prompt"] == "new"
     main(command(tmp_path, "out"))
 
@@ -448,9 +455,9 @@ def test_other_settings_in_the_same_folder_are_refused_and_overwrite_replaces_th
     assert all(map(np.array_equal, pixels(manifest), before))
     capsys.readouterr()
     main(command(tmp_path, "out", "--model_path", tuned, "--overwrite"))
-    assert "4 pictures sampled, 0 were there" in capsys.readouterr().out
+    assert "4 sampled, 0 were there" in capsys.readouterr().out
     main(command(tmp_path, "out", "--model_path", tuned))
-    assert "0 pictures sampled, 4 were there" in capsys.readouterr().out
+    assert "0 sampled, 4 were there" in capsys.readouterr().out
 
 
 def claim(folder: Path, claimed: tuple[int, str], start: multiprocessing.Event, answers: multiprocessing.Queue) -> None:

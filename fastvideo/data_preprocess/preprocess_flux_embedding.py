@@ -55,7 +55,8 @@ from fastvideo.io.fingerprint import model_fingerprint
 from fastvideo.io.processes import Processes, processes
 from fastvideo.io.prompts import read_prompts
 from fastvideo.io.resumable import Store, digest, finish
-from fastvideo.models.flux import BASE, encode_prompts, load_text_encoders
+from fastvideo.io.words import counted
+from fastvideo.models.flux import BASE, CutPrompts, encode_prompts, load_text_encoders
 
 import torch
 
@@ -128,24 +129,25 @@ def embed_prompts(
             model = model_fingerprint(model_path, ENCODERS) or model_path
 
         store = Embeddings(output_dir, (model, max_sequence_length, dtype))
-        here = Processes(rank, world_size, device)
+        here, cut = Processes(rank, world_size, device), CutPrompts()
 
         def embed(batch: Sequence[str]) -> list[tuple[torch.Tensor, ...]]:
             nonlocal pipe
             # A run that finds all embeddings loads no encoders: T5-XXL has 9 GB.
             pipe = (pipe or load_text_encoders(model_path, torch_dtype(dtype))).to(device)
+            cut.look(pipe, batch, max_sequence_length)
             prompt_embeds, pooled, text_ids = encode_prompts(pipe, batch, max_sequence_length)
             return [(*row, text_ids) for row in zip(prompt_embeds, pooled, strict=True)]
 
         made, there = store.complete(captions, batch_size, embed, here, "embedding prompts")
+        cut.warn()
         index_path = output_dir / "prompt.json"
 
         def write() -> None:
             lost = [path for caption in captions for path in store.paths(caption) if not path.exists()]
             if lost:
-                raise RuntimeError(
-                    f"{len(lost)} embeddings are missing after all processes finished, such as {lost[0]}"
-                )
+                missing = counted(len(lost), "embedding")
+                raise RuntimeError(f"after all processes finished, {missing} can't be found, such as {lost[0]}")
             entries = [dict.fromkeys(FOLDERS, store.file_name(c)) | {"caption": c} for c in captions]
             for entry, metadata in zip(entries, prompt_file.metadata, strict=True):
                 entry |= {"metadata": metadata} if metadata else {}

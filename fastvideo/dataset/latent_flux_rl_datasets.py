@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from fastvideo.cli import FlagError
 from fastvideo.io.waiting import result_of
+from fastvideo.io.words import counted
 
 import numpy as np
 import torch
@@ -91,7 +92,7 @@ class LatentFluxRLDataset(torch.utils.data.Dataset):
         self.entries = read_index(self.json_path)
         absent = [path for entry in self.entries for path in self._paths(entry) if not os.path.isfile(path)]
         if absent:
-            raise self._error(f"{len(absent)} embedding files are missing, such as {absent[0]}")
+            raise self._error(f"{counted(len(absent), 'embedding file')} can't be found, such as {absent[0]}")
         if widths:
             self._check(*widths)
 

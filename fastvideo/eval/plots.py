@@ -15,6 +15,7 @@ from fastvideo.eval.statistics import RIGHT, number
 from fastvideo.io.files import write_bytes
 from fastvideo.io.pictures import open_picture
 from fastvideo.io.scores import ScoreName, score_names
+from fastvideo.io.words import counted
 from fastvideo.models.reward_model.granular import GranularRewardModel
 from fastvideo.models.reward_model.spec import MIXES
 
@@ -522,7 +523,7 @@ def draw_pairs(path: Path, columns: Sequence[Column], labels: tuple[str, str], a
     ax.text(
         left,
         24,
-        f"The first picture of each of the first {len(columns)} prompts, not selected",
+        f"The first picture of each of the first {counted(len(columns), 'prompt')}, not selected",
         va="center",
         fontsize=12,
     )

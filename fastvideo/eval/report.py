@@ -79,6 +79,7 @@ from fastvideo.eval.runs import Comparison, Pair, Run, group_runs
 from fastvideo.eval.statistics import RIGHT, with_error
 from fastvideo.io.files import write_bytes, write_json, writing
 from fastvideo.io.scores import read_signs
+from fastvideo.io.words import counted
 
 import matplotlib
 import numpy as np
@@ -113,7 +114,7 @@ def score_lines(comparison: Comparison) -> list[str]:
             continue
         if row["model"] in comparison.checks:
             (before, before_error), (after, after_error) = shares(row)
-            pictures = f"({row['n']} pictures, ± {before_error} and ± {after_error})"
+            pictures = f"({counted(row['n'], 'picture')}, ± {before_error} and ± {after_error})"
             lines.append(f"{RIGHT}  before {before}  after {after}  {pictures}")
         else:
             before, after, change = (with_error(row[side], side == "change") for side in ("before", "after", "change"))

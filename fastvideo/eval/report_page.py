@@ -27,6 +27,7 @@ from fastvideo.eval.plots import (
 )
 from fastvideo.eval.runs import Comparison, Pair, Run
 from fastvideo.eval.statistics import RIGHT, number, with_error
+from fastvideo.io.words import counted
 from fastvideo.utils.picture_measures import APPEARANCE
 
 import numpy as np
@@ -217,7 +218,9 @@ def headline(run: Run, comparison: Comparison) -> list[tuple[str, str, str]]:
     for row in (row for row in comparison.rows if row["n"]):
         if row["model"] in comparison.checks:
             (before, before_error), (after, after_error) = shares(row)
-            tiles.append((RIGHT, f"{before} → {after}", f"± {before_error} and ± {after_error}, {row['n']} pictures"))
+            tiles.append(
+                (RIGHT, f"{before} → {after}", f"± {before_error} and ± {after_error}, {counted(row['n'], 'picture')}")
+            )
         else:
             text = f"{with_error(row['change'], signed=True)}, {row['n']} pairs, {row['model']}"
             tiles.append(("Fixed prompts", f"{number(row['before'][0])} → {number(row['after'][0])}", text))

@@ -4,6 +4,7 @@ Shapes: N rows, L = (height / f / 2) · (width / f / 2) packed latent tokens of 
 is the VAE's down-scaling factor (8 in FLUX.1).
 """
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,11 +15,13 @@ import fastvideo.torchvision_repair  # noqa: F401  (before diffusers)
 from fastvideo.cli import FlagError
 from fastvideo.io.messages import warn
 from fastvideo.io.weights import loading_problem, mismatch, stored_shapes
+from fastvideo.io.words import counted
 from fastvideo.models.lora import Adapters, find_lora, read_adapters
 
 import torch
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel, ModelMixin
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.flux import pipeline_flux
 from diffusers.utils import logging as diffusers_logging
 from peft import LoraConfig
 from PIL import Image
@@ -258,6 +261,8 @@ def load_tokenizers(path: str) -> FluxPipeline:
         pipe = _load(FluxPipeline, path, **dict.fromkeys(models))
     for part in ("tokenizer", "tokenizer_2"):
         tokenizer = getattr(pipe, part)
+        # Its warning about long texts is wrong here, because the pipeline cuts them.
+        tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
         if len(tokenizer) <= len(tokenizer.all_special_tokens) + 1:  # an empty T5 tokenizer still has the space
             raise FlagError(BASE, path, f"no vocabulary in its {part}")
     return pipe
@@ -265,19 +270,52 @@ def load_tokenizers(path: str) -> FluxPipeline:
 
 def load_text_encoders(path: str, dtype: torch.dtype = torch.float32) -> FluxPipeline:
     """The pipeline without transformer and VAE, for embedding prompts."""
+    # It would repeat the rest of each long prompt, also of those that CLIP alone doesn't see; see CutPrompts.
+    logging.getLogger(pipeline_flux.__name__).setLevel(logging.ERROR)
     pipe = load_tokenizers(path)
     for part, cls in {"text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel}.items():
         pipe.register_modules(**{part: _load_weights(cls, path, subfolder=part, dtype=dtype)})
     return pipe
 
 
+def text_tokens(pipe: FluxPipeline, max_sequence_length: int) -> int:
+    """T5 tokens of a prompt's embedding: the limit, but no more than the tokenizer's own (FLUX.1-dev: 512)."""
+    return min(max_sequence_length, pipe.tokenizer_2.model_max_length)
+
+
+class CutPrompts:
+    """The prompts, of all that a program encodes, that have more T5 tokens than the model takes.
+
+    CLIP takes 77 tokens, but only for the pooled embedding: what comes later still reaches the model through T5.
+    """
+
+    def __init__(self) -> None:
+        self.tokens: dict[str, int] = {}  # prompt -> its T5 tokens
+        self.limit = 0
+
+    def look(self, pipe: FluxPipeline, prompts: Sequence[str], max_sequence_length: int) -> None:
+        """Counts the tokens of prompts that are encoded now."""
+        self.limit = text_tokens(pipe, max_sequence_length)
+        ids = pipe.tokenizer_2(list(prompts), verbose=False).input_ids
+        self.tokens |= {p: len(found) for p, found in zip(prompts, ids, strict=True) if len(found) > self.limit}
+
+    def warn(self) -> None:
+        """Says in one line how many prompts were cut, if any, and which is the longest."""
+        if self.tokens:
+            longest, tokens = max(self.tokens.items(), key=lambda item: item[1])
+            warn(
+                f"the model takes {self.limit} tokens of a prompt and doesn't see what follows in "
+                f"{counted(len(self.tokens), 'prompt')}; the longest has {tokens} tokens: {longest[:80]!r}"
+            )
+
+
 @torch.no_grad()
 def encode_prompts(pipe: FluxPipeline, prompts: Sequence[str], max_sequence_length: int = 512) -> tuple:
     """T5 embeddings [N, L, D], pooled CLIP embeddings [N, D'] and text ids [L, 3], computed by FluxPipeline.
 
-    `max_sequence_length` is limited to the T5 tokenizer's own limit (512 for FLUX.1-dev, less for tiny models).
+    max_sequence_length: see `text_tokens`.
     """
-    length = min(max_sequence_length, pipe.tokenizer_2.model_max_length)
+    length = text_tokens(pipe, max_sequence_length)
     return pipe.encode_prompt(prompt=list(prompts), prompt_2=None, max_sequence_length=length)
 
 

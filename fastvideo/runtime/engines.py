@@ -22,6 +22,7 @@ from fastvideo.io.waiting import PATIENCE, waiting
 from fastvideo.models.float8 import Float8Copies
 from fastvideo.models.flux import load_transformer, meta_transformer, random_transformer
 from fastvideo.models.flux_speed import StreamwiseAttnProcessor, compile_transformer, cudnn_attention, split_sequence
+from fastvideo.rollout_plan import float8_states
 from fastvideo.runtime.optimizer_files import TensorReader, tensors_only
 from fastvideo.utils.plan import Plan
 
@@ -367,8 +368,8 @@ class Engine:
         self.drop_gathered()
 
     def float8_states(self, plan: Plan) -> set[int]:
-        """States of the plan whose velocities are computed in FP8 (see `Plan.untrained_states`)."""
-        return plan.untrained_states(self.config.fp8_steps == "all") if self.float8 else set()
+        """States of the plan whose velocities are computed in FP8 now."""
+        return float8_states(self.config, plan) if self.float8 else set()
 
     def in_float8(self, velocity: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         """`velocity`, a function that calls the `sampling_model`, with FP8 products in the blocks."""

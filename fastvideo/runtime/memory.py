@@ -5,6 +5,7 @@ import os
 
 from fastvideo.config import REFERENCE, GRPOConfig
 from fastvideo.io.fingerprint import local_folder
+from fastvideo.io.words import counted
 from fastvideo.models.float8 import float8_layers
 from fastvideo.models.flux import LatentShape, add_lora, meta_transformer, meta_vae
 from fastvideo.models.int8 import quantize_blocks
@@ -126,7 +127,7 @@ def describe_memory(config: GRPOConfig, world_size: int) -> str:
     parts = ", ".join(f"{name} {size:.3g}" for name, size in found.items() if name not in ("peak", "rows"))
     line = (
         f"predicted peak memory of each process: {found['peak']:.3g} GiB ({parts}), without reward models, with "
-        f"training micro-batches of at most {found['rows']} rows"
+        f"training micro-batches of at most {counted(found['rows'], 'row')}"
     )
     sizes = [size / 2**30 for size in gpu_sizes()]
     if sizes and found["peak"] > min(sizes):

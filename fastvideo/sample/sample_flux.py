@@ -42,6 +42,7 @@ from fastvideo.io.resumable import Claims, Store, digest, finish
 from fastvideo.io.weights import not_finite
 from fastvideo.io.words import counted
 from fastvideo.models.flux import (
+    CutPrompts,
     LatentShape,
     check_files,
     check_lora,
@@ -212,7 +213,7 @@ class HybridPipeline:
         Raises FlagError for a model that isn't there.
         """
         base = config.pretrained_model_name_or_path
-        self.config = config
+        self.config, self.cut = config, CutPrompts()
         self.tuned = load_tuned(base, config.model_path, dtype) if any(tuned_steps) else None
         self.lora = self.tuned is not None and lora_file(config.model_path) is not None
         only_tuned = self.lora or min(tuned_steps) == config.total_sampling_steps
@@ -266,15 +267,17 @@ class HybridPipeline:
                 self._use(self.base, tuned=False)
             return tensors
 
+        prompts = [picture.prompt for picture in pictures]
+        self.cut.look(self.pipe, prompts, config.max_sequence_length)
         self._use(self.tuned if tuned_steps else self.base, tuned=tuned_steps > 0)
         return self.pipe(
-            prompt=[picture.prompt for picture in pictures],
+            prompt=prompts,
             height=config.h,
             width=config.w,
             num_inference_steps=config.total_sampling_steps,
             guidance_scale=config.guidance_scale,
             generator=[torch.Generator("cpu").manual_seed(picture.seed) for picture in pictures],
-            max_sequence_length=min(config.max_sequence_length, self.pipe.tokenizer_2.model_max_length),
+            max_sequence_length=self.cut.limit,
             callback_on_step_end=after_step,
         ).images
 
@@ -327,7 +330,9 @@ def _sample_run(
     made, there = store.complete(
         pictures, config.batch_size, lambda batch: load()(batch, config.tuned_steps), here, "sampling"
     )
-    print(f"rank {here.rank}: {made} pictures sampled, {there} were there")
+    if made:
+        load().cut.warn()
+    print(f"rank {here.rank}: {made} sampled, {there} were there")
 
     def write() -> None:
         folder = config.manifest.parent

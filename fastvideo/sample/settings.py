@@ -5,6 +5,7 @@ from pathlib import Path
 
 from fastvideo.cli import FlagError, check_fields, flag
 from fastvideo.io.devices import DTYPES
+from fastvideo.io.words import counted
 
 
 @dataclass
@@ -143,7 +144,7 @@ class SampleConfig:
         """Which model takes which steps, in words. For configurations of `runs`."""
         tuned, rest = self.tuned_steps, self.total_sampling_steps - self.tuned_steps
         parts = [(self.model_path, tuned), (f"base model {self.pretrained_model_name_or_path}", rest)]
-        return ", then ".join(f"{steps} steps of {model}" for model, steps in parts if steps)
+        return ", then ".join(f"{counted(steps, 'step')} of {model}" for model, steps in parts if steps)
 
     @property
     def manifest(self) -> Path:

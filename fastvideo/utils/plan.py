@@ -1,6 +1,6 @@
 """A rollout plan: a tree of steps that knows its rows, leaves, coefficients and cost."""
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -228,14 +228,17 @@ class Plan:
         """Number of optimizer steps of an iteration."""
         return len(self.updates(samples, k)) * (self.parts or 1)
 
-    def describe(self) -> str:
-        """One line per step: index, sigmas, kind, rows per prompt, noise, splits, whether it is trained."""
+    def describe(self, in_float8: Container[int] = ()) -> str:
+        """One line per step: index, sigmas, kind, rows per prompt, noise, splits, whether it is trained.
+
+        in_float8: states, given as in `trained_states`, whose velocities are computed in FP8.
+        """
         lines = []
         for i, (step, parent, numbers) in enumerate(zip(self.steps, self.parents, self.coefficients, strict=True)):
             notes = [f"std {numbers.std:.4f}, e^h {entropy(numbers.std):.2f}"] if numbers.std else []
             notes += [f"covers {step.span} steps"] if step.span > 1 else []
             notes += [f"splits into {step.branch}"] if step.branch > 1 else []
-            notes += ["trained"] if step.train else []
+            notes += ["trained"] if step.train else ["in FP8"] if parent in in_float8 else []
             kind = f"{step.kind} order {step.order}" if step.kind == "dpmpp" else step.kind
             origin = "" if parent == i - 1 else f"  (from the state before step {step.index}, line {parent + 1})"
             lines.append(

@@ -346,7 +346,8 @@ def launch(nodes: list[Node], args: list[str]) -> int:
         os.execv(sys.executable, torchrun(nodes, int(index), port, args))
     port = port or ask_for_port(nodes[0])
     orders = make_orders(nodes, port, args)
-    say(f"{len(nodes)} nodes, {sum(n.slots for n in nodes)} processes ({launcher}), master {nodes[0].host}:{port}")
+    size = f"nodes: {len(nodes)}, processes: {sum(n.slots for n in nodes)}"
+    say(f"{size} ({launcher}), master {nodes[0].host}:{port}")
     return run_nodes(nodes, launcher, orders)
 
 

@@ -32,6 +32,14 @@ from PIL import Image
 PROBE_LIMIT = 600.0  # seconds for a custom reward's first call in programs without --reward_timeout
 
 
+def check_custom_rewards(config: Any, field: str = "reward_model") -> None:
+    """Raises FlagError if a function named in `field` can't be imported or does not score."""
+    for key in resolve_reward_spec(config, field):
+        if key not in REWARDS and not config.reward_server:
+            for check in _checks(key, config, evaluation=False, field=field):
+                check()
+
+
 def check_reward_files(config: Any, evaluation: bool = False, field: str = "reward_model") -> None:
     """Raises FlagError for the first of `reward_problems`."""
     for error in reward_problems(config, evaluation, field):
