@@ -84,10 +84,11 @@ AVERAGED = ("diffusion_nft", "awm")  # need an average of the policies of all it
 # Policies, see runtime/policies.py: the trained parameters, and copies of them.
 CURRENT, EMA, OLD_POLICY, REFERENCE = "current", "ema", "old_policy", "reference"
 PICKS = ("extremes", "random")
+TRACKERS = ("wandb", "tensorboard", "swanlab", "trackio")
 # Settings that say where things are or what is shown, not what is trained.
 PLACES = (
-    "output_dir resume_from_checkpoint dry_run use_wandb experiment_name image_log_steps eval_steps eval_prompts "
-    "eval_reward eval_h eval_w eval_sampling_steps eval_guidance_scale serve_report"
+    "output_dir resume_from_checkpoint dry_run use_wandb log_with experiment_name image_log_steps eval_steps "
+    "eval_prompts eval_reward eval_h eval_w eval_sampling_steps eval_guidance_scale serve_report"
 ).split()
 
 NOT_AGAIN = ("resume_from_checkpoint", "dry_run", "hps_clip_path")  # what to do with a run, and what isn't read
@@ -704,10 +705,18 @@ class GRPOConfig(RewardSpecConfig):
     checkpoints_total_limit: int | None = flag(
         None, "checkpoints kept; older ones are deleted (None: all are kept)", at_least=1
     )
-    experiment_name: str = flag("mixgrpo", "name of the run in wandb")
+    log_with: list[str] = flag(
+        ["wandb"],
+        f"trackers, of {', '.join(TRACKERS)}, that get metrics and pictures too; none: no tracker. Without a key wandb "
+        "and swanlab write to output_dir, as tensorboard does",
+        choices=TRACKERS,
+        metavar="TRACKER",
+        alias="report_to",
+    )
+    use_wandb: bool = flag(True, "older flag: adds wandb to log_with, or removes it")
+    experiment_name: str = flag("mixgrpo", "name of the run in its trackers")
+    wandb_project: str = flag("mixgrpo-flux", "project of the run in its trackers")
     wandb_key: str | None = flag(None, "refused: set WANDB_API_KEY in the environment instead")
-    wandb_project: str = flag("mixgrpo-flux", "project of the run in wandb")
-    use_wandb: bool = flag(True, "log to wandb too; offline without a key")
     image_log_steps: int = flag(10, "iterations between saved image grids; 0: none", at_least=0)
     serve_report: int | None = flag(
         None,
@@ -726,6 +735,8 @@ class GRPOConfig(RewardSpecConfig):
         for a, b in (*pairs, *(pair[::-1] for pair in pairs)):
             if before.get(a) is not None and after.get(b) is not None:
                 found[a] = b
+        if "use_wandb" in before and "log_with" in after:
+            found["use_wandb"] = "log_with"
         if (algorithm := after.get("algorithm")) in ALGORITHMS:
             owners = {f.name: f.metadata["algorithms"] for f in fields(GRPOConfig) if "algorithms" in f.metadata}
             for name, value in before.items():
@@ -760,6 +771,11 @@ class GRPOConfig(RewardSpecConfig):
             FlagError: a flag contradicts the algorithm, or a value can't be used.
         """
         base = {f.name: default_of(f) for f in fields(cls)}
+        if "log_with" in explicit or "use_wandb" in explicit:
+            names = explicit.get("log_with", base["log_with"])
+            if "use_wandb" in explicit:
+                names = ["wandb"] * explicit["use_wandb"] + [name for name in names if name != "wandb"]
+            explicit["log_with"] = list(dict.fromkeys(names))
         given = {**base, **explicit}
         fitting = (
             name
@@ -853,9 +869,9 @@ class GRPOConfig(RewardSpecConfig):
         return self.prompts_per_iteration // ranks
 
     def to_public_dict(self) -> dict[str, Any]:
-        """All fields for args.json, checkpoints and wandb, without secrets that a URL may hold."""
+        """All fields for args.json, checkpoints and trackers, without secrets that a URL may hold."""
         values = asdict(self)
-        values.pop("wandb_key")
+        del values["wandb_key"], values["use_wandb"]  # log_with says the latter
         return {k: redact(v) if isinstance(v, str) else v for k, v in values.items()}
 
     def to_yaml(self) -> str:

@@ -226,16 +226,18 @@ _FAMILIAR: dict[str, tuple[str, ...]] = {
     "port http_port": ("--serve_report",),
     "address bind ip": ("--host",),
     # trackers
-    "wandb log_with report_to tracker use_tracker enable_wandb": ("--use_wandb or --no_use_wandb",),
-    "no_wandb disable_wandb without_wandb": ("--no_use_wandb",),
+    "wandb tracker trackers logger loggers use_tracker enable_wandb tensorboard swanlab trackio use_tensorboard "
+    "use_swanlab": ("--log_with",),
+    "no_wandb disable_wandb without_wandb": ("--log_with none",),
     "project project_name wandb_project_name tracker_project_name log_tracker_name": ("--wandb_project",),
     "name run_name exp_name wandb_name wandb_run_name wandb_run experiment tracker_run_name": ("--experiment_name",),
     "wandb_mode wandb_offline": ("no flag: set WANDB_MODE=offline in the environment",),
     "wandb_entity entity wandb_team": ("no flag: set WANDB_ENTITY in the environment",),
     "wandb_dir": ("no flag: set WANDB_DIR in the environment",),
     "wandb_group wandb_tags tags": ("no flag: set WANDB_RUN_GROUP or WANDB_TAGS in the environment",),
+    "swanlab_api_key": ("no flag: set SWANLAB_API_KEY in the environment",),
+    "swanlab_mode": ("no flag: set SWANLAB_MODE=offline in the environment",),
     "wandb_api_key wandb_token api_key": ("no flag: set WANDB_API_KEY in the environment",),
-    "tensorboard": ("no flag: metrics.jsonl in --output_dir has all metrics, fastvideo.eval.report draws them",),
     # processes
     "rdzv_endpoint rdzv_backend rdzv_id max_restarts": ("no flag: torchrun takes it, before the script",),
     "config_path yaml yaml_path settings": ("--config",),

@@ -83,6 +83,7 @@ E_GRPO = {
 INSTEAD = {  # a flag that is given -> the one of these that isn't added then
     "prompts_file": "data_json_path",
     "eta_step_list": "eta_step_merge_list",
+    "log_with": "use_wandb",
     "parallel": "fsdp_sharding_startegy",
     "quantize_base": "fsdp_sharding_startegy",
 }

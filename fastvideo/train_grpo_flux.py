@@ -32,6 +32,7 @@ from fastvideo.eval.live import live_report
 from fastvideo.io.lock import FolderLock
 from fastvideo.io.messages import is_first, warn
 from fastvideo.io.processes import entry_point, stop_signals
+from fastvideo.io.progress_line import ProgressLine, describe_iteration
 from fastvideo.io.scores import reward_schema
 from fastvideo.models.flux import (
     Conditioning,
@@ -52,7 +53,6 @@ from fastvideo.runtime.log import Log
 from fastvideo.runtime.memory import predict_memory
 from fastvideo.runtime.policies import Policies
 from fastvideo.runtime.preflight import check_run
-from fastvideo.runtime.progress_line import ProgressLine
 from fastvideo.runtime.resume import Progress, load_policies, load_trained, open_output
 from fastvideo.runtime.rollout_drift import rollout_drift
 from fastvideo.runtime.scoring import Scoring
@@ -679,9 +679,9 @@ def train(trainer: Trainer, sampler: PromptSampler, batches: Iterator[dict]) -> 
     config, progress, main_process = trainer.config, trainer.progress, trainer.accelerator.is_main_process
     held_out = trainer.evaluation.models if trainer.evaluation else {}
     names = reward_schema(held_out | trainer.scoring.models, trainer.scoring.weights)
-    log = Log(config, progress.wandb_id, names) if main_process else None
+    log = Log(config, progress.wandb_id, progress.iteration, names) if main_process else None
     schedule = islice(windows(config), progress.iteration, config.max_train_steps)
-    line = ProgressLine(config.max_train_steps, progress.iteration, main_process)
+    line = ProgressLine("training", config.max_train_steps, progress.iteration, main_process)
 
     def save() -> None:
         trainer.save(sampler)
@@ -692,6 +692,7 @@ def train(trainer: Trainer, sampler: PromptSampler, batches: Iterator[dict]) -> 
         before = trainer.evaluate(0)  # the model before training
         if log is not None and before:
             log.write({"step": 0} | before)
+        evaluated = before.get("evaluation_reward")
         for window, batch in zip(schedule, batches, strict=False):
             metrics, images = trainer.iteration(batch, window)
             try:
@@ -701,7 +702,8 @@ def train(trainer: Trainer, sampler: PromptSampler, batches: Iterator[dict]) -> 
                     log.write(metrics | {"epoch": sampler.epoch_of(metrics["step"])})
             if log is not None and config.image_log_steps and metrics["step"] % config.image_log_steps == 0:
                 log.write_images(metrics["step"], images[: config.num_generations], batch["caption"][0])
-            line.show(metrics)
+            evaluated = metrics.get("evaluation_reward", evaluated)
+            line.show(metrics["step"], describe_iteration(metrics, evaluated))
             # A checkpoint that can't be written ends the run too, at the latest when the next checkpoint starts.
             interrupted = trainer.engine.any_process(bool(asked) or trainer.writer.failed)
             reason = why_stopped(config, progress, metrics, asked, interrupted)

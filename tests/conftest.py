@@ -1,5 +1,6 @@
 """Fixtures for tests of the trainer: the tiny pipeline, embedded prompts, and `train`, which calls the command line."""
 
+import importlib.util
 import json
 import os
 import re
@@ -54,6 +55,9 @@ ROUNDING = 1e-5
 
 # Seconds that a test waits for another process. On an idle machine every test needs less than a tenth.
 TIME_LIMIT = 1200
+
+# Trackers besides wandb whose package is installed.
+TRACKERS_HERE = [name for name in ("tensorboard", "swanlab", "trackio") if importlib.util.find_spec(name)]
 
 PASSED = pytest.StashKey[bool]()
 

@@ -719,6 +719,7 @@ READ_OTHERWISE = {
     "dpm_apply_strategy": "has one legal value; the reference's recipes give it",
     "hps_clip_path": "not needed; the reference's recipes give it",
     "wandb_key": "refused",
+    "use_wandb": "decides in config.py what log_with is",
 }
 
 

@@ -51,10 +51,10 @@ def test_no_program_is_answered_with_a_flag_that_it_lacks(capsys):
     "program,typed,right",
     [
         ("trainer", "lr", "--learning_rate"),
-        ("trainer", "wandb", "--use_wandb"),
-        ("trainer", "no_wandb", "--no_use_wandb"),
+        ("trainer", "wandb", "--log_with"),
+        ("trainer", "no_wandb", "--log_with none"),
         ("trainer", "no_lora", "--no_use_lora"),
-        ("trainer", "report_to", "--use_wandb"),
+        ("trainer", "tensorboard", "--log_with"),
         ("trainer", "resolution", "--h and --w"),
         ("trainer", "num_inference_steps", "--sampling_steps"),
         ("trainer", "config.sample.num_steps", "--sampling_steps"),
@@ -100,7 +100,7 @@ def test_names_of_other_programs_are_answered_with_the_flag_that_is_meant(capsys
     [
         ("training.lr", "training.learning_rate?"),
         ("lr", "learning_rate?"),
-        ("wandb.wandb", "wandb.use_wandb or wandb.use_wandb=false?"),
+        ("wandb.wandb", "wandb.log_with?"),
         ("sampling.num_inference_steps", "sampling.sampling_steps?"),
         ("training.push_to_hub", "no flag: upload"),
         ("gpro.eta", "grpo.eta?"),

@@ -7,7 +7,7 @@ from fastvideo.io.secrets import redact
 from fastvideo.train import read
 
 import pytest
-from conftest import TIME_LIMIT, torchrun
+from conftest import TIME_LIMIT, TRACKERS_HERE, torchrun
 from forked import Script
 
 SECRET = "hush-hush-hush"
@@ -42,10 +42,11 @@ def everything_in(folder: Path) -> bytes:
 @pytest.mark.slow
 def test_a_run_leaves_no_secret_of_its_command_line_and_environment(flags, tmp_path, subprocess_environment):
     argv = flags(
-        use_wandb=True, max_train_steps=1, unified_reward_url=f"http://127.0.0.1:9/v1?api_key={SECRET}",
+        log_with=["wandb", *TRACKERS_HERE], use_wandb=True, max_train_steps=1, unified_reward_url=f"http://127.0.0.1:9/v1?api_key={SECRET}",
         pick_score_https_proxy=f"http://me:{SECRET}@proxy:3128", clip_score_http_proxy=f"me:{SECRET}@proxy:3128",
     )  # fmt: skip
     environment = {**subprocess_environment, "WANDB_MODE": "offline", "WANDB_API_KEY": SECRET * 3, "HF_TOKEN": SECRET}
+    environment |= {"SWANLAB_MODE": "offline", "SWANLAB_API_KEY": SECRET, "TRACKIO_DIR": str(tmp_path / "run/trackio")}
     done = torchrun(argv, environment, processes=1)
     assert done.returncode == 0, done.stderr[-2000:]
     assert SECRET not in done.stdout + done.stderr

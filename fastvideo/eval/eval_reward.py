@@ -216,7 +216,7 @@ def score(
 
     parts = (entries[start : start + batch_size] for start in range(0, len(entries), batch_size))
     batches = [Batch(part, [there.get(entry["index"]) for entry in part] if grouped else ()) for part in parts]
-    journal.complete(batches, 1, lambda single: list(map(score_batch, single)), here, "scoring")
+    journal.complete(batches, 1, lambda single: list(map(score_batch, single)), here, "scoring batches")
     scored: dict[int, dict[str, Any]] = {}  # by place in entries
     skipped: dict[int, dict[str, str]] = {}
     for number in range(len(batches))[here.rank :: here.world_size]:

@@ -26,8 +26,7 @@ from fastvideo.cli import FlagError
 from fastvideo.io.files import locked_folder, process_name, write_json
 from fastvideo.io.lock import start_of
 from fastvideo.io.processes import Processes, barrier
-
-from tqdm import tqdm
+from fastvideo.io.progress_line import ProgressLine
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -59,19 +58,24 @@ class Store(ABC, Generic[Item, Result]):
     ) -> tuple[int, int]:
         """Computes this process's share of the missing results. Returns how many were computed, and how many existed.
 
-        make: computes the results of a batch of items. description: text of the progress bar.
+        make: computes the results of a batch of items. description: what the progress line calls the work. The line
+        counts the first process's items, also those that existed.
         """
         batches = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
-        mine, made = batches[here.rank :: here.world_size], 0
-        for batch in tqdm(mine, desc=description, unit="batch", disable=here.rank != 0):
-            missing = [not self.has(item) for item in batch]
-            if not any(missing):
-                continue
-            for item, is_missing, result in zip(batch, missing, make(batch), strict=True):
-                if is_missing:
-                    self.keep(item, result)
-            made += sum(missing)
-        return made, sum(map(len, mine)) - made
+        mine, made, done = batches[here.rank :: here.world_size], 0, 0
+        share = f"{description}, first of {here.world_size} processes:" if here.world_size > 1 else description
+        with ProgressLine(share, sum(map(len, mine)), 0, here.rank == 0) as line:
+            for batch in mine:
+                missing = [not self.has(item) for item in batch]
+                if any(missing):
+                    for item, is_missing, result in zip(batch, missing, make(batch), strict=True):
+                        if is_missing:
+                            self.keep(item, result)
+                else:
+                    line.free += len(batch)
+                made, done = made + sum(missing), done + len(batch)
+                line.show(done)
+        return made, done - made
 
 
 def finish(here: Processes, write: Callable[[], None]) -> None:

@@ -1,6 +1,6 @@
-"""The files that a run writes while it trains: args.json, metrics.jsonl and image grids; on request also wandb.
+"""The files that a run writes while it trains: args.json, metrics.jsonl and image grids; and what its trackers get.
 
-args.json holds the settings, and under `reward_names` the names of the scores (see io/scores.py). wandb gets the
+args.json holds the settings, and under `reward_names` the names of the scores (see io/scores.py). Trackers get the
 metrics under the same names, the grids as `samples`, and the pictures of an evaluation, in the order of the prompts,
 as `evaluation_samples`.
 """
@@ -16,7 +16,7 @@ import fastvideo.torchvision_repair  # noqa: F401  (before diffusers)
 from fastvideo.config import GRPOConfig
 from fastvideo.io.files import write_bytes, write_json
 from fastvideo.io.scores import evaluation_scores, read_scores
-from fastvideo.runtime.tracking import Tracker, picture
+from fastvideo.runtime.tracking import Picture, close_trackers, start_trackers
 
 from diffusers.utils import make_image_grid
 from PIL.PngImagePlugin import PngInfo
@@ -25,12 +25,12 @@ from PIL.PngImagePlugin import PngInfo
 class Log:
     """Writes the files of a run, on the main process."""
 
-    def __init__(self, config: GRPOConfig, wandb_id: str, reward_names: dict[str, Any]) -> None:
-        """wandb_id: the run's id in wandb; a resumed run keeps the id. reward_names: see `reward_schema`."""
+    def __init__(self, config: GRPOConfig, run_id: str, done: int, reward_names: dict[str, Any]) -> None:
+        """run_id, done: see `start_trackers`. reward_names: see `reward_schema`."""
         self.folder = Path(config.output_dir)
         write_json(self.folder / "args.json", config.to_public_dict() | {"reward_names": reward_names})
         write_bytes(self.folder / "config.yaml", config.to_yaml().encode())
-        self.tracker = Tracker(config, wandb_id) if config.use_wandb else None
+        self.trackers = start_trackers(config, run_id, done)
 
     def write(self, metrics: dict) -> None:
         """Appends a line to metrics.jsonl. Numbers that aren't finite become null."""
@@ -39,14 +39,14 @@ class Log:
             file.write(json.dumps(finite, allow_nan=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        if self.tracker is not None:
-            self.tracker.log(lambda: finite, metrics["step"])
+        for tracker in self.trackers:
+            tracker.log(finite, metrics["step"])
             if "evaluation_reward" in metrics:
-                self.tracker.log(lambda: self._evaluation_samples(metrics["step"]), metrics["step"])
+                tracker.log_pictures("evaluation_samples", lambda: self._evaluated(metrics["step"]), metrics["step"])
 
-    def _evaluation_samples(self, step: int) -> dict[str, list]:
+    def _evaluated(self, step: int) -> list[Picture]:
         entries = read_scores(evaluation_scores(self.folder, step), "output_dir")
-        return {"evaluation_samples": [picture(str(entry["path"]), entry["prompt"]) for entry in entries]}
+        return [(str(entry["path"]), entry["prompt"]) for entry in entries]
 
     def write_images(self, step: int, images: list, prompt: str) -> None:
         """Writes the pictures as one grid, images/iteration_{step}.png, with their prompt in the file."""
@@ -58,10 +58,9 @@ class Log:
         text.add_itxt("prompt", prompt)
         grid.save(data, "PNG", pnginfo=text)
         write_bytes(path, data.getvalue())
-        if self.tracker is not None:
-            self.tracker.log(lambda: {"samples": picture(grid)}, step)
+        for tracker in self.trackers:
+            tracker.log_pictures("samples", lambda: [(str(path), prompt)], step)
 
     def close(self) -> None:
-        """Ends the run in wandb."""
-        if self.tracker is not None:
-            self.tracker.close()
+        """Ends the run in its trackers."""
+        close_trackers(self.trackers)

@@ -1,4 +1,5 @@
-"""Looks, before anything slow, whether all that a run needs is there: models, rewards, prompts, room for checkpoints.
+"""Looks, before anything slow, whether all that a run needs is there: models, rewards, prompts, trackers, room for
+checkpoints.
 
 A real run and --dry_run check the same, and name everything that is missing, not only the first.
 """
@@ -27,6 +28,7 @@ from fastvideo.runtime.checkpoint import checkpoints
 from fastvideo.runtime.evaluation import Sampling
 from fastvideo.runtime.memory import checkpoint_size, describe_memory
 from fastvideo.runtime.resume import check_output, to_resume
+from fastvideo.runtime.tracking import not_installed
 
 from huggingface_hub import is_offline_mode
 
@@ -48,7 +50,7 @@ def check_run(config: GRPOConfig, world_size: int) -> None:
     if lack is not None and is_first():
         warn(f"--rollout_precision fp8 can't run here: {lack}")
     path = config.pretrained_model_name_or_path
-    found, configs = list(_missing_in_pipeline(config)), local_folder(path) is not None
+    found, configs = [*not_installed(config), *_missing_in_pipeline(config)], local_folder(path) is not None
     if configs and not found and not config.init_random_flux:
         found += _raised([lambda: check_pipeline(path, bool(config.prompts_file or config.eval_steps))])
     try:

@@ -46,7 +46,7 @@ NEEDED += ("files",)
 NEEDED_SETTINGS = ("use_lora", "lora_rank", "lora_alpha", "lora_target_modules", "pretrained_model_name_or_path")
 NEEDED_SETTINGS += ("engine", "processes", "zero_stage")
 # What a run writes into its folder besides checkpoints.
-FOLDERS = ("images", "evaluation", "rl_embeddings", "eval_embeddings", "superseded")
+FOLDERS = ("images", "evaluation", "tensorboard", "rl_embeddings", "eval_embeddings", "superseded")
 FILES = ("args.json", "config.yaml", "metrics.jsonl", "wandb.json")
 
 
@@ -57,7 +57,7 @@ class Progress:
     Attributes:
         iteration: iterations done. optimizer_steps: optimizer steps taken, without skipped ones.
         prompts: prompts that the run used before this process started. None: unknown (new run, or an old checkpoint).
-        wandb_id: id of the run in wandb. best: iteration, value and `measure` of the best evaluation so far.
+        wandb_id: id of the run in its trackers. best: iteration, value and `measure` of the best evaluation so far.
         skipped_in_a_row: optimizer steps skipped since the last one that was taken.
         too_many_failures: whether the last iteration had more failed scores than --max_reward_failures allows.
     """
@@ -242,6 +242,7 @@ def set_aside_run(output_dir: Path) -> None:
         "args.json",
         "config.yaml",
         "wandb.json",
+        "tensorboard",
         "images",
         "evaluation",
         "metrics.jsonl",

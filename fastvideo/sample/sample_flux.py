@@ -328,7 +328,7 @@ def _sample_run(
             folder.mkdir(exist_ok=True)
     barrier()
     made, there = store.complete(
-        pictures, config.batch_size, lambda batch: load()(batch, config.tuned_steps), here, "sampling"
+        pictures, config.batch_size, lambda batch: load()(batch, config.tuned_steps), here, "sampling pictures"
     )
     if made:
         load().cut.warn()

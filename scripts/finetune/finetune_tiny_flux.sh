@@ -25,5 +25,5 @@ flag lr_scheduler cosine
 flag reward_model shapes
 flag mixed_precision no
 flag dataloader_num_workers 0
-args+=(--no_gradient_checkpointing --no_use_wandb)
+args+=(--no_gradient_checkpointing --log_with none)
 launch "$@"

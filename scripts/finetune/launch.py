@@ -32,8 +32,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SELF = [sys.executable, str(Path(__file__).resolve())]
 REMOTE_SHELL = "ssh -o BatchMode=yes -o ConnectTimeout=15 -o ServerAliveInterval=30"
 PASSED = (
-    "NCCL_* GLOO_* TORCH_* TORCHELASTIC_* PYTORCH_* CUDA_* OMP_* HF_* TOKENIZERS_* WANDB_* PYTHONPATH "
-    "UNIFIED_REWARD_API_KEY"
+    "NCCL_* GLOO_* TORCH_* TORCHELASTIC_* PYTORCH_* CUDA_* OMP_* HF_* TOKENIZERS_* WANDB_* SWANLAB_* TRACKIO_* "
+    "PYTHONPATH UNIFIED_REWARD_API_KEY"
 )
 BY_HAND = "hand"  # LAUNCHER=hand: the recipe is started on every node, each with its INDEX_CUSTOM
 JOB = "FASTVIDEO_LAUNCH"  # environment variable that marks all processes of a node, whatever their parent is
