@@ -719,7 +719,15 @@ def train(trainer: Trainer, sampler: PromptSampler, batches: Iterator[dict]) -> 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line. Bad input prints one line and exits with status 2; a stopped run, with status 1."""
-    config = parse_dataclass(GRPOConfig, argv, __doc__, translate)
+    run(parse_dataclass(GRPOConfig, argv, __doc__, translate))
+
+
+def run(config: GRPOConfig) -> None:
+    """A whole run. It may also be called from Python: `run(GRPOConfig.create(algorithm="awm", prompts_file=...))`.
+
+    Raises:
+        SystemExit: as the command line, after a line on stderr that says why.
+    """
     with flag_errors("train_grpo_flux.py"), ExitStack() as held:
         for field in [name for name in ("reward_model", "eval_reward") if getattr(config, name) is not None]:
             check_custom_rewards(config.held_out() if field == "eval_reward" else config, field)
@@ -730,10 +738,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if config.dry_run:
             return
         live = live_report(config.output_dir, config.serve_report)
-        run = set_up(config, held.enter_context(FolderLock("output_dir", config.output_dir)))
+        parts = set_up(config, held.enter_context(FolderLock("output_dir", config.output_dir)))
         held = held.pop_all()  # the lock lasts until the run ends
     with last_line("train_grpo_flux.py", config.output_dir), held, live:
-        train(*run)
+        train(*parts)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 from fastvideo.cli import parse_dataclass
 from fastvideo.config import GRPOConfig
+from fastvideo.runtime import memory
 from fastvideo.runtime.memory import predict_memory
 from fastvideo.train_grpo_flux import main
 
@@ -69,6 +70,21 @@ def predicted(folder, flags: str, processes: int = 1) -> dict[str, float]:
 )
 def test_the_prediction_is_within_a_tenth_of_what_was_measured(flux_of, blocks, flags, measured):
     assert predicted(flux_of(*blocks), flags)["peak"] == pytest.approx(measured, rel=0.1)
+
+
+def test_an_evaluation_of_larger_pictures_counts_where_it_takes_more_than_training(flux_1, capsys, monkeypatch):
+    lora = "--use_lora --train_micro_batch_size 1 --rollout_batch_size 1 --h 256 --w 256 --num_generations 4"
+    lora += " --gradient_accumulation_steps 2 --eval_steps 5 --eval_prompts unused"
+    plain, large, small = (
+        predicted(flux_1, f"{lora} {size}") for size in ("", "--eval_h 2048 --eval_w 2048", "--eval_h 128 --eval_w 128")
+    )
+    assert plain == small and "evaluation" not in plain
+    picture = 2048 * 2048 * 1000 / 2**30  # decoded in bf16, one at a time
+    assert large["evaluation"] == large["activations"] == pytest.approx(picture)
+    assert large["peak"] == pytest.approx(large["weights"] + large["moments"] + picture)
+    monkeypatch.setattr(memory, "gpu_sizes", lambda: [20 * 2**30])
+    argv = f"--pretrained_model_name_or_path {flux_1} --data_json_path unused {lora} --eval_h 4096 --eval_w 4096"
+    assert "lower --eval_h and --eval_w" in memory.describe_memory(parse_dataclass(GRPOConfig, argv.split()), 1)
 
 
 def test_engines_split_what_they_say(flux_of, monkeypatch):

@@ -11,6 +11,7 @@ from fastvideo.models.flux import LatentShape, add_lora, meta_transformer, meta_
 from fastvideo.models.int8 import quantize_blocks
 from fastvideo.rollout_plan import make_plan, scout_plan
 from fastvideo.runtime.engines import choose_engine
+from fastvideo.runtime.evaluation import Sampling
 from fastvideo.utils.grpo_states import windows
 
 import torch
@@ -29,7 +30,8 @@ DECODED_PIXEL = 1000  # bytes per pixel in the VAE's last level
 def predict_memory(config: GRPOConfig, world_size: int) -> dict[str, float]:
     """GiB per GPU: weights, gradients, moments, activations, and their peak. Reward models on the GPU are not included.
 
-    `rows` isn't GiB: it is --train_micro_batch_size, or its default value.
+    `rows` isn't GiB: it is --train_micro_batch_size, or its default value. `evaluation` is there if evaluations
+    take more than all activations of training.
 
     Within a tenth of the measurements with one process, and with LoRA. FSDP2 uses more where memory allows: it then
     keeps gradients whole between micro-batches (80.9 GiB on each of four H200 for FLUX.1, predicted 68.7).
@@ -62,7 +64,12 @@ def predict_memory(config: GRPOConfig, world_size: int) -> dict[str, float]:
     shape = LatentShape.of(meta_vae(path), config.h, config.w)
     sizes = transformer.config
     width, blocks = sizes.num_attention_heads * sizes.attention_head_dim, sizes.num_layers + sizes.num_single_layers
-    row = (shape.tokens + TEXT_TOKENS) / config.sp_size * width * compute / 2
+
+    def row_of(picture: LatentShape) -> float:
+        """Bytes of one unit of width, for all tokens of a row."""
+        return (picture.tokens + TEXT_TOKENS) / config.sp_size * width * compute / 2
+
+    row = row_of(shape)
     share = config.selective_checkpointing if config.gradient_checkpointing else 0
     whole_block = KEPT_WITH_LORA if config.use_lora else KEPT_BY_A_BLOCK
     kept = whole_block * (1 - share) + KEPT_AT_A_CHECKPOINT * share
@@ -84,11 +91,18 @@ def predict_memory(config: GRPOConfig, world_size: int) -> dict[str, float]:
     if config.rollout_precision != "bf16":
         blocks = (*transformer.transformer_blocks, *transformer.single_transformer_blocks)
         copies = sum(layer.weight.numel() for block in blocks for layer in float8_layers(block))
-    decoding = (config.rollout_batch_size or config.num_generations) * config.h * config.w * DECODED_PIXEL * compute / 2
-    activations = max(training, sampling, decoding)
-    peak = weights + moments + max(gradients + training, sampling + copies, decoding)
+    pixel = DECODED_PIXEL * compute / 2
+    decoding = (config.rollout_batch_size or config.num_generations) * config.h * config.w * pixel
+    evaluation = 0.0  # samples and decodes one picture at a time, without FP8
+    if config.eval_steps:
+        size = Sampling.of(config)
+        large = LatentShape.of(meta_vae(path), size.h, size.w, "eval_")
+        evaluation = max(row_of(large) * IN_FLIGHT, size.h * size.w * pixel)
+    activations = max(training, sampling, decoding, evaluation)
+    peak = weights + moments + max(gradients + training, sampling + copies, decoding, evaluation)
     parts = dict(weights=weights, gradients=gradients, moments=moments, activations=activations, peak=peak)
     parts |= {"fp8_copies": copies} if copies else {}
+    parts |= {"evaluation": evaluation} if evaluation > max(training, sampling, decoding) else {}
     return {"rows": rows} | {name: size / 2**30 for name, size in parts.items()}
 
 
@@ -131,8 +145,9 @@ def describe_memory(config: GRPOConfig, world_size: int) -> str:
     )
     sizes = [size / 2**30 for size in gpu_sizes()]
     if sizes and found["peak"] > min(sizes):
+        lower = "--eval_h and --eval_w" if "evaluation" in found else "--train_micro_batch_size or --rollout_batch_size"
         line += (
-            f"\nwarning: a GPU here has {min(sizes):.3g} GiB; lower --train_micro_batch_size or --rollout_batch_size, "
-            "use --gradient_checkpointing, --use_lora, or more GPUs with --parallel fsdp --rollout_keep_gathered false"
+            f"\nwarning: a GPU here has {min(sizes):.3g} GiB; lower {lower}, use --gradient_checkpointing, --use_lora, "
+            "or more GPUs with --parallel fsdp --rollout_keep_gathered false"
         )
     return line

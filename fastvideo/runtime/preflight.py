@@ -20,12 +20,11 @@ from fastvideo.io.metrics import read_metrics
 from fastvideo.io.prompts import read_prompts
 from fastvideo.io.words import counted, duration
 from fastvideo.models.float8 import lacks_float8
-from fastvideo.models.flux import BASE, LatentShape, check_pipeline, meta_transformer, meta_vae, read_lora_init
+from fastvideo.models.flux import BASE, check_pipeline, meta_transformer, read_lora_init
 from fastvideo.models.reward_model.loading import bad_file, to_download
 from fastvideo.models.reward_model.spec import REWARDS, resolve_reward_spec
 from fastvideo.models.reward_model.utils import check_needs, reward_problems
 from fastvideo.runtime.checkpoint import checkpoints
-from fastvideo.runtime.evaluation import Sampling
 from fastvideo.runtime.memory import checkpoint_size, describe_memory
 from fastvideo.runtime.resume import check_output, to_resume
 from fastvideo.runtime.tracking import not_installed
@@ -69,9 +68,6 @@ def check_run(config: GRPOConfig, world_size: int) -> None:
     checks: list[Callable[[], object]] = [lambda: _check_room(config)]
     if not configs:
         checks = [lambda: check_output(config.output_dir)]
-    elif config.eval_steps:
-        size = Sampling.of(config)[:2]
-        checks.append(lambda: LatentShape.of(meta_vae(path), *size, "eval_"))
     if config.data_json_path:
         checks.append(lambda: _check_embeddings(config, configs))
     if config.lora_init and configs:
