@@ -23,7 +23,10 @@ from diffusers import FluxTransformer2DModel
 
 PAGES = sorted(path for pattern in ("*.md", "docs/*.md", "*_ckpt/README.md") for path in ROOT.glob(pattern))
 # Flags of programs that aren't ours.
-FOREIGN = set("nproc_per_node port config_file random-source nodes shutdown-timeout no-deps append signal".split())
+FOREIGN = set(
+    "nproc_per_node port config_file random-source nodes shutdown-timeout no-deps append signal build-arg gpus rm "
+    "shm-size".split()
+)
 PROGRAMS = {
     "scripts/inference/inference_flux.sh": SampleConfig,
     "scripts/evaluate/eval_reward.sh": EvalConfig,
