@@ -25,7 +25,7 @@ PAGES = sorted(path for pattern in ("*.md", "docs/*.md", "*_ckpt/README.md") for
 # Flags of programs that aren't ours.
 FOREIGN = set(
     "nproc_per_node port config_file random-source nodes shutdown-timeout no-deps append signal build-arg gpus rm "
-    "shm-size".split()
+    "shm-size logdir".split()
 )
 PROGRAMS = {
     "scripts/inference/inference_flux.sh": SampleConfig,
@@ -66,6 +66,7 @@ def test_flags_and_files_that_the_pages_name_exist():
     sources = [path for folder in folders for path in (ROOT / folder).rglob("*.*") if path.suffix in (".py", ".sh")]
     code = "\n".join(path.read_text(encoding="utf-8") for path in [*sources, ROOT / "tests/conftest.py"])
     known = {*re.findall(r"--([a-z][\w-]+)", code), *re.findall(r"^    (\w+): .* = flag\(", code, re.MULTILINE)}
+    known |= set(re.findall(r"alias=\"(\w+)\"", code))
     for page in PAGES:
         named = set(re.findall(r"(?<![\w-])--([a-z]\w+(?:-\w+)*)", text_of(page)))
         assert not {name for name in named - FOREIGN if not {name, name.removeprefix("no_")} & known}, page

@@ -287,8 +287,10 @@ def test_a_tracker_that_fails_or_hangs_leaves_the_others_alone(recorder, tracked
     assert [call[0] for call in other.calls] == ["init", 1, 2, 2, "end"]
 
 
-@pytest.mark.parametrize("name", [name for name in TRACKERS_HERE if name in ARGUMENTS])
+@pytest.mark.parametrize("name", ARGUMENTS)
 def test_the_installed_package_takes_what_a_run_sends(name, tracked, tmp_path, monkeypatch):
+    if name not in TRACKERS_HERE:
+        pytest.skip(f"{name} isn't installed")
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     hook = sys.excepthook
     _, text, _ = tracked(name)
