@@ -17,18 +17,12 @@ from typing import Any
 
 from fastvideo.cli import FlagError, flag, flag_errors, parse_dataclass
 from fastvideo.config import GRPOConfig
+from fastvideo.dataset.latent_flux_rl_datasets import TENSORS
 from fastvideo.eval.plots import INK, SERIES, STYLE, save
 from fastvideo.io.files import check_writable, write_json, writing
 from fastvideo.io.prompts import read_prompts
-from fastvideo.models.flux import (
-    Conditioning,
-    LatentShape,
-    encode_prompts,
-    load_text_encoders,
-    load_transformer,
-    meta_vae,
-    predict_velocity,
-)
+from fastvideo.models.family import Conditioning, LatentShape
+from fastvideo.models.pretrained import family_of, load_text_encoders, load_transformer, meta_vae
 from fastvideo.rollout_plan import make_plan
 from fastvideo.runtime.evaluation import noise_free_plan
 from fastvideo.sample.sample_flux import load_tuned
@@ -110,16 +104,20 @@ def sample_windows(config: SpreadConfig) -> tuple[list[str], dict[int, torch.Ten
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     base = config.pretrained_model_name_or_path
-    embeds = encode_prompts(load_text_encoders(base, dtype).to(device), prompts)
+    family = family_of(base)
+    embeds = family.encode_prompts(load_text_encoders(base, dtype).to(device), [*prompts, ""])
     shape = LatentShape.of(meta_vae(base), config.h, config.w)
     model = load_tuned(base, config.model_path, dtype) if config.model_path else load_transformer(base, dtype)
     model = model.to(device).eval()
-    conditioning = Conditioning(*(x.float() for x in embeds), shape.image_ids(device), config.guidance_scale)
+    *given, text_ids = (embeds[name].float() if name in embeds else None for name in TENSORS)
+    negative, given = given[0][-1], [None if x is None else x[:-1] for x in given]
+    ids = (text_ids, family.image_ids(shape, device))
+    conditioning = Conditioning(*given, *ids, config.guidance_scale, negative_prompt_embeds=negative)
 
     def velocity(*rows: torch.Tensor) -> torch.Tensor:
         with torch.autocast(device.type, dtype, enabled=device.type == "cuda"):
             parts = zip(*(x.split(config.batch_size) for x in rows), strict=True)
-            return torch.cat([predict_velocity(model, *x, conditioning, model.config.guidance_embeds) for x in parts])
+            return torch.cat([family.velocity(model, *x, conditioning) for x in parts])
 
     # All windows share the initial noise, and the noise of each step.
     noise = Noise(config.seed, 0, range(len(prompts)), shape, device)

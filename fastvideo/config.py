@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from fastvideo.cli import FlagError, check_fields, default_of, flag, written
+from fastvideo.family_defaults import family_defaults
 from fastvideo.io.secrets import redact
 from fastvideo.io.words import counted
 from fastvideo.models.reward_model.spec import NO_GROUP, REWARDS, RewardSpecConfig, resolve_reward_spec
@@ -102,7 +103,7 @@ class GRPOConfig(RewardSpecConfig):
 
     # --- what to train on -------------------------------------------------------------------------------------------
     pretrained_model_name_or_path: str = flag(
-        "data/flux", "diffusers FLUX pipeline: a folder or a hub id", section="model"
+        "data/flux", "diffusers pipeline of FLUX.1 or FLUX.2 klein: a folder or a hub id", section="model"
     )
     init_random_flux: bool = flag(
         False,
@@ -174,12 +175,21 @@ class GRPOConfig(RewardSpecConfig):
     h: int = flag(720, "picture height in pixels", at_least=16, at_most=2**14)
     w: int = flag(720, "picture width in pixels", at_least=16, at_most=2**14)
     sampling_steps: int = flag(25, "denoising steps T", at_least=3, at_most=1000)
-    shift: float = flag(3.0, "shift of the sigma schedule towards noise", at_least=1e-3, at_most=1e3)
+    shift: float = flag(
+        3.0,
+        "shift of the sigma schedule towards noise (FLUX.2: by default its own for this size and number of steps)",
+        at_least=1e-3,
+        at_most=1e3,
+    )
     eta: float = flag(
         0.7, "noise level of the stochastic steps; deterministic steps can't be trained", at_least=1e-3, at_most=10
     )
     guidance_scale: float = flag(
-        3.5, "distilled guidance; only for models with guidance embeds (FLUX.1-dev)", above=0, at_most=1000
+        3.5,
+        "guidance: distilled in FLUX.1-dev; classifier-free in FLUX.2 klein base, with two passes per evaluation, off "
+        "at 1 (4 by default there); other models take none",
+        above=0,
+        at_most=1000,
     )
     sde_type: str = flag("flow", "kind of stochastic step", choices=list(SDE_KINDS))
     init_same_noise: bool = flag(True, "all samples of a prompt start from the same noise")
@@ -678,7 +688,7 @@ class GRPOConfig(RewardSpecConfig):
         None, "denoising steps of the evaluated pictures (None: --sampling_steps)", at_least=1, at_most=1000
     )
     eval_guidance_scale: float | None = flag(
-        None, "distilled guidance of the evaluated pictures (None: --guidance_scale)", above=0, at_most=1000
+        None, "guidance of the evaluated pictures (None: --guidance_scale)", above=0, at_most=1000
     )
 
     def _check_evaluation(self) -> None:
@@ -789,7 +799,9 @@ class GRPOConfig(RewardSpecConfig):
                 if explicit.get(key, value) != value:
                     problem = f"contradicts --{written(key, explicit[key])}: it needs --{written(key, value)}"
                     raise FlagError("algorithm", name, problem)
-            explicit = {**algorithm["defaults"], **algorithm["requires"], **explicit, "algorithm": name}
+            usual = algorithm["defaults"] | algorithm["requires"]
+            usual |= family_defaults({**base, **usual, **explicit})
+            explicit = {**usual, **explicit, "algorithm": name}
             if name in TREES:
                 tree = {**base, **explicit}
                 leaves = tree["tree_split_children"] ** len(tree["tree_split_points"])
@@ -883,6 +895,7 @@ class GRPOConfig(RewardSpecConfig):
 
         algorithm = ALGORITHMS[self.algorithm]
         usual = {f.name: default_of(f) for f in fields(self)} | algorithm["defaults"] | algorithm["requires"]
+        usual |= family_defaults(vars(self))
         readers = {f.name: f.metadata.get("algorithms") or ALGORITHMS for f in fields(self)}
         values = self.to_public_dict()
         values = {k: v for k, v in values.items() if k not in NOT_AGAIN and self.algorithm in readers[k]}

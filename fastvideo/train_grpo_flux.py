@@ -19,7 +19,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Protocol
 
-from fastvideo.cli import flag_errors, parse_dataclass, parse_first
+from fastvideo.cli import FlagError, flag_errors, parse_dataclass, parse_first
 from fastvideo.config import CURRENT, OLD_POLICY, REFERENCE, GRPOConfig, world_size_of_environment
 from fastvideo.reference_flags import translate
 
@@ -27,22 +27,21 @@ if __name__ == "__main__":  # before the slow imports of torch and diffusers, so
     parse_first(GRPOConfig, None, __doc__, translate)
 
 from fastvideo.data_preprocess.preprocess_flux_embedding import embed_prompts
-from fastvideo.dataset.latent_flux_rl_datasets import LatentFluxRLDataset, PromptSampler, read_ahead
+from fastvideo.dataset.latent_flux_rl_datasets import TENSORS, LatentFluxRLDataset, PromptSampler, read_ahead
 from fastvideo.eval.live import live_report
 from fastvideo.io.lock import FolderLock
 from fastvideo.io.messages import is_first, warn
 from fastvideo.io.processes import entry_point, stop_signals
 from fastvideo.io.progress_line import ProgressLine, describe_iteration
 from fastvideo.io.scores import reward_schema
-from fastvideo.models.flux import (
-    Conditioning,
-    LatentShape,
+from fastvideo.models.family import Conditioning, LatentShape
+from fastvideo.models.pretrained import (
     check_lora_targets,
     check_sequence_split,
     decode_latents,
+    family_of,
     load_vae,
     meta_transformer,
-    predict_velocity,
 )
 from fastvideo.models.reward_model.utils import check_custom_rewards
 from fastvideo.rollout_plan import describe, make_plan, optimizer_steps, scout_plan
@@ -344,8 +343,9 @@ class Trainer:
         if engine.compiled:
             self.vae.decoder.compile(dynamic=False)
         self.shape = LatentShape.of(self.vae, config.h, config.w)
-        self.image_ids = self.shape.image_ids(device)
-        self.guidance_embeds = bool(transformer.config.guidance_embeds)
+        self.family = engine.family
+        self.image_ids = self.family.image_ids(self.shape, device)
+        self.negative_prompt_embeds: torch.Tensor | None = None
 
         engine.prepare(transformer, {"lr": config.learning_rate, "weight_decay": config.weight_decay})
         self.steps_per_iteration = optimizer_steps(config)
@@ -388,11 +388,17 @@ class Trainer:
 
     def conditioning(self, batch: dict) -> Conditioning:
         """Prompt embeddings of a batch, on the device."""
-        names = ("prompt_embeds", "pooled_prompt_embeds", "text_ids")
-        embeds, pooled, text_ids = (
-            batch[name].to(self.accelerator.device, torch.float32, non_blocking=True) for name in names
+        device, names = self.accelerator.device, self.family.embeddings
+        tensors = {name: batch[name].to(device, torch.float32, non_blocking=True) for name in names}
+        embeds, pooled, text_ids = map(tensors.get, TENSORS)
+        return Conditioning(
+            embeds,
+            pooled,
+            text_ids[0],
+            self.image_ids,
+            self.config.guidance_scale,
+            negative_prompt_embeds=self.negative_prompt_embeds,
         )
-        return Conditioning(embeds, pooled, text_ids[0], self.image_ids, self.config.guidance_scale)
 
     def velocity_of(self, model: torch.nn.Module, conditioning: Conditioning, training: bool = True) -> Velocity:
         """The velocity that a model predicts, with the same precision and autocast in rollout and training.
@@ -409,7 +415,7 @@ class Trainer:
                 place = torch.arange(few, device=latents.device).clamp(max=given - 1)
                 latents, sigma, prompt_index = latents[place], sigma[place], prompt_index[place]
             with self.accelerator.autocast(), self.engine.attention(training):
-                v = predict_velocity(model, latents, sigma, prompt_index, conditioning, self.guidance_embeds)
+                v = self.family.velocity(model, latents, sigma, prompt_index, conditioning)
             return v[:given]
 
         return velocity
@@ -434,13 +440,15 @@ class Trainer:
 
     def decode(self, sampled: Rollout, batch_size: int) -> list[Image.Image]:
         """Decodes a rollout to pictures, `batch_size` pictures at a time."""
-        return decode_latents(self.vae, sampled.latents, self.config.h, self.config.w, batch_size)
+        return decode_latents(self.family, self.vae, sampled.latents, self.config.h, self.config.w, batch_size)
 
     def draw(self, plan: Plan, batch: dict, slot: int) -> list[Image.Image]:
         """Pictures of one prompt for an evaluation. Empty, except on the first process of a sequence group."""
         conditioning, size = self.evaluation.conditioning(self.conditioning(batch)), self.evaluation.sampling[:2]
         sampled = self.sample(plan, 0, range(slot, slot + 1), conditioning)  # training starts at 1
-        return [] if self.engine.place_in_group else decode_latents(self.vae, sampled.latents, *size, 1)
+        if self.engine.place_in_group:
+            return []
+        return decode_latents(self.family, self.vae, sampled.latents, *size, 1)
 
     def evaluate(self, iteration: int) -> dict[str, float]:
         """Metrics of the evaluation after an iteration. Empty if none is due or the iteration did not train."""
@@ -611,11 +619,15 @@ def set_up(config: GRPOConfig, lock: FolderLock | None = None) -> tuple[Trainer,
 
     lock: of --output_dir; the first process takes it. None: no other program can want the folder.
     """
-    transformer = meta_transformer(config.pretrained_model_name_or_path)
+    transformer, family = (find(config.pretrained_model_name_or_path) for find in (meta_transformer, family_of))
+    guided = family.guided(max(config.guidance_scale, Sampling.of(config).guidance_scale))
 
     def cached(index: str | Path) -> LatentFluxRLDataset:
-        widths = (transformer.config.joint_attention_dim, transformer.config.pooled_projection_dim)
-        return LatentFluxRLDataset(index, config.cfg, config.sampler_seed, widths)
+        found = LatentFluxRLDataset(index, config.cfg, config.sampler_seed, family.widths(transformer))
+        if found.negative_prompt_embeds is None and guided:
+            problem = "no embedding of the empty prompt, which --guidance_scale above 1 needs; preprocess again"
+            raise FlagError("data_json_path", index, problem)
+        return found
 
     dataset = cached(config.data_json_path) if config.data_json_path else None
     if config.use_lora:
@@ -648,6 +660,8 @@ def set_up(config: GRPOConfig, lock: FolderLock | None = None) -> tuple[Trainer,
         for size in {(config.h, config.w), Sampling.of(config)[:2]}:
             check_sequence_split(config.pretrained_model_name_or_path, *size, text_tokens, config.sp_size)
     trainer = Trainer(config, engine, scoring, checkpoint)
+    if guided:
+        trainer.negative_prompt_embeds = dataset.negative_prompt_embeds.to(accelerator.device, torch.float32)
     if eval_index is not None:
         trainer.evaluation = Evaluation(config, eval_index, scoring, held_out, trainer.vae)
     together = trainer.local_prompts * engine.data_ranks

@@ -35,8 +35,16 @@ import diffusers
 import numpy as np
 import torch
 import transformers
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    FluxPipeline,
+    FluxTransformer2DModel,
+)
 from PIL import Image
+from tiny_flux2 import make_flux2_pipeline
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -53,11 +61,15 @@ LIES = 0.4  # share of the training examples with the caption of another scene
 MAX_BYTES = 6_000_000
 
 
+def _words() -> list[str]:
+    """All words of captions."""
+    captions = [scene.caption() for withheld in (False, True) for scene in all_scenes(withheld)]
+    return sorted(set(" ".join(captions).split()))
+
+
 def _make_tokenizers() -> tuple[CLIPTokenizer, T5Tokenizer]:
     """CLIP (byte-level BPE) and T5 (unigram) tokenizers: one token a caption word, any other word letter by letter."""
-    captions = [scene.caption() for withheld in (False, True) for scene in all_scenes(withheld)]
-    words = sorted(set(" ".join(captions).split()))
-
+    words = _words()
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     trainer = trainers.BpeTrainer(vocab_size=10_000, end_of_word_suffix="</w>", show_progress=False)
@@ -145,14 +157,22 @@ def make_pipeline(guidance_embeds: bool = True, seed: int = 0, single_layers: in
     )
 
 
-def save_pipeline(pipe: FluxPipeline, output_dir: str | Path) -> None:
+def save_pipeline(pipe: DiffusionPipeline, output_dir: str | Path) -> None:
     """Write a float16 copy of the pipeline as safetensors; the one in memory stays float32."""
     parts = {name: part for name, part in pipe.components.items() if part is not None}
     for name, part in parts.items():
         if isinstance(part, torch.nn.Module):
             parts[name] = copy.deepcopy(part).half()
-    FluxPipeline(**parts).save_pretrained(output_dir)
+    options = {"is_distilled": pipe.config.is_distilled} if isinstance(pipe, Flux2KleinPipeline) else {}
+    type(pipe)(**parts, **options).save_pretrained(output_dir)
     usual_modes(Path(output_dir))
+
+
+def build_tiny_flux2(output_dir: str | Path, seed: int = 0, single_layers: int = 3, distilled: bool = False) -> None:
+    """Write an untrained FLUX.2 [klein] pipeline with random weights, in a second."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        save_pipeline(make_flux2_pipeline(_words(), single_layers, distilled), output_dir)
 
 
 def build_tiny_flux(

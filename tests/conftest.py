@@ -23,6 +23,7 @@ import fastvideo.torchvision_repair  # noqa: F401  (before transformers)
 from fastvideo import train_grpo_flux
 from fastvideo.data_preprocess.preprocess_flux_embedding import embed_prompts
 from fastvideo.io import messages
+from fastvideo.models.flux import Flux1
 from fastvideo.models.reward_model import utils as reward_utils
 from fastvideo.models.reward_model.custom import FunctionReward
 
@@ -276,7 +277,7 @@ def train(flags, tmp_path) -> Callable[..., Run]:
 @pytest.fixture
 def velocity_calls(monkeypatch) -> Callable[[Callable], None]:
     """velocity_calls(change): replaces each predicted velocity by change(velocity, in_rollout)."""
-    sampling, sample, predict = [], train_grpo_flux.rollout, train_grpo_flux.predict_velocity
+    sampling, sample, predict = [], train_grpo_flux.rollout, Flux1.velocity
 
     def rollout(*args):
         sampling.append(True)
@@ -287,7 +288,7 @@ def velocity_calls(monkeypatch) -> Callable[[Callable], None]:
 
     def install(change: Callable) -> None:
         monkeypatch.setattr(train_grpo_flux, "rollout", rollout)
-        monkeypatch.setattr(train_grpo_flux, "predict_velocity", lambda *args: change(predict(*args), bool(sampling)))
+        monkeypatch.setattr(Flux1, "velocity", lambda *args: change(predict(*args), bool(sampling)))
 
     return install
 

@@ -10,7 +10,7 @@ from itertools import islice
 from fastvideo import train_grpo_flux
 from fastvideo.cli import parse_dataclass
 from fastvideo.config import ALGORITHMS, DRAWN, MERGES, GRPOConfig
-from fastvideo.models.flux import LatentShape
+from fastvideo.models.family import LatentShape
 from fastvideo.rollout_plan import describe, make_plan, merged_steps, optimizer_steps, pruned_depths
 from fastvideo.train_grpo_flux import Rollout, rollout
 from fastvideo.utils import advantages as advantage_maths

@@ -119,7 +119,7 @@ def change(path: Path, number: int, folder: str, new: Callable[[torch.Tensor], o
     torch.save(new(torch.load(file)), file)
 
 
-WIDTHS = (6, 3)  # of the embeddings of make_data
+WIDTHS = {"prompt_embeds": 6, "pooled_prompt_embeds": 3, "text_ids": 3}
 
 
 def test_embeddings_of_the_references_are_read_in_any_layout_whose_meaning_is_certain(tmp_path):

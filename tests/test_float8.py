@@ -11,9 +11,10 @@ from fastvideo.cli import parse_dataclass
 from fastvideo.config import GRPOConfig
 from fastvideo.eval.plots import plan_plots
 from fastvideo.models.float8 import Float8Copies, float8_layers, float8_product, lacks_float8, to_e4m3
-from fastvideo.models.flux import add_lora, load_transformer
-from fastvideo.models.flux_speed import StreamwiseAttnProcessor, compile_transformer
-from fastvideo.models.int8 import quantize_blocks
+from fastvideo.models.flux import Flux1
+from fastvideo.models.int8 import quantize_linear
+from fastvideo.models.pretrained import add_lora, load_transformer
+from fastvideo.models.speed import StreamwiseAttnProcessor, compile_transformer
 from fastvideo.rollout_plan import make_plan, scout_plan
 from fastvideo.runtime import rollout_drift as drift_module
 from fastvideo.runtime.memory import predict_memory
@@ -85,7 +86,7 @@ def test_modulation_adapters_and_odd_sizes_stay_in_the_compute_format(random_flu
 def test_copies_are_used_only_in_their_context_and_leave_no_trace(random_flux, quantized):
     transformer = load_transformer(random_flux).requires_grad_(False)
     if quantized:
-        quantize_blocks(transformer, "cpu")
+        quantize_linear(Flux1().blocks(transformer), "cpu")
     block, names = transformer.single_transformer_blocks[0], list(transformer.state_dict())
     x = torch.randn(4, 128, generator=torch.Generator().manual_seed(0))
     layers = float8_layers(block)
@@ -295,6 +296,7 @@ def test_compiled_blocks_have_one_more_graph_each_however_often_the_weights_are_
     monkeypatch.setattr(torch._dynamo.config, "use_recursive_dict_tags_for_guards", fast_guards)
     transformer = load_transformer(random_flux).requires_grad_(False).to(device)
     transformer.set_attn_processor(StreamwiseAttnProcessor())
+    Flux1().prepare_compile(transformer)
     compile_transformer(transformer)
     blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
     copies, generator = Float8Copies(blocks, emulated=device == "cpu"), torch.Generator().manual_seed(0)

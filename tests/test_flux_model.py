@@ -2,20 +2,13 @@
 
 from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 
-from fastvideo.models import flux_speed
-from fastvideo.models.flux import (
-    Conditioning,
-    LatentShape,
-    decode_latents,
-    forward_flops,
-    load_transformer,
-    load_vae,
-    predict_velocity,
-    random_transformer,
-    vae_scale_factor,
-)
-from fastvideo.models.flux_speed import StreamwiseAttnProcessor, compile_transformer, cudnn_attention, rotary_embedding
+from fastvideo.models import speed
+from fastvideo.models.family import Conditioning, LatentShape, vae_scale_factor
+from fastvideo.models.flux import Flux1
+from fastvideo.models.pretrained import decode_latents, load_transformer, load_vae, random_transformer
+from fastvideo.models.speed import StreamwiseAttnProcessor, compile_transformer, cudnn_attention, rotary_embedding
 
 import numpy as np
 import pytest
@@ -45,9 +38,7 @@ def velocity(transformer: FluxTransformer2DModel, rows: int, image_tokens: int, 
     )
     latents = torch.stack([random(image_tokens, config.in_channels) for _ in range(rows)])
     index = torch.zeros(rows, dtype=torch.long, device=device)
-    return predict_velocity(
-        transformer, latents, 1 / (1.5 + torch.arange(rows, device=device)), index, conditioning, True
-    )
+    return Flux1().velocity(transformer, latents, 1 / (1.5 + torch.arange(rows, device=device)), index, conditioning)
 
 
 def test_attention_gives_the_numbers_and_gradients_of_diffusers_bit_for_bit(tiny_flux):
@@ -69,7 +60,7 @@ def test_attention_gets_gradients_without_gaps(tiny_flux, monkeypatch):
     """cuDNN's backward pass needs such gradients on a GPU."""
     transformer = load_transformer(tiny_flux)
     transformer.set_attn_processor(StreamwiseAttnProcessor())
-    seen, dispatch = [], flux_speed.dispatch_attention_fn
+    seen, dispatch = [], speed.dispatch_attention_fn
 
     def watched(*args, **kwargs) -> torch.Tensor:
         output = dispatch(*args, **kwargs)
@@ -81,10 +72,10 @@ def test_attention_gets_gradients_without_gaps(tiny_flux, monkeypatch):
         velocity(transformer, rows=2, image_tokens=18, text_tokens=8).square().mean().backward()
         return sum(seen)
 
-    monkeypatch.setattr(flux_speed, "dispatch_attention_fn", watched)
+    monkeypatch.setattr(speed, "dispatch_attention_fn", watched)
     double, single = transformer.config.num_layers, transformer.config.num_single_layers
     assert without_gaps() == len(seen) == double + single
-    monkeypatch.setattr(flux_speed._ContiguousGradient, "apply", lambda x: x)
+    monkeypatch.setattr(speed._ContiguousGradient, "apply", lambda x: x)
     assert without_gaps() == len(seen) - single  # without our function, single blocks have gaps
 
 
@@ -93,6 +84,7 @@ def test_compiled_blocks_are_whole_graphs_that_return_no_views(tiny_flux):
     """Gradients of views would be computed outside the graph, and a second graph would cost copies."""
     transformer = load_transformer(tiny_flux)
     transformer.set_attn_processor(StreamwiseAttnProcessor())
+    Flux1().prepare_compile(transformer)
     compile_transformer(transformer)
     blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
     returned = []
@@ -117,6 +109,7 @@ def test_a_row_rounds_alike_in_compiled_graphs_of_two_or_more_rows(device):
     with torch.device(device):
         transformer = FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True, **sizes)
     transformer.bfloat16().set_attn_processor(StreamwiseAttnProcessor())
+    Flux1().prepare_compile(transformer)
     compile_transformer(transformer)
     attention = cudnn_attention() if device == "cuda" else nullcontext()
     with torch.autocast(device, torch.bfloat16), attention:
@@ -129,6 +122,7 @@ def test_a_compiled_block_follows_the_choice_of_attention(tiny_flux):
     """The attention can change between calls. cuDNN is missing on a CPU, so an error shows that the block chose it."""
     transformer = load_transformer(tiny_flux)
     transformer.set_attn_processor(StreamwiseAttnProcessor())
+    Flux1().prepare_compile(transformer)
     compile_transformer(transformer)
     with torch.no_grad():
         plain = velocity(transformer, rows=1, image_tokens=18, text_tokens=8)
@@ -159,7 +153,7 @@ def test_operations_of_a_forward_pass_are_those_that_torch_counts():
     transformer = FluxTransformer2DModel(num_layers=2, num_single_layers=3, guidance_embeds=True, **sizes)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         velocity(transformer, rows=1, image_tokens=1024, text_tokens=256)
-    assert forward_flops(transformer, 1024, 256) == pytest.approx(counter.get_total_flops(), rel=0.02)
+    assert Flux1().forward_flops(transformer, 1024, 256) == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
 @torch.no_grad()
@@ -170,7 +164,7 @@ def test_decoded_pictures_are_rounded_as_diffusers_rounds_them(tiny_flux):
     unpacked = FluxPipeline._unpack_latents(latents, 32, 48, vae_scale_factor(vae))
     pixels = vae.decode(unpacked / vae.config.scaling_factor + vae.config.shift_factor, return_dict=False)[0]
     expected = VaeImageProcessor().postprocess(pixels, output_type="pil")
-    for mine, theirs in zip(decode_latents(vae, latents, 32, 48, 3), expected, strict=True):
+    for mine, theirs in zip(decode_latents(Flux1(), vae, latents, 32, 48, 3), expected, strict=True):
         assert np.array_equal(np.asarray(mine), np.asarray(theirs))
 
 
@@ -186,11 +180,11 @@ def test_pictures_that_do_not_fit_into_memory_together_are_decoded_one_at_a_time
 
     shape = LatentShape.of(vae, 32, 32)
     latents = torch.randn(3, shape.tokens, shape.channels, generator=torch.Generator().manual_seed(0))
-    expected = decode_latents(vae, latents, 32, 32, 1)
+    expected = decode_latents(Flux1(), vae, latents, 32, 32, 1)
     monkeypatch.setattr(AutoencoderKL, "decode", with_little_memory)
     with warned("3 pictures don't fit"):
-        found = decode_latents(vae, latents, 32, 32, 3)
-    decode_latents(vae, latents, 32, 32, 3)  # doesn't try 3 at once again
+        found = decode_latents(Flux1(), vae, latents, 32, 32, 3)
+    decode_latents(Flux1(), vae, latents, 32, 32, 3)  # doesn't try 3 at once again
     assert sizes == [3, 1, 1, 1, 1, 1, 1] and vae.use_tiling
     for mine, theirs in zip(found, expected, strict=True):  # too small to be cut into tiles
         assert np.array_equal(np.asarray(mine), np.asarray(theirs))
@@ -207,11 +201,14 @@ def test_random_weights_need_config_json_alone_and_follow_from_the_seed(tiny_flu
 def test_the_model_sees_the_noise_level_itself_not_rounded_to_thousandths():
     seen = {}
 
-    def transformer(**given) -> tuple[torch.Tensor]:
-        seen.update(given)
-        return (given["hidden_states"],)
+    class Transformer:
+        config = SimpleNamespace(guidance_embeds=True)
+
+        def __call__(self, **given) -> tuple[torch.Tensor]:
+            seen.update(given)
+            return (given["hidden_states"],)
 
     sigma, one = torch.tensor([0.123456789, 0.9876543]), torch.zeros(1, 1, 1)
     conditioning = Conditioning(one, one[0], one[0], one[0], 3.5)
-    predict_velocity(transformer, torch.zeros(2, 1, 4), sigma, torch.tensor([0, 0]), conditioning, True)
+    Flux1().velocity(Transformer(), torch.zeros(2, 1, 4), sigma, torch.tensor([0, 0]), conditioning)
     assert torch.equal(seen["timestep"], sigma)

@@ -7,9 +7,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [  # lowest first; a name covers a module, or all modules of a package that no other name covers
-    "torchvision_repair cli familiar_flags reference_flags config io utils.steps models.reward_model.spec "
-    "models.reward_model.granular",
-    "utils.picture_measures models.float8 models.flux models.flux_speed models.int8 models.lora dataset",
+    "torchvision_repair cli familiar_flags reference_flags config family_defaults io utils.steps "
+    "models.reward_model.spec models.reward_model.granular",
+    "utils.picture_measures dataset models.family models.flux models.flux2 models.float8 models.int8 models.lora "
+    "models.pretrained models.speed",
     "utils rollout_plan",
     "models.reward_model",
     "runtime",

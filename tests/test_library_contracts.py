@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 
-from fastvideo.models.flux_speed import ROUNDING_OF_ROWS
+from fastvideo.models.speed import ROUNDING_OF_ROWS
 
 import pytest
 import torch
@@ -80,7 +80,7 @@ def test_dynamo_has_a_limit_of_graphs_beyond_which_it_gives_up():
         calls.append(inputs[0].shape)
         return graph
 
-    with relied_on("torch", "_dynamo.config.recompile_limit", "models/flux_speed.py raises for all shapes of blocks"):
+    with relied_on("torch", "_dynamo.config.recompile_limit", "models/speed.py raises for all shapes of blocks"):
         try:
             torch._dynamo.reset()
             torch._dynamo.config.recompile_limit = 2
@@ -94,7 +94,7 @@ def test_dynamo_has_a_limit_of_graphs_beyond_which_it_gives_up():
 
 
 def test_inductor_knows_the_options_that_make_rows_round_alike():
-    with relied_on("torch", "Inductor's options", "models/flux_speed.py gives compiled blocks"):
+    with relied_on("torch", "Inductor's options", "models/speed.py gives compiled blocks"):
         assert set(ROUNDING_OF_ROWS) <= set(torch._inductor.list_options())
 
 
@@ -159,12 +159,12 @@ def test_diffusers_unpacks_what_it_has_packed():
 
 
 def test_diffusers_attention_takes_backend_and_parallel_config_from_the_processor():
-    with relied_on("diffusers", "FluxAttnProcessor", "models/flux_speed.py replaces"):
+    with relied_on("diffusers", "FluxAttnProcessor", "models/speed.py replaces"):
         assert FluxAttnProcessor._attention_backend is None and FluxAttnProcessor._parallel_config is None
 
 
 def test_diffusers_resolves_a_parallel_config_by_a_method_of_the_model():
-    with relied_on("diffusers", "enable_parallelism", "models/flux_speed.py splits sequences by"):
+    with relied_on("diffusers", "enable_parallelism", "models/speed.py splits sequences by"):
         assert "self._resolve_parallel_config(" in inspect.getsource(FluxTransformer2DModel.enable_parallelism)
         parameters = inspect.signature(ParallelConfig.setup).parameters
         assert list(parameters)[1:4] == ["rank", "world_size", "device"] and "mesh" in parameters

@@ -4,7 +4,7 @@ import math
 
 from fastvideo import train_grpo_flux
 from fastvideo.config import DRAWN, GRPOConfig
-from fastvideo.models.flux import LatentShape
+from fastvideo.models.family import LatentShape
 from fastvideo.rollout_plan import describe, make_plan
 from fastvideo.train_grpo_flux import DrawsObjective, Transition
 from fastvideo.utils.draws import ERRORS, Draws, make_draws, nft_loss, v_grpo_error, velocity_error

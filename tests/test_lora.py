@@ -8,8 +8,8 @@ from pathlib import Path
 from fastvideo import train_grpo_flux
 from fastvideo.io.lock import FolderLock
 from fastvideo.models import merge_lora
-from fastvideo.models.flux import add_lora, load_transformer, load_with_lora
 from fastvideo.models.lora import LORA_FILE
+from fastvideo.models.pretrained import add_lora, load_transformer, load_with_lora
 from fastvideo.runtime import engines
 from fastvideo.sample import sample_flux
 

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fastvideo.cli import FlagError
-from fastvideo.models import flux, merge_lora
-from fastvideo.models.flux import load_transformer, load_with_lora
+from fastvideo.models import merge_lora, pretrained
+from fastvideo.models.flux import Flux1
 from fastvideo.models.lora import LORA_CONFIG, LORA_FILE, PEFT_CONFIG, find_lora, read_trained_lora, save_lora
+from fastvideo.models.pretrained import load_transformer, load_with_lora
 from fastvideo.sample import sample_flux
 
 import pytest
@@ -211,7 +212,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_is_not_understood_in_full_is_refused_before_a_model_is_loaded(case, tiny_flux, tmp_path, monkeypatch):
     weights, problem = REFUSED[case]
-    monkeypatch.setattr(flux, "load_transformer", lambda *_: pytest.fail("the base model was loaded"))
+    monkeypatch.setattr(pretrained, "load_transformer", lambda *_: pytest.fail("the base model was loaded"))
     with pytest.raises(FlagError, match=f"^model_path .*LoRA file can't be used: .*{problem}") as refusal:
         load_with_lora(tiny_flux, write(tmp_path, weights).parent)
     assert len(str(refusal.value)) - len(str(tmp_path)) < 330 and "\n" not in str(refusal.value)
@@ -250,12 +251,12 @@ def test_rank_stabilised_lora_acts_by_alpha_over_the_root_of_the_rank(effect, tm
 
 def test_our_checkpoints_act_in_diffusers_as_in_training_and_name_alpha_for_other_programs(effect, tiny_flux, tmp_path):
     trained = load_transformer(tiny_flux)
-    flux.add_lora(trained, RANK, 2 * RANK, ["to_q", "to_out.0"], seed=1)
+    pretrained.add_lora(trained, RANK, 2 * RANK, ["to_q", "to_out.0"], seed=1)
     weights = {name: p for name, p in trained.named_parameters() if p.requires_grad}
     for parameter in weights.values():
         parameter.data = numbers(*parameter.shape)
     moved = predict(trained) - predict(load_transformer(tiny_flux))
-    save_lora(tmp_path / "new", weights, trained)
+    save_lora(tmp_path / "new", weights, trained, Flux1())
     stored = load_file(tmp_path / "new" / LORA_FILE)
     alphas = {name: float(stored.pop(name)) for name in list(stored) if name.endswith(".alpha")}
     assert set(alphas.values()) == {2.0 * RANK} and len(alphas) == len(stored) / 2

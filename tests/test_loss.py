@@ -4,7 +4,7 @@ import math
 
 from fastvideo.cli import parse_dataclass
 from fastvideo.config import GRPOConfig
-from fastvideo.models.flux import Conditioning
+from fastvideo.models.family import Conditioning
 from fastvideo.rollout_plan import make_plan
 from fastvideo.train_grpo_flux import Rollout, StepsObjective, Transition, policy_loss, set_up, transition_table
 from fastvideo.utils.plan import Plan

@@ -11,11 +11,12 @@ import time
 from pathlib import Path
 
 from fastvideo.data_preprocess import preprocess_flux_embedding
-from fastvideo.data_preprocess.preprocess_flux_embedding import ENCODERS, embed_prompts, main
+from fastvideo.data_preprocess.preprocess_flux_embedding import embed_prompts, main
 from fastvideo.io.devices import resolve_dtype
 from fastvideo.io.files import write_bytes
 from fastvideo.io.fingerprint import model_fingerprint
-from fastvideo.models.flux import encode_prompts, load_text_encoders
+from fastvideo.models.flux import Flux1
+from fastvideo.models.pretrained import load_text_encoders
 
 import pytest
 import torch
@@ -57,7 +58,7 @@ def test_each_caption_gets_the_embedding_that_the_pipeline_makes_of_it(tmp_path)
     assert [entry["caption"] for entry in entries] == [prompt.strip() for prompt in PROMPTS]
     pipe = load_text_encoders(TINY)
     for entry in entries:
-        embeds, pooled, ids = encode_prompts(pipe, [entry["caption"]])
+        embeds, pooled, ids = Flux1().encode_prompts(pipe, [entry["caption"]]).values()
         for folder, key, expected in (
             ("prompt_embed", "prompt_embed_path", embeds[0]),
             ("pooled_prompt_embeds", "pooled_prompt_embeds_path", pooled[0]),
@@ -116,10 +117,11 @@ def test_another_model_or_length_does_not_reuse_the_embeddings(tmp_path):
     for folder in ("text_encoder", "tokenizer"):
         (encoders / folder).mkdir(parents=True)
         (encoders / folder / "weights.bin").write_bytes(bytes(10_000))
-    before = model_fingerprint(str(encoders), ENCODERS)
-    assert before == model_fingerprint(str(encoders), ENCODERS) != model_fingerprint(TINY, ENCODERS)
+    parts = (*Flux1.text_encoders, *Flux1.tokenizers)
+    before = model_fingerprint(str(encoders), parts)
+    assert before == model_fingerprint(str(encoders), parts) != model_fingerprint(TINY, parts)
     (encoders / "text_encoder" / "weights.bin").write_bytes(bytes(5_000) + b"x" + bytes(4_999))
-    assert model_fingerprint(str(encoders), ENCODERS) != before
+    assert model_fingerprint(str(encoders), parts) != before
 
     prompts = prompt_file(tmp_path, "one")
     long, short = (

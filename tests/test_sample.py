@@ -15,8 +15,8 @@ from fastvideo.cli import parse_dataclass
 from fastvideo.io.devices import torch_dtype
 from fastvideo.io.files import write_bytes
 from fastvideo.io.processes import Processes, processes
-from fastvideo.models.flux import load_transformer
 from fastvideo.models.lora import LORA_FILE
+from fastvideo.models.pretrained import load_transformer
 from fastvideo.sample import sample_flux
 from fastvideo.sample.sample_flux import SampleConfig, main
 
@@ -99,7 +99,7 @@ def test_without_hybrid_the_pictures_are_diffusers_own_for_the_seeds_in_the_mani
 def test_defaults_are_the_papers_and_flags_of_the_reference_work():
     config = SampleConfig(model_path="x")
     size = (config.h, config.w, config.total_sampling_steps, config.guidance_scale, config.max_sequence_length)
-    assert size == (1024, 1024, 50, 3.5, 512)
+    assert size == (1024, 1024, 50, None, 512)  # None: 3.5 for FLUX.1, see test_flux2.py
     for none in ("-1", "0"):
         argv = ["--flux_baseline_model_dir", "here", "--mix_sampling_steps", none, "--model_path", "x"]
         reference = parse_dataclass(SampleConfig, argv)

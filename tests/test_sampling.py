@@ -8,7 +8,8 @@ from itertools import islice
 
 from fastvideo.cli import parse_dataclass
 from fastvideo.config import GRPOConfig
-from fastvideo.models.flux import Conditioning, LatentShape, decode_latents
+from fastvideo.models.family import Conditioning, LatentShape
+from fastvideo.models.pretrained import decode_latents
 from fastvideo.rollout_plan import make_plan
 from fastvideo.train_grpo_flux import StepsObjective, rollout, set_up, transition_table
 from fastvideo.utils.grpo_states import window_counts, windows
@@ -371,7 +372,7 @@ def test_our_sampler_without_noise_draws_what_diffusers_pipeline_draws(flags, ti
     pipe = FluxPipeline.from_pretrained(tiny_flux, dtype=torch.float32)
     for vae in (trainer.vae, pipe.vae):  # the tiny one's shift is too small to be seen
         vae.register_to_config(shift_factor=0.3, scaling_factor=1.3)
-    pictures = decode_latents(trainer.vae, ours, height, width, 1)
+    pictures = decode_latents(trainer.family, trainer.vae, ours, height, width, 1)
     pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)  # our σ are shifted already
     pipe.set_progress_bar_config(disable=True)
     given = {

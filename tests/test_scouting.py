@@ -7,7 +7,8 @@ from fastvideo import train_grpo_flux
 from fastvideo.cli import parse_dataclass
 from fastvideo.config import GRPOConfig
 from fastvideo.eval.plots import plan_plots
-from fastvideo.models.flux import LatentShape, meta_vae
+from fastvideo.models.family import LatentShape
+from fastvideo.models.pretrained import meta_vae
 from fastvideo.rollout_plan import describe
 from fastvideo.runtime.memory import predict_memory
 from fastvideo.runtime.scoring import Scoring

@@ -3,7 +3,7 @@
 import re
 
 from fastvideo.data_preprocess.preprocess_flux_embedding import embed_prompts
-from fastvideo.models.flux import check_sequence_split
+from fastvideo.models.pretrained import check_sequence_split
 
 import numpy as np
 import pytest

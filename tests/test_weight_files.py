@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fastvideo import train_grpo_flux
-from fastvideo.models.flux import check_transformer, load_text_encoders, load_transformer, load_vae
+from fastvideo.models.pretrained import check_transformer, load_text_encoders, load_transformer, load_vae
 from fastvideo.sample import sample_flux
 
 import pytest

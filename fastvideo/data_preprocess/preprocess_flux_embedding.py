@@ -6,7 +6,8 @@
 
 Writes `prompt_embed/`, `pooled_prompt_embeds/`, `text_ids/` and, at the very end, `prompt.json`: a list of
 {"prompt_embed_path", "pooled_prompt_embeds_path", "text_ids", "caption"} whose file names lie in those folders. What
-the prompt file says about a prompt in other keys or columns is its "metadata", for rewards that need it.
+the prompt file says about a prompt in other keys or columns is its "metadata", for rewards that need it. FLUX.2 has no
+pooled embedding; for its guidance, "negative_prompt_embed_path" is the file of the empty prompt.
 
 A file's name is a hash of the text encoders, the caption, the length and the number format. So an embedding stays with
 its caption however the prompt file is edited, a second run embeds only new captions, and another model never finds the
@@ -48,7 +49,7 @@ class PreprocessConfig:
 if __name__ == "__main__":  # before the slow imports: --help and a refused flag answer at once
     parse_first(PreprocessConfig, doc=__doc__)
 
-from fastvideo.dataset.latent_flux_rl_datasets import FOLDERS
+from fastvideo.dataset.latent_flux_rl_datasets import FOLDERS, NEGATIVE, TENSORS
 from fastvideo.io.devices import resolve_dtype, torch_dtype
 from fastvideo.io.files import is_tensor_file, write_json, write_tensor, writing
 from fastvideo.io.fingerprint import model_fingerprint
@@ -56,21 +57,24 @@ from fastvideo.io.processes import Processes, processes
 from fastvideo.io.prompts import read_prompts
 from fastvideo.io.resumable import Store, digest, finish
 from fastvideo.io.words import counted
-from fastvideo.models.flux import BASE, CutPrompts, encode_prompts, load_text_encoders
+from fastvideo.models.family import Family
+from fastvideo.models.pretrained import BASE, CutPrompts, family_of, load_text_encoders
 
 import torch
 
-ENCODERS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-
 
 class Embeddings(Store[str, tuple[torch.Tensor, ...]]):
-    """Files of a caption's embeddings, one in each of FOLDERS, named by a hash of what they are made of."""
+    """Files of a caption's embeddings, one in each folder, named by a hash of what they are made of.
 
-    def __init__(self, folder: Path, settings: tuple[str, int, str]) -> None:
+    keys: those of FOLDERS that the model's family has.
+    """
+
+    def __init__(self, folder: Path, family: Family, settings: tuple[str, int, str]) -> None:
         """settings: all that decides an embedding besides its caption: model, length, number format."""
         self.folder, self.settings = folder, settings
-        for name in FOLDERS.values():
-            (folder / name).mkdir(parents=True, exist_ok=True)
+        self.keys = [key for key, name in zip(FOLDERS, TENSORS, strict=True) if name in family.embeddings]
+        for key in self.keys:
+            (folder / FOLDERS[key]).mkdir(parents=True, exist_ok=True)
 
     def file_name(self, caption: str) -> str:
         """The name of the caption's file in each folder."""
@@ -78,8 +82,8 @@ class Embeddings(Store[str, tuple[torch.Tensor, ...]]):
         return digest([model, caption, length, dtype], 32) + ".pt"
 
     def paths(self, caption: str) -> list[Path]:
-        """The caption's files, in the order of FOLDERS."""
-        return [self.folder / folder / self.file_name(caption) for folder in FOLDERS.values()]
+        """The caption's files, in the order of `keys`."""
+        return [self.folder / FOLDERS[key] / self.file_name(caption) for key in self.keys]
 
     def has(self, caption: str) -> bool:
         return all(is_tensor_file(path) for path in self.paths(caption))
@@ -123,32 +127,37 @@ def embed_prompts(
 
     with writing("output_dir", output_dir):
         pipe, model_path = None, str(model_path)
-        model = model_fingerprint(model_path, ENCODERS)
+        family = family_of(model_path)
+        encoders = (*family.text_encoders, *family.tokenizers)
+        model = model_fingerprint(model_path, encoders)
         if model is None:
             pipe = load_text_encoders(model_path, torch_dtype(dtype))
-            model = model_fingerprint(model_path, ENCODERS) or model_path
+            model = model_fingerprint(model_path, encoders) or model_path
 
-        store = Embeddings(output_dir, (model, max_sequence_length, dtype))
-        here, cut = Processes(rank, world_size, device), CutPrompts()
+        store = Embeddings(output_dir, family, (model, max_sequence_length, dtype))
+        here, cut = Processes(rank, world_size, device), CutPrompts(family)
 
         def embed(batch: Sequence[str]) -> list[tuple[torch.Tensor, ...]]:
             nonlocal pipe
             # A run that finds all embeddings loads no encoders: T5-XXL has 9 GB.
             pipe = (pipe or load_text_encoders(model_path, torch_dtype(dtype))).to(device)
             cut.look(pipe, batch, max_sequence_length)
-            prompt_embeds, pooled, text_ids = encode_prompts(pipe, batch, max_sequence_length)
-            return [(*row, text_ids) for row in zip(prompt_embeds, pooled, strict=True)]
+            *rows, text_ids = family.encode_prompts(pipe, batch, max_sequence_length).values()
+            return [(*row, text_ids) for row in zip(*rows, strict=True)]
 
-        made, there = store.complete(captions, batch_size, embed, here, "embedding prompts")
+        all_captions = [*captions, *[""] * family.classifier_free]  # the empty prompt, for guidance
+        made, there = store.complete(all_captions, batch_size, embed, here, "embedding prompts")
         cut.warn()
         index_path = output_dir / "prompt.json"
 
         def write() -> None:
-            lost = [path for caption in captions for path in store.paths(caption) if not path.exists()]
+            lost = [path for caption in all_captions for path in store.paths(caption) if not path.exists()]
             if lost:
                 missing = counted(len(lost), "embedding")
                 raise RuntimeError(f"after all processes finished, {missing} can't be found, such as {lost[0]}")
-            entries = [dict.fromkeys(FOLDERS, store.file_name(c)) | {"caption": c} for c in captions]
+            entries = [dict.fromkeys(store.keys, store.file_name(c)) | {"caption": c} for c in captions]
+            for entry in entries if family.classifier_free else ():
+                entry[NEGATIVE] = store.file_name("")
             for entry, metadata in zip(entries, prompt_file.metadata, strict=True):
                 entry |= {"metadata": metadata} if metadata else {}
             write_json(index_path, entries)

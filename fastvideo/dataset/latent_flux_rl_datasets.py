@@ -9,7 +9,7 @@ import functools
 import json
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from fastvideo.io.words import counted
 import numpy as np
 import torch
 
-# Key in prompt.json -> folder of its files.
+# Key in prompt.json -> folder of its files. Models without a pooled embedding have no files of it.
 FOLDERS = {
     "prompt_embed_path": "prompt_embed",
     "pooled_prompt_embeds_path": "pooled_prompt_embeds",
@@ -29,6 +29,7 @@ FOLDERS = {
 }
 HINT = "(scripts/preprocess/preprocess_flux_rl_embeddings.sh makes it from a prompt file)"
 TENSORS = ("prompt_embeds", "pooled_prompt_embeds", "text_ids")  # in the order of FOLDERS
+POOLED, NEGATIVE = "pooled_prompt_embeds_path", "negative_prompt_embed_path"  # keys that not all models have
 READ_LIMIT = 1800.0  # seconds to read the prompts of one iteration; only a file system that is gone needs more
 
 
@@ -42,7 +43,8 @@ class Draw(NamedTuple):
 def read_index(path: Path, field: str = "data_json_path") -> list[dict[str, Any]]:
     """The entries of prompt.json, or of a reference's videos2caption.json: FOLDERS' keys and `caption`, all texts.
 
-    An entry may have `metadata`, an object: what the prompt file says about the prompt.
+    An entry may have `metadata`, an object: what the prompt file says about the prompt. Models with classifier-free
+    guidance add NEGATIVE, the file in prompt_embed/ of the empty prompt, the same in all entries.
 
     Raises FlagError about the setting `field` for a missing or malformed file, and for an empty list.
     """
@@ -61,7 +63,8 @@ def read_index(path: Path, field: str = "data_json_path") -> list[dict[str, Any]
         raise error("expected a list with at least one entry")
     for number, entry in enumerate(entries):
         values = entry if isinstance(entry, dict) else {}
-        missing = [key for key in (*FOLDERS, "caption") if not isinstance(values.get(key), str)]
+        keys = [key for key in (*FOLDERS, "caption") if key != POOLED] + [k for k in (POOLED, NEGATIVE) if k in values]
+        missing = [key for key in keys if not isinstance(values.get(key), str)]
         if missing:
             raise error(f"entry {number} has no text under {', '.join(missing)}")
         if not isinstance(entry.get("metadata", {}), dict):
@@ -77,14 +80,15 @@ class LatentFluxRLDataset(torch.utils.data.Dataset):
         cfg_rate: the share of draws whose embeddings are replaced by zeros, 0 to 1. Whether a draw's embeddings are
             replaced depends only on `seed` and the draw's position in the stream, not on ranks, workers or a restart.
             An item asked for by a plain index is never replaced.
-        widths: D and D' that the transformer takes: checks all embeddings. None: only checks that the files are there.
+        widths: last dimension of each tensor that the transformer takes (`Family.widths`): checks all embeddings. None:
+            only checks that the files are there.
 
     Raises:
         FlagError: a missing or malformed file, an empty list, or an embedding that isn't there or can't be used.
     """
 
     def __init__(
-        self, json_path: str | Path, cfg_rate: float = 0.0, seed: int = 0, widths: tuple[int, int] | None = None
+        self, json_path: str | Path, cfg_rate: float = 0.0, seed: int = 0, widths: Mapping[str, int] | None = None
     ) -> None:
         self.json_path, self.cfg_rate, self.seed = Path(json_path), cfg_rate, seed
         if not 0 <= cfg_rate <= 1:
@@ -94,29 +98,48 @@ class LatentFluxRLDataset(torch.utils.data.Dataset):
         if absent:
             raise self._error(f"{counted(len(absent), 'embedding file')} can't be found, such as {absent[0]}")
         if widths:
-            self._check(*widths)
+            self._check(widths)
 
     def _error(self, problem: str) -> FlagError:
         return FlagError("data_json_path", self.json_path, f"{problem} {HINT}")
 
     def _paths(self, entry: dict[str, Any]) -> list[Path]:
-        return [self.json_path.parent / folder / entry[key] for key, folder in FOLDERS.items()]
+        paths = [self.json_path.parent / folder / entry[key] for key, folder in FOLDERS.items() if key in entry]
+        return [*paths, self._negative(entry)] if NEGATIVE in entry else paths
 
-    def _check(self, width: int, pooled_width: int) -> None:
+    def _negative(self, entry: dict[str, Any]) -> Path:
+        return self.json_path.parent / FOLDERS["prompt_embed_path"] / entry[NEGATIVE]
+
+    @property
+    def negative_prompt_embeds(self) -> torch.Tensor | None:
+        """The embedding of the empty prompt [L, D]; None if there is none.
+
+        Raises FlagError, naming the file, for an embedding that can't be read or has another shape.
+        """
+        entry = self.entries[0]
+        if NEGATIVE not in entry:
+            return None
+        return self._tensor("prompt_embeds", self._negative(entry))
+
+    def _check(self, widths: Mapping[str, int]) -> None:
         """Raises FlagError for the first embedding that can't be read, isn't finite, or has another shape.
 
-        All must have the first one's length, and the widths that the transformer takes: D and D'. Files are mapped.
+        All must have the first one's length, and the widths that the transformer takes. Files are mapped.
         Where T5's embeddings take more than 2 GiB, only the first and the last token are tested for finite values.
         """
         first: dict[str, torch.Tensor] = {}
         large = sum(self._paths(entry)[0].stat().st_size for entry in self.entries) > 2**31
         for entry in self.entries:
             item, caption = self._read(entry, mmap=True), entry["caption"]
-            embeds, pooled, first = item["prompt_embeds"], item["pooled_prompt_embeds"], first or item
-            for name, found, wanted in (("prompt", embeds, width), ("pooled", pooled, pooled_width)):
-                if found.shape[-1] != wanted:
-                    model = "the transformer of --pretrained_model_name_or_path"
-                    problem = f"the {name} embedding of {caption!r} is {found.shape[-1]} wide, {model} takes {wanted}"
+            embeds, pooled, first = item["prompt_embeds"], item.get("pooled_prompt_embeds"), first or item
+            model = "the transformer of --pretrained_model_name_or_path"
+            for name in TENSORS:
+                wanted, found = widths.get(name, 0), item[name].shape[-1] if name in item else 0
+                if found != wanted:
+                    what = {"prompt_embeds": "prompt embedding", "pooled_prompt_embeds": "pooled embedding"}.get(
+                        name, name
+                    )
+                    problem = f"the {what} of {caption!r} is {found} wide, {model} takes {wanted}"
                     raise self._error(f"{problem}; preprocess with the same model")
             if len(embeds) != len(first["prompt_embeds"]):
                 lengths = " and ".join(f"{len(x['prompt_embeds'])} for {x['caption']!r}" for x in (first, item))
@@ -124,49 +147,51 @@ class LatentFluxRLDataset(torch.utils.data.Dataset):
             if not torch.equal(item["text_ids"].float(), first["text_ids"].float()):
                 raise self._error(f"the text ids of {first['caption']!r} and {caption!r} differ")
             tested = embeds[:: max(1, len(embeds) - 1)] if large else embeds
-            if not (tested.float().isfinite().all() and pooled.float().isfinite().all()):
+            if not all(x.float().isfinite().all() for x in (tested, pooled) if x is not None):
                 raise self._error(f"the embedding of {caption!r} has values that aren't finite; preprocess it again")
 
     def _read(self, entry: dict[str, Any], mmap: bool = False) -> dict[str, Any]:
-        """One prompt: prompt_embeds [L, D], pooled_prompt_embeds [D'], text_ids [L, 3], caption, metadata.
+        """One prompt: prompt_embeds [L, D], pooled_prompt_embeds [D'] if the model has it, text_ids [L, axes of
+        positions], caption, metadata.
 
         A first dimension of 1 is taken away. Text ids of FLUX are 0: for text ids [3], which the references store, all
         tokens get them.
         """
         item: dict[str, Any] = {"caption": entry["caption"], "metadata": entry.get("metadata", {})}
-        for name, path in zip(TENSORS, self._paths(entry), strict=True):
-            try:
-                tensor = torch.load(path, weights_only=True, map_location="cpu", mmap=mmap)
-            except Exception as error:  # torch raises half a dozen types for a damaged file
-                cause = str(error).partition("\n")[0]
-                raise self._error(f"{path} can't be read; delete it and preprocess again: {cause}") from error
-            dims = 1 if name == "pooled_prompt_embeds" else 2
-            fits = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
-            fits = fits and (tensor.is_floating_point() or name == "text_ids")
-            if fits and tensor.ndim == dims + 1 and len(tensor) == 1:
-                tensor = tensor[0]
-            if fits and name == "text_ids" and tensor.shape in ((3,), (1, 3)) and not tensor.any():
-                tensor = tensor.expand(len(item["prompt_embeds"]), 3)
-            if not fits or tensor.ndim != dims or 0 in tensor.shape:
-                what = (
-                    f"{tensor.dtype} {list(tensor.shape)}"
-                    if isinstance(tensor, torch.Tensor)
-                    else type(tensor).__name__
-                )
-                raise self._error(
-                    f"{path} holds no tensor of {dims} dimensions ({what}); delete it and preprocess again"
-                )
-            item[name] = tensor
-        if item["text_ids"].shape != (len(item["prompt_embeds"]), 3):
+        for name, key in zip(TENSORS, FOLDERS, strict=True):
+            if key in entry:
+                path = self.json_path.parent / FOLDERS[key] / entry[key]
+                item[name] = self._tensor(name, path, mmap, tokens=len(item.get("prompt_embeds", ())))
+        if len(item["text_ids"]) != len(item["prompt_embeds"]):
             problem = f"has {len(item['prompt_embeds'])} tokens, its text_ids are {list(item['text_ids'].shape)}"
             raise self._error(f"{self._paths(entry)[0]} {problem}; preprocess again")
         return item
+
+    def _tensor(self, name: str, path: Path, mmap: bool = False, tokens: int = 0) -> torch.Tensor:
+        """One of TENSORS from its file. tokens: of the prompt, for text ids."""
+        try:
+            tensor = torch.load(path, weights_only=True, map_location="cpu", mmap=mmap)
+        except Exception as error:  # torch raises half a dozen types for a damaged file
+            cause = str(error).partition("\n")[0]
+            raise self._error(f"{path} can't be read; delete it and preprocess again: {cause}") from error
+        dims = 1 if name == "pooled_prompt_embeds" else 2
+        fits = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
+        fits = fits and (tensor.is_floating_point() or name == "text_ids")
+        if fits and tensor.ndim == dims + 1 and len(tensor) == 1:
+            tensor = tensor[0]
+        if fits and name == "text_ids" and tensor.shape in ((3,), (1, 3)) and not tensor.any():
+            tensor = tensor.expand(tokens, 3)
+        if not fits or tensor.ndim != dims or 0 in tensor.shape:
+            is_tensor = isinstance(tensor, torch.Tensor)
+            what = f"{tensor.dtype} {list(tensor.shape)}" if is_tensor else type(tensor).__name__
+            raise self._error(f"{path} holds no tensor of {dims} dimensions ({what}); delete it and preprocess again")
+        return tensor
 
     def __len__(self) -> int:
         return len(self.entries)
 
     def __getitem__(self, draw: "int | Draw") -> dict[str, Any]:
-        """One prompt: prompt_embeds [L, D], pooled_prompt_embeds [D'], text_ids [L, 3], caption, metadata, index.
+        """One prompt as `_read` gives it, and its index.
 
         Raises FlagError, naming the file, for an embedding that can't be read or has another shape.
         """
@@ -174,7 +199,7 @@ class LatentFluxRLDataset(torch.utils.data.Dataset):
         entry = self.entries[index]
         item = self._read(entry) | {"index": index}
         if position is not None and np.random.default_rng([self.seed, position]).random() < self.cfg_rate:
-            for name in ("prompt_embeds", "pooled_prompt_embeds"):
+            for name in {"prompt_embeds", "pooled_prompt_embeds"} & item.keys():
                 item[name] = torch.zeros_like(item[name])
         return item
 
@@ -244,19 +269,20 @@ class PromptSampler(torch.utils.data.Sampler):
 def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Stacks P items.
 
-    Returns prompt_embeds [P, L, D], pooled_prompt_embeds [P, D'], text_ids [P, L, 3], index [P], and the lists of P
+    Returns prompt_embeds [P, L, D], pooled_prompt_embeds [P, D'], text_ids [P, L, axes], index [P], and the lists of P
     captions, `caption`, and of P objects, `metadata`.
     Raises FlagError if their embeddings differ in shape.
     """
     first = items[0]
-    for name in TENSORS:
+    names = [name for name in TENSORS if name in first]
+    for name in names:
         for item in items[1:]:
             if item[name].shape != first[name].shape:
                 shapes = " and ".join(f"{tuple(x[name].shape)} for {x['caption']!r}" for x in (first, item))
                 same = "preprocess all prompts with one model and one --max_sequence_length"
                 raise FlagError("data_json_path", None, f"{name} has the shapes {shapes}; {same}")
     return {
-        **{name: torch.stack([item[name] for item in items]) for name in TENSORS},
+        **{name: torch.stack([item[name] for item in items]) for name in names},
         "index": torch.tensor([item["index"] for item in items]),
         **{name: [item[name] for item in items] for name in ("caption", "metadata")},
     }

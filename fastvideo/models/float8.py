@@ -1,4 +1,4 @@
-"""FP8 products in the blocks of FLUX, for steps that aren't trained.
+"""FP8 products in the blocks of a transformer, for steps that aren't trained.
 
 Numbers are e4m3 (arXiv 2209.05433), with one scale per output row of a weight and one per token of the activations, so
 a row of a batch doesn't depend on the other rows. The weights themselves stay; the FP8 copies lie beside them for the

@@ -3,10 +3,9 @@
 docs/deviations.md says why torchao and bitsandbytes don't fit.
 """
 
-import fastvideo.torchvision_repair  # noqa: F401  (before diffusers)
+from collections.abc import Iterable
 
 import torch
-from diffusers import FluxTransformer2DModel
 
 
 class _Product(torch.autograd.Function):
@@ -55,9 +54,9 @@ class Int8Linear(torch.nn.Linear):
         return _whole(self.weight, self.scale, dtype)
 
 
-def quantize_blocks(transformer: FluxTransformer2DModel, device: torch.device | str) -> None:
+def quantize_linear(blocks: Iterable[torch.nn.Module], device: torch.device | str) -> None:
     """Replaces all linear layers in the blocks by `Int8Linear` on `device`, one after the other."""
-    for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
+    for block in blocks:
         for name, module in list(block.named_modules()):
             if isinstance(module, torch.nn.Linear):
                 block.set_submodule(name, Int8Linear(module.to(device)))

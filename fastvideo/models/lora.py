@@ -1,8 +1,8 @@
 """LoRA files, ours and those of other programs: which file a path means, what it holds, and how strongly it acts.
 
-A file is used if diffusers' own converter (FluxPipeline.lora_state_dict) understands every tensor in it, if need be
-after a change of prefix. It then acts as FluxPipeline.load_lora_weights makes it act: W + alpha / rank · B A in every
-layer. All other files are refused.
+A file is used if diffusers' own converter (lora_state_dict of the model's pipeline) understands every tensor in it, if
+need be after a change of prefix. It then acts as the pipeline's load_lora_weights makes it act: W + alpha / rank · B A
+in every layer. All other files are refused.
 """
 
 import json
@@ -16,9 +16,10 @@ from typing import Any
 
 import fastvideo.torchvision_repair  # noqa: F401  (before diffusers)
 from fastvideo.cli import FlagError
+from fastvideo.models.family import Family
 
 import torch
-from diffusers import FluxPipeline, FluxTransformer2DModel
+from diffusers import ModelMixin
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.utils import convert_unet_state_dict_to_peft
 from peft import LoraConfig
@@ -26,7 +27,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that FluxPipeline.load_lora_weights looks for
+LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights looks for
 LORA_CONFIG = "lora_config.json"  # DanceGRPO writes alpha and rank into this file beside LORA_FILE
 PEFT_CONFIG = "adapter_config.json"  # peft writes its LoraConfig into this file beside the adapters
 
@@ -36,7 +37,10 @@ _TENSOR = re.compile(r"(.+?)\.(?:(?:lora_[AB]|lora_down|lora_up|lora\.down|lora\
 # that it has in diffusers or in the original code. XLabs' names (processor) stay as they are: diffusers knows them.
 _PEFT = "base_model.model."
 _PREFIX = r"(?:base_model\.model\.)?(?:transformer\.|(?:model\.)?diffusion_model\.)?"
-_PART = r"(?:(?:single_)?transformer_blocks|time_text_embed|norm_out|x_embedder|context_embedder|proj_out)"
+_PART = (
+    r"(?:(?:single_)?transformer_blocks|time_(?:text|guidance)_embed|norm_out|x_embedder|context_embedder|proj_out|"
+    r"(?:double|single)_stream_modulation\w*)"
+)
 _DIFFUSERS = re.compile(rf"{_PREFIX}({_PART}\..+)")
 _ORIGINAL = re.compile(rf"{_PREFIX}((?:double|single)_blocks\.\d+\.(?!processor\.).+)")
 _TEXT_ENCODER = re.compile(r"text_encoder|lora_te")
@@ -84,7 +88,7 @@ def _names_adapters(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class Adapters:
-    """Adapters of a FLUX transformer's linear layers.
+    """Adapters of a transformer's linear layers.
 
     weights: `{layer}.lora_A.weight` [rank, inputs] and `{layer}.lora_B.weight` [outputs, rank].
     alphas: layer -> alpha. refuse: raises FlagError about the file.
@@ -99,7 +103,7 @@ class Adapters:
         """Layer -> rank."""
         return {layer: len(self.weights[f"{layer}.lora_A.weight"]) for layer in self.alphas}
 
-    def check_fit(self, transformer: FluxTransformer2DModel) -> None:
+    def check_fit(self, transformer: ModelMixin) -> None:
         """Raises FlagError unless all adapters fit layers of the transformer, which may be on the meta device."""
         layers = {name: m for name, m in transformer.named_modules() if isinstance(m, torch.nn.Linear)}
         for layer, rank in self.ranks.items():
@@ -129,7 +133,7 @@ class Adapters:
             found[f"{layer}.lora_B.default.weight"] = self.weights[f"{layer}.lora_B.weight"].float() * factor
         return found
 
-    def put_into(self, transformer: FluxTransformer2DModel) -> None:
+    def put_into(self, transformer: ModelMixin) -> None:
         """Adds the adapters, switched on, to a transformer that they fit."""
         some = next(iter(self.ranks))
         common = {"r": self.ranks[some], "lora_alpha": self.alphas[some]}
@@ -150,8 +154,8 @@ class Adapters:
         )
 
 
-def read_adapters(file: Path, field: str = "model_path") -> Adapters:
-    """Reads a LoRA file in any naming that FluxPipeline.load_lora_weights understands.
+def read_adapters(file: Path, family: Family, field: str = "model_path") -> Adapters:
+    """Reads a LoRA file in any naming that load_lora_weights of the family's pipeline understands.
 
     The same layers with the prefixes of peft or ComfyUI, or without any, are read too. Alpha comes from the file's
     `.alpha` tensors, its metadata, or PEFT_CONFIG or LORA_CONFIG beside it; without any, it is the rank, as in
@@ -186,7 +190,7 @@ def read_adapters(file: Path, field: str = "model_path") -> Adapters:
         tensors[match[1]][usual] = tensor
     weights, alphas = {}, {}
     for layer, parts in tensors.items():  # one layer at a time, because the converter drops some layers silently
-        for name, tensor in _convert(layer, parts, refuse).items():
+        for name, tensor in _convert(layer, parts, family, refuse).items():
             if name in weights or name in alphas:
                 refuse(f"{name} is in it twice, in different namings")
             (alphas if name.endswith(".alpha") else weights)[name] = tensor
@@ -230,14 +234,15 @@ def _usual_name(name: str) -> str:
 
 
 def _convert(
-    layer: str, tensors: dict[str, torch.Tensor], refuse: Callable[[str], None]
+    layer: str, tensors: dict[str, torch.Tensor], family: Family, refuse: Callable[[str], None]
 ) -> dict[str, torch.Tensor | float]:
     """The tensors of one layer in diffusers' naming, without `transformer.`; alphas are floats.
 
     A layer of kohya's may become several. The converter multiplies its weights by alpha / rank; alpha is then the rank.
     """
     try:
-        converted, alphas = FluxPipeline.lora_state_dict(dict(tensors), return_alphas=True)
+        found = family.pipelines[0].lora_state_dict(dict(tensors), return_alphas=True)
+        converted, alphas = found if isinstance(found, tuple) else (found, None)  # FLUX.2's has no alphas
         alphas = None if alphas is None else {name: float(alpha) for name, alpha in alphas.items()}
     except Exception as error:  # half a dozen types for a naming that the converters don't know
         refuse(f"diffusers can't read {layer}: {type(error).__name__} {error}")
@@ -246,7 +251,8 @@ def _convert(
         match[1] for match in map(re.compile(r"(transformer\..+)\.lora_[AB]\.weight").fullmatch, converted) if match
     ]
     if not layers or len(layers) < len(converted):
-        refuse(f"{layer} isn't named as FluxPipeline.load_lora_weights wants it (transformer.… or lora_unet_…)")
+        name = family.pipelines[0].__name__
+        refuse(f"{layer} isn't named as {name}.load_lora_weights wants it (transformer.… or lora_unet_…)")
     if alphas is None:
         alphas = {f"{name}.alpha": float(len(converted[f"{name}.lora_A.weight"])) for name in layers}
     if not all(math.isfinite(alpha) and alpha > 0 for alpha in alphas.values()):
@@ -297,16 +303,22 @@ def _settings_beside(file: Path, refuse: Callable[[str], None]) -> Any:
         return refuse(f"{file.name} beside it holds no settings of rank and alpha: {error!r}")
 
 
-def save_lora(folder: Path, weights: dict[str, torch.Tensor], transformer: FluxTransformer2DModel) -> None:
+def save_lora(folder: Path, weights: dict[str, torch.Tensor], transformer: ModelMixin, family: Family) -> None:
     """Writes adapters to LORA_FILE. weights: named as in the transformer, with its adapter `default`.
 
-    Alpha is written as `.alpha` tensors, which all programs read. Only diffusers reads it from the metadata, and it
-    refuses a file that has both.
+    Alpha is written as `.alpha` tensors, which all programs read, if the family's pipeline in diffusers does; else into
+    the metadata, which only diffusers reads. It refuses a file that has both.
     """
-    alpha = torch.tensor(float(transformer.peft_config["default"].lora_alpha))
+    settings = transformer.peft_config["default"]
     named = {name.replace(".default.", "."): tensor for name, tensor in weights.items()}
-    named |= {f"{name.partition('.lora_A.')[0]}.alpha": alpha.clone() for name in named if ".lora_A." in name}
-    FluxPipeline.save_lora_weights(folder, transformer_lora_layers=named)
+    if family.alpha_tensors:
+        alpha = torch.tensor(float(settings.lora_alpha))
+        named |= {f"{name.partition('.lora_A.')[0]}.alpha": alpha.clone() for name in named if ".lora_A." in name}
+        metadata = None
+    else:
+        metadata = {k: sorted(v) if isinstance(v, set) else v for k, v in settings.to_dict().items()}
+    save = family.pipelines[0].save_lora_weights
+    save(folder, transformer_lora_layers=named, transformer_lora_adapter_metadata=metadata)
 
 
 def read_trained_lora(file: Path) -> dict[str, torch.Tensor]:

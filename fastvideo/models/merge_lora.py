@@ -2,7 +2,7 @@
 
     python -m fastvideo.models.merge_lora --model_path outputs/mixgrpo/checkpoint-300-0 --output_dir outputs/merged
 
-The result loads with FluxTransformer2DModel.from_pretrained, and as --model_path wherever a full checkpoint does.
+The result loads with from_pretrained of diffusers' class, and as --model_path wherever a full checkpoint does.
 """
 
 import os
@@ -45,8 +45,8 @@ if __name__ == "__main__":  # before the slow imports: --help and a refused flag
     parse_first(MergeConfig, doc=__doc__)
 
 from fastvideo.io.devices import torch_dtype
-from fastvideo.models.flux import BASE, load_with_lora, meta_transformer
 from fastvideo.models.lora import find_lora
+from fastvideo.models.pretrained import BASE, load_with_lora, meta_transformer
 from fastvideo.runtime.checkpoint import RECORD, linked, read_record
 from fastvideo.runtime.resume import check_base_model
 

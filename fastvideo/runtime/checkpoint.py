@@ -1,8 +1,8 @@
 """Writes checkpoints. A checkpoint is complete or absent. resume.py reads checkpoints.
 
 checkpoint-{step}-{epoch}/
-    config.json, diffusion_pytorch_model.safetensors   loads with FluxTransformer2DModel.from_pretrained
-    pytorch_lora_weights.safetensors                   with --use_lora instead: FluxPipeline.load_lora_weights
+    config.json, diffusion_pytorch_model.safetensors   loads with from_pretrained of diffusers' class
+    pytorch_lora_weights.safetensors                   with --use_lora instead: the pipeline's load_lora_weights
     ema/                                               with --ema_decay: the average of the weights, same files
     old_policy/, reference/                            other copies that a run needs (policies.py), only for resuming
     optimizer/                                         optimizer state, only for resuming; one share per process
@@ -32,8 +32,8 @@ from fastvideo.io.messages import warn
 from fastvideo.io.resumable import digest
 from fastvideo.io.waiting import PATIENCE, result_of
 from fastvideo.io.weights import weight_files
-from fastvideo.models.flux import BASE
 from fastvideo.models.lora import save_lora
+from fastvideo.models.pretrained import BASE
 from fastvideo.runtime.engines import Engine, choose_engine
 from fastvideo.runtime.policies import Policies
 
@@ -107,7 +107,7 @@ def run_settings(config: GRPOConfig, processes: int) -> dict[str, object]:
 def _write_weights(folder: Path, weights: dict[str, torch.Tensor], engine: Engine) -> None:
     folder.mkdir(exist_ok=True)
     if engine.config.use_lora:
-        save_lora(folder, weights, engine.transformer)
+        save_lora(folder, weights, engine.transformer, engine.family)
     else:
         engine.transformer.save_config(folder)
         save_file({k: v.contiguous() for k, v in weights.items()}, folder / WEIGHTS, metadata={"format": "pt"})

@@ -20,8 +20,8 @@ from fastvideo.config import GRPOConfig
 from fastvideo.io.messages import say
 from fastvideo.io.waiting import PATIENCE, waiting
 from fastvideo.models.float8 import Float8Copies
-from fastvideo.models.flux import load_transformer, meta_transformer, random_transformer
-from fastvideo.models.flux_speed import StreamwiseAttnProcessor, compile_transformer, cudnn_attention, split_sequence
+from fastvideo.models.pretrained import family_of, load_transformer, meta_transformer, random_transformer
+from fastvideo.models.speed import compile_transformer, cudnn_attention, split_sequence
 from fastvideo.rollout_plan import float8_states
 from fastvideo.runtime.optimizer_files import TensorReader, tensors_only
 from fastvideo.utils.plan import Plan
@@ -39,7 +39,7 @@ from accelerate import (
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType, broadcast_object_list
-from diffusers import FluxTransformer2DModel
+from diffusers import ModelMixin
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -125,7 +125,7 @@ def build_accelerator(config: GRPOConfig, name: str) -> Accelerator:
         settings["fsdp_plugin"] = FullyShardedDataParallelPlugin(
             fsdp_version=2,
             auto_wrap_policy="transformer_based_wrap",
-            transformer_cls_names_to_wrap=["FluxTransformerBlock", "FluxSingleTransformerBlock"],
+            transformer_cls_names_to_wrap=family_of(config.pretrained_model_name_or_path).transformer._repeated_blocks,
             reshard_after_forward=config.fsdp_sharding_startegy != "hybrid_zero2",
             cpu_offload=config.use_cpu_offload,
             cpu_ram_efficient_loading=True,  # the first process alone reads the weights
@@ -226,13 +226,14 @@ class Engine:
     """One process, DDP or FSDP2.
 
     Attributes:
-        transformer: the FluxTransformer2DModel itself, sharded in place under FSDP2. model: the wrapped model to call.
+        family: of the model. transformer: the model, sharded in place under FSDP2. model: the wrapped model to call.
         data_rank, data_ranks: index of this process's sequence group, and number of groups. A group is --sp_size
             consecutive processes that share prompts, noise and scores. place_in_group: index of this process in it.
     """
 
     def __init__(self, config: GRPOConfig, name: str) -> None:
         self.config, self.name = config, name
+        self.family = family_of(config.pretrained_model_name_or_path)
         self.accelerator = build_accelerator(config, name)
         # For the threads that write checkpoints, so that their collectives don't mix with the training's.
         self.disk_group = dist.new_group(backend="gloo", timeout=PATIENCE) if dist.is_initialized() else None
@@ -247,14 +248,14 @@ class Engine:
         processes = self.accelerator.gather(tensor).unflatten(0, (-1, len(tensor)))
         return processes[:: self.config.sp_size].flatten(0, 1)
 
-    def _split_sequence(self, transformer: FluxTransformer2DModel) -> None:
+    def _split_sequence(self, transformer: ModelMixin) -> None:
         """With --sp_size, makes the processes of a sequence group compute each row together."""
         if self.config.sp_size > 1:
             shape = (self.data_ranks, 1, self.config.sp_size)
             mesh = init_device_mesh(self.accelerator.device.type, shape, mesh_dim_names=("data", "ring", "ulysses"))
             split_sequence(transformer, mesh)
 
-    def load(self, source: str, dtype: torch.dtype) -> FluxTransformer2DModel:
+    def load(self, source: str, dtype: torch.dtype) -> ModelMixin:
         """The model at `source`. --init_random_flux replaces the base model by random weights of the same shapes."""
         if not self.loads_weights:
             return meta_transformer(source, dtype).to_empty(device="cpu")
@@ -293,14 +294,15 @@ class Engine:
         on_gpu = self.accelerator.device.type == "cuda"
         return torch.bfloat16 if on_gpu and self.config.mixed_precision == "bf16" else torch.float32
 
-    def prepare(self, transformer: FluxTransformer2DModel, optimizer_settings: dict) -> None:
+    def prepare(self, transformer: ModelMixin, optimizer_settings: dict) -> None:
         """Prepares the transformer and makes AdamW for its trained parameters, the ones with requires_grad."""
         self.transformer = transformer
         if self.name != "fsdp":
             transformer.to(self.accelerator.device)
-        transformer.set_attn_processor(StreamwiseAttnProcessor())
+        self.family.prepare_attention(transformer)
         self._split_sequence(transformer)
         if self.compiled:
+            self.family.prepare_compile(transformer)
             compile_transformer(transformer)
         if self.config.rollout_precision != "bf16":
             self.float8 = Float8Copies(self.blocks(), self.config.rollout_precision == "fp8_emulated")
@@ -350,7 +352,7 @@ class Engine:
         return bool(self.accelerator.reduce(flag, "sum") > 0)
 
     def blocks(self) -> list[torch.nn.Module]:
-        return [*self.transformer.transformer_blocks, *self.transformer.single_transformer_blocks]
+        return self.family.blocks(self.transformer)
 
     def trained_parameters(self) -> list[torch.nn.Parameter]:
         return [p for p in self.transformer.parameters() if p.requires_grad]

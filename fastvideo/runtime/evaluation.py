@@ -23,7 +23,8 @@ from fastvideo.config import GRPOConfig
 from fastvideo.dataset.latent_flux_rl_datasets import LatentFluxRLDataset, collate
 from fastvideo.io.files import write_bytes
 from fastvideo.io.scores import evaluation_scores, write_scores
-from fastvideo.models.flux import Conditioning, LatentShape
+from fastvideo.models.family import Conditioning, LatentShape
+from fastvideo.models.pretrained import family_of
 from fastvideo.models.reward_model.groups import is_groupwise
 from fastvideo.models.reward_model.spec import NO_GROUP
 from fastvideo.models.reward_model.utils import RewardModel, build_reward_models, judge_of
@@ -36,7 +37,7 @@ from fastvideo.utils.steps import Step, sigma_schedule
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
+from diffusers import ModelMixin
 from PIL import Image
 
 # draw(plan, batch of one prompt, slot of the prompt) -> pictures; empty on processes that don't decode.
@@ -91,14 +92,14 @@ class Evaluation:
     """
 
     def __init__(
-        self, config: GRPOConfig, index: Path, scoring: Scoring, held_out: tuple[dict, dict] | None, vae: AutoencoderKL
+        self, config: GRPOConfig, index: Path, scoring: Scoring, held_out: tuple[dict, dict] | None, vae: ModelMixin
     ) -> None:
         """index: the prompt.json of the embedded prompts. held_out: see `build_held_out`."""
         self.config = config
         self.dataset = LatentFluxRLDataset(index)
         self.prompts = [entry["caption"] for entry in self.dataset.entries]
         self.metadata = [entry.get("metadata", {}) for entry in self.dataset.entries]
-        self.sampling = Sampling.of(config)
+        self.sampling, self.family = Sampling.of(config), family_of(config.pretrained_model_name_or_path)
         self.shape = LatentShape.of(vae, self.sampling.h, self.sampling.w, "eval_")
         self.plan = noise_free_plan(self.sampling.sampling_steps, config.shift)
         self.scoring, self.weights = scoring, scoring.weights
@@ -119,7 +120,7 @@ class Evaluation:
 
     def conditioning(self, training: Conditioning) -> Conditioning:
         """The conditioning of a prompt in training, for pictures as they are evaluated."""
-        image_ids = self.shape.image_ids(training.image_ids.device)
+        image_ids = self.family.image_ids(self.shape, training.image_ids.device)
         return replace(training, image_ids=image_ids, guidance_scale=self.sampling.guidance_scale, shape=self.shape)
 
     def run(self, iteration: int, draw: Draw, engine: Engine, progress: Progress) -> dict[str, float]:

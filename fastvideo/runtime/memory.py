@@ -6,16 +6,17 @@ import os
 from fastvideo.config import REFERENCE, GRPOConfig
 from fastvideo.io.fingerprint import local_folder
 from fastvideo.io.words import counted
+from fastvideo.models.family import LatentShape
 from fastvideo.models.float8 import float8_layers
-from fastvideo.models.flux import LatentShape, add_lora, meta_transformer, meta_vae
-from fastvideo.models.int8 import quantize_blocks
+from fastvideo.models.int8 import quantize_linear
+from fastvideo.models.pretrained import add_lora, family_of, meta_transformer, meta_vae
 from fastvideo.rollout_plan import make_plan, scout_plan
 from fastvideo.runtime.engines import choose_engine
 from fastvideo.runtime.evaluation import Sampling
 from fastvideo.utils.grpo_states import windows
 
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import ModelMixin
 
 TEXT_TOKENS, ROWS_ON_A_CPU = 512, 8
 # Bytes per token and unit of width, measured in bf16 on an H100 (benchmarks/results/h100_iteration.txt).
@@ -40,6 +41,7 @@ def predict_memory(config: GRPOConfig, world_size: int) -> dict[str, float]:
         FlagError: a model's config.json can't be read.
     """
     path, engine = config.pretrained_model_name_or_path, choose_engine(config, world_size)
+    family = family_of(path)
     transformer, compute = trained_model(config), 2 if config.mixed_precision == "bf16" else 4
     trained = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
     held = [p for p in transformer.parameters() if not p.requires_grad]  # with LoRA, the base model
@@ -63,17 +65,18 @@ def predict_memory(config: GRPOConfig, world_size: int) -> dict[str, float]:
 
     shape = LatentShape.of(meta_vae(path), config.h, config.w)
     sizes = transformer.config
-    width, blocks = sizes.num_attention_heads * sizes.attention_head_dim, sizes.num_layers + sizes.num_single_layers
+    width, blocks = sizes.num_attention_heads * sizes.attention_head_dim, family.blocks(transformer)
 
-    def row_of(picture: LatentShape) -> float:
+    def row_of(picture: LatentShape, guidance_scale: float) -> float:
         """Bytes of one unit of width, for all tokens of a row."""
-        return (picture.tokens + TEXT_TOKENS) / config.sp_size * width * compute / 2
+        passes = 1 + family.guided(guidance_scale)
+        return passes * (picture.tokens + TEXT_TOKENS) / config.sp_size * width * compute / 2
 
-    row = row_of(shape)
+    row = row_of(shape, config.guidance_scale)
     share = config.selective_checkpointing if config.gradient_checkpointing else 0
     whole_block = KEPT_WITH_LORA if config.use_lora else KEPT_BY_A_BLOCK
     kept = whole_block * (1 - share) + KEPT_AT_A_CHECKPOINT * share
-    training_row = row * (blocks * kept + (whole_block if share else 0))
+    training_row = row * (len(blocks) * kept + (whole_block if share else 0))
     left = min(gpu_sizes(), default=math.inf) - weights - gradients - moments
     plan = make_plan(config, next(windows(config)))
     updates = plan.updates(config.num_generations, config.gradient_accumulation_steps)
@@ -89,7 +92,6 @@ def predict_memory(config: GRPOConfig, world_size: int) -> dict[str, float]:
         sampling += held * shape.tokens * shape.channels * 4 * LATENTS_OF_A_SCOUT
     copies = 0  # in FP8, one byte per weight, during the rollout
     if config.rollout_precision != "bf16":
-        blocks = (*transformer.transformer_blocks, *transformer.single_transformer_blocks)
         copies = sum(layer.weight.numel() for block in blocks for layer in float8_layers(block))
     pixel = DECODED_PIXEL * compute / 2
     decoding = (config.rollout_batch_size or config.num_generations) * config.h * config.w * pixel
@@ -97,7 +99,7 @@ def predict_memory(config: GRPOConfig, world_size: int) -> dict[str, float]:
     if config.eval_steps:
         size = Sampling.of(config)
         large = LatentShape.of(meta_vae(path), size.h, size.w, "eval_")
-        evaluation = max(row_of(large) * IN_FLIGHT, size.h * size.w * pixel)
+        evaluation = max(row_of(large, size.guidance_scale) * IN_FLIGHT, size.h * size.w * pixel)
     activations = max(training, sampling, decoding, evaluation)
     peak = weights + moments + max(gradients + training, sampling + copies, decoding, evaluation)
     parts = dict(weights=weights, gradients=gradients, moments=moments, activations=activations, peak=peak)
@@ -106,7 +108,7 @@ def predict_memory(config: GRPOConfig, world_size: int) -> dict[str, float]:
     return {"rows": rows} | {name: size / 2**30 for name, size in parts.items()}
 
 
-def trained_model(config: GRPOConfig) -> FluxTransformer2DModel:
+def trained_model(config: GRPOConfig) -> ModelMixin:
     """The model of the run on the meta device, with its adapters if it has any: what is trained has requires_grad.
 
     Raises:
@@ -114,7 +116,7 @@ def trained_model(config: GRPOConfig) -> FluxTransformer2DModel:
     """
     transformer = meta_transformer(config.pretrained_model_name_or_path)
     if config.quantize_base:
-        quantize_blocks(transformer, "meta")
+        quantize_linear(family_of(config.pretrained_model_name_or_path).blocks(transformer), "meta")
     if config.use_lora:
         with torch.device("meta"):
             add_lora(transformer, config.lora_rank, config.lora_alpha, config.lora_target_modules, config.seed)

@@ -20,7 +20,13 @@ from fastvideo.io.metrics import read_metrics
 from fastvideo.io.prompts import read_prompts
 from fastvideo.io.words import counted, duration
 from fastvideo.models.float8 import lacks_float8
-from fastvideo.models.flux import BASE, check_pipeline, meta_transformer, read_lora_init
+from fastvideo.models.pretrained import (
+    BASE,
+    check_pipeline,
+    family_of,
+    meta_transformer,
+    read_lora_init,
+)
 from fastvideo.models.reward_model.loading import bad_file, to_download
 from fastvideo.models.reward_model.spec import REWARDS, resolve_reward_spec
 from fastvideo.models.reward_model.utils import check_needs, reward_problems
@@ -55,7 +61,7 @@ def check_run(config: GRPOConfig, world_size: int) -> None:
     try:
         memory = describe_memory(config, world_size)
         if is_first():
-            print(memory, flush=True)
+            print(*_describe_guidance(config), memory, sep="\n", flush=True)
     except FlagError as error:
         found += [] if found and error.field == BASE else [error]
         configs = False
@@ -82,6 +88,15 @@ def check_run(config: GRPOConfig, world_size: int) -> None:
         raise FlagErrors(found)
 
 
+def _describe_guidance(config: GRPOConfig) -> Iterator[str]:
+    """What classifier-free guidance costs, for a model that has it."""
+    if family_of(config.pretrained_model_name_or_path).guided(config.guidance_scale):
+        yield (
+            f"classifier-free guidance {config.guidance_scale:g}: each evaluation takes two passes of the model, with "
+            "the prompt and with the empty one, in rollout and training; --guidance_scale 1 halves the cost"
+        )
+
+
 def _check_embeddings(config: GRPOConfig, configs: bool) -> None:
     """Raises FlagError for cached embeddings that can't be used. A run that goes on checks their content only later.
 
@@ -89,8 +104,8 @@ def _check_embeddings(config: GRPOConfig, configs: bool) -> None:
     """
     widths = None
     if config.dry_run and configs:
-        sizes = meta_transformer(config.pretrained_model_name_or_path).config
-        widths = (sizes.joint_attention_dim, sizes.pooled_projection_dim)
+        path = config.pretrained_model_name_or_path
+        widths = family_of(path).widths(meta_transformer(path))
     entries = LatentFluxRLDataset(config.data_json_path, widths=widths).entries
     _check_needs(config, "data_json_path", [(entry["caption"], entry.get("metadata", {})) for entry in entries])
 
@@ -164,8 +179,9 @@ def _parts(config: GRPOConfig) -> dict[str, list[tuple[str, ...]]]:
         parts["transformer"].remove(WEIGHTS)
     if config.prompts_file or config.eval_steps:
         parts |= {"": [("model_index.json",)], "scheduler": [("scheduler_config.json",)]}
-        parts |= {part: [("config.json",), WEIGHTS] for part in ("text_encoder", "text_encoder_2")}
-        parts |= {part: [VOCABULARIES] for part in ("tokenizer", "tokenizer_2")}
+        family = family_of(config.pretrained_model_name_or_path)
+        parts |= {part: [("config.json",), WEIGHTS] for part in family.text_encoders}
+        parts |= {part: [VOCABULARIES] for part in family.tokenizers}
     return parts
 
 

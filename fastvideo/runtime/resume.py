@@ -15,11 +15,11 @@ from fastvideo.io.files import check_writable, not_written, write_bytes
 from fastvideo.io.fingerprint import sample_file
 from fastvideo.io.lock import FolderLock
 from fastvideo.io.messages import say, warn
-from fastvideo.models.flux import add_lora, load_transformer, read_lora_init
-from fastvideo.models.flux_speed import enable_gradient_checkpointing
-from fastvideo.models.int8 import quantize_blocks
+from fastvideo.models.int8 import quantize_linear
 from fastvideo.models.lora import LORA_FILE, read_trained_lora
+from fastvideo.models.pretrained import add_lora, load_transformer, read_lora_init
 from fastvideo.models.reward_model.utils import served_judge
+from fastvideo.models.speed import enable_gradient_checkpointing
 from fastvideo.runtime.checkpoint import (
     LINKS,
     RECORD,
@@ -38,7 +38,7 @@ from fastvideo.runtime.optimizer_files import unreadable
 from fastvideo.runtime.policies import Policies
 
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import ModelMixin
 
 # Keys that resuming needs in RECORD, and in its settings.
 NEEDED = ("iteration", "epoch", "optimizer_steps", "ema_optimization_step", "wandb_id", "settings", "base_model_hash")
@@ -158,7 +158,7 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     return read_trained_lora(adapters) if adapters.is_file() else load_transformer(str(folder)).state_dict()
 
 
-def load_trained(config: GRPOConfig, engine: Engine, checkpoint: Path | None) -> FluxTransformer2DModel:
+def load_trained(config: GRPOConfig, engine: Engine, checkpoint: Path | None) -> ModelMixin:
     """The model to train, full or with adapters, with the weights of the base model or of a checkpoint."""
     base = config.pretrained_model_name_or_path
     source = base if config.use_lora or checkpoint is None else str(checkpoint)
@@ -168,14 +168,14 @@ def load_trained(config: GRPOConfig, engine: Engine, checkpoint: Path | None) ->
     if checkpoint is not None:
         check_base_model(checkpoint, config.pretrained_model_name_or_path)  # it may have been downloaded just now
     if config.quantize_base:
-        quantize_blocks(transformer, engine.accelerator.device)
+        quantize_linear(engine.family.blocks(transformer), engine.accelerator.device)
     if config.use_lora:
         shape = (config.lora_rank, config.lora_alpha, config.lora_target_modules)
         start = read_lora_init(transformer, config.lora_init, *shape) if config.lora_init else {}
         add_lora(transformer, *shape, config.seed)
         transformer.load_state_dict(start if checkpoint is None else read_weights(checkpoint), strict=False)
     if config.gradient_checkpointing:
-        enable_gradient_checkpointing(transformer, config.selective_checkpointing)
+        enable_gradient_checkpointing(transformer, engine.family.blocks(transformer), config.selective_checkpointing)
     return transformer.train()
 
 

@@ -6,10 +6,10 @@ from contextlib import contextmanager
 
 from fastvideo.config import GRPOConfig
 from fastvideo.io.waiting import waiting
-from fastvideo.models.flux import forward_flops
+from fastvideo.models.pretrained import family_of
 
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import ModelMixin
 
 SLOW_PHASE = 1800.0  # seconds after which a phase of an iteration is reported
 
@@ -60,7 +60,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 class Throughput:
     """Times of the current iteration. `prefix` times the rollout steps that have one row per prompt."""
 
-    def __init__(self, config: GRPOConfig, device: torch.device, transformer: FluxTransformer2DModel) -> None:
+    def __init__(self, config: GRPOConfig, device: torch.device, transformer: ModelMixin) -> None:
         self.config, self.device, self.transformer = config, device, transformer
         compute = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
         self.matmul_rate = matmul_rate(device, compute)
@@ -101,7 +101,9 @@ class Throughput:
             tokens: of the picture and of the text. rollout_rows, trained_rows: rows of this process in each phase.
         """
         prefix, self.seconds["seconds_prefix"] = self.prefix.read()  # part of seconds_rollout
-        flops = forward_flops(self.transformer, *tokens) / self.config.sp_size
+        family = family_of(self.config.pretrained_model_name_or_path)
+        flops = family.forward_flops(self.transformer, *tokens) / self.config.sp_size
+        flops *= 1 + family.guided(self.config.guidance_scale)
         rows = {"rollout": rollout_rows - prefix, "prefix": prefix, "train": trained_rows}
         passes = {"rollout": 1, "prefix": 1, "train": 2 if self.config.use_lora else 3}
         metrics = {}

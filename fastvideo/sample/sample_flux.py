@@ -1,4 +1,4 @@
-"""Draws pictures of prompts with the base model, a tuned model, or both in turn, through diffusers' FluxPipeline.
+"""Draws pictures of prompts with the base model, a tuned model, or both in turn, through their diffusers pipeline.
 
     python -m fastvideo.sample.sample_flux --pretrained_model_name_or_path black-forest-labs/FLUX.1-dev \\
         --model_path outputs/mixgrpo/checkpoint-300-0 --prompts_file data/prompts_test.txt --output_dir outputs/tuned
@@ -32,7 +32,9 @@ from fastvideo.sample.settings import SampleConfig
 if __name__ == "__main__":  # before the slow imports: --help and a refused flag answer at once
     parse_first(SampleConfig, doc=__doc__)
 
+from fastvideo.config import GRPOConfig
 from fastvideo.eval.benchmark import read_benchmark
+from fastvideo.family_defaults import family_defaults
 from fastvideo.io.devices import resolve_dtype, torch_dtype
 from fastvideo.io.files import check_writable, write_bytes, write_json, writing
 from fastvideo.io.fingerprint import model_fingerprint, sample_file
@@ -41,32 +43,32 @@ from fastvideo.io.prompts import read_prompts
 from fastvideo.io.resumable import Claims, Store, digest, finish
 from fastvideo.io.weights import not_finite
 from fastvideo.io.words import counted
-from fastvideo.models.flux import (
+from fastvideo.models.family import LatentShape
+from fastvideo.models.lora import LORA_CONFIG, LORA_FILE, lora_file
+from fastvideo.models.pretrained import (
+    BASE,
     CutPrompts,
-    LatentShape,
     check_files,
     check_lora,
     check_pipeline,
     check_transformer,
+    family_of,
     load_text_encoders,
     load_transformer,
     load_vae,
     load_with_lora,
     meta_transformer,
 )
-from fastvideo.models.lora import LORA_CONFIG, LORA_FILE, lora_file
 from fastvideo.runtime.checkpoint import linked
 
 import numpy as np
 import torch
 from accelerate import cpu_offload_with_hook
 from accelerate.hooks import CpuOffload, UserCpuOffloadHook
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file
-
-PIPELINE_FOLDERS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae")
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class Picture:
 
     path: Path
     prompt: str
-    seed: int  # torch.Generator("cpu").manual_seed(seed) gives the same picture in a FluxPipeline
+    seed: int  # torch.Generator("cpu").manual_seed(seed) gives the same picture in the pipeline
     index: int  # in the manifest
     style: str | None = None  # if the prompt is from the HPSv2 benchmark
     metadata: Mapping[str, Any] = field(default_factory=dict, compare=False)  # of the prompt; see io/prompts.py
@@ -178,13 +180,13 @@ def check_tuned(base: str, model_path: str) -> None:
         check_files(model_path, file, "model_path", meta_transformer(base))
     elif Path(model_path).exists() or model_path.count("/") != 1:
         found, wanted = check_transformer(model_path, "model_path").config, meta_transformer(base).config
-        for name in ("in_channels", "joint_attention_dim", "pooled_projection_dim", "guidance_embeds"):
-            if found[name] != wanted[name]:
-                problem = f"has {name} {found[name]}, --pretrained_model_name_or_path {base} has {wanted[name]}"
+        for name in ("_class_name", "in_channels", "joint_attention_dim", "pooled_projection_dim", "guidance_embeds"):
+            if found.get(name) != wanted.get(name):
+                problem = f"has {name} {found.get(name)}, --pretrained_model_name_or_path {base} has {wanted.get(name)}"
                 raise FlagError("model_path", model_path, problem)
 
 
-def load_tuned(base: str, model_path: str, dtype: torch.dtype) -> FluxTransformer2DModel:
+def load_tuned(base: str, model_path: str, dtype: torch.dtype) -> ModelMixin:
     """The transformer that `--model_path` names. LoRA adapters are put into the transformer of the pipeline `base`.
 
     Raises FlagError for a model that isn't there, isn't finite, or doesn't fit the base model.
@@ -206,22 +208,24 @@ class HybridPipeline:
     """The base pipeline. In the first steps of every call the tuned transformer takes the base transformer's place."""
 
     def __init__(
-        self, config: SampleConfig, tuned_steps: Sequence[int], vae: AutoencoderKL, device: str, dtype: torch.dtype
+        self, config: SampleConfig, tuned_steps: Sequence[int], vae: ModelMixin, device: str, dtype: torch.dtype
     ) -> None:
         """Loads what calls with these `tuned_steps` need besides the VAE. With LoRA adapters one transformer is enough.
 
         Raises FlagError for a model that isn't there.
         """
         base = config.pretrained_model_name_or_path
-        self.config, self.cut = config, CutPrompts()
+        self.config, self.family = config, family_of(base)
+        self.cut = CutPrompts(self.family)
         self.tuned = load_tuned(base, config.model_path, dtype) if any(tuned_steps) else None
         self.lora = self.tuned is not None and lora_file(config.model_path) is not None
         only_tuned = self.lora or min(tuned_steps) == config.total_sampling_steps
         self.base = self.tuned if only_tuned else load_transformer(base, dtype)
-        components = load_text_encoders(base, dtype).components
+        pipe = load_text_encoders(base, dtype)
+        settings = {n: pipe.config[n] for n in pipe._get_signature_keys(type(pipe))[1] if n in pipe.config}
         torch.nn.Module.to(vae, dtype)  # ModelMixin.to would warn
         first = self.base if self.tuned is None else self.tuned
-        self.pipe = FluxPipeline(**{**components, "vae": vae, "transformer": first})
+        self.pipe = type(pipe)(**{**pipe.components, **settings, "vae": vae, "transformer": first})
         self.pipe.set_progress_bar_config(disable=True)
         if config.shift is not None:
             self.pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(
@@ -237,7 +241,8 @@ class HybridPipeline:
             self.pipe.enable_model_cpu_offload(device=device)
             if second:
                 # At share 0 it runs right after the text encoders, and the pipeline leaves the last encoder on the GPU.
-                encoder = UserCpuOffloadHook(self.pipe.text_encoder_2, CpuOffload(device))
+                last = getattr(self.pipe, [*self.family.text_encoders][-1])
+                encoder = UserCpuOffloadHook(last, CpuOffload(device))
                 _, self.base_hook = cpu_offload_with_hook(second, device, prev_module_hook=encoder)
         else:
             for part in (self.pipe, *([second] if second else [])):
@@ -246,7 +251,7 @@ class HybridPipeline:
             for transformer in {first, self.base}:
                 transformer.compile_repeated_blocks()
 
-    def _use(self, transformer: FluxTransformer2DModel, tuned: bool) -> None:
+    def _use(self, transformer: ModelMixin, tuned: bool) -> None:
         """Chooses the transformer of the next steps. Adapters are switched on or off; then the model stays."""
         self.pipe.transformer = transformer
         if self.lora:
@@ -256,7 +261,7 @@ class HybridPipeline:
         """Samples a batch. Each picture has its own CPU generator, so its noise doesn't depend on other pictures."""
         config = self.config
 
-        def after_step(pipe: FluxPipeline, step: int, _timestep: torch.Tensor, tensors: dict) -> dict:
+        def after_step(pipe: DiffusionPipeline, step: int, _timestep: torch.Tensor, tensors: dict) -> dict:
             if step + 1 == config.total_sampling_steps:
                 pipe.transformer = self.first  # the one that offloading knows
                 if self.base_hook:
@@ -295,7 +300,9 @@ def _tuned_fingerprint(model_path: str) -> str | None:
 
 def _settings(config: SampleConfig, dtype: str) -> dict[str, object] | None:
     """All that decides what a picture looks like, except its prompt and seed. None while a model isn't on disk."""
-    base = model_fingerprint(config.pretrained_model_name_or_path, PIPELINE_FOLDERS)
+    family = family_of(config.pretrained_model_name_or_path)
+    folders = ("scheduler", *family.text_encoders, *family.tokenizers, "transformer", "vae")
+    base = model_fingerprint(config.pretrained_model_name_or_path, folders)
     tuned = _tuned_fingerprint(config.model_path) if config.tuned_steps else "none"
     if base is None or tuned is None:
         return None
@@ -359,6 +366,10 @@ def sample(config: SampleConfig) -> Path:
     """
     if config.model_path:
         config = replace(config, model_path=str(linked(Path(config.model_path), "model_path")))
+    if config.guidance_scale is None:
+        sizes = {"h": config.h, "w": config.w, "sampling_steps": config.total_sampling_steps}
+        usual = family_defaults({BASE: config.pretrained_model_name_or_path, **sizes})
+        config = replace(config, guidance_scale=usual.get("guidance_scale", GRPOConfig.guidance_scale))
     prompts = read_prompt_list(config.prompts_file)
     runs = config.runs()
     check_pipeline(config.pretrained_model_name_or_path)

@@ -12,7 +12,9 @@ from fastvideo.io.words import counted
 class SampleConfig:
     """Settings of a sampling run."""
 
-    pretrained_model_name_or_path: str = flag("data/flux", "base FLUX pipeline: a folder or a hub id", section="model")
+    pretrained_model_name_or_path: str = flag(
+        "data/flux", "base FLUX.1 or FLUX.2 klein pipeline: a folder or a hub id", section="model"
+    )
     flux_baseline_model_dir: str | None = flag(None, "another name of --pretrained_model_name_or_path")
     model_path: str | None = flag(
         None,
@@ -34,8 +36,12 @@ class SampleConfig:
     batch_size: int = flag(1, "pictures sampled at a time; changes speed and memory only", at_least=1)
     h: int = flag(1024, "picture height in pixels", at_least=16, at_most=2**14)
     w: int = flag(1024, "picture width in pixels", at_least=16, at_most=2**14)
-    guidance_scale: float = flag(
-        3.5, "distilled guidance; only for models with guidance embeds (FLUX.1-dev)", at_least=-1000, at_most=1000
+    guidance_scale: float | None = flag(
+        None,
+        "guidance: distilled in FLUX.1-dev; classifier-free in FLUX.2 klein base, with two passes per step, off at 1 "
+        "(None: 3.5 and 4)",
+        at_least=-1000,
+        at_most=1000,
     )
     total_sampling_steps: int = flag(50, "denoising steps", at_least=1, at_most=1000)
     mix_sampling_steps: int | None = flag(

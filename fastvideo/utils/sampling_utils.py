@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
-from fastvideo.models.flux import LatentShape
+from fastvideo.models.family import LatentShape
 from fastvideo.utils.plan import Plan
 
 import numpy as np

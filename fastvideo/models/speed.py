@@ -1,18 +1,18 @@
-"""Speed and memory of FLUX: compiled blocks, attention, sequence parallelism, gradient checkpointing."""
+"""Speed and memory of a transformer: compiled blocks, attention, sequence parallelism, gradient checkpointing."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from types import MethodType
 
 import fastvideo.torchvision_repair  # noqa: F401  (before diffusers)
 
 import torch
 import torch.distributed as dist
-from diffusers import ContextParallelConfig, FluxTransformer2DModel
+from diffusers import ContextParallelConfig, ModelMixin
 from diffusers.models import ParallelConfig
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import apply_rotary_emb
-from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor, FluxSingleTransformerBlock
+from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
+from diffusers.models.transformers.transformer_flux2 import Flux2Attention, Flux2ParallelSelfAttention
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -45,23 +45,48 @@ class _ContiguousGradient(torch.autograd.Function):
         return gradient.contiguous()
 
 
-class StreamwiseAttnProcessor(FluxAttnProcessor):
-    """diffusers' attention for FLUX with the same results, but fewer passes over memory when compiled.
-
-    Text and picture get their rotary embeddings before they are joined, so that the norm and the embedding of each
-    compile to one kernel. cuDNN's attention reads heads without the transposed copies that diffusers makes.
+class _AttnProcessor(FluxAttnProcessor):
+    """Attention of all tokens, by diffusers' kernels or cuDNN's.
 
     Attributes:
-        cudnn: whether to use cuDNN's attention, twice as fast as FlashAttention-2 on Hopper. Its backward pass reads
-            past the end of a gradient with gaps (illegal memory access; torch 2.11, cuDNN 9.19). In a single block the
-            attention's gradient is a slice of the gradient of [attention, MLP], so it is made contiguous.
+        cudnn: whether to use cuDNN's attention, twice as fast as FlashAttention-2 on Hopper, which reads heads without
+            the transposed copies that diffusers makes. Its backward pass reads past the end of a gradient with gaps
+            (illegal memory access; torch 2.11, cuDNN 9.19). In a single block the attention's gradient is a slice of
+            the gradient of [attention, MLP], so it is made contiguous. An attribute of each class: compiled code looks
+            for it there.
+    """
+
+    cudnn: bool
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """query, key, value: [N, S, heads, D]. Returns [N, S, heads · D]."""
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if self.cudnn else nullcontext():
+            together = dispatch_attention_fn(
+                query,
+                key,
+                value,
+                attn_mask=mask,
+                backend=self._attention_backend,
+                parallel_config=self._parallel_config,
+            )
+        return _ContiguousGradient.apply(together.flatten(2, 3).to(query.dtype))
+
+
+class StreamwiseAttnProcessor(_AttnProcessor):
+    """diffusers' attention of FLUX.1, and of FLUX.2's double blocks, with the same results, but fewer passes over
+    memory when compiled.
+
+    Text and picture get their rotary embeddings before they are joined, so that the norm and the embedding of each
+    compile to one kernel.
     """
 
     cudnn = False
 
     def __call__(
         self,
-        attn: FluxAttention,
+        attn: FluxAttention | Flux2Attention,
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
@@ -79,16 +104,7 @@ class StreamwiseAttnProcessor(FluxAttnProcessor):
             query, key = (rotary_embedding(h, (cosine, sine)) for h in (norm_q(query), norm_k(key)))
             parts.append((query, key, value))
         query, key, value = parts[0] if len(parts) == 1 else (torch.cat(p, dim=1) for p in zip(*parts, strict=True))
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if self.cudnn else nullcontext():
-            together = dispatch_attention_fn(
-                query,
-                key,
-                value,
-                attn_mask=attention_mask,
-                backend=self._attention_backend,
-                parallel_config=self._parallel_config,
-            )
-        together = _ContiguousGradient.apply(together.flatten(2, 3).to(query.dtype))
+        together = self.attend(query, key, value, attention_mask)
         if encoder_hidden_states is None:
             return together
         text, picture = together.split(lengths, dim=1)
@@ -96,26 +112,37 @@ class StreamwiseAttnProcessor(FluxAttnProcessor):
         return picture, attn.to_add_out(text.contiguous())
 
 
+class ParallelAttnProcessor(_AttnProcessor):
+    """diffusers' attention of FLUX.2's single blocks, with the same results. One product makes queries, keys, values
+    and the MLP's inputs, and one takes attention and MLP."""
+
+    cudnn = False
+
+    def __call__(
+        self,
+        attn: Flux2ParallelSelfAttention,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        *heads, mlp = attn.to_qkv_mlp_proj(hidden_states).split(
+            [*[attn.inner_dim] * 3, attn.mlp_hidden_dim * attn.mlp_mult_factor], dim=-1
+        )
+        query, key, value = (part.unflatten(-1, (-1, attn.head_dim)) for part in heads)
+        query, key = (rotary_embedding(h, image_rotary_emb) for h in (attn.norm_q(query), attn.norm_k(key)))
+        together = self.attend(query, key, value, attention_mask)
+        return attn.to_out(torch.cat([together, attn.mlp_act_fn(mlp)], dim=-1))
+
+
 @contextmanager
 def cudnn_attention() -> Iterator[None]:
-    """Context in which StreamwiseAttnProcessor uses cuDNN's attention, also where a backward pass recomputes it."""
-    before, StreamwiseAttnProcessor.cudnn = StreamwiseAttnProcessor.cudnn, True
+    """Context in which attention is cuDNN's, also where a backward pass recomputes it."""
+    before = StreamwiseAttnProcessor.cudnn
+    StreamwiseAttnProcessor.cudnn = ParallelAttnProcessor.cudnn = True
     try:
         yield
     finally:
-        StreamwiseAttnProcessor.cudnn = before
-
-
-_single_block_forward = FluxSingleTransformerBlock.forward  # Dynamo can't trace it as an attribute of its class
-
-
-def _forward_without_views(block: FluxSingleTransformerBlock, *args, **kwargs) -> tuple[torch.Tensor, ...]:
-    """The block's outputs as separate tensors.
-
-    If they were views of one tensor, their gradients would be assembled outside the compiled block, from zeros, copies
-    and a sum. (A forward hook would be compiled separately, and would copy.)
-    """
-    return tuple(part.clone() for part in _single_block_forward(block, *args, **kwargs))
+        StreamwiseAttnProcessor.cudnn = ParallelAttnProcessor.cudnn = before
 
 
 # With these options a row rounds alike in graphs of any number of rows from 2 on: sampled in a part of 4 and trained in
@@ -125,23 +152,17 @@ def _forward_without_views(block: FluxSingleTransformerBlock, *args, **kwargs) -
 ROUNDING_OF_ROWS = {"deterministic": True, "emulate_precision_casts": True}
 
 
-def compile_transformer(transformer: FluxTransformer2DModel) -> None:
+def compile_transformer(transformer: ModelMixin) -> None:
     """Compiles one graph for all blocks of a kind, and the parts around the blocks that are slow uncompiled."""
     # One graph per shape, with and without gradients, with and without adapters: more than Dynamo's default limit,
     # above which it leaves blocks uncompiled.
     torch._dynamo.config.recompile_limit = 64
-    # Autocast makes norms return float32. Without the hook, each linear layer after a norm would write a bf16 copy.
-    norms = [norm for block in transformer.transformer_blocks for norm in (block.norm1, block.norm1_context)]
-    for norm in [*norms, *(block.norm for block in transformer.single_transformer_blocks)]:
-        norm.register_forward_hook(lambda module, inputs, output: (output[0].to(output[1].dtype), *output[1:]))
-    for block in transformer.single_transformer_blocks:
-        block.forward = MethodType(_forward_without_views, block)
     transformer.compile_repeated_blocks(dynamic=False, options=ROUNDING_OF_ROWS)
     transformer.pos_embed.compile(dynamic=False, options=ROUNDING_OF_ROWS)
     transformer.norm_out.compile(dynamic=False, options=ROUNDING_OF_ROWS)
 
 
-def split_sequence(transformer: FluxTransformer2DModel, mesh: DeviceMesh) -> None:
+def split_sequence(transformer: ModelMixin, mesh: DeviceMesh) -> None:
     """Makes every process of the mesh's dimension `ulysses` compute its share of the tokens and return all tokens.
 
     The processes must pass the same rows. The gradient of a parameter is the sum over these processes.
@@ -164,9 +185,10 @@ def split_sequence(transformer: FluxTransformer2DModel, mesh: DeviceMesh) -> Non
             module.register_forward_hook(lambda module, inputs, output: output.to(inputs[0].dtype))
 
 
-def enable_gradient_checkpointing(transformer: FluxTransformer2DModel, share: float = 1.0) -> None:
+def enable_gradient_checkpointing(
+    transformer: ModelMixin, blocks: Sequence[torch.nn.Module], share: float = 1.0
+) -> None:
     """Recomputes activations in the backward pass, for a `share` (0 to 1] of the blocks, spread evenly."""
-    blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
     kept = {id(block) for i, block in enumerate(blocks) if int((i + 1) * share) > int(i * share)}
 
     def run(block: torch.nn.Module, *args):
