@@ -11,6 +11,7 @@ from fastvideo.data_preprocess.preprocess_flux_embedding import Embeddings, Prep
 from fastvideo.eval.report import ReportConfig
 from fastvideo.eval.settings import EvalConfig
 from fastvideo.models.merge_lora import MergeConfig
+from fastvideo.models.pretrained import family_of
 from fastvideo.models.reward_model.custom import probe
 from fastvideo.models.reward_model.server import ServerConfig
 from fastvideo.runtime.memory import checkpoint_size
@@ -143,7 +144,7 @@ def test_sizes_in_the_docs_are_those_of_flux_1(tmp_path):
     found = [
         checkpoint_size(parse_dataclass(GRPOConfig, common + more)) for more in ([], ["--ema_decay", "0.995"], lora)
     ]
-    store = Embeddings(tmp_path, ("model", 512, "bf16"))
+    store = Embeddings(tmp_path, family_of(str(ROOT / "data/tiny_flux")), ("model", 512, "bf16"))
     store.keep("caption", tuple(torch.zeros(shape, dtype=torch.bfloat16) for shape in ((512, 4096), (768,), (512, 3))))
     assert sizes == [*found, sum(path.stat().st_size for path in store.paths("caption"))]
 
