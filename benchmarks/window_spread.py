@@ -20,7 +20,7 @@ from fastvideo.config import GRPOConfig
 from fastvideo.dataset.latent_flux_rl_datasets import TENSORS
 from fastvideo.eval.plots import INK, SERIES, STYLE, save
 from fastvideo.io.files import check_writable, write_json, writing
-from fastvideo.io.prompts import read_prompts
+from fastvideo.io.prompts import FORMATS, read_prompts
 from fastvideo.models.family import Conditioning, LatentShape
 from fastvideo.models.pretrained import family_of, load_text_encoders, load_transformer, meta_vae
 from fastvideo.rollout_plan import make_plan
@@ -46,9 +46,8 @@ def as_in_training(name: str) -> Any:
 class SpreadConfig:
     pretrained_model_name_or_path: str = flag("data/flux", "diffusers FLUX pipeline: a folder or a hub id")
     model_path: str | None = flag(None, "tuned transformer or LoRA adapters; None: the pipeline's own")
-    prompts_file: str = flag(
-        "data/prompts.txt", "prompts: text with one per line, JSON, JSON Lines, CSV or TSV; the first ones are used"
-    )
+    prompts_file: str = flag("data/prompts.txt", f"prompts: {FORMATS}; the first ones are used")
+    prompt_column: str | None = as_in_training("prompt_column")
     prompts: int = flag(3, "how many prompts")
     windows: list[int] = flag([0, 4, 8, 12, 16, 20], "first steps of the windows", metavar="STEP")
     samples: int = flag(24, "samples per prompt and window")
@@ -100,7 +99,7 @@ def sample_windows(config: SpreadConfig) -> tuple[list[str], dict[int, torch.Ten
     of a rollout without stochastic steps.
     """
     training = config.training()
-    prompts = read_prompts(config.prompts_file, "prompts_file").prompts[: config.prompts]
+    prompts = read_prompts(config.prompts_file, "prompts_file", config.prompt_column).prompts[: config.prompts]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     base = config.pretrained_model_name_or_path

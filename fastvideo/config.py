@@ -11,6 +11,7 @@ from typing import Any
 
 from fastvideo.cli import FlagError, check_fields, default_of, flag, written
 from fastvideo.family_defaults import family_defaults
+from fastvideo.io.prompts import COLUMN_HELP, FORMATS
 from fastvideo.io.secrets import redact
 from fastvideo.io.words import counted
 from fastvideo.models.reward_model.spec import NO_GROUP, REWARDS, RewardSpecConfig, resolve_reward_spec
@@ -110,9 +111,8 @@ class GRPOConfig(RewardSpecConfig):
         "for measurements: random weights for the transformer whose config.json is in that pipeline",
     )
     data_json_path: str | None = flag(None, "prompt.json written by the preprocessing script", section="data")
-    prompts_file: str | None = flag(
-        None, "prompts: text with one per line, JSON, JSON Lines, CSV or TSV; embedded and cached under output_dir"
-    )
+    prompts_file: str | None = flag(None, f"prompts: {FORMATS}; embedded and cached under output_dir")
+    prompt_column: str | None = flag(None, COLUMN_HELP)
     seed: int = flag(714, "seed of all noise and of the samples' order", at_least=0, below=2**63)
     sampler_seed: int = flag(7144, "seed of the prompts' order", at_least=0, below=2**63)
     cfg: float = flag(
@@ -127,6 +127,8 @@ class GRPOConfig(RewardSpecConfig):
         given = (self.data_json_path is not None) + (self.prompts_file is not None)
         both = "give either --data_json_path (cached embeddings) or --prompts_file (texts)"
         self._need(given == 1, "data_json_path", both)
+        texts = self.prompts_file is not None or self.eval_prompts is not None
+        self._need(texts or self.prompt_column is None, "prompt_column", "goes with --prompts_file or --eval_prompts")
 
     # --- how much of it ---------------------------------------------------------------------------------------------
     max_train_steps: int = flag(
@@ -675,7 +677,13 @@ class GRPOConfig(RewardSpecConfig):
         at_least=0,
         section="evaluation during training",
     )
-    eval_prompts: str | None = flag(None, "file with the prompts of these evaluations, in a format of prompts_file")
+    eval_prompts: str | None = flag(None, "the prompts of these evaluations, in a format of prompts_file")
+    eval_split: float | None = flag(
+        None,
+        "instead of --eval_prompts: a share (below 1) or number of the prompts, held out from training and evaluated; "
+        "a hash of the caption chooses them",
+        above=0,
+    )
     eval_reward: str | None = flag(
         None,
         "what decides which checkpoint is best, named as in --reward_model: rewards that training doesn't see "
@@ -692,11 +700,17 @@ class GRPOConfig(RewardSpecConfig):
     )
 
     def _check_evaluation(self) -> None:
-        for name in "eval_prompts eval_reward eval_h eval_w eval_sampling_steps eval_guidance_scale".split():
+        for name in "eval_prompts eval_split eval_reward eval_h eval_w eval_sampling_steps eval_guidance_scale".split():
             self._need(self.eval_steps > 0 or getattr(self, name) is None, name, "goes with --eval_steps")
         for name in ("eval_h", "eval_w"):
             self._need((getattr(self, name) or 0) % 16 == 0, name, "must be a multiple of 16")
-        self._need(self.eval_steps == 0 or self.eval_prompts is not None, "eval_steps", "give --eval_prompts too")
+        given = (self.eval_prompts is not None) + (self.eval_split is not None)
+        self._need(self.eval_steps == 0 or given > 0, "eval_steps", "give --eval_prompts or --eval_split too")
+        self._need(
+            given < 2, "eval_split", f"not with --eval_prompts {self.eval_prompts}: one of them says what is judged"
+        )
+        whole = (self.eval_split or 0) < 1 or self.eval_split % 1 == 0
+        self._need(whole, "eval_split", "give a share below 1, or a whole number of prompts")
         evaluated = "reward_model" if self.eval_reward is None else "eval_reward"
         if self.eval_steps and any(
             name in REWARDS and REWARDS[name].groupwise for name in resolve_reward_spec(self, evaluated)
@@ -739,7 +753,7 @@ class GRPOConfig(RewardSpecConfig):
     def outdone(before: dict[str, Any], after: dict[str, Any]) -> dict[str, str]:
         """{flag of a recipe or the environment: flag given after it that excludes it}, see fastvideo/cli.py."""
         given, found = before | after, {}
-        pairs = [("data_json_path", "prompts_file")]
+        pairs = [("data_json_path", "prompts_file"), ("eval_prompts", "eval_split")]
         if (given.get("fsdp_sharding_startegy") == "none") == (given.get("parallel") == "fsdp"):
             pairs.append(("parallel", "fsdp_sharding_startegy"))
         for a, b in (*pairs, *(pair[::-1] for pair in pairs)):

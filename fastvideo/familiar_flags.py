@@ -68,10 +68,11 @@ _FAMILIAR: dict[str, tuple[str, ...]] = {
     "validation_prompts sample_prompts test_prompts": ("--eval_prompts",),
     "negative_prompt": ("no flag: FLUX is sampled without negative prompts",),
     "data data_path data_json json_path train_data embeddings embedding_path embed_path": ("--data_json_path",),
-    "dataset dataset_name dataset_path dataset_config dataset_config_name train_file": (
-        "--prompts_file, a text file with one prompt per line",
-    ),
-    "train_data_dir instance_data_dir class_data_dir class_prompt num_class_images image_column caption_column "
+    "dataset dataset_name dataset_path train_file": ("--prompts_file, a file of prompts or a hub's data set",),
+    "dataset_config dataset_config_name dataset_split": ("--prompts_file user/name:subset:split",),
+    "caption_column text_column prompt_key caption_key": ("--prompt_column",),
+    "validation_split test_size val_split held_out": ("--eval_split",),
+    "train_data_dir instance_data_dir class_data_dir class_prompt num_class_images image_column "
     "caption_extension repeats center_crop random_flip flip_aug color_aug enable_bucket cache_latents": (
         _NO_PICTURES,
     ),

@@ -647,6 +647,7 @@ def set_up(config: GRPOConfig, lock: FolderLock | None = None) -> tuple[Trainer,
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
             prompts_flag=flag,
+            prompt_column=config.prompt_column,
         )
 
     # Before prompts are embedded, because a reward model that can't be downloaded ends the run.
@@ -654,7 +655,11 @@ def set_up(config: GRPOConfig, lock: FolderLock | None = None) -> tuple[Trainer,
     held_out = build_held_out(config, accelerator.device, scoring)
     if dataset is None:
         dataset = cached(embed("prompts_file", "rl_embeddings"))
-    eval_index = embed("eval_prompts", "eval_embeddings") if config.eval_steps else None
+    judged = None
+    if config.eval_split is not None:
+        dataset, judged = dataset.split(config.eval_split)
+    elif config.eval_steps:
+        judged = LatentFluxRLDataset(embed("eval_prompts", "eval_embeddings"))
     if config.sp_size > 1:
         text_tokens = len(dataset[0]["prompt_embeds"])
         for size in {(config.h, config.w), Sampling.of(config)[:2]}:
@@ -662,12 +667,12 @@ def set_up(config: GRPOConfig, lock: FolderLock | None = None) -> tuple[Trainer,
     trainer = Trainer(config, engine, scoring, checkpoint)
     if guided:
         trainer.negative_prompt_embeds = dataset.negative_prompt_embeds.to(accelerator.device, torch.float32)
-    if eval_index is not None:
-        trainer.evaluation = Evaluation(config, eval_index, scoring, held_out, trainer.vae)
+    if judged is not None:
+        trainer.evaluation = Evaluation(config, judged, scoring, held_out, trainer.vae)
     together = trainer.local_prompts * engine.data_ranks
     if accelerator.is_main_process:
-        if together > len(dataset):
-            warn(f"an iteration takes {together} prompts of only {len(dataset)}: some repeat")
+        if together > (there := sum(weight > 0 for weight in dataset.weights)):
+            warn(f"an iteration takes {together} prompts of only {there}: some repeat")
         if (done := trainer.progress.iteration) >= config.max_train_steps:
             print(f"nothing to do: {done} of --max_train_steps {config.max_train_steps} iterations are done")
     sampler = PromptSampler(
@@ -678,6 +683,7 @@ def set_up(config: GRPOConfig, lock: FolderLock | None = None) -> tuple[Trainer,
         config.sampler_seed,
         start_iteration=trainer.progress.iteration + 1,
         prompts_before=trainer.progress.prompts,
+        weights=dataset.weights,
     )
     return trainer, sampler, read_ahead(dataset, sampler, config.dataloader_num_workers, accelerator.device)
 

@@ -712,7 +712,6 @@ def test_a_recipe_runs_from_anywhere(recipe, tmp_path):
 # Settings that no code reads as `config.NAME`, and the reasons.
 READ_OTHERWISE = {
     "reward_model": "resolve_reward_spec reads the setting whose name it is given",
-    "eval_prompts": "check_run and set_up read the prompts of the setting whose name they are given",
     "prompts_per_iteration": "GRPOConfig.local_prompts",
     "train_batch_size": "GRPOConfig.local_prompts",
     "flow_grpo_sampling": "decides in config.py which algorithm runs, and so which planner",

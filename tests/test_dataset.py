@@ -19,6 +19,7 @@ from fastvideo.dataset.latent_flux_rl_datasets import (
 )
 from fastvideo.io.waiting import WaitedTooLong
 
+import numpy as np
 import pytest
 import torch
 
@@ -66,14 +67,48 @@ def test_every_prompt_comes_once_an_epoch_in_a_new_order_without_padding():
     assert flat != sum(stream(15, num_prompts=10, prompts_per_iteration=4, seed=8), [])
 
 
+@pytest.mark.parametrize("weights", [None, [1.0] * 10, [0.2] * 10])
+def test_equal_weights_leave_each_epoch_the_permutation_of_its_seed_and_number(weights):
+    flat = sum(stream(15, num_prompts=10, prompts_per_iteration=4, seed=7, weights=weights), [])
+    assert flat == sum((np.random.default_rng([7, epoch]).permutation(10).tolist() for epoch in range(6)), [])
+
+
+def test_a_prompt_comes_as_often_as_its_weight_says_in_every_epoch_and_over_all_of_them():
+    weights, epochs = np.array([0, 0.3, 1, 2.5, 0.05, 4]), 200
+    sampler = PromptSampler(6, 1, seed=3, weights=weights)
+    counts = np.zeros((epochs + 1, 6))
+    for iteration in itertools.count(1):
+        (draw,) = sampler.draws(iteration)
+        if (epoch := sampler.epoch_of(iteration)) > epochs:
+            break
+        counts[epoch, draw.index] += 1
+    counts = counts[:epochs]
+    assert (np.floor(weights) <= counts).all() and (counts <= np.ceil(weights)).all()
+    assert (abs(counts.cumsum(0) - weights * np.arange(1, epochs + 1)[:, None]) < 1).all()
+
+
+def test_small_weights_are_ratios_and_large_numbers_of_prompts_cost_little():
+    """Probabilities that sum to 1 would make epochs of one draw."""
+    shares = [0.4, 0.1, 0.5]
+    flat = sum(stream(90, num_prompts=3, prompts_per_iteration=1, weights=shares), [])
+    assert flat == sum(stream(90, num_prompts=3, prompts_per_iteration=1, weights=[0.8, 0.2, 1]), [])
+    many = PromptSampler(100_000, 32, weights=[1e-3] * 99_999 + [1], start_iteration=10**6)
+    assert sum(draw.index == 99_999 for i in range(10**6, 10**6 + 10) for draw in many.draws(i)) in (3, 4)
+
+
+WEIGHTS = [None, [0.5, 0, 3, 1, 1, 0.25, 1, 1.5, 1, 2]]
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_the_stream_does_not_depend_on_the_number_of_ranks(world_size):
-    settings = {"num_prompts": 10, "prompts_per_iteration": 4, "seed": 7}
+def test_the_stream_does_not_depend_on_the_number_of_ranks(world_size, weights):
+    settings = {"num_prompts": 10, "prompts_per_iteration": 4, "seed": 7, "weights": weights}
     assert stream(9, world_size=world_size, **settings) == stream(9, **settings)
 
 
-def test_a_resumed_run_reads_the_same_stream():
-    settings = {"num_prompts": 10, "prompts_per_iteration": 4, "seed": 7}
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_a_resumed_run_reads_the_same_stream(weights):
+    settings = {"num_prompts": 10, "prompts_per_iteration": 4, "seed": 7, "weights": weights}
     assert stream(4, start_iteration=6, **settings) == stream(9, **settings)[5:]
 
 
@@ -163,6 +198,21 @@ def test_an_embedding_that_cannot_be_used_is_refused_when_the_data_is_opened(tmp
     assert "\n" not in str(refusal.value)
 
 
+def test_of_many_embeddings_some_are_checked_at_once_and_the_others_when_they_are_drawn(tmp_path, monkeypatch):
+    path = make_data(tmp_path)
+    for number in (1, 3):
+        change(path, number, "prompt_embed", lambda x: x / 0)
+    monkeypatch.setattr(latent_flux_rl_datasets, "AT_ONCE", 3)
+    dataset = LatentFluxRLDataset(path, widths=WIDTHS)
+    assert [dataset[number]["index"] for number in (0, 2, 4)] == [0, 2, 4]
+    for number in (1, 3):
+        with pytest.raises(ValueError, match=f"'caption {number}' has values that aren't finite"):
+            dataset[Draw(number, 7)]
+    change(path, 2, "prompt_embed", lambda x: x / 0)
+    with pytest.raises(ValueError, match="'caption 2' has values that aren't finite"):
+        LatentFluxRLDataset(path, widths=WIDTHS)
+
+
 def test_embeddings_of_different_length_are_refused_with_both_captions(tmp_path):
     path = make_data(tmp_path, lengths=(4, 5))
     with pytest.raises(ValueError, match=r"4 for 'caption 0' and 5 for 'caption 1'; preprocess with one --max_seq"):
@@ -212,6 +262,10 @@ def without_key(path: Path) -> None:
         ),
         (lambda path: path.write_text("[3]"), "entry 0 has no text under prompt_embed_path"),
         (without_key, "entry 3 has no text under caption"),
+        (
+            lambda path: path.write_text(path.read_text().replace('"}', '", "weight": -1}')),
+            "entry 0: the weight -1 is no",
+        ),
         (lambda path: (path.parent / "text_ids" / "2.pt").unlink(), "1 embedding file can.t be found, such as .*2.pt"),
     ],
 )

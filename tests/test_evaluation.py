@@ -4,7 +4,9 @@ import json
 import os
 import shutil
 
-from fastvideo.train_grpo_flux import Trainer
+from fastvideo.cli import FlagError
+from fastvideo.dataset.split import held_out
+from fastvideo.train_grpo_flux import Trainer, main
 
 import pytest
 import torch
@@ -111,6 +113,40 @@ def test_an_evaluation_with_failed_scores_is_counted_and_never_the_best(train, p
     assert not (run.folder / "best").is_symlink() and len(run.checkpoints) == 1
 
 
+def test_held_out_prompts_are_evaluated_and_leave_training_to_the_others(
+    train, flags, prompts_file, embedded_prompts, tmp_path, capsys
+):
+    """As if the two parts were given as two files, from prompts and from embeddings."""
+    settings = {"eval_steps": 2, "prompts_per_iteration": 3}
+    main(flags(**settings, eval_split=2, prompts_file=prompts_file, dry_run=True))
+    assert "prompts: 3 to train on, 2 held out to evaluate: 'a " in capsys.readouterr().out
+    runs = [train(**settings, eval_split=2, prompts_file=prompts_file), train(**settings, eval_split=2)]
+    judged = [entry["prompt"] for entry in scores(runs[0], 2)]
+    rest = [prompt for prompt in PROMPTS if prompt not in judged]
+    assert judged == [prompt for prompt in PROMPTS if prompt in judged] and len(judged) == 2
+    for name, prompts in (("rest.txt", rest), ("judged.txt", judged)):
+        (tmp_path / name).write_text("\n".join(prompts))
+    files = train(**settings, prompts_file=tmp_path / "rest.txt", eval_prompts=tmp_path / "judged.txt")
+    assert runs[0].numbers() == runs[1].numbers() == files.numbers()
+    assert pictures(runs[0], 2) == pictures(runs[1], 2) == pictures(files, 2)
+
+
+def test_the_caption_alone_decides_whether_a_prompt_is_held_out():
+    captions = [f"prompt {number}" for number in range(1000)]
+    share, number = held_out(captions, 0.1), held_out(captions, 100)
+    assert 70 < sum(share) < 130 and sum(number) == 100
+    edited = ["new", *(f"Prompt  {number} " for number in range(500, 1000)), *captions[:600]]
+    sides = dict(zip(captions, share, strict=True)) | {"new": held_out(["new", *captions], 0.1)[0]}
+    assert held_out(edited, 0.1) == [sides[" ".join(caption.lower().split())] for caption in edited]
+    assert sum(held_out(captions * 2, 100)) == 200  # both copies of a caption lie on one side
+    moved = sum(a != b for a, b in zip(held_out([*captions, "more"], 100), number, strict=False))
+    assert moved <= 1
+    with pytest.raises(FlagError, match="^eval_split 1e-09: holds out none of 1000 prompts; choose a larger share"):
+        held_out(captions, 1e-9)
+    with pytest.raises(FlagError, match="^eval_split 1000: holds out all of 1000 prompts; none is left to train on"):
+        held_out(captions, 1000)
+
+
 @pytest.mark.slow
 def test_two_processes_and_a_resumed_run_evaluate_alike(train, flags, eval_prompts, tmp_path, subprocess_environment):
     whole = train("whole", **SETTINGS, eval_prompts=eval_prompts)
@@ -134,7 +170,14 @@ def test_two_processes_and_a_resumed_run_evaluate_alike(train, flags, eval_promp
 @pytest.mark.parametrize(
     ("given", "text"),
     [
-        ({"eval_steps": 1}, "give --eval_prompts too"),
+        ({"eval_steps": 1}, "give --eval_prompts or --eval_split too"),
+        ({"eval_split": 2}, "--eval_split 2.0: goes with --eval_steps"),
+        (
+            {"eval_steps": 1, "eval_split": 2, "eval_prompts": "p.txt"},
+            "--eval_split 2.0: not with --eval_prompts p.txt",
+        ),
+        ({"eval_steps": 1, "eval_split": 1.5}, "--eval_split 1.5: give a share below 1, or a whole number of prompts"),
+        ({"eval_steps": 1, "eval_split": 5}, "--eval_split 5: holds out all of 5 prompts"),
         ({"eval_reward": "shapes"}, "--eval_reward shapes: goes with --eval_steps"),
         ({"eval_sampling_steps": 50}, "--eval_sampling_steps 50: goes with --eval_steps"),
         ({"eval_steps": 1, "eval_prompts": "no.txt", "eval_w": 40}, "--eval_w 40: must be a multiple of 16"),

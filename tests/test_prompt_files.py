@@ -1,6 +1,7 @@
 """Formats of prompt files: what can be read is read, anything else is refused with one line that names the place."""
 
 import gzip
+import io
 import json
 import pickle
 import shutil
@@ -12,7 +13,17 @@ from fastvideo.data_preprocess import preprocess_flux_embedding
 from fastvideo.io.prompts import read_prompts
 from fastvideo.sample import sample_flux
 
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+
+
+def parquet(**columns) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(pa.table(columns), buffer)
+    return buffer.getvalue()
+
 
 TWO = ["a red circle, big", "два синих квадрата"]
 LINES = "\n".join(TWO) + "\n"
@@ -39,6 +50,7 @@ READ = {
     "excel.csv": f"Prompt;seed\n{TWO[0]};1\n{TWO[1]};2\n".encode("utf-8-sig"),
     "tabs.tsv": f"seed\ttext\n1\t{TWO[0]}\n2\t{TWO[1]}\n",
     "both.csv": f'text,prompt\nx,"{TWO[0]}"\nx,{TWO[1]}\n',
+    "columns.parquet": parquet(text=["x", "y"], Prompt=TWO, picture=[b"\x89PNG", None]),
 }
 
 
@@ -96,7 +108,20 @@ REFUSED = {
     "plain.json": ("a red circle\n", "line 1: not JSON"),
     "empty.json": ("[]", "no prompts in it"),
     "comment.txt": ("# prompts\n" + JSON_LINES, "line 2: a JSON object"),
-    "no_header.csv": ("1,a red circle\n2,a blue square\n", "line 1: no column prompt, caption, text"),
+    "no_header.csv": ("1,a red\n2,a blue\n", "line 1: no column prompt, caption, text; the columns are '1', 'a red'"),
+    "other_column.parquet": (
+        parquet(sentence=TWO, id=[1, 2]),
+        "no column prompt, .*; the columns are 'sentence', 'id'",
+    ),
+    "numbers.parquet": (parquet(prompt=[1, 2]), "row 0: prompt is no text but 1"),
+    "cut.parquet": (parquet(prompt=TWO)[:-9], "not a readable Parquet file"),
+    "text.parquet": (LINES, "not a readable Parquet file"),
+    "nan.json": ('[{"prompt": "a", "size": NaN}]', "not JSON compliant"),
+    "negative.jsonl": ('{"prompt": "a"}\n{"prompt": "b", "weight": -1}\n', "line 2: the weight -1 is no number from 0"),
+    "nan.csv": ("prompt,weight\na,1\nb,nan\n", "line 3: the weight 'nan' is no number"),
+    "text.csv": ("prompt,weight\na,often\n", "line 2: the weight 'often' is no number"),
+    "huge.parquet": (parquet(prompt=["a"], weight=[1e9]), "row 0: the weight 1000000000.0 is no number from 0 to 1000"),
+    "truth.json": ('[{"prompt": "a", "weight": true}]', "entry 0: the weight True is no number"),
     "unquoted.csv": ("id,prompt\n1,a\n2,a red, big circle\n", "line 3: 3 fields; the header has 2"),
     "short.csv": ("id,prompt\n1\n", "line 2: 1 fields; the header has 2"),
     "open_quote.csv": ('prompt\n"a\n', "line 2: unexpected end of data"),
@@ -127,6 +152,54 @@ def test_what_is_no_list_of_prompts_is_refused_with_its_place_and_the_formats(na
     assert "\n" not in str(error.value)
 
 
+def test_what_parquet_files_and_data_sets_say_beside_a_prompt_is_what_json_lines_say(tmp_path, monkeypatch):
+    wants = [{"include": [{"class": "dog", "count": 2}], "n": 1}, {"include": [{"class": "cat"}], "share": 0.5}, {}]
+    lines = [{"prompt": p, **rest} for p, rest in zip(["[1, 2]", "b", "c"], wants, strict=True)]
+    folder = tmp_path / "set"
+    folder.mkdir()
+    json_lines = write(folder, "train.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = [{"n": None, "share": None, **line, "picture": b"x"} for line in lines]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "p.parquet")
+    for path in (json_lines, tmp_path / "p.parquet", folder, f"{folder}:train", f"{folder}:default:train[:3]"):
+        found = read_prompts(path, "prompts_file")
+        assert found.prompts == ["[1, 2]", "b", "c"] and found.metadata == wants
+    assert read_prompts(f"{folder}:train[1:]", "prompts_file").prompts == ["b", "c"]
+    with pytest.raises(FlagError, match=r"no such part of the data set. Cause: Unknown split \"test\".*\['train'\]"):
+        read_prompts(f"{folder}:test", "prompts_file")
+    with pytest.raises(FlagError, match="no column sentence; the columns are 'prompt', 'include', 'n', 'share'"):
+        read_prompts(folder, "prompts_file", "sentence")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FlagError, match="no data set that `datasets` can load from this folder"):
+        read_prompts(tmp_path / "empty", "prompts_file")
+
+
+def test_a_data_set_that_the_hub_does_not_give_is_one_line_that_says_what_to_do(flags, refused, monkeypatch):
+    with refused("--prompts_file lab/prompts:test: no such file, and .* isn't downloaded yet: HF_HUB_OFFLINE is set"):
+        train_grpo_flux.main(flags(prompts_file="lab/prompts:test"))
+
+    def gated(name: str, *_, **__) -> None:
+        raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{name}' is a gated dataset on the Hub.\nAsk.")
+
+    monkeypatch.setattr(datasets, "load_dataset", gated)
+    monkeypatch.setattr("huggingface_hub.is_offline_mode", lambda: False)
+    with refused("--prompts_file lab/prompts: no such file, .*accept the terms .* HF_TOKEN.* Cause: .*gated dataset"):
+        train_grpo_flux.main(flags(prompts_file="lab/prompts"))
+
+
+def test_weights_and_the_column_of_the_prompts(tmp_path):
+    table = "sentence,Prompt,weight\na,x,2\nb,y,\nb,z,7\nc,w,0.5\n"
+    for path in (write(tmp_path, "p.csv", table), write(tmp_path, "p.tsv", table.replace(",", "\t"))):
+        found = read_prompts(path, "prompts_file", "Sentence")
+        assert (found.prompts, found.weights) == (["a", "b", "c"], [2, 1, 0.5])
+        assert found.metadata == [{"prompt": "x"}, {"prompt": "y"}, {"prompt": "w"}]
+    objects = write(tmp_path, "p.json", json.dumps([{"sentence": "a", "prompt": "x", "weight": 0}, "b"]))
+    found = read_prompts(objects, "prompts_file", "sentence")
+    assert (found.prompts, found.weights, found.metadata) == (["a", "b"], [0, 1], [{"prompt": "x"}, {}])
+    with pytest.raises(FlagError, match="entry 0: .* under words; its keys are 'sentence', 'prompt', 'weight'"):
+        read_prompts(objects, "prompts_file", "words")
+
+
 def test_all_programs_read_prompts_alike(tiny_flux, tmp_path, flags, refused):
     table = write(tmp_path, "p.csv", "id,caption\n1,a red circle\n2,a blue square\n")
     embed = ["--model_path", tiny_flux, "--output_dir", str(tmp_path / "embedded"), "--prompt_dir"]
@@ -140,4 +213,15 @@ def test_all_programs_read_prompts_alike(tiny_flux, tmp_path, flags, refused):
         sample_flux.main(["--pretrained_model_name_or_path", tiny_flux, "--baseline", "--prompts_file", bad])
     with refused("--prompts_file .*bad.csv: line 1"):
         train_grpo_flux.main(flags(prompts_file=bad))
+    other = ["--prompt_column", "words"]
+    with refused("--prompt_dir .*p.csv: line 1: no column words; the columns are 'id', 'caption'"):
+        preprocess_flux_embedding.main([*embed, str(table), *other])
+    with refused("--prompts_file .*p.csv: line 1: no column words"):
+        sample_flux.main(
+            ["--pretrained_model_name_or_path", tiny_flux, "--baseline", "--prompts_file", str(table), *other]
+        )
+    with refused("--prompts_file .*p.csv: line 1: no column words"):
+        train_grpo_flux.main([*flags(prompts_file=table), *other])
+    with refused("--prompt_column words: goes with --prompts_file or --eval_prompts"):
+        train_grpo_flux.main([*flags(), *other])
     assert not index.parent.exists() and not (tmp_path / "run").exists()

@@ -3,6 +3,7 @@
 import csv
 import json
 
+from fastvideo import train_grpo_flux
 from fastvideo.eval import eval_reward
 from fastvideo.io.prompts import read_prompts
 from fastvideo.models.reward_model.utils import compute_reward
@@ -60,6 +61,26 @@ def test_training_sampling_and_evaluation_hand_metadata_to_the_reward(train, tin
     assert eval_reward.main(["--manifest", str(manifest), "--reward_model_type", REWARD, "--device", "cpu"]) == 0
     scores = json.loads((manifest.parent / "manifest_scores.json").read_text())
     assert [entry["reward"]["number_of_class"] for entry in scores] == [0, 1, 2, 3, 4]
+
+
+def test_weights_lie_beside_the_embeddings_and_decide_which_prompts_are_trained(train, flags, refused, tmp_path):
+    def weighted(*weights):
+        path = tmp_path / "prompts.jsonl"
+        lines = [{"prompt": text, "weight": weight} for text, weight in zip(PROMPTS, weights, strict=True)]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return path
+
+    def embedded(run):
+        return json.loads((run.folder / "rl_embeddings/prompt.json").read_text())
+
+    plain, alone = train(prompts_file=weighted(1, 1, 1, 1, 1)), train(prompts_file=weighted(0, 0, 0.5, 0, 0))
+    assert [entry.get("weight") for entry in embedded(alone)] == [0, 0, 0.5, 0, 0]
+    assert [{k: v for k, v in entry.items() if k != "weight"} for entry in embedded(alone)] == embedded(plain)
+    one = tmp_path / "one.txt"
+    one.write_text(PROMPTS[2])
+    assert alone.numbers() == train(prompts_file=one).numbers() != plain.numbers()
+    with refused("--prompts_file .*prompts.jsonl: no prompt has a weight above 0"):
+        train_grpo_flux.main(flags(prompts_file=weighted(0, 0, 0, 0, 0)))
 
 
 def test_metadata_travels_to_a_reward_server_and_no_reward_needs_it(serve):  # noqa: F811

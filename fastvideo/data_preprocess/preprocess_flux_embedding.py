@@ -6,8 +6,9 @@
 
 Writes `prompt_embed/`, `pooled_prompt_embeds/`, `text_ids/` and, at the very end, `prompt.json`: a list of
 {"prompt_embed_path", "pooled_prompt_embeds_path", "text_ids", "caption"} whose file names lie in those folders. What
-the prompt file says about a prompt in other keys or columns is its "metadata", for rewards that need it. FLUX.2 has no
-pooled embedding; for its guidance, "negative_prompt_embed_path" is the file of the empty prompt.
+the prompt file says about a prompt in other keys or columns is its "metadata", for rewards that need it; `weight` says
+how often training takes the prompt, if not once per epoch. FLUX.2 has no pooled embedding; for its guidance,
+"negative_prompt_embed_path" is the file of the empty prompt.
 
 A file's name is a hash of the text encoders, the caption, the length and the number format. So an embedding stays with
 its caption however the prompt file is edited, a second run embeds only new captions, and another model never finds the
@@ -20,6 +21,7 @@ from pathlib import Path
 
 from fastvideo.cli import check_fields, flag, flag_errors, parse_dataclass, parse_first
 from fastvideo.io.devices import DTYPES
+from fastvideo.io.prompts import COLUMN_HELP, FORMATS, WEIGHT, read_prompts
 
 
 @dataclass
@@ -29,9 +31,10 @@ class PreprocessConfig:
     model_path: str = flag("data/flux", "FLUX pipeline that has the text encoders: a folder or a hub id")
     prompt_dir: str = flag(
         "data/prompts.txt",
-        "prompts: text with one per line, JSON, JSON Lines, CSV or TSV (the names are the references')",
+        f"prompts: {FORMATS} (the names are the references')",
         alias="prompt_path",
     )
+    prompt_column: str | None = flag(None, COLUMN_HELP)
     output_dir: str = flag("data/rl_embeddings", "where embeddings and prompt.json go")
     batch_size: int = flag(8, "prompts embedded at a time", at_least=1)
     max_sequence_length: int = flag(512, "T5 tokens; cut to what the model's tokenizer declares", at_least=1)
@@ -54,7 +57,6 @@ from fastvideo.io.devices import resolve_dtype, torch_dtype
 from fastvideo.io.files import is_tensor_file, write_json, write_tensor, writing
 from fastvideo.io.fingerprint import model_fingerprint
 from fastvideo.io.processes import Processes, processes
-from fastvideo.io.prompts import read_prompts
 from fastvideo.io.resumable import Store, digest, finish
 from fastvideo.io.words import counted
 from fastvideo.models.family import Family
@@ -105,8 +107,9 @@ def embed_prompts(
     rank: int = 0,
     world_size: int = 1,
     prompts_flag: str = "prompts_file",
+    prompt_column: str | None = None,
 ) -> Path:
-    """Embeds the prompts of a text file into `output_dir`; all processes call it and get the path of prompt.json.
+    """Embeds prompts into `output_dir`; all processes call it and get the path of prompt.json.
 
     Readable embeddings are kept. Neither the number of processes nor a restart changes a number (see `Store`). With
     several processes a process group must be initialised: rank 0 writes prompt.json when all processes are done, and no
@@ -115,6 +118,7 @@ def embed_prompts(
     Args:
         dtype: format of the encoders and of the stored embeddings, as in `resolve_dtype`.
         prompts_flag: the name of the flag that `prompts_file` came from, for messages.
+        prompt_column: see `read_prompts`.
 
     Raises:
         ValueError: one line, for a missing, empty or badly encoded prompt file, or a model that can't be loaded.
@@ -122,7 +126,7 @@ def embed_prompts(
     dtype = resolve_dtype(dtype, device)
     if world_size > 1 and not torch.distributed.is_initialized():
         raise ValueError(f"{world_size} processes need a process group to wait on; start them with torchrun")
-    prompt_file = read_prompts(prompts_file, prompts_flag)
+    prompt_file = read_prompts(prompts_file, prompts_flag, prompt_column)
     captions, output_dir = prompt_file.prompts, Path(output_dir)
 
     with writing("output_dir", output_dir):
@@ -158,8 +162,9 @@ def embed_prompts(
             entries = [dict.fromkeys(store.keys, store.file_name(c)) | {"caption": c} for c in captions]
             for entry in entries if family.classifier_free else ():
                 entry[NEGATIVE] = store.file_name("")
-            for entry, metadata in zip(entries, prompt_file.metadata, strict=True):
+            for entry, metadata, weight in zip(entries, prompt_file.metadata, prompt_file.weights, strict=True):
                 entry |= {"metadata": metadata} if metadata else {}
+                entry |= {WEIGHT: weight} if weight != 1 else {}
             write_json(index_path, entries)
             print(f"{prompts_file}: {prompt_file}; embeddings in {dtype}; {index_path}")
 
@@ -184,6 +189,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
             rank=here.rank,
             world_size=here.world_size,
             prompts_flag="prompt_dir",
+            prompt_column=config.prompt_column,
         )
 
 

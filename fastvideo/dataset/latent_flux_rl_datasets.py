@@ -5,6 +5,8 @@ sampler = PromptSampler(len(dataset), prompts_per_iteration=8, rank=0, world_siz
 for batch in read_ahead(dataset, sampler, threads=4, device=torch.device("cpu")): ...
 """
 
+import bisect
+import copy
 import functools
 import json
 import os
@@ -15,6 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastvideo.cli import FlagError
+from fastvideo.dataset.split import held_out
+from fastvideo.io.prompts import WEIGHT, checked_weight
 from fastvideo.io.waiting import result_of
 from fastvideo.io.words import counted
 
@@ -30,6 +34,7 @@ FOLDERS = {
 HINT = "(scripts/preprocess/preprocess_flux_rl_embeddings.sh makes it from a prompt file)"
 TENSORS = ("prompt_embeds", "pooled_prompt_embeds", "text_ids")  # in the order of FOLDERS
 POOLED, NEGATIVE = "pooled_prompt_embeds_path", "negative_prompt_embed_path"  # keys that not all models have
+AT_ONCE = 4096  # prompts whose embeddings are checked when a run starts; 100,000 take minutes
 READ_LIMIT = 1800.0  # seconds to read the prompts of one iteration; only a file system that is gone needs more
 
 
@@ -43,8 +48,9 @@ class Draw(NamedTuple):
 def read_index(path: Path, field: str = "data_json_path") -> list[dict[str, Any]]:
     """The entries of prompt.json, or of a reference's videos2caption.json: FOLDERS' keys and `caption`, all texts.
 
-    An entry may have `metadata`, an object: what the prompt file says about the prompt. Models with classifier-free
-    guidance add NEGATIVE, the file in prompt_embed/ of the empty prompt, the same in all entries.
+    An entry may have `metadata`, an object: what the prompt file says about the prompt. It may have a `weight`, see
+    PromptSampler. Models with classifier-free guidance add NEGATIVE, the file in prompt_embed/ of the empty prompt, the
+    same in all entries.
 
     Raises FlagError about the setting `field` for a missing or malformed file, and for an empty list.
     """
@@ -69,6 +75,10 @@ def read_index(path: Path, field: str = "data_json_path") -> list[dict[str, Any]
             raise error(f"entry {number} has no text under {', '.join(missing)}")
         if not isinstance(entry.get("metadata", {}), dict):
             raise error(f"entry {number} has metadata that is no object")
+        try:
+            checked_weight(entry.get(WEIGHT, 1), f"entry {number}")
+        except ValueError as cause:
+            raise error(f"{cause}") from cause
     return entries
 
 
@@ -80,8 +90,8 @@ class LatentFluxRLDataset(torch.utils.data.Dataset):
         cfg_rate: the share of draws whose embeddings are replaced by zeros, 0 to 1. Whether a draw's embeddings are
             replaced depends only on `seed` and the draw's position in the stream, not on ranks, workers or a restart.
             An item asked for by a plain index is never replaced.
-        widths: last dimension of each tensor that the transformer takes (`Family.widths`): checks all embeddings. None:
-            only checks that the files are there.
+        widths: last dimension of each tensor that the transformer takes (`Family.widths`): checks the embeddings, of
+            AT_ONCE prompts at once and else of those that are drawn. None: only checks that the files are there.
 
     Raises:
         FlagError: a missing or malformed file, an empty list, or an embedding that isn't there or can't be used.
@@ -97,8 +107,22 @@ class LatentFluxRLDataset(torch.utils.data.Dataset):
         absent = [path for entry in self.entries for path in self._paths(entry) if not os.path.isfile(path)]
         if absent:
             raise self._error(f"{counted(len(absent), 'embedding file')} can't be found, such as {absent[0]}")
+        self.widths, self._check_draws = widths, False
         if widths:
-            self._check(widths)
+            self._check_some()
+
+    @property
+    def weights(self) -> list[float]:
+        """How often training takes each prompt, see PromptSampler."""
+        return [float(entry.get(WEIGHT, 1)) for entry in self.entries]
+
+    def split(self, amount: float) -> "tuple[LatentFluxRLDataset, LatentFluxRLDataset]":
+        """The prompts to train on, and those that `held_out` holds out. Raises FlagError if one of them has none."""
+        training, judged = copy.copy(self), copy.copy(self)
+        out = held_out([entry["caption"] for entry in self.entries], amount)
+        training.entries = [entry for entry, is_out in zip(self.entries, out, strict=True) if not is_out]
+        judged.entries = [entry for entry, is_out in zip(self.entries, out, strict=True) if is_out]
+        return training, judged
 
     def _error(self, problem: str) -> FlagError:
         return FlagError("data_json_path", self.json_path, f"{problem} {HINT}")
@@ -121,34 +145,35 @@ class LatentFluxRLDataset(torch.utils.data.Dataset):
             return None
         return self._tensor("prompt_embeds", self._negative(entry))
 
-    def _check(self, widths: Mapping[str, int]) -> None:
-        """Raises FlagError for the first embedding that can't be read, isn't finite, or has another shape.
+    def _check_some(self) -> None:
+        """Checks the embeddings of up to AT_ONCE prompts, evenly spread; the others are checked when they are drawn."""
+        self._first = self._read(self.entries[0], mmap=True)
+        # Where T5's embeddings take more than 2 GiB, only the first and the last token are tested for finite values.
+        self._large = sum(self._paths(entry)[0].stat().st_size for entry in self.entries) > 2**31
+        step = -(-len(self.entries) // AT_ONCE)
+        for entry in self.entries[::step]:
+            self._check(self._read(entry, mmap=True))
+        self._check_draws = step > 1
 
-        All must have the first one's length, and the widths that the transformer takes. Files are mapped.
-        Where T5's embeddings take more than 2 GiB, only the first and the last token are tested for finite values.
-        """
-        first: dict[str, torch.Tensor] = {}
-        large = sum(self._paths(entry)[0].stat().st_size for entry in self.entries) > 2**31
-        for entry in self.entries:
-            item, caption = self._read(entry, mmap=True), entry["caption"]
-            embeds, pooled, first = item["prompt_embeds"], item.get("pooled_prompt_embeds"), first or item
-            model = "the transformer of --pretrained_model_name_or_path"
-            for name in TENSORS:
-                wanted, found = widths.get(name, 0), item[name].shape[-1] if name in item else 0
-                if found != wanted:
-                    what = {"prompt_embeds": "prompt embedding", "pooled_prompt_embeds": "pooled embedding"}.get(
-                        name, name
-                    )
-                    problem = f"the {what} of {caption!r} is {found} wide, {model} takes {wanted}"
-                    raise self._error(f"{problem}; preprocess with the same model")
-            if len(embeds) != len(first["prompt_embeds"]):
-                lengths = " and ".join(f"{len(x['prompt_embeds'])} for {x['caption']!r}" for x in (first, item))
-                raise self._error(f"different numbers of tokens, {lengths}; preprocess with one --max_sequence_length")
-            if not torch.equal(item["text_ids"].float(), first["text_ids"].float()):
-                raise self._error(f"the text ids of {first['caption']!r} and {caption!r} differ")
-            tested = embeds[:: max(1, len(embeds) - 1)] if large else embeds
-            if not all(x.float().isfinite().all() for x in (tested, pooled) if x is not None):
-                raise self._error(f"the embedding of {caption!r} has values that aren't finite; preprocess it again")
+    def _check(self, item: dict[str, Any]) -> None:
+        """Raises FlagError for an embedding that isn't finite, or has not the first one's length or the widths."""
+        first, caption = self._first, item["caption"]
+        embeds, pooled = item["prompt_embeds"], item.get("pooled_prompt_embeds")
+        model = "the transformer of --pretrained_model_name_or_path"
+        for name in TENSORS:
+            wanted, found = self.widths.get(name, 0), item[name].shape[-1] if name in item else 0
+            if found != wanted:
+                what = {"prompt_embeds": "prompt embedding", "pooled_prompt_embeds": "pooled embedding"}.get(name, name)
+                problem = f"the {what} of {caption!r} is {found} wide, {model} takes {wanted}"
+                raise self._error(f"{problem}; preprocess with the same model")
+        if len(embeds) != len(first["prompt_embeds"]):
+            lengths = " and ".join(f"{len(x['prompt_embeds'])} for {x['caption']!r}" for x in (first, item))
+            raise self._error(f"different numbers of tokens, {lengths}; preprocess with one --max_sequence_length")
+        if not torch.equal(item["text_ids"].float(), first["text_ids"].float()):
+            raise self._error(f"the text ids of {first['caption']!r} and {caption!r} differ")
+        tested = embeds[:: max(1, len(embeds) - 1)] if self._large else embeds
+        if not all(x.float().isfinite().all() for x in (tested, pooled) if x is not None):
+            raise self._error(f"the embedding of {caption!r} has values that aren't finite; preprocess it again")
 
     def _read(self, entry: dict[str, Any], mmap: bool = False) -> dict[str, Any]:
         """One prompt: prompt_embeds [L, D], pooled_prompt_embeds [D'] if the model has it, text_ids [L, axes of
@@ -198,10 +223,24 @@ class LatentFluxRLDataset(torch.utils.data.Dataset):
         index, position = draw if isinstance(draw, tuple) else (draw, None)
         entry = self.entries[index]
         item = self._read(entry) | {"index": index}
+        if self._check_draws:
+            self._check(item)
         if position is not None and np.random.default_rng([self.seed, position]).random() < self.cfg_rate:
             for name in {"prompt_embeds", "pooled_prompt_embeds"} & item.keys():
                 item[name] = torch.zeros_like(item[name])
         return item
+
+
+def draws_per_epoch(weights: Sequence[float]) -> np.ndarray:
+    """The mean number of draws of each prompt [N] per epoch: its weight, if the largest is at least 1.
+
+    Else only ratios were meant, such as probabilities: all weights are divided by the largest. Raises ValueError if no
+    weight is above 0.
+    """
+    found = np.asarray(weights, dtype=np.float64)
+    if not found.max() > 0:
+        raise ValueError("no prompt has a weight above 0")
+    return found / min(1.0, found.max())
 
 
 class PromptSampler(torch.utils.data.Sampler):
@@ -211,7 +250,12 @@ class PromptSampler(torch.utils.data.Sampler):
     takes the next `prompts_per_iteration` prompts, and rank r the r-th contiguous block of them. So each prompt comes
     once per epoch, nothing is padded, and neither the number of ranks nor a resume changes the stream.
 
+    A prompt of weight w comes w times per epoch (see `draws_per_epoch`): ⌊e·w + u⌋ times in the first e epochs, where
+    u in [0, 1) is drawn once from (seed, prompt). So an epoch has it ⌊w⌋ or ⌈w⌉ times, and after any number of epochs
+    it is less than one draw away from its share; weight 0 never comes.
+
     Args:
+        weights: of each prompt, at least 0. None: 1.
         prompts_before: prompts of the stream that iterations before `start_iteration` took. None: as many per iteration
             as from now on.
 
@@ -228,6 +272,7 @@ class PromptSampler(torch.utils.data.Sampler):
         seed: int = 0,
         start_iteration: int = 1,
         prompts_before: int | None = None,
+        weights: Sequence[float] | None = None,
     ) -> None:
         if num_prompts < 1 or start_iteration < 1 or not 0 <= rank < world_size:
             raise ValueError(f"{num_prompts=} {start_iteration=} {rank=} {world_size=}: impossible")
@@ -239,14 +284,28 @@ class PromptSampler(torch.utils.data.Sampler):
         self.prompts_before = (
             (start_iteration - 1) * prompts_per_iteration if prompts_before is None else prompts_before
         )
+        times = draws_per_epoch([1.0] * num_prompts if weights is None else weights)
+        self._per_epoch, self._whole, self._part = float(times.sum()), *np.divmod(times, 1)  # apart: whole is exact
+        self._start = np.random.default_rng([seed, 0, 1]).random(num_prompts)
         self._order = functools.lru_cache(maxsize=2)(self._permutation)  # an iteration may lie across two epochs
+        self._before = functools.lru_cache(maxsize=256)(lambda epoch: int(self._times(epoch).sum()))
+
+    def _times(self, epochs: int) -> np.ndarray:
+        """How often each prompt [N] has come after so many epochs."""
+        return (epochs * self._whole + np.floor(epochs * self._part + self._start)).astype(np.int64)
 
     def _permutation(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self.seed, epoch]).permutation(self.num_prompts)
+        members = np.repeat(np.arange(self.num_prompts), self._times(epoch + 1) - self._times(epoch))
+        return np.random.default_rng([self.seed, epoch]).permutation(members)
+
+    def _epoch(self, position: int) -> int:
+        """The epoch of a place in the stream."""
+        enough = int((position + self.num_prompts) / self._per_epoch) + 2  # epochs, which together reach beyond it
+        return bisect.bisect_right(range(enough), position, key=self._before) - 1
 
     def epoch_of(self, iteration: int) -> int:
         """The epoch, from 0, in which iteration `iteration` (from 1) begins; also for iteration 0, the start."""
-        return max(self.position(iteration), 0) // self.num_prompts
+        return self._epoch(max(self.position(iteration), 0))
 
     def position(self, iteration: int) -> int:
         """Number of prompts of the stream that earlier iterations took when iteration `iteration` begins."""
@@ -256,8 +315,8 @@ class PromptSampler(torch.utils.data.Sampler):
         """This rank's prompts in iteration `iteration` (from 1)."""
         local = self.prompts_per_iteration // self.world_size
         first = self.position(iteration) + self.rank * local
-        places = (divmod(position, self.num_prompts) + (position,) for position in range(first, first + local))
-        return [Draw(int(self._order(epoch)[place]), position) for epoch, place, position in places]
+        epochs = ((position, self._epoch(position)) for position in range(first, first + local))
+        return [Draw(int(self._order(epoch)[place - self._before(epoch)]), place) for place, epoch in epochs]
 
     def __iter__(self) -> Iterator[list[Draw]]:
         iteration = self.start_iteration

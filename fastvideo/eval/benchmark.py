@@ -14,6 +14,11 @@ STYLES = ("anime", "concept-art", "paintings", "photo")
 SUFFIXES = (".jpg", ".png", ".jpeg", ".webp")
 
 
+def is_benchmark(folder: Path) -> bool:
+    """Whether the folder has prompts in this layout."""
+    return any((folder / f"{style}.json").is_file() for style in STYLES)
+
+
 def read_benchmark(folder: Path, field: str) -> dict[str, list[str]]:
     """The prompts of the styles that are in the folder, by style.
 

@@ -45,7 +45,7 @@ class BenchmarkConfig(SampleConfig, RewardConfig):
     def __post_init__(self) -> None:
         if self.benchmark is None:
             raise FlagError("benchmark", None, f"not given; choose from {', '.join(SETS)}")
-        for name in ("prompts_file", "output_json"):
+        for name in ("prompts_file", "prompt_column", "output_json"):
             if getattr(self, name) != getattr(SampleConfig, name):
                 raise FlagError(name, getattr(self, name), "a benchmark has its own prompts and names of files")
         super().__post_init__()

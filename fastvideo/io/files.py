@@ -8,8 +8,9 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,12 +125,13 @@ def usual_modes(folder: Path) -> None:
                 path.chmod(mode)
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Writes `data` atomically: a reader of `path` finds the old or the new content, also after a kill -9."""
+def write_bytes(path: Path, data: bytes | Iterable[bytes]) -> None:
+    """Writes `data`, whole or in pieces, atomically: a reader of `path` finds the old or the new content, also after a
+    kill -9."""
     part = path.with_name(f".{path.name}.{process_name()}.tmp")
     try:
         with open(part, "wb") as file:
-            file.write(data)
+            file.writelines([data] if isinstance(data, bytes) else data)
             file.flush()
             sync(file.fileno())
         os.replace(part, path)
@@ -139,7 +141,8 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes readable UTF-8 JSON, atomically. Raises ValueError for NaN, which JSON lacks: use None."""
-    write_bytes(path, (json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) + "\n").encode())
+    pieces = json.JSONEncoder(ensure_ascii=False, indent=1, allow_nan=False).iterencode(value)
+    write_bytes(path, (piece.encode() for piece in chain(pieces, "\n")))  # never the whole text in memory
 
 
 def write_tensor(path: Path, tensor: "torch.Tensor") -> None:

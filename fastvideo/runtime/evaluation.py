@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import chain
-from pathlib import Path
 from typing import NamedTuple
 
 from fastvideo.cli import FlagError
@@ -83,7 +82,7 @@ def build_held_out(
 
 
 class Evaluation:
-    """Samples and scores the prompts of --eval_prompts.
+    """Samples and scores the prompts of --eval_prompts, or those that --eval_split holds out.
 
     models: name -> reward model: the training rewards with their start weights, except those that compare pictures of a
         group, and the held-out --eval_reward models.
@@ -92,11 +91,15 @@ class Evaluation:
     """
 
     def __init__(
-        self, config: GRPOConfig, index: Path, scoring: Scoring, held_out: tuple[dict, dict] | None, vae: ModelMixin
+        self,
+        config: GRPOConfig,
+        dataset: LatentFluxRLDataset,
+        scoring: Scoring,
+        held_out: tuple[dict, dict] | None,
+        vae: ModelMixin,
     ) -> None:
-        """index: the prompt.json of the embedded prompts. held_out: see `build_held_out`."""
-        self.config = config
-        self.dataset = LatentFluxRLDataset(index)
+        """dataset: the embedded prompts. held_out: see `build_held_out`."""
+        self.config, self.dataset = config, dataset
         self.prompts = [entry["caption"] for entry in self.dataset.entries]
         self.metadata = [entry.get("metadata", {}) for entry in self.dataset.entries]
         self.sampling, self.family = Sampling.of(config), family_of(config.pretrained_model_name_or_path)

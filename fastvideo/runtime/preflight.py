@@ -7,13 +7,16 @@ A real run and --dry_run check the same, and name everything that is missing, no
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import compress
+from operator import not_
 from pathlib import Path
 from typing import Any
 
 from fastvideo.cli import FlagError, FlagErrors
 from fastvideo.config import GRPOConfig
-from fastvideo.dataset.latent_flux_rl_datasets import LatentFluxRLDataset
+from fastvideo.dataset.latent_flux_rl_datasets import LatentFluxRLDataset, draws_per_epoch
+from fastvideo.dataset.split import held_out
 from fastvideo.io.fingerprint import local_folder
 from fastvideo.io.messages import is_first, say, warn
 from fastvideo.io.metrics import read_metrics
@@ -57,11 +60,10 @@ def check_run(config: GRPOConfig, world_size: int) -> None:
     path = config.pretrained_model_name_or_path
     found, configs = [*not_installed(config), *_missing_in_pipeline(config)], local_folder(path) is not None
     if configs and not found and not config.init_random_flux:
-        found += _raised([lambda: check_pipeline(path, bool(config.prompts_file or config.eval_steps))])
+        found += _raised([lambda: check_pipeline(path, bool(config.prompts_file or config.eval_prompts))])
     try:
         memory = describe_memory(config, world_size)
-        if is_first():
-            print(*_describe_guidance(config), memory, sep="\n", flush=True)
+        _print("\n".join([*_describe_guidance(config), memory]))
     except FlagError as error:
         found += [] if found and error.field == BASE else [error]
         configs = False
@@ -106,22 +108,52 @@ def _check_embeddings(config: GRPOConfig, configs: bool) -> None:
     if config.dry_run and configs:
         path = config.pretrained_model_name_or_path
         widths = family_of(path).widths(meta_transformer(path))
-    entries = LatentFluxRLDataset(config.data_json_path, widths=widths).entries
-    _check_needs(config, "data_json_path", [(entry["caption"], entry.get("metadata", {})) for entry in entries])
+    data = LatentFluxRLDataset(config.data_json_path, widths=widths)
+    prompts = [(entry["caption"], entry.get("metadata", {})) for entry in data.entries]
+    _check_use(config, "data_json_path", prompts, data.weights)
 
 
 def _check_prompts(config: GRPOConfig, field: str) -> None:
     """Raises FlagError for a prompt file that can't be used. field: prompts_file or eval_prompts."""
-    found = read_prompts(getattr(config, field), field)
-    _check_needs(config, field, list(zip(found.prompts, found.metadata, strict=True)))
+    found = read_prompts(getattr(config, field), field, config.prompt_column)
+    _check_use(config, field, list(zip(found.prompts, found.metadata, strict=True)), found.weights)
 
 
-def _check_needs(config: GRPOConfig, field: str, prompts: list[tuple[str, dict[str, Any]]]) -> None:
-    """Calls `check_needs` for all rewards that score these prompts. field: the setting that names their file."""
-    rewards = resolve_reward_spec(config)
-    if field == "eval_prompts" and config.eval_reward is not None:
-        rewards |= resolve_reward_spec(config, "eval_reward")
-    check_needs(rewards, prompts, field, getattr(config, field))
+def _check_use(
+    config: GRPOConfig, field: str, prompts: Sequence[tuple[str, dict[str, Any]]], weights: Sequence[float]
+) -> None:
+    """Calls `check_needs` for all rewards that score these prompts, and prints the split and the weights, if any.
+
+    Args:
+        field: the setting that names their file. prompts: with their metadata.
+
+    Raises FlagError too if --eval_split leaves no prompts on one side, or if all weights are 0.
+    """
+    training = resolve_reward_spec(config)
+    evaluation = training | (resolve_reward_spec(config, "eval_reward") if config.eval_reward is not None else {})
+    if field == "eval_prompts":
+        check_needs(evaluation, prompts, field, getattr(config, field))
+        return
+    if config.eval_split is not None:
+        out = held_out([prompt for prompt, _ in prompts], config.eval_split)
+        judged = list(compress(prompts, out))
+        prompts, weights = (list(compress(all_of_it, map(not_, out))) for all_of_it in (prompts, weights))
+        check_needs(evaluation, judged, "eval_split", config.eval_split)
+        shown = ", ".join(f"{prompt[:60]!r}" for prompt, _ in judged[:3]) + ", …" * (len(judged) > 3)
+        _print(f"prompts: {len(prompts)} to train on, {len(judged)} held out to evaluate: {shown}")
+    check_needs(training, prompts, field, getattr(config, field))
+    try:
+        times = draws_per_epoch(weights)
+    except ValueError as error:
+        raise FlagError(field, getattr(config, field), str(error)) from error
+    if min(times) != max(times):
+        each = f"{min(times):g} to {max(times):g} draws per prompt and epoch"
+        _print(f"weights: {each}, {sum(times):.6g} draws per epoch")
+
+
+def _print(text: str) -> None:
+    if is_first():
+        print(text, flush=True)
 
 
 def _not_downloaded(config: GRPOConfig, field: str) -> Iterator[FlagError]:
@@ -177,7 +209,7 @@ def _parts(config: GRPOConfig) -> dict[str, list[tuple[str, ...]]]:
     parts: dict[str, list[tuple[str, ...]]] = {part: [("config.json",), WEIGHTS] for part in ("transformer", "vae")}
     if config.init_random_flux:
         parts["transformer"].remove(WEIGHTS)
-    if config.prompts_file or config.eval_steps:
+    if config.prompts_file or config.eval_prompts:
         parts |= {"": [("model_index.json",)], "scheduler": [("scheduler_config.json",)]}
         family = family_of(config.pretrained_model_name_or_path)
         parts |= {part: [("config.json",), WEIGHTS] for part in family.text_encoders}
@@ -233,5 +265,4 @@ def _check_room(config: GRPOConfig) -> None:
     if fit < kept:
         advice = f"--checkpoints_total_limit {fit - 1}" if fit > 1 else "another --output_dir"
         text = f"warning: {text}; choose {advice}"
-    if is_first():
-        print(text, flush=True)
+    _print(text)

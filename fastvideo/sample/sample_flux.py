@@ -33,7 +33,7 @@ if __name__ == "__main__":  # before the slow imports: --help and a refused flag
     parse_first(SampleConfig, doc=__doc__)
 
 from fastvideo.config import GRPOConfig
-from fastvideo.eval.benchmark import read_benchmark
+from fastvideo.eval.benchmark import is_benchmark, read_benchmark
 from fastvideo.family_defaults import family_defaults
 from fastvideo.io.devices import resolve_dtype, torch_dtype
 from fastvideo.io.files import check_writable, write_bytes, write_json, writing
@@ -83,16 +83,16 @@ class Picture:
     metadata: Mapping[str, Any] = field(default_factory=dict, compare=False)  # of the prompt; see io/prompts.py
 
 
-def read_prompt_list(path: str) -> list[tuple[str, str | None, Mapping[str, Any]]]:
-    """(prompt, style, metadata) for all prompts of a prompt file, where the style is None, or of a folder of benchmark
-    prompts, which have no metadata.
+def read_prompt_list(path: str, column: str | None) -> list[tuple[str, str | None, Mapping[str, Any]]]:
+    """(prompt, style, metadata) for all prompts of a prompt file or data set, where the style is None, or of a folder
+    of benchmark prompts, which have no metadata.
 
-    Raises FlagError for a file or folder without prompts.
+    column: see `read_prompts`. Raises FlagError for a file or folder without prompts.
     """
-    if Path(path).is_dir():
+    if is_benchmark(Path(path)):
         styles = read_benchmark(Path(path), "prompts_file")
         return [(prompt, style, {}) for style, prompts in styles.items() for prompt in prompts]
-    found = read_prompts(path, "prompts_file", unique=False)
+    found = read_prompts(path, "prompts_file", column, unique=False)
     return [(prompt, None, metadata) for prompt, metadata in zip(found.prompts, found.metadata, strict=True)]
 
 
@@ -370,7 +370,7 @@ def sample(config: SampleConfig) -> Path:
         sizes = {"h": config.h, "w": config.w, "sampling_steps": config.total_sampling_steps}
         usual = family_defaults({BASE: config.pretrained_model_name_or_path, **sizes})
         config = replace(config, guidance_scale=usual.get("guidance_scale", GRPOConfig.guidance_scale))
-    prompts = read_prompt_list(config.prompts_file)
+    prompts = read_prompt_list(config.prompts_file, config.prompt_column)
     runs = config.runs()
     check_pipeline(config.pretrained_model_name_or_path)
     if any(run.tuned_steps for run in runs):

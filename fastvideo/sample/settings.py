@@ -5,6 +5,7 @@ from pathlib import Path
 
 from fastvideo.cli import FlagError, check_fields, flag
 from fastvideo.io.devices import DTYPES
+from fastvideo.io.prompts import COLUMN_HELP, FORMATS
 from fastvideo.io.words import counted
 
 
@@ -24,10 +25,10 @@ class SampleConfig:
     baseline: bool = flag(False, "sample only the base model, even if model_path is given")
     prompts_file: str = flag(
         "data/prompts_test.txt",
-        "prompts: text with one per line, JSON, JSON Lines, CSV or TSV, or a folder of HPSv2 benchmark prompts "
-        "(anime.json, ...)",
+        f"prompts: {FORMATS}, or a folder of HPSv2 benchmark prompts (anime.json, ...)",
         section="prompts",
     )
+    prompt_column: str | None = flag(None, COLUMN_HELP)
     output_dir: str = flag("outputs/samples", "folder for the pictures", section="output")
     output_json: str | None = flag(None, "manifest to write (None: manifest.json in output_dir; sweep.json of a sweep)")
     image_format: str = flag("png", "file format; jpg loses detail", choices=["png", "jpg"])
