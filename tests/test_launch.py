@@ -348,6 +348,10 @@ def test_processes_that_share_a_pipe_write_whole_lines(start, tmp_path, environm
 TWO_ENDS = {  # what two processes do -> what they print, and the exit status
     "end('program.py: error: --h 33\\n', 2)": ("program.py: error: --h 33\n", 2),
     "end('program.py: error: --h 33\\n', 2) if RANK == '1' else time.sleep(60)": ("program.py: error: --h 33\n", 2),
+    "signal.signal(2, lambda *_: end('stopped\\n', 130, True)); print('here', flush=True); time.sleep(60)": (
+        "stopped\n",
+        130,
+    ),
     "sys.exit(1) if RANK == '1' else time.sleep(60)": ("", 1),
     "os.kill(os.getpid(), 9) if RANK == '1' else time.sleep(60)": (
         "rank 1 was ended first, by SIGKILL; Linux does this when memory runs out\n",
@@ -365,7 +369,7 @@ TWO_ENDS = {  # what two processes do -> what they print, and the exit status
 def test_why_two_processes_end_is_said_once_without_words_of_torchrun(what, tmp_path, environment):
     script, (said, status) = tmp_path / "script.py", TWO_ENDS[what]
     script.write_text(f"""if True:
-        import os, sys, time
+        import os, signal, sys, time
         from fastvideo.io import messages
         from fastvideo.io.messages import end
         messages.FIRST_SPEAKS, RANK = 3, os.environ["RANK"]

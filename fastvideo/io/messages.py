@@ -40,15 +40,17 @@ def warn(text: str) -> None:
         _write(f"warning: {text}\n" if is_first() else f"rank {os.environ['RANK']}: warning: {text}\n")
 
 
-def end(text: str, status: int) -> NoReturn:
+def end(text: str, status: int, all_know: bool = False) -> NoReturn:
     """Ends the program with a status and its last lines.
 
     Of several processes the first one writes them. Then torchrun ends the others, which wait here. If the first process
-    still runs, it does not know the reason: they write it.
+    still runs, it does not know the reason: they write it. all_know: all processes end for this reason, so the others
+    write nothing, and only let the first one write.
     """
     if not is_first():
-        time.sleep(FIRST_SPEAKS)
-    _write(text)
+        time.sleep(1 if all_know else FIRST_SPEAKS)
+    if is_first() or not all_know:
+        _write(text)
     raise SystemExit(status)
 
 

@@ -135,7 +135,8 @@ def last_line(program: str, output_dir: str) -> Iterator[None]:
             if int(os.environ.get("WORLD_SIZE", "1")) > 1:
                 raise
             sys.stderr.write(redact("".join(traceback.format_exception(error.__cause__))))
-        end(f"{program}: stopped: {error}\n", 128 + error.number if isinstance(error, Interrupted) else 1)
+        status = 128 + error.number if isinstance(error, Interrupted) else 1
+        end(f"{program}: stopped: {error}\n", status, all_know=isinstance(error, TrainingStopped))
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
