@@ -72,7 +72,7 @@ class Family:
     pipeline -> class. tokenizers: parts of the pipeline; the last one's length limits a prompt. position_axes: numbers
     that place a token. embeddings: what `encode_prompts` returns. classifier_free: whether guidance takes a second pass
     of the transformer with the empty prompt (arXiv 2207.12598). alpha_tensors: whether the pipeline's load_lora_weights
-    reads alpha from tensors of a LoRA file.
+    reads alpha from tensors of a LoRA file. step_distilled: whether the model needs few steps and takes no guidance.
     """
 
     pipelines: ClassVar[Sequence[type[DiffusionPipeline]]]
@@ -84,6 +84,7 @@ class Family:
     embeddings: ClassVar[Sequence[str]] = ("prompt_embeds", "pooled_prompt_embeds", "text_ids")
     classifier_free: bool = False
     alpha_tensors: ClassVar[bool] = True
+    step_distilled: bool = False
 
     # --- prompts ----------------------------------------------------------------------------------------------------
 

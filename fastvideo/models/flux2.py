@@ -25,7 +25,7 @@ class Flux2Klein(Family):
 
     def __init__(self, distilled: bool = False) -> None:
         """distilled: `is_distilled` in model_index.json."""
-        self.classifier_free = not distilled
+        self.classifier_free, self.step_distilled = not distilled, distilled
 
     @torch.no_grad()
     def encode_prompts(

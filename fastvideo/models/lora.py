@@ -242,7 +242,9 @@ def _convert(
     """
     try:
         found = family.pipelines[0].lora_state_dict(dict(tensors), return_alphas=True)
-        converted, alphas = found if isinstance(found, tuple) else (found, None)  # FLUX.2's has no alphas
+        if not isinstance(found, tuple):  # FLUX.2's converter knows the alphas of kohya's names alone
+            found = (found, None if any(".lora_down." in name for name in tensors) else {})
+        converted, alphas = found
         alphas = None if alphas is None else {name: float(alpha) for name, alpha in alphas.items()}
     except Exception as error:  # half a dozen types for a naming that the converters don't know
         refuse(f"diffusers can't read {layer}: {type(error).__name__} {error}")

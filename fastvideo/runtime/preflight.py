@@ -73,7 +73,7 @@ def check_run(config: GRPOConfig, world_size: int) -> None:
         if getattr(config, field) is not None:
             found += reward_problems(rewards, field == "eval_reward", field)
             found += _not_downloaded(rewards, field)
-    checks: list[Callable[[], object]] = [lambda: _check_room(config)]
+    checks: list[Callable[[], object]] = [lambda: _check_room(config), lambda: _check_guidance(config)]
     if not configs:
         checks = [lambda: check_output(config.output_dir)]
     if config.data_json_path:
@@ -97,6 +97,13 @@ def _describe_guidance(config: GRPOConfig) -> Iterator[str]:
             f"classifier-free guidance {config.guidance_scale:g}: each evaluation takes two passes of the model, with "
             "the prompt and with the empty one, in rollout and training; --guidance_scale 1 halves the cost"
         )
+
+
+def _check_guidance(config: GRPOConfig) -> None:
+    """Raises FlagError for guidance of a model that takes none."""
+    if family_of(config.pretrained_model_name_or_path).step_distilled and config.guidance_scale > 1:
+        problem = "the model is step-distilled and takes no guidance; leave the flag out"
+        raise FlagError("guidance_scale", config.guidance_scale, problem)
 
 
 def _check_embeddings(config: GRPOConfig, configs: bool) -> None:
