@@ -223,7 +223,8 @@ class GRPOConfig(RewardSpecConfig):
             return
         fits = self.frozen_init_timesteps <= trainable
         self._need(fits, "frozen_init_timesteps", f"there are {trainable} trainable steps")
-        self._need(fast <= self.sampling_steps - 2, "flow_grpo_fast_steps", f"at most {self.sampling_steps - 2}")
+        most = f"at most {self.sampling_steps - 2} with --sampling_steps {self.sampling_steps}"
+        self._need(fast <= self.sampling_steps - 2, "flow_grpo_fast_steps", f"{most}, or --sampling_steps {fast + 2}")
         if fast:
             self._need(self.frozen_init_timesteps == 0, "frozen_init_timesteps", "not with --flow_grpo_fast_steps")
         trained = int((fast or trainable) * self.timestep_fraction)
@@ -331,7 +332,8 @@ class GRPOConfig(RewardSpecConfig):
         )  # fmt: skip
         self._need_all_steps_trained()
         self._need(active == sorted(set(active)), "eta_step_list", "steps must ascend, each once")
-        self._need(all(0 <= e < steps - 1 for e in active), "eta_step_list", f"choose from 0 to {steps - 2}")
+        inside = all(0 <= e < steps - 1 for e in active)
+        self._need(inside, "eta_step_list", f"choose from 0 to {steps - 2} with --sampling_steps {steps}")
         as_many = not merges or len(merges) == len(active)
         self._need(as_many, "eta_step_merge_list", f"--eta_step_list has {len(active)}")
         for step, merge in zip(active, merges, strict=False):
@@ -385,7 +387,7 @@ class GRPOConfig(RewardSpecConfig):
         ascend = bool(splits) and splits == sorted(set(splits))
         self._need(ascend, "tree_split_points", "steps must ascend, each once")
         inside = splits[0] >= 0 and splits[-1] < steps - 1
-        self._need(inside, "tree_split_points", f"choose from 0 to {steps - 2}")
+        self._need(inside, "tree_split_points", f"choose from 0 to {steps - 2} with --sampling_steps {steps}")
         leaves = f"the tree has {children}^{len(splits)} = {children ** len(splits)}"
         self._need(self.num_generations == children ** len(splits), "num_generations", leaves)
         if self.sde_type in ("cps", "precise"):  # a precise step from σ = 1 draws all noise anew
@@ -412,9 +414,11 @@ class GRPOConfig(RewardSpecConfig):
     roll_back: bool = flag(True, "past the end restart at step 0 instead of staying on the last window")
 
     def _check_window(self) -> None:
-        usable = self.sampling_steps - 2  # the window's indices are 0 … T−3
-        fits = self.group_size <= usable or (self.training_strategy == "all" and self.algorithm != "branch_grpo_mix")
-        self._need(fits, "group_size", f"at most {usable}, --sampling_steps {self.sampling_steps} less 2")
+        steps, window = self.sampling_steps, self.group_size
+        usable = steps - 2  # the window's indices are 0 … T−3
+        fits = window <= usable or (self.training_strategy == "all" and self.algorithm != "branch_grpo_mix")
+        choices = f"at most {usable} with --sampling_steps {steps}, or --sampling_steps {window + 2}"
+        self._need(fits, "group_size", f"two steps follow the window: {choices}")
         ordered = self.max_iters_per_group >= self.min_iters_per_group
         self._need(ordered, "max_iters_per_group", "must not be below min_iters_per_group")
 

@@ -26,7 +26,7 @@ PAGES = sorted(path for pattern in ("*.md", "docs/*.md", "*_ckpt/README.md") for
 # Flags of programs that aren't ours.
 FOREIGN = set(
     "nproc_per_node port config_file random-source nodes shutdown-timeout no-deps append signal build-arg gpus rm "
-    "shm-size logdir".split()
+    "shm-size logdir exclude".split()
 )
 PROGRAMS = {
     "scripts/inference/inference_flux.sh": SampleConfig,

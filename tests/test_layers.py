@@ -10,7 +10,7 @@ LAYERS = [  # lowest first; a name covers a module, or all modules of a package 
     "torchvision_repair cli familiar_flags reference_flags config family_defaults io utils.steps "
     "models.reward_model.spec models.reward_model.granular",
     "utils.picture_measures dataset models.family models.flux models.flux2 models.float8 models.int8 models.lora "
-    "models.pretrained models.speed",
+    "models.original models.pretrained models.speed",
     "utils rollout_plan",
     "models.reward_model",
     "runtime",

@@ -182,10 +182,6 @@ REFUSED = {
         "needs a lora_A and a lora_B",
     ),
     "a layer of another naming": (DIFFUSERS | adapters("lora_A", "lora_B", "unet.{}".format), "isn't named as"),
-    "kohya's names of layers outside the blocks": (
-        {"lora_unet_img_in.lora_down.weight": numbers(RANK, 64), "lora_unet_img_in.lora_up.weight": numbers(128, RANK)},
-        "isn't named as",
-    ),
     "text encoder": (DIFFUSERS | {f"{TEXT}.lora_A.weight": numbers(4, 64)}, "text encoder"),
     "kohya's text encoder": ({"lora_te1_text_model_x.lora_down.weight": numbers(4, 64)}, "text encoder"),
     "DoRA": (changed(lora_magnitude_vector=numbers(WIDTH)), "lora_magnitude_vector is neither"),

@@ -107,12 +107,11 @@ def test_a_merge_that_cannot_be_written_leaves_nothing_and_its_files_have_the_us
     modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "merged").iterdir()}
     assert modes == {(tmp_path / "file").stat().st_mode & 0o777}
 
-    def full(*args, **kwargs):
-        Path(args[1]).mkdir()
-        (Path(args[1]) / "config.json").write_text("{}")
+    def full(path: Path, *_) -> None:
+        path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(FluxTransformer2DModel, "save_pretrained", full)
+    monkeypatch.setattr(merge_lora, "write_weights", full)
     before = sorted(tmp_path.iterdir())
     with refused(f"--output_dir {tmp_path}/full: can't be written"):
         merge_lora.main([*argv, str(tmp_path / "full")])

@@ -37,7 +37,9 @@ class PreprocessConfig:
     prompt_column: str | None = flag(None, COLUMN_HELP)
     output_dir: str = flag("data/rl_embeddings", "where embeddings and prompt.json go")
     batch_size: int = flag(8, "prompts embedded at a time", at_least=1)
-    max_sequence_length: int = flag(512, "T5 tokens; cut to what the model's tokenizer declares", at_least=1)
+    max_sequence_length: int = flag(
+        512, "T5 tokens; cut to what the model's tokenizer declares, and to 256 for FLUX.1-schnell", at_least=1
+    )
     dtype: str = flag(
         "auto",
         "number format of the encoders and the stored embeddings; auto: bf16 on a GPU, fp32 on the CPU",
@@ -60,7 +62,7 @@ from fastvideo.io.processes import Processes, processes
 from fastvideo.io.resumable import Store, digest, finish
 from fastvideo.io.words import counted
 from fastvideo.models.family import Family
-from fastvideo.models.pretrained import BASE, CutPrompts, family_of, load_text_encoders
+from fastvideo.models.pretrained import BASE, CutPrompts, family_of, load_text_encoders, longest_prompt
 
 import torch
 
@@ -138,15 +140,16 @@ def embed_prompts(
             pipe = load_text_encoders(model_path, torch_dtype(dtype))
             model = model_fingerprint(model_path, encoders) or model_path
 
-        store = Embeddings(output_dir, family, (model, max_sequence_length, dtype))
+        length = min(max_sequence_length, longest_prompt(model_path))
+        store = Embeddings(output_dir, family, (model, length, dtype))
         here, cut = Processes(rank, world_size, device), CutPrompts(family)
 
         def embed(batch: Sequence[str]) -> list[tuple[torch.Tensor, ...]]:
             nonlocal pipe
             # A run that finds all embeddings loads no encoders: T5-XXL has 9 GB.
             pipe = (pipe or load_text_encoders(model_path, torch_dtype(dtype))).to(device)
-            cut.look(pipe, batch, max_sequence_length)
-            *rows, text_ids = family.encode_prompts(pipe, batch, max_sequence_length).values()
+            cut.look(pipe, batch, length)
+            *rows, text_ids = family.encode_prompts(pipe, batch, length).values()
             return [(*row, text_ids) for row in zip(*rows, strict=True)]
 
         all_captions = [*captions, *[""] * family.classifier_free]  # the empty prompt, for guidance

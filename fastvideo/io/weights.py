@@ -1,7 +1,12 @@
-"""Checks of weights: whether files are whole and hold what a model needs, told by their headers; and finite numbers."""
+"""Checks of weights: whether files are whole and hold what a model needs, told by their headers; and finite numbers.
+
+Also reads and writes .safetensors files tensor by tensor.
+"""
 
 import json
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +16,38 @@ if TYPE_CHECKING:
 Shapes = Mapping[str, Collection[int]]  # name of a weight -> its shape
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The .safetensors files that from_pretrained of diffusers or transformers would load from the folder of a model.
+GGUF = "GGUF holds rounded weights, which can't be trained; give the model in .safetensors"
+VARIANTS = ("bf16", "fp16")  # in the names of files, as from_pretrained(variant=...) knows them
 
-    Empty without such files. Raises ValueError, one line, for an index of several files that can't be read.
+
+def variant_of(folder: Path) -> str | None:
+    """The variant of a model's weights, one of VARIANTS, if its folder has no others."""
+    found = [v for v in VARIANTS if any(folder.glob(f"*.{v}*.safetensors"))]
+    return found[0] if found and not _usual_files(folder, None) else None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The .safetensors files that hold the weights of the model in a folder, one or several.
+
+    Named as diffusers or transformers name them, or the only one there: a single file of other programs. Empty without
+    such files. Raises ValueError, one line, for files that can't be used.
     """
-    for name in ("diffusion_pytorch_model.safetensors", "model.safetensors"):
-        index = folder / f"{name}.index.json"
+    for variant in (None, *VARIANTS):
+        if files := _usual_files(folder, variant):
+            return files
+    others = sorted(folder.glob("*.safetensors"))
+    if len(others) > 1:
+        raise ValueError(f"{others[0].name} and {others[1].name} are both in {folder.name}/; leave one model there")
+    if not others and (file := next(folder.glob("*.gguf"), None)):
+        raise ValueError(f"{file.name}: {GGUF}")
+    return others
+
+
+def _usual_files(folder: Path, variant: str | None) -> list[Path]:
+    """`weight_files` under the names of diffusers and transformers."""
+    middle = f".{variant}" if variant else ""
+    for name in ("diffusion_pytorch_model", "model"):
+        index, file = folder / f"{name}.safetensors.index{middle}.json", folder / f"{name}{middle}.safetensors"
         if index.is_file():
             try:
                 names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
@@ -26,15 +56,15 @@ def weight_files(folder: Path) -> list[Path]:
                 return [folder / name for name in dict.fromkeys(names)]
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"{index.name} isn't readable: {error!r}") from error
-        if (folder / name).is_file():
-            return [folder / name]
+        if file.is_file():
+            return [file]
     return []
 
 
 def stored_shapes(place: Path) -> dict[str, tuple[int, ...]] | None:
     """The shapes of all weights in a .safetensors file or in a model's folder, read from headers. None: no such file.
 
-    Raises ValueError, one line, for a file that is missing, truncated or damaged.
+    Raises ValueError, one line, for a file that is missing, truncated or damaged, or holds rounded weights.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -43,10 +73,51 @@ def stored_shapes(place: Path) -> dict[str, tuple[int, ...]] | None:
     for path in files:
         try:
             with safe_open(path, "pt") as file:
-                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (no iterator)
+                kinds = {name: part.get_dtype() for name, part in slices.items()}
+                shapes |= {name: tuple(part.get_shape()) for name, part in slices.items()}
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path.name} is missing or damaged: {' '.join(str(error).split())[:200]}") from error
+        if rounded := [name for name, kind in kinds.items() if kind.startswith(("F8", "F4", "I8", "U8"))]:
+            problem = f"{path.name} holds rounded weights ({rounded[0]} is {kinds[rounded[0]]}), which can't be trained"
+            raise ValueError(f"{problem}; give the model in bf16, fp16 or fp32")
     return shapes if files else None
+
+
+@contextmanager
+def open_weights(place: Path) -> "Iterator[Callable[[str], torch.Tensor]]":
+    """A function that reads a weight of a .safetensors file, or of a model's folder, which must be whole."""
+    from safetensors import safe_open
+
+    with ExitStack() as stack:
+        paths = [place] if place.is_file() else weight_files(place)
+        files = [stack.enter_context(safe_open(path, "pt")) for path in paths]
+        place = {name: file for file in files for name in file.keys()}  # noqa: SIM118  (no iterator)
+        yield lambda name: place[name].get_tensor(name)
+
+
+def write_weights(path: Path, shapes: Shapes, dtype: "torch.dtype", weight: "Callable[[str], torch.Tensor]") -> None:
+    """Writes a .safetensors file whose weights `weight` gives by name, all in `dtype`. Only one is in memory at a time.
+
+    safetensors' own save_file needs all of them at once. The format: 8 bytes with the length of a JSON text, the text
+    with each weight's type, shape and place, and the weights.
+    """
+    import torch
+
+    kind = {torch.float32: "F32", torch.bfloat16: "BF16"}[dtype]
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that the weights are aligned
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, shape in shapes.items():
+            tensor = weight(name).to(dtype).contiguous()
+            assert tuple(tensor.shape) == tuple(shape), name
+            file.write(tensor.view(torch.uint8).numpy())
 
 
 def mismatch(wanted: Shapes, stored: Shapes) -> str | None:

@@ -2,7 +2,8 @@
 
 A file is used if diffusers' own converter (lora_state_dict of the model's pipeline) understands every tensor in it, if
 need be after a change of prefix. It then acts as the pipeline's load_lora_weights makes it act: W + alpha / rank · B A
-in every layer. All other files are refused.
+in every layer. Layers outside the blocks in kohya's names, which that function ignores, act too. All other files are
+refused.
 """
 
 import json
@@ -102,6 +103,15 @@ class Adapters:
     def ranks(self) -> dict[str, int]:
         """Layer -> rank."""
         return {layer: len(self.weights[f"{layer}.lora_A.weight"]) for layer in self.alphas}
+
+    def scale(self, layer: str) -> float:
+        """alpha / rank."""
+        return self.alphas[layer] / self.ranks[layer]
+
+    def change_of(self, layer: str) -> torch.Tensor:
+        """alpha / rank · B A, [outputs, inputs] in float32."""
+        a, b = (self.weights[f"{layer}.{part}.weight"].float() for part in ("lora_A", "lora_B"))
+        return self.scale(layer) * (b @ a)
 
     def check_fit(self, transformer: ModelMixin) -> None:
         """Raises FlagError unless all adapters fit layers of the transformer, which may be on the meta device."""
@@ -238,27 +248,38 @@ def _convert(
 ) -> dict[str, torch.Tensor | float]:
     """The tensors of one layer in diffusers' naming, without `transformer.`; alphas are floats.
 
-    A layer of kohya's may become several. The converter multiplies its weights by alpha / rank; alpha is then the rank.
+    A layer of kohya's may become several; those whose lora_A is 0 are left out, they only fill the joined layer. The
+    converter multiplies its weights by alpha / rank; alpha is then the rank.
     """
+    alpha = None
     try:
         found = family.pipelines[0].lora_state_dict(dict(tensors), return_alphas=True)
         if not isinstance(found, tuple):  # FLUX.2's converter knows the alphas of kohya's names alone
             found = (found, None if any(".lora_down." in name for name in tensors) else {})
         converted, alphas = found
         alphas = None if alphas is None else {name: float(alpha) for name, alpha in alphas.items()}
+        if "final_layer" in layer and f"{layer}.alpha" in tensors:  # which the converter throws away
+            alpha = float(tensors[f"{layer}.alpha"])
     except Exception as error:  # half a dozen types for a naming that the converters don't know
         refuse(f"diffusers can't read {layer}: {type(error).__name__} {error}")
     converted = convert_unet_state_dict_to_peft(converted)
-    layers = [
-        match[1] for match in map(re.compile(r"(transformer\..+)\.lora_[AB]\.weight").fullmatch, converted) if match
-    ]
-    if not layers or len(layers) < len(converted):
+    if layer.startswith(("lora_unet_", "diffusion_model.")):  # outside the blocks the converter leaves out the prefix
+        converted = {f"transformer.{name.removeprefix('transformer.')}": tensor for name, tensor in converted.items()}
+    matches = [re.fullmatch(r"(transformer\..+)\.lora_[AB]\.weight", name) for name in converted]
+    if not matches or not all(matches):
         name = family.pipelines[0].__name__
         refuse(f"{layer} isn't named as {name}.load_lora_weights wants it (transformer.… or lora_unet_…)")
+    layers = list(dict.fromkeys(match[1] for match in matches))
     if alphas is None:
-        alphas = {f"{name}.alpha": float(len(converted[f"{name}.lora_A.weight"])) for name in layers}
-    if not all(math.isfinite(alpha) and alpha > 0 for alpha in alphas.values()):
+        ranks = {name: float(len(converted[f"{name}.lora_A.weight"])) for name in layers}
+        alphas = {f"{name}.alpha": rank if alpha is None else alpha for name, rank in ranks.items()}
+    if not all(math.isfinite(value) and value > 0 for value in alphas.values()):
         refuse(f"the alpha of {layer} isn't above 0")
+    if len(layers) > 1:
+        unused = tuple(f"{name}." for name in layers if not converted[f"{name}.lora_A.weight"].any())
+        converted, alphas = (
+            {name: value for name, value in part.items() if not name.startswith(unused)} for part in (converted, alphas)
+        )
     return {name.removeprefix("transformer."): value for name, value in (converted | alphas).items()}
 
 

@@ -1,14 +1,18 @@
-"""Merges the adapters of a LoRA checkpoint into a full transformer: W becomes W + alpha / rank · B A.
+"""Writes a checkpoint for other programs: a LoRA merged into the full transformer, or its adapters in other names.
 
     python -m fastvideo.models.merge_lora --model_path outputs/mixgrpo/checkpoint-300-0 --output_dir outputs/merged
 
-The result loads with from_pretrained of diffusers' class, and as --model_path wherever a full checkpoint does.
+--format diffusers: W becomes W + alpha / rank · B A. The folder loads with from_pretrained of diffusers' class, and as
+--model_path wherever a full checkpoint does. The others are for FLUX.1. original: the same in the names of the original
+code, as one file that ComfyUI and FluxTransformer2DModel.from_single_file load; also for a full checkpoint.
+lora_diffusers, lora_kohya: the adapters alone, with alpha, in the names of diffusers or of kohya's scripts and ComfyUI.
 """
 
+import math
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fastvideo.cli import FlagError, check_fields, flag, flag_errors, parse_dataclass, parse_first
@@ -16,18 +20,33 @@ from fastvideo.io.files import check_writable, usual_modes
 from fastvideo.io.lock import LOCK_FILE, FolderLock
 
 PART = ".part"  # what isn't complete yet, in output_dir
+ORIGINAL_FILE = "flux1.safetensors"
 
 
 @dataclass
 class MergeConfig:
-    """Settings of a merge."""
+    """Settings of the result."""
 
     pretrained_model_name_or_path: str | None = flag(
         None, "base FLUX pipeline: a folder or a hub id (None: the base model of the checkpoint)"
     )
-    model_path: str = flag("outputs/lora", "LoRA checkpoint, its ema/ folder, or any LoRA file that diffusers reads")
-    output_dir: str = flag("outputs/merged", "folder for the full transformer; must be empty or new")
-    dtype: str = flag("bf16", "number format of the result; the sum is computed in fp32", choices=["fp32", "bf16"])
+    model_path: str = flag(
+        "outputs/lora",
+        "LoRA checkpoint, its ema/ folder, or any LoRA file that diffusers reads; for --format original also a full "
+        "checkpoint",
+    )
+    output_dir: str = flag("outputs/merged", "folder for the result; must be empty or new")
+    format: str = flag(
+        "diffusers",
+        "what to write: the full transformer for diffusers, or as one file in the original code's names; or the "
+        "adapters alone in the names of diffusers or of kohya's scripts and ComfyUI",
+        choices=["diffusers", "original", "lora_diffusers", "lora_kohya"],
+    )
+    dtype: str | None = flag(
+        None,
+        "number format of the result (None: bf16 for a transformer; adapters keep theirs); sums are computed in fp32",
+        choices=["fp32", "bf16"],
+    )
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -45,12 +64,18 @@ if __name__ == "__main__":  # before the slow imports: --help and a refused flag
     parse_first(MergeConfig, doc=__doc__)
 
 from fastvideo.io.devices import torch_dtype
-from fastvideo.models.lora import find_lora
-from fastvideo.models.pretrained import BASE, load_with_lora, meta_transformer
-from fastvideo.runtime.checkpoint import RECORD, linked, read_record
+from fastvideo.io.weights import not_finite, write_weights
+from fastvideo.models.flux import Flux1
+from fastvideo.models.lora import LORA_FILE, Adapters, find_lora, lora_file
+from fastvideo.models.original import join, kohya_adapters, open_transformer, original_names, original_shapes
+from fastvideo.models.pretrained import BASE, check_lora, meta_transformer, stored_transformer
+from fastvideo.runtime.checkpoint import RECORD, WEIGHTS, linked, read_record
 from fastvideo.runtime.resume import check_base_model
 
+import torch
+from diffusers import FluxPipeline, FluxTransformer2DModel
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 
 def base_model(config: MergeConfig, adapters: Path) -> str:
@@ -73,26 +98,31 @@ def base_model(config: MergeConfig, adapters: Path) -> str:
 
 
 def merge(config: MergeConfig) -> Path:
-    """Writes config.json and diffusion_pytorch_model.safetensors, both or none. Returns the folder.
+    """Writes the files of the format, all or none. Returns the folder.
 
-    Raises FlagError if a model can't be used, or the folder can't be written to or another merge works in it.
+    Raises FlagError if a model can't be used, or the folder can't be written to or another program works in it.
     """
     output = Path(config.output_dir)
     with FolderLock("output_dir", output) as lock:
         lock.take()
         config.check_empty()  # another merge may have ended meanwhile
-        adapters = find_lora(linked(Path(config.model_path), "model_path"), "model_path")
-        base, dtype = base_model(config, adapters), torch_dtype(config.dtype)
-        size = sum(parameter.numel() for parameter in meta_transformer(base).parameters()) * dtype.itemsize
-        check_writable("output_dir", output, needed=size)
-        transformer = load_with_lora(base, adapters)
-        transformer.fuse_lora(safe_fusing=True)
-        transformer.unload_lora()
-        transformer.to(dtype)
+        model_path = linked(Path(config.model_path), "model_path")
+        if config.format == "original" and not lora_file(model_path):
+            base, field, adapters = str(model_path), "model_path", None  # a full checkpoint, only under other names
+        else:
+            file = find_lora(model_path, "model_path")
+            base, field = base_model(config, file), BASE
+            adapters = check_lora(base, file)
+        if config.format != "diffusers" and not isinstance(meta_transformer(base, field=field), Flux1.transformer):
+            raise FlagError("format", config.format, f"{base} is no FLUX.1; choose diffusers")
         part = output / PART
         shutil.rmtree(part, ignore_errors=True)
         try:
-            transformer.save_pretrained(part, max_shard_size="1TB")
+            part.mkdir()
+            if config.format.startswith("lora"):
+                _write_adapters(config, part, meta_transformer(base), adapters)
+            else:
+                _write_model(config, part, base, field, adapters)
             usual_modes(part)
             for path in sorted(part.iterdir(), key=lambda path: path.name == "config.json"):
                 os.replace(path, output / path.name)  # config.json last: a folder without it is no model
@@ -103,10 +133,48 @@ def merge(config: MergeConfig) -> Path:
     return output
 
 
+def _write_adapters(config: MergeConfig, folder: Path, transformer: FluxTransformer2DModel, adapters: Adapters) -> None:
+    if config.dtype is not None:
+        weights = {name: tensor.to(torch_dtype(config.dtype)) for name, tensor in adapters.weights.items()}
+        adapters = replace(adapters, weights=weights)
+    if config.format == "lora_kohya":
+        save_file(kohya_adapters(adapters, transformer), folder / LORA_FILE, {"format": "pt"})
+    else:
+        alphas = {f"{layer}.alpha": torch.tensor(alpha) for layer, alpha in adapters.alphas.items()}
+        FluxPipeline.save_lora_weights(folder, transformer_lora_layers=adapters.weights | alphas)
+
+
+def _write_model(config: MergeConfig, folder: Path, base: str, field: str, adapters: Adapters | None) -> None:
+    """Writes the transformer of `base` with the adapters in its weights. Holds one weight in memory at a time."""
+    transformer, source = stored_transformer(base, field)
+    original, dtype = config.format == "original", torch_dtype(config.dtype or "bf16")
+    own = {name: tensor.shape for name, tensor in transformer.state_dict().items()}
+    names = original_names(transformer) if original else {name: [name] for name in own}
+    shapes = original_shapes(transformer) if original else own
+    size = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
+    check_writable("output_dir", config.output_dir, needed=size)
+    with open_transformer(source, transformer) as stored:
+
+        def merged(name: str) -> torch.Tensor:
+            weight, layer = stored(name).float(), name.removesuffix(".weight")
+            if name.endswith(".weight") and adapters is not None and layer in adapters.alphas:
+                weight = weight + adapters.change_of(layer)
+            if not_finite({name: weight}):
+                raise FlagError(field, base, f"wrong weights: {name} has values that aren't finite")
+            return weight
+
+        file = ORIGINAL_FILE if original else WEIGHTS
+        write_weights(folder / file, shapes, dtype, lambda name: join(name, [merged(part) for part in names[name]]))
+    if not original:
+        transformer.save_config(folder)
+
+
 @flag_errors("merge_lora.py")
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line. Bad input prints one line and exits with status 2."""
-    print(f"merged transformer: {merge(parse_dataclass(MergeConfig, argv, __doc__))}")
+    config = parse_dataclass(MergeConfig, argv, __doc__)
+    written = sorted(path.name for path in merge(config).iterdir() if path.suffix == ".safetensors")
+    print(f"written: {Path(config.output_dir, *written)}")
 
 
 if __name__ == "__main__":

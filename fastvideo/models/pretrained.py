@@ -13,17 +13,27 @@ import fastvideo.torchvision_repair  # noqa: F401  (before diffusers)
 from fastvideo.cli import FlagError
 from fastvideo.io.messages import warn
 from fastvideo.io.model_index import model_index
-from fastvideo.io.weights import loading_problem, mismatch, stored_shapes
+from fastvideo.io.weights import (
+    GGUF,
+    loading_problem,
+    mismatch,
+    not_finite,
+    stored_shapes,
+    variant_of,
+    weight_files,
+)
 from fastvideo.io.words import counted
 from fastvideo.models.family import Family, LatentShape
 from fastvideo.models.flux import Flux1
 from fastvideo.models.flux2 import Flux2Klein
-from fastvideo.models.lora import Adapters, find_lora, read_adapters
+from fastvideo.models.lora import Adapters, find_lora, lora_file, read_adapters
+from fastvideo.models.original import open_transformer, original_prefix, original_shapes
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import logging as diffusers_logging
+from huggingface_hub import snapshot_download
 from peft import LoraConfig
 from PIL import Image
 from safetensors import SafetensorError
@@ -50,8 +60,27 @@ def family_of(path: str, field: str = BASE) -> Family:
     return Flux2Klein(bool(index.get("is_distilled"))) if names[name] is Flux2Klein else names[name]()
 
 
+def misplaced(path: str, field: str = BASE) -> str | None:
+    """Why a path is no model's folder although something is there, and what to do. None: it may be one, or a hub id."""
+    if Path(path).suffix == ".gguf":
+        return GGUF
+    if lora_file(path, field):
+        where = "as --lora_init in training, or as --model_path in sampling and merging"
+        return f"these are LoRA adapters; give their base model here, and them {where}"
+    if not Path(path).is_file():
+        return None
+    try:
+        stored_shapes(Path(path))
+    except ValueError as error:
+        return str(error)
+    where = "in the folder transformer/ of a diffusers pipeline, beside config.json and without other weights"
+    return f"is one file, without VAE and text encoders; lay it {where}, and give the pipeline's folder"
+
+
 def _load(cls: type, path: str, field: str = BASE, **kwargs):
     """`cls.from_pretrained`. Raises ModelNotFoundError, one clear line about `field`, for the usual mistakes."""
+    if problem := misplaced(path, field):
+        raise ModelNotFoundError(field, path, problem)
     if Path(path).is_dir() and kwargs.get("subfolder") and not (Path(path) / kwargs["subfolder"]).is_dir():
         raise ModelNotFoundError(field, path, f"no folder {kwargs['subfolder']}/ in it")
     if not Path(path).exists() and (path.count("/") != 1 or path.startswith((".", "/", "data/", "outputs/"))):
@@ -79,9 +108,10 @@ def _load(cls: type, path: str, field: str = BASE, **kwargs):
 
 def _load_weights(cls: type, path: str, field: str = BASE, **kwargs) -> torch.nn.Module:
     """`_load` of a model. Raises ModelNotFoundError too if weights are missing, unknown or not finite."""
+    variant = variant_of(Path(path, kwargs.get("subfolder", ".")))
     own = issubclass(cls, ModelMixin)  # of diffusers, whose errors name a weight of another size by themselves
     sizes = {} if own else {"ignore_mismatched_sizes": True}  # then the report names it
-    model, report = _load(cls, path, field, output_loading_info=True, **sizes, **kwargs)
+    model, report = _load(cls, path, field, output_loading_info=True, variant=variant, **sizes, **kwargs)
     if problem := loading_problem(model, report, strict=own):  # text encoders come with parts that FLUX doesn't use
         raise ModelNotFoundError(field, path, f"wrong weights in {kwargs.get('subfolder', 'it')}: {problem}")
     return model
@@ -102,19 +132,49 @@ def _transformer_class(config: dict, path: str, field: str) -> type[ModelMixin]:
     return classes[name]
 
 
+def stored_transformer(path: str, field: str = BASE) -> tuple[ModelMixin, Path]:
+    """The transformer without weights, and the folder with its files, whose headers fit. Fetches those of a hub id.
+
+    Raises ModelNotFoundError about the setting `field`, also if there are no .safetensors files.
+    """
+    transformer, place = meta_transformer(path, field=field), _transformer_place(path).get("subfolder", ".")
+    folder = Path(path) if Path(path).is_dir() else Path(_load(_Snapshot, path, field, allow_patterns=f"{place}/*"))
+    check_files(path, folder / place, field, transformer)
+    if not weight_files(folder / place):
+        raise ModelNotFoundError(field, path, "its transformer has no .safetensors files")
+    return transformer, folder / place
+
+
 def load_transformer(path: str, dtype: torch.dtype = torch.float32, field: str = BASE) -> ModelMixin:
     """The transformer of the pipeline at `path`, or of a checkpoint folder that holds only a transformer.
 
     Raises ModelNotFoundError about the setting `field`.
     """
     place = _transformer_place(path)
-    cls = _transformer_class(_load(_Config, path, field, **place), path, field)
+    cls, folder = _transformer_class(_load(_Config, path, field, **place), path, field), Path(path, *place.values())
+    check_files(path, folder, field)
+    if original_prefix(stored_shapes(folder) or {}) is not None:
+        return load_weights_of(meta_transformer(path, dtype, field), folder, path, field)
     transformer = _load_weights(cls, path, field, dtype=dtype, **place)
     # Without a dtype conversion, weights are views of the file with any alignment. CPU kernels round differently on
     # unaligned tensors, so a resumed run would differ from an uninterrupted run.
     for parameter in transformer.parameters():
         parameter.data = parameter.data.clone()
     return transformer
+
+
+def load_weights_of(transformer: ModelMixin, place: Path, path: str, field: str) -> ModelMixin:
+    """`transformer`, from the meta device, with the weights of a file or folder, in diffusers' or the original names.
+
+    Raises ModelNotFoundError about the setting `field` = `path` for weights that don't fit or aren't finite.
+    """
+    check_files(path, place, field, transformer)
+    with open_transformer(place, transformer) as read:
+        weights = {name: read(name).to(p.dtype, copy=True) for name, p in transformer.state_dict().items()}
+    if name := not_finite(weights):
+        raise ModelNotFoundError(field, path, f"{name} has values that aren't finite")
+    transformer.load_state_dict(weights, assign=True)
+    return transformer.eval()
 
 
 def meta_transformer(path: str, dtype: torch.dtype = torch.float32, field: str = BASE) -> ModelMixin:
@@ -162,7 +222,11 @@ def check_files(path: str, place: Path, field: str = BASE, model: torch.nn.Modul
         raise ModelNotFoundError(field, path, str(error)) from error
     if model is None or stored is None or any(".proj_attn." in name for name in stored):
         return  # diffusers renames the attention weights of VAEs that are as old as this name
-    if problem := mismatch({name: tensor.shape for name, tensor in model.state_dict().items()}, stored):
+    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    if isinstance(model, Flux1.transformer) and (prefix := original_prefix(stored)) is not None:
+        wanted = original_shapes(model)
+        stored = {name.removeprefix(prefix): stored[name] for name in stored if name.startswith(prefix)}
+    if problem := mismatch(wanted, stored):
         raise ModelNotFoundError(field, path, f"wrong weights in {place.name or 'it'}: {problem}")
 
 
@@ -199,6 +263,12 @@ class _Config:
     @staticmethod
     def from_pretrained(path: str, **kwargs) -> dict:
         return FAMILIES[0].transformer.load_config(path, **kwargs)  # of any model
+
+
+class _Snapshot:
+    """Lets `_load` fetch files of a hub id."""
+
+    from_pretrained = staticmethod(snapshot_download)
 
 
 # --- LoRA -------------------------------------------------------------------------------------------------------------
@@ -287,8 +357,24 @@ def _without_progress_bar() -> Iterator[None]:
             diffusers_logging.enable_progress_bar()
 
 
+def few_steps(path: str) -> bool:
+    """Whether the model at `path` was distilled for few steps, as FLUX.1-schnell and FLUX.2-klein were."""
+    family = family_of(path)
+    if isinstance(family, Flux1):  # schnell is the one that takes no guidance
+        return not _load(_Config, path, subfolder="transformer").get("guidance_embeds")
+    return family.step_distilled
+
+
+def longest_prompt(path: str) -> float:
+    """Tokens of the prompts that the model at `path` was trained with, if its tokenizer may declare more."""
+    try:
+        return 256 if isinstance(family_of(path), Flux1) and few_steps(path) else math.inf
+    except ModelNotFoundError:  # a folder with the text encoders alone
+        return math.inf
+
+
 def load_tokenizers(path: str) -> DiffusionPipeline:
-    """The pipeline without its models: tokenizers and scheduler, quickly.
+    """The pipeline without its models: tokenizers and scheduler, quickly. Prompts are limited to `longest_prompt`.
 
     Raises FlagError if a tokenizer has no vocabulary: transformers 5 then makes one that encodes all prompts alike.
     """
@@ -301,6 +387,7 @@ def load_tokenizers(path: str) -> DiffusionPipeline:
         tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
         if len(tokenizer) <= len(tokenizer.all_special_tokens) + 1:  # an empty T5 tokenizer still has the space
             raise FlagError(BASE, path, f"no vocabulary in its {part}")
+    tokenizer.model_max_length = min(tokenizer.model_max_length, longest_prompt(path))  # of the last, see `Family`
     return pipe
 
 

@@ -14,20 +14,23 @@ from pathlib import Path
 from typing import Any
 
 from fastvideo.cli import FlagError, FlagErrors
-from fastvideo.config import GRPOConfig
+from fastvideo.config import DRAWN, GRPOConfig
 from fastvideo.dataset.latent_flux_rl_datasets import LatentFluxRLDataset, draws_per_epoch
 from fastvideo.dataset.split import held_out
 from fastvideo.io.fingerprint import local_folder
 from fastvideo.io.messages import is_first, say, warn
 from fastvideo.io.metrics import read_metrics
 from fastvideo.io.prompts import read_prompts
+from fastvideo.io.weights import GGUF
 from fastvideo.io.words import counted, duration
 from fastvideo.models.float8 import lacks_float8
 from fastvideo.models.pretrained import (
     BASE,
     check_pipeline,
     family_of,
+    few_steps,
     meta_transformer,
+    misplaced,
     read_lora_init,
 )
 from fastvideo.models.reward_model.loading import bad_file, to_download
@@ -61,6 +64,8 @@ def check_run(config: GRPOConfig, world_size: int) -> None:
     found, configs = [*not_installed(config), *_missing_in_pipeline(config)], local_folder(path) is not None
     if configs and not found and not config.init_random_flux:
         found += _raised([lambda: check_pipeline(path, bool(config.prompts_file or config.eval_prompts))])
+    if configs and not found and is_first():
+        _warn_of_few_steps(config)
     try:
         memory = describe_memory(config, world_size)
         _print("\n".join([*_describe_guidance(config), memory]))
@@ -104,6 +109,21 @@ def _check_guidance(config: GRPOConfig) -> None:
     if family_of(config.pretrained_model_name_or_path).step_distilled and config.guidance_scale > 1:
         problem = "the model is step-distilled and takes no guidance; leave the flag out"
         raise FlagError("guidance_scale", config.guidance_scale, problem)
+
+
+FEW_STEPS = 10  # below it, a model that was distilled for few steps can't take out the noise that a step adds
+
+
+def _warn_of_few_steps(config: GRPOConfig) -> None:
+    """Warns of noisy steps of a model that was distilled for few steps."""
+    noisy = config.sampling_steps < FEW_STEPS and config.algorithm not in DRAWN
+    if noisy and few_steps(config.pretrained_model_name_or_path):
+        warn(
+            f"this model was distilled for few steps: {config.sampling_steps} noisy ones leave noise in the pictures "
+            "that rewards judge, and training tends to blur. Likelihood-free algorithms (--algorithm awm or "
+            f"diffusion_nft) sample without noise; else take --sampling_steps {FEW_STEPS} or more, or the model from "
+            "which this one was distilled"
+        )
 
 
 def _check_embeddings(config: GRPOConfig, configs: bool) -> None:
@@ -191,6 +211,9 @@ def _missing_in_pipeline(config: GRPOConfig) -> Iterator[FlagError]:
     """What the folder of --pretrained_model_name_or_path lacks of the parts that the run loads."""
     path = config.pretrained_model_name_or_path
     folder = local_folder(path)
+    if problem := misplaced(path):
+        yield FlagError(BASE, path, problem)
+        return
     if folder is None:
         local = path.startswith((".", "/", "~", "data/", "outputs/", "ckpt/")) or Path(path).parent.is_dir()
         if path.count("/") == 1 and not local:
@@ -207,7 +230,8 @@ def _missing_in_pipeline(config: GRPOConfig) -> Iterator[FlagError]:
             continue
         for names in files:
             if not any(any((folder / part).glob(name)) for name in names):
-                yield FlagError(BASE, path, f"{part or 'it'} has no {' or '.join(names)}")
+                gguf = f", but GGUF: {GGUF}" if names is WEIGHTS and any((folder / part).glob("*.gguf")) else ""
+                yield FlagError(BASE, path, f"{part or 'it'} has no {' or '.join(names)}{gguf}")
         yield from (FlagError(BASE, path, problem) for problem in _lost_shards(folder, part))
 
 

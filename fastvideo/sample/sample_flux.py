@@ -41,7 +41,7 @@ from fastvideo.io.fingerprint import model_fingerprint, sample_file
 from fastvideo.io.processes import Processes, barrier, processes
 from fastvideo.io.prompts import read_prompts
 from fastvideo.io.resumable import Claims, Store, digest, finish
-from fastvideo.io.weights import not_finite
+from fastvideo.io.weights import GGUF
 from fastvideo.io.words import counted
 from fastvideo.models.family import LatentShape
 from fastvideo.models.lora import LORA_CONFIG, LORA_FILE, lora_file
@@ -56,6 +56,7 @@ from fastvideo.models.pretrained import (
     load_text_encoders,
     load_transformer,
     load_vae,
+    load_weights_of,
     load_with_lora,
     meta_transformer,
 )
@@ -68,7 +69,6 @@ from accelerate.hooks import CpuOffload, UserCpuOffloadHook
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from PIL import Image, PngImagePlugin
-from safetensors.torch import load_file
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def check_tuned(base: str, model_path: str) -> None:
     elif file := _weight_file(model_path):
         if file.suffix != ".safetensors":
             problem = f"a {file.suffix} file may hold code; give a .safetensors file, LoRA or whole transformer"
-            raise FlagError("model_path", model_path, problem)
+            raise FlagError("model_path", model_path, GGUF if file.suffix == ".gguf" else problem)
         check_files(model_path, file, "model_path", meta_transformer(base))
     elif Path(model_path).exists() or model_path.count("/") != 1:
         found, wanted = check_transformer(model_path, "model_path").config, meta_transformer(base).config
@@ -195,12 +195,7 @@ def load_tuned(base: str, model_path: str, dtype: torch.dtype) -> ModelMixin:
     if lora_file(model_path):
         return load_with_lora(base, model_path, dtype)
     if file := _weight_file(model_path):
-        transformer = meta_transformer(base, dtype).eval()
-        weights = {name: tensor.to(dtype, copy=True) for name, tensor in load_file(file).items()}
-        if name := not_finite(weights):
-            raise FlagError("model_path", model_path, f"{name} has values that aren't finite")
-        transformer.load_state_dict(weights, assign=True)
-        return transformer
+        return load_weights_of(meta_transformer(base, dtype), file, model_path, "model_path")
     return load_transformer(model_path, dtype, field="model_path")
 
 

@@ -54,7 +54,9 @@ class SampleConfig:
     shift: float | None = flag(
         None, "static shift of the sigma schedule (None: the base pipeline's own scheduler)", at_least=1e-3, at_most=1e3
     )
-    max_sequence_length: int = flag(512, "T5 tokens; cut to what the model's tokenizer declares", at_least=1)
+    max_sequence_length: int = flag(
+        512, "T5 tokens; cut to what the model's tokenizer declares, and to 256 for FLUX.1-schnell", at_least=1
+    )
     dtype: str = flag(
         "auto",
         "number format; auto: bf16 on a GPU, fp32 on the CPU",
