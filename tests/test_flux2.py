@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fastvideo.data_preprocess.preprocess_flux_embedding import embed_prompts
 from fastvideo.family_defaults import flux_2_shift
+from fastvideo.models import merge_lora
 from fastvideo.models.family import Conditioning, LatentShape
 from fastvideo.models.flux2 import Flux2Klein
 from fastvideo.models.pretrained import decode_latents, load_transformer, load_vae
@@ -237,7 +238,9 @@ def sampled(flux2: str, folder: Path, prompts: Path, *more: object) -> list[np.n
     return [np.asarray(Image.open(manifest.parent / entry["image"])).astype(int) for entry in entries]
 
 
-def test_a_lora_draws_in_the_pipeline_what_it_draws_here_and_mixes_with_the_base_model(train2, flux2, pipe, tmp_path):
+def test_a_lora_draws_in_the_pipeline_what_it_draws_here_and_mixes_with_the_base_model(
+    train2, flux2, pipe, tmp_path, refused
+):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text(PROMPTS[0])
     lora = {"use_lora": True, "lora_rank": 4, "lora_alpha": 64, "learning_rate": 1e-1}
@@ -266,6 +269,13 @@ def test_a_lora_draws_in_the_pipeline_what_it_draws_here_and_mixes_with_the_base
         assert np.abs(seen[name] - theirs[name]).max() <= 1
     assert min(np.abs(seen["mixed"] - other).max() for other in theirs.values()) > 0
     assert np.abs(theirs["tuned"] - theirs["base"]).max() > 3
+
+    merge = ["--model_path", str(adapters), "--dtype", "fp32", "--output_dir", str(tmp_path / "whole")]
+    with refused("--format lora_kohya: .* is no FLUX.1; choose diffusers"):
+        merge_lora.main([*merge, "--format", "lora_kohya"])
+    merge_lora.main(merge)
+    (whole,) = sampled(flux2, tmp_path / "of the whole", prompts, "--model_path", tmp_path / "whole")
+    assert np.abs(whole - seen["tuned"]).max() <= 2
 
     again = train2(max_train_steps=2, output_dir="again", resume_from_checkpoint=adapters, **lora)
     assert again.metrics[0]["step"] == 2
