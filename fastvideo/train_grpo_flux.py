@@ -19,7 +19,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Protocol
 
-from fastvideo.cli import FlagError, flag_errors, parse_dataclass, parse_first
+from fastvideo.cli import flag_errors, parse_dataclass, parse_first
 from fastvideo.config import CURRENT, OLD_POLICY, REFERENCE, GRPOConfig, world_size_of_environment
 from fastvideo.reference_flags import translate
 
@@ -47,7 +47,7 @@ from fastvideo.models.reward_model.utils import check_custom_rewards
 from fastvideo.rollout_plan import describe, make_plan, optimizer_steps, scout_plan
 from fastvideo.runtime.checkpoint import CheckpointWriter
 from fastvideo.runtime.engines import Engine, build_engine, main_process_first
-from fastvideo.runtime.evaluation import Evaluation, Sampling, build_held_out
+from fastvideo.runtime.evaluation import Evaluation, Sampling, build_held_out, takes_empty_prompt
 from fastvideo.runtime.log import Log
 from fastvideo.runtime.memory import predict_memory
 from fastvideo.runtime.policies import Policies
@@ -619,15 +619,11 @@ def set_up(config: GRPOConfig, lock: FolderLock | None = None) -> tuple[Trainer,
 
     lock: of --output_dir; the first process takes it. None: no other program can want the folder.
     """
-    transformer, family = (find(config.pretrained_model_name_or_path) for find in (meta_transformer, family_of))
-    guided = family.guided(max(config.guidance_scale, Sampling.of(config).guidance_scale))
+    transformer = meta_transformer(config.pretrained_model_name_or_path)
+    widths = family_of(config.pretrained_model_name_or_path).widths(transformer)
 
     def cached(index: str | Path) -> LatentFluxRLDataset:
-        found = LatentFluxRLDataset(index, config.cfg, config.sampler_seed, family.widths(transformer))
-        if found.negative_prompt_embeds is None and guided:
-            problem = "no embedding of the empty prompt, which --guidance_scale above 1 needs; preprocess again"
-            raise FlagError("data_json_path", index, problem)
-        return found
+        return LatentFluxRLDataset(index, config.cfg, config.sampler_seed, widths)
 
     dataset = cached(config.data_json_path) if config.data_json_path else None
     if config.use_lora:
@@ -665,7 +661,7 @@ def set_up(config: GRPOConfig, lock: FolderLock | None = None) -> tuple[Trainer,
         for size in {(config.h, config.w), Sampling.of(config)[:2]}:
             check_sequence_split(config.pretrained_model_name_or_path, *size, text_tokens, config.sp_size)
     trainer = Trainer(config, engine, scoring, checkpoint)
-    if guided:
+    if takes_empty_prompt(config):
         trainer.negative_prompt_embeds = dataset.negative_prompt_embeds.to(accelerator.device, torch.float32)
     if judged is not None:
         trainer.evaluation = Evaluation(config, judged, scoring, held_out, trainer.vae)

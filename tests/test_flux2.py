@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from fastvideo.data_preprocess.preprocess_flux_embedding import embed_prompts
+from fastvideo.eval import report
 from fastvideo.family_defaults import flux_2_shift
 from fastvideo.models import merge_lora
 from fastvideo.models.family import Conditioning, LatentShape
@@ -196,6 +197,20 @@ def test_every_kind_of_algorithm_trains(train2, algorithm):
     assert line["grad_norm"] > 0 and line.get("ratio_first_deviation", 0) == 0
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"rollout_precision": "fp8_emulated", "ref_kl_coeff": 0.1, "gradient_checkpointing": True},
+        {"use_lora": True, "lora_rank": 4, "quantize_base": True, "ref_kl_coeff": 0.1},
+    ],
+    ids=["FP8 rollouts and the reference", "adapters on 8 bits and the reference"],
+)
+def test_what_saves_time_and_memory_works_on_its_blocks(train2, given):
+    run = train2(max_train_steps=1, learning_rate=1e-3, train_micro_batch_size=1, **given)
+    (line,) = run.metrics
+    assert line["grad_norm"] > 0 and line["ratio_first_deviation"] == 0 and line["ref_kl_loss"] >= 0
+
+
 def test_a_resumed_run_equals_an_uninterrupted_one(train2):
     given = {"max_train_steps": 2, "checkpointing_steps": 1, "ema_decay": 0.5, "gradient_checkpointing": True}
     whole = train2(output_dir="whole", **given)
@@ -295,6 +310,8 @@ def test_prompts_are_embedded_evaluated_and_reported(train2, prompts_file, tmp_p
     assert {"evaluation_reward", "evaluation_failed_rewards"} <= run.metrics[-1].keys()
     assert Image.open(run.folder / "evaluation/000001/00000.png").size == (32, 48)
     assert (run.folder / "images/iteration_000001.png").is_file()
+    report.main(["--run_dir", str(run.folder)])
+    assert (run.folder / "report/report.html").is_file()
 
 
 def test_a_dry_run_says_what_guidance_costs_and_predicts_its_memory(flags, flux2, embedded2, capsys):
@@ -322,7 +339,7 @@ def test_what_does_not_fit_together_is_refused_in_one_line(flags, flux2, embedde
     shutil.copytree(flux2, distilled)
     (distilled / "model_index.json").write_text(json.dumps(index | {"is_distilled": True}))
     for given, problem in (
-        ({"data_json_path": embedded_prompts}, "prompt embedding of .* is 64 wide, .* takes 96"),
+        ({"data_json_path": embedded_prompts, "guidance_scale": 1.0}, "prompt embedding of .* is 64 wide, .* takes 96"),
         ({"data_json_path": without}, "no embedding of the empty prompt"),
         ({"lora_target_modules": ["to_out"], "use_lora": True}, "to_out: also names transformer_blocks.0.attn.to_out"),
         ({"pretrained_model_name_or_path": other}, "names StableDiffusion3Pipeline; choose a model of FluxPipeline"),

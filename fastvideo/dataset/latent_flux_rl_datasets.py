@@ -135,14 +135,12 @@ class LatentFluxRLDataset(torch.utils.data.Dataset):
         return self.json_path.parent / FOLDERS["prompt_embed_path"] / entry[NEGATIVE]
 
     @property
-    def negative_prompt_embeds(self) -> torch.Tensor | None:
-        """The embedding of the empty prompt [L, D]; None if there is none.
-
-        Raises FlagError, naming the file, for an embedding that can't be read or has another shape.
-        """
+    def negative_prompt_embeds(self) -> torch.Tensor:
+        """The embedding of the empty prompt [L, D]. Raises FlagError if there is none that can be used."""
         entry = self.entries[0]
         if NEGATIVE not in entry:
-            return None
+            problem = "no embedding of the empty prompt, which guidance above 1 needs; preprocess again with this model"
+            raise self._error(problem)
         return self._tensor("prompt_embeds", self._negative(entry))
 
     def _check_some(self) -> None:

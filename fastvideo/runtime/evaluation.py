@@ -58,6 +58,12 @@ class Sampling(NamedTuple):
         return cls(*(getattr(config, name) if value is None else value for name, value in pairs))
 
 
+def takes_empty_prompt(config: GRPOConfig) -> bool:
+    """Whether classifier-free guidance acts in training or evaluation."""
+    guided = family_of(config.pretrained_model_name_or_path).guided
+    return guided(config.guidance_scale) or guided(Sampling.of(config).guidance_scale)
+
+
 def noise_free_plan(sampling_steps: int, shift: float) -> Plan:
     """The whole schedule in Euler steps, for one picture per prompt."""
     sigmas = sigma_schedule(sampling_steps, shift)

@@ -37,6 +37,7 @@ from fastvideo.models.reward_model.loading import bad_file, to_download
 from fastvideo.models.reward_model.spec import REWARDS, resolve_reward_spec
 from fastvideo.models.reward_model.utils import check_needs, reward_problems
 from fastvideo.runtime.checkpoint import checkpoints
+from fastvideo.runtime.evaluation import takes_empty_prompt
 from fastvideo.runtime.memory import checkpoint_size, describe_memory
 from fastvideo.runtime.resume import check_output, to_resume
 from fastvideo.runtime.tracking import not_installed
@@ -136,6 +137,8 @@ def _check_embeddings(config: GRPOConfig, configs: bool) -> None:
         path = config.pretrained_model_name_or_path
         widths = family_of(path).widths(meta_transformer(path))
     data = LatentFluxRLDataset(config.data_json_path, widths=widths)
+    if takes_empty_prompt(config):
+        data.negative_prompt_embeds  # noqa: B018  (raises)
     prompts = [(entry["caption"], entry.get("metadata", {})) for entry in data.entries]
     _check_use(config, "data_json_path", prompts, data.weights)
 
