@@ -27,7 +27,7 @@ import pytest
 import torch
 from conftest import ROOT, relative_difference
 from PIL import Image
-from test_config import RECIPES, recipe_command
+from test_config import RECIPES, recipe_command, recipe_name
 from test_train import assert_same_update, base_weights, same_weights, torchrun
 
 SHAPE = LatentShape(6, 8, 4, 6)
@@ -868,8 +868,8 @@ def test_the_documentation_s_flags_for_published_recipes_can_be_used():
 
 def recipes() -> list:
     """Recipes, by name. Those that differ from another one by a name or a planner's numbers only run with --long."""
-    names = {path.stem.removeprefix("finetune_flux_grpo_"): path for path in RECIPES}
-    alike = ("AWM", "FastGRPO", "Granular_GRPO")
+    names = {recipe_name(path): path for path in RECIPES}
+    alike = ("AWM", "FastGRPO", "Granular_GRPO", "flux2_klein_MixGRPO", "flux2_klein_MixGRPO_Flash")
     return [pytest.param(p, id=name, marks=[pytest.mark.long] * (name in alike)) for name, p in names.items()]
 
 

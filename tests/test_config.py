@@ -25,7 +25,7 @@ from conftest import ROOT, TIME_LIMIT, parts_missing
 from diffusers import FluxTransformer2DModel
 
 MIX_GRPO = ROOT / "scripts/finetune/finetune_flux_grpo_MixGRPO.sh"
-RECIPES = sorted((ROOT / "scripts/finetune").glob("finetune_flux_grpo_*.sh"))
+RECIPES = sorted((ROOT / "scripts/finetune").glob("finetune_flux*.sh"))
 
 
 def parse(*argv: str) -> GRPOConfig:
@@ -500,7 +500,11 @@ def recipe_commands(
         cwd=tmp_path, env={**clean, "PYTHON_BIN": str(fake), **environment}, capture_output=True, text=True, check=True,
     )  # fmt: skip
     parts = (part.splitlines() for part in done.stdout.split("== ")[1:])
-    return {Path(script).stem.removeprefix("finetune_flux_grpo_"): command for script, *command in parts}
+    return {recipe_name(Path(script)): command for script, *command in parts}
+
+
+def recipe_name(script: Path) -> str:
+    return script.stem.removeprefix("finetune_").removeprefix("flux_grpo_")
 
 
 def recipe_command(script: Path, tmp_path: Path, *arguments: str, **environment: str) -> list[str]:
@@ -519,6 +523,13 @@ def test_a_recipe_that_names_only_its_algorithm_trains_with_the_algorithm_s_own_
         assert parse_dataclass(GRPOConfig, argv) == own
 
 
+# Other files than FLUX.1's, and batches, which don't change results. What the family decides isn't repeated.
+KLEIN = {
+    "pretrained_model_name_or_path": "data/flux2_klein",
+    "data_json_path": "data/flux2_klein_rl_embeddings/prompt.json",
+    "rollout_batch_size": 6,
+    "train_micro_batch_size": 4,
+}
 # Recipe -> algorithm, and some of its paper's values.
 RECIPE_VALUES = {
     "FastGRPO": ("mix_grpo", {"group_size": 4, "iters_per_group": 25, "reward_model": "image_reward"}),
@@ -550,6 +561,11 @@ RECIPE_VALUES = {
     "AWM": ("awm", {"draws": 4, "clip_range": 1e-2, "old_policy_decay": 0.9, "old_kl_coeff": 0.1}),
     "GRPO_Guard": ("mix_grpo", {"ratio_norm": True, "step_weights": "velocity", "clip_range": 2e-6}),
     "FlowGRPO": ("flow_grpo", {"sde_type": "flow", "flow_grpo_fast_steps": 0}),
+    "flux2_klein_MixGRPO": ("mix_grpo", KLEIN),
+    "flux2_klein_MixGRPO_Flash": ("mix_grpo_flash", KLEIN),
+    "flux2_klein_MixGRPO_Flash_lora": ("mix_grpo_flash", KLEIN | {
+        "use_lora": True, "lora_rank": 128, "lora_alpha": 128, "learning_rate": 3e-4,
+    }),
 }  # fmt: skip
 
 
@@ -563,10 +579,10 @@ def test_every_recipe_trains_with_the_values_of_its_paper(tmp_path, capsys):
         title = "MixGRPO" if name == "FastGRPO" else name
         places = {"experiment_name": title, "output_dir": f"outputs/{title}", "dry_run": True}
         places["reward_model"] = values.get("reward_model", "image_reward")
-        if name == "GRPO_Guard":
+        places["data_json_path"] = "data/rl_embeddings/prompt.json"
+        if name == "GRPO_Guard" or "klein" in name:
             places |= values  # the other values are the algorithm's own
-        data = "data/rl_embeddings/prompt.json"
-        assert config == GRPOConfig.create(algorithm=algorithm, data_json_path=data, **places)
+        assert config == GRPOConfig.create(algorithm=algorithm, **places)
         assert program == "fastvideo/train_grpo_flux.py"
         with parts_missing():
             main(argv)

@@ -142,7 +142,8 @@ def test_a_dry_run_lists_every_file_and_asks_nobody(download, server, tmp_path):
     for target in (
         "hps_ckpt/HPS_v2.1_compressed.pt", "image_reward_ckpt/model_large.pth", "image_reward_ckpt/ViT-L-14.pt",
         f"image_reward_ckpt/{AESTHETIC}", "image_reward_ckpt/ImageReward.pt", "image_reward_ckpt/med_config.json",
-        "data/flux/transformer/*", "mix_grpo_ckpt/diffusion_pytorch_model.safetensors", "the hub's cache",
+        "data/flux/transformer/*", "data/flux2_klein/transformer/*",
+        "mix_grpo_ckpt/diffusion_pytorch_model.safetensors", "the hub's cache",
     ):  # fmt: skip
         assert target in targets
     assert sorted(path.name for path in tmp_path.iterdir()) == ["scripts"]
@@ -170,7 +171,7 @@ def test_an_unknown_part_is_refused_naming_the_choices(download):
     status, output = download("hsp")
     assert (
         status == 2
-        and "'hsp'; choose from flux hps hpsv3 image_reward clip pick geneval mixgrpo prompts, all" in output
+        and "'hsp'; choose from flux klein hps hpsv3 image_reward clip pick geneval mixgrpo prompts, all" in output
     )
 
 

@@ -2,7 +2,7 @@
 # Downloads the files that the recipes need, to the default paths of the flags. An interrupted download continues.
 # Without a part it lists all parts with their sizes.
 #
-#   scripts/huggingface/download_checkpoints.sh [flux|hps|hpsv3|image_reward|clip|pick|geneval|mixgrpo|prompts|all] ... [--dry_run]
+#   scripts/huggingface/download_checkpoints.sh [flux|klein|hps|hpsv3|image_reward|clip|pick|geneval|mixgrpo|prompts|all] ... [--dry_run]
 #
 #   --dry_run    lists every file with rough size, source and target, and downloads nothing
 #   HTTP_PROXY, HTTPS_PROXY  are used
@@ -14,7 +14,7 @@
 # HPSv3's rating guide comes from a package, through pip with its settings (PIP_INDEX_URL, ...).
 source "$(dirname "${BASH_SOURCE[0]}")/../environment.sh"
 
-PARTS=(flux hps hpsv3 image_reward clip pick geneval mixgrpo prompts)
+PARTS=(flux klein hps hpsv3 image_reward clip pick geneval mixgrpo prompts)
 dry_run=
 chosen=()
 for argument in "$@"; do
@@ -126,6 +126,12 @@ get_flux() {
   hub black-forest-labs/FLUX.1-dev data/flux \
     1KB model_index.json 24GB 'transformer/*' 168MB 'vae/*' 246MB 'text_encoder/*' 9.5GB 'text_encoder_2/*' \
     2MB 'tokenizer/*' 3MB 'tokenizer_2/*' 1KB 'scheduler/*'
+}
+
+# FLUX.2-klein-base-4B, Apache-2.0: no token is needed.
+get_klein() {
+  hub black-forest-labs/FLUX.2-klein-base-4B data/flux2_klein \
+    1KB model_index.json 7.8GB 'transformer/*' 168MB 'vae/*' 8.1GB 'text_encoder/*' 16MB 'tokenizer/*' 1KB 'scheduler/*'
 }
 
 get_hps() {
