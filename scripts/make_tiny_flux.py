@@ -1,6 +1,7 @@
 """Makes the tiny FLUX in data/tiny_flux: a complete diffusers `FluxPipeline` that draws two coloured shapes.
 
     python scripts/make_tiny_flux.py --output_dir data/tiny_flux   # draw, train, save
+    python scripts/make_tiny_flux.py --family flux2 --output_dir outputs/tiny_flux2   # FLUX.2 [klein], tiny_flux2.py
     python scripts/make_tiny_flux.py --evaluate data/tiny_flux     # measure a saved one
     python scripts/make_tiny_flux.py --prompts data                # write the prompt files of the world
 
@@ -29,6 +30,7 @@ import fastvideo.torchvision_repair  # noqa: F401  (before diffusers)
 from fastvideo.cli import FlagError, check_fields, flag, flag_errors, parse_dataclass
 from fastvideo.io.devices import resolve_device
 from fastvideo.io.files import usual_modes, write_bytes, writing
+from fastvideo.models import pretrained
 from fastvideo.models.reward_model.shapes import IMAGE_SIZE, JITTER, Scene, ShapesRewardModel, all_scenes, draw
 
 import diffusers
@@ -44,7 +46,7 @@ from diffusers import (
     FluxTransformer2DModel,
 )
 from PIL import Image
-from tiny_flux2 import make_flux2_pipeline
+from tiny_flux2 import TinyFlux2, caption_words, make_flux2_pipeline
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -61,15 +63,9 @@ LIES = 0.4  # share of the training examples with the caption of another scene
 MAX_BYTES = 6_000_000
 
 
-def _words() -> list[str]:
-    """All words of captions."""
-    captions = [scene.caption() for withheld in (False, True) for scene in all_scenes(withheld)]
-    return sorted(set(" ".join(captions).split()))
-
-
 def _make_tokenizers() -> tuple[CLIPTokenizer, T5Tokenizer]:
     """CLIP (byte-level BPE) and T5 (unigram) tokenizers: one token a caption word, any other word letter by letter."""
-    words = _words()
+    words = caption_words()
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     trainer = trainers.BpeTrainer(vocab_size=10_000, end_of_word_suffix="</w>", show_progress=False)
@@ -157,22 +153,80 @@ def make_pipeline(guidance_embeds: bool = True, seed: int = 0, single_layers: in
     )
 
 
+class TinyFlux1:
+    """What the training of the tiny FLUX.1 has of its own. TinyFlux2 in tiny_flux2.py has the same members.
+
+    guidance: of training and sampling. empty: share of the training examples with the empty caption. text_encoders:
+    parts of the pipeline that are trained beside the transformer, in order.
+    """
+
+    guidance, empty = GUIDANCE, 0.0
+    text_encoders = ("text_encoder", "text_encoder_2")
+
+    def make(self, seed: int) -> FluxPipeline:
+        """The pipeline with random weights."""
+        return make_pipeline(seed=seed)
+
+    def length(self, pipe: FluxPipeline) -> int:
+        """Tokens of a caption."""
+        return pipe.tokenizer_2.model_max_length
+
+    def normalise(self, vae: AutoencoderKL, latents: torch.Tensor) -> None:
+        """Puts mean and spread of the latents [N, 16, 8, 8] into the VAE."""
+        vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
+
+    def pack(self, vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
+        """Latents [N, 16, 8, 8] as the transformer takes them, [N, 16, 64]."""
+        latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
+        return FluxPipeline._pack_latents(latents, *latents.shape)
+
+    def tokens(self, pipe: FluxPipeline, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the text encoders take of each caption, [N, tokens] each."""
+        options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+        clip = pipe.tokenizer(captions, max_length=CLIP_LENGTH, **options).input_ids
+        return clip, pipe.tokenizer_2(captions, max_length=T5_LENGTH, **options).input_ids
+
+    def velocity(
+        self, pipe: FluxPipeline, latents: torch.Tensor, sigma: torch.Tensor, clip: torch.Tensor, t5: torch.Tensor
+    ) -> torch.Tensor:
+        """The transformer's answer [N, 16, 64] with gradients, also of the text encoders; clip, t5: `tokens`."""
+        return pipe.transformer(
+            hidden_states=latents,
+            timestep=sigma,
+            guidance=torch.full_like(sigma, self.guidance),
+            pooled_projections=pipe.text_encoder(clip).pooler_output,
+            encoder_hidden_states=pipe.text_encoder_2(t5)[0],
+            txt_ids=torch.zeros(T5_LENGTH, 3, device=latents.device),
+            img_ids=pipe._prepare_latent_image_ids(1, 4, 4, latents.device, torch.float32),
+            return_dict=False,
+        )[0]
+
+
+FAMILIES = {"flux1": TinyFlux1(), "flux2": TinyFlux2()}
+
+
+def family_of(pipe: DiffusionPipeline) -> TinyFlux1 | TinyFlux2:
+    return FAMILIES["flux2" if isinstance(pipe, Flux2KleinPipeline) else "flux1"]
+
+
+def with_parts(pipe: DiffusionPipeline, parts: dict[str, torch.nn.Module]) -> DiffusionPipeline:
+    """The pipeline with other models."""
+    components = {name: part for name, part in pipe.components.items() if part is not None}
+    options = {"is_distilled": pipe.config.is_distilled} if isinstance(pipe, Flux2KleinPipeline) else {}
+    return type(pipe)(**{**components, **parts}, **options)
+
+
 def save_pipeline(pipe: DiffusionPipeline, output_dir: str | Path) -> None:
     """Write a float16 copy of the pipeline as safetensors; the one in memory stays float32."""
-    parts = {name: part for name, part in pipe.components.items() if part is not None}
-    for name, part in parts.items():
-        if isinstance(part, torch.nn.Module):
-            parts[name] = copy.deepcopy(part).half()
-    options = {"is_distilled": pipe.config.is_distilled} if isinstance(pipe, Flux2KleinPipeline) else {}
-    type(pipe)(**parts, **options).save_pretrained(output_dir)
+    models = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    halves = {name: copy.deepcopy(model).half() for name, model in models.items()}
+    with_parts(pipe, halves).save_pretrained(output_dir)
     usual_modes(Path(output_dir))
 
 
 def build_tiny_flux2(output_dir: str | Path, seed: int = 0, single_layers: int = 3, distilled: bool = False) -> None:
     """Write an untrained FLUX.2 [klein] pipeline with random weights, in a second."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        save_pipeline(make_flux2_pipeline(_words(), single_layers, distilled), output_dir)
+    save_pipeline(make_flux2_pipeline(seed, single_layers, distilled), output_dir)
 
 
 def build_tiny_flux(
@@ -213,12 +267,13 @@ def _cosine_lr(optimizer: torch.optim.Optimizer, steps: int, warmup: int = 50) -
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def train_vae(vae: AutoencoderKL, bank: PictureBank, steps: int, batch_size: int = 128, lr: float = 3e-3) -> None:
-    """Train the VAE in place with L1 + 1e-4·KL, then put the latents' mean and 1/std into its config.
+def train_vae(pipe: DiffusionPipeline, bank: PictureBank, steps: int, batch_size: int = 128, lr: float = 3e-3) -> None:
+    """Train the pipeline's VAE with L1 + 1e-4·KL, then put the latents' mean and spread into it.
 
     Pixels of the shape, the minority, weigh more. The posterior starts narrow (log-variance -5): from the usual start
     the noise drowns the latents and training takes far longer.
     """
+    vae = pipe.vae
     with torch.no_grad():
         vae.encoder.conv_out.bias[16:] = -5.0
         vae.encoder.conv_out.weight[16:] *= 0.1
@@ -248,7 +303,7 @@ def train_vae(vae: AutoencoderKL, bank: PictureBank, steps: int, batch_size: int
     vae.eval()
     mean, std = encode_bank(vae, bank)
     latents = mean + std * torch.randn(mean.shape, generator=generator).to(mean.device)
-    vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
+    family_of(pipe).normalise(vae, latents)
 
 
 @torch.no_grad()
@@ -268,7 +323,7 @@ def lying_captions(scenes: list[Scene]) -> torch.Tensor:
 
 
 def train_flow(
-    pipe: FluxPipeline,
+    pipe: DiffusionPipeline,
     bank: PictureBank,
     steps: int,
     output_dir: Path,
@@ -277,24 +332,21 @@ def train_flow(
     batch_size: int = 256,
     lr: float = 1.5e-3,
 ) -> None:
-    """Train transformer and text encoders together by flow matching; `pipe` ends with their averaged (EMA) weights.
+    """Train transformer and text encoders together by flow matching, and save their averaged (EMA) weights.
 
     lies: share of the examples whose caption is another scene's. Every `check_every` steps the averaged model is saved
     and measured on captions of the training and on withheld ones.
     """
-    device = bank.pixels.device
-    parts = torch.nn.ModuleList([pipe.transformer, pipe.text_encoder, pipe.text_encoder_2])
-    torch.nn.init.zeros_(pipe.transformer.proj_out.weight)
-    torch.nn.init.zeros_(pipe.transformer.proj_out.bias)
+    device, family = bank.pixels.device, family_of(pipe)
+    names = ("transformer", *family.text_encoders)
+    parts = torch.nn.ModuleList(getattr(pipe, name) for name in names)
+    for parameter in pipe.transformer.proj_out.parameters():
+        torch.nn.init.zeros_(parameter)
     generator = torch.Generator().manual_seed(2)
     mean, std = encode_bank(pipe.vae, bank)
     captions, false = [scene.caption() for scene in bank.scenes], lying_captions(bank.scenes)
-    token_options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
-    clip_ids = pipe.tokenizer(captions, max_length=CLIP_LENGTH, **token_options).input_ids.to(device)
-    t5_ids = pipe.tokenizer_2(captions, max_length=T5_LENGTH, **token_options).input_ids.to(device)
-    image_ids = pipe._prepare_latent_image_ids(1, 4, 4, device, torch.float32)
-    text_ids = torch.zeros(T5_LENGTH, 3, device=device)
-    guidance = torch.full((batch_size,), GUIDANCE, device=device)
+    empty = len(captions)
+    tokens = [ids.to(device) for ids in family.tokens(pipe, [*captions, ""])]
 
     optimizer = torch.optim.AdamW(parts.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
     schedule = _cosine_lr(optimizer, steps)
@@ -307,24 +359,18 @@ def train_flow(
         index = next(batches)
         scene = index.cpu() % len(captions)
         lie = false[scene, torch.randint(false.shape[1], (batch_size,), generator=generator)]
-        scene = torch.where(torch.rand(batch_size, generator=generator) < lies, lie, scene).to(device)
+        scene = torch.where(torch.rand(batch_size, generator=generator) < lies, lie, scene)
+        if family.empty:
+            scene[torch.rand(batch_size, generator=generator) < family.empty] = empty
+        scene = scene.to(device)
         latents = mean[index] + std[index] * torch.randn(batch_size, 16, 8, 8, generator=generator).to(device)
-        latents = (latents - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
-        clean = pipe._pack_latents(latents, batch_size, 16, 8, 8)
+        clean = family.pack(pipe.vae, latents)
         noise = torch.randn(clean.shape, generator=generator).to(device)
         # Stratified over the batch, and shifted by 2 towards noise, where the caption decides what is drawn.
         uniform = (torch.arange(batch_size) + torch.rand(batch_size, generator=generator)) / batch_size
         sigma = (2 * uniform / (1 + uniform)).to(device)
-        velocity = pipe.transformer(
-            hidden_states=torch.lerp(clean, noise, sigma[:, None, None]),
-            timestep=sigma,
-            guidance=guidance,
-            pooled_projections=pipe.text_encoder(clip_ids[scene]).pooler_output,
-            encoder_hidden_states=pipe.text_encoder_2(t5_ids[scene])[0],
-            txt_ids=text_ids,
-            img_ids=image_ids,
-            return_dict=False,
-        )[0]
+        noisy = torch.lerp(clean, noise, sigma[:, None, None])
+        velocity = family.velocity(pipe, noisy, sigma, *(ids[scene] for ids in tokens))
         loss = F.mse_loss(velocity, noise - clean)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parts.parameters(), 1.0)
@@ -336,10 +382,7 @@ def train_flow(
             torch._foreach_lerp_(list(averaged.parameters()), list(parts.parameters()), 1 - decay)
             average_loss.lerp_(loss, 0.01)
         if step % check_every == 0 or step == steps:
-            transformer, clip, t5 = averaged
-            candidate = FluxPipeline(
-                **{**pipe.components, "transformer": transformer, "text_encoder": clip, "text_encoder_2": t5}
-            )
+            candidate = with_parts(pipe, dict(zip(names, averaged, strict=True)))
             save_pipeline(candidate, output_dir)
             shares = []
             for scenes in (_choose(bank.scenes, 540, seed=step), all_scenes(withheld=True) * 2):
@@ -352,20 +395,29 @@ def train_flow(
 
 
 def sample(
-    pipe: FluxPipeline, captions: list[str], seed: int, steps: int = SAMPLING_STEPS, batch_size: int = 270
+    pipe: DiffusionPipeline,
+    captions: list[str],
+    seed: int,
+    steps: int = SAMPLING_STEPS,
+    batch_size: int = 270,
+    guidance_scale: float | None = None,
 ) -> list[Image.Image]:
-    """Pictures of the captions through the pipeline itself, with fresh noise from `seed`."""
+    """Pictures of the captions through the pipeline itself, with fresh noise from `seed`.
+
+    guidance_scale: None is the family's.
+    """
+    family = family_of(pipe)
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)
     images = []
     for start in range(0, len(captions), batch_size):
         images += pipe(
-            captions[start : start + batch_size],
+            prompt=captions[start : start + batch_size],
             height=IMAGE_SIZE,
             width=IMAGE_SIZE,
             num_inference_steps=steps,
-            guidance_scale=GUIDANCE,
-            max_sequence_length=pipe.tokenizer_2.model_max_length,
+            guidance_scale=guidance_scale or family.guidance,
+            max_sequence_length=family.length(pipe),
             generator=generator,
         ).images
     return images
@@ -381,17 +433,20 @@ def _choose(scenes: list[Scene], count: int, seed: int) -> list[Scene]:
     return [scenes[n] for n in order[:count]]
 
 
-def evaluate(directory: str | Path, device: torch.device, seed: int = 1234) -> str:
+def evaluate(directory: str | Path, device: torch.device, seed: int = 1234, guidance_scale: float | None = None) -> str:
     """Measure a saved pipeline (float32) on 540 training and all 270 withheld captions, two pictures of each of these.
 
-    Returns a text report.
+    guidance_scale: None is the family's. Returns a text report.
     """
-    pipe = FluxPipeline.from_pretrained(directory, dtype=torch.float32).to(device)
+    pipeline = pretrained.family_of(str(directory), "evaluate").pipelines[0]
+    pipe = pipeline.from_pretrained(directory, dtype=torch.float32).to(device)
+    guidance, schedule = guidance_scale or family_of(pipe).guidance, pipe.scheduler.config
+    shift = "of the picture's size" if schedule.use_dynamic_shifting else schedule.shift
     size = sum(file.stat().st_size for file in Path(directory).rglob("*") if file.is_file())
     parameters = sum(
         p.numel() for part in pipe.components.values() if hasattr(part, "parameters") for p in part.parameters()
     )
-    lines = [f"parameters {parameters:,}, {size / 1e6:.2f} MB on disk; guidance {GUIDANCE}, shift {SHIFT}, seed {seed}"]
+    lines = [f"parameters {parameters:,}, {size / 1e6:.2f} MB on disk; guidance {guidance}, shift {shift}, seed {seed}"]
     cases = {"training": _choose(all_scenes(False), 540, seed), "withheld": all_scenes(True) * 2}
     bank = PictureBank(1, seed, device)
     with torch.no_grad():
@@ -402,7 +457,8 @@ def evaluate(directory: str | Path, device: torch.device, seed: int = 1234) -> s
     for steps in (4, 6, 8, SAMPLING_STEPS, 28):
         for name, scenes in cases.items():
             captions = [scene.caption() for scene in scenes]
-            found = {key: value.mean() for key, value in check(sample(pipe, captions, seed, steps), captions).items()}
+            images = sample(pipe, captions, seed, steps, guidance_scale=guidance)
+            found = {key: value.mean() for key, value in check(images, captions).items()}
             right, error = found.pop("right"), np.sqrt(1 / len(captions))
             error *= np.sqrt(right * (1 - right))
             parts = ", ".join(f"{key} {value:.3f}" for key, value in found.items())
@@ -433,10 +489,12 @@ def _versions() -> str:
 
 @dataclass
 class TinyFluxConfig:
-    """Train or measure the tiny FLUX that draws two coloured shapes. Give one of the first three flags."""
+    """Train or measure the tiny FLUX that draws two coloured shapes. Give --output_dir, --evaluate or --prompts."""
 
     output_dir: str | None = flag(None, "train from scratch and save the pipeline here")
     evaluate: str | None = flag(None, "measure the pipeline in this folder")
+    family: str = flag("flux1", "model to train", choices=("flux1", "flux2"))
+    guidance_scale: float | None = flag(None, "of --evaluate (None: 3.5 for FLUX.1, 4 for FLUX.2)", above=0)
     prompts: str | None = flag(None, "write tiny_prompts.txt and tiny_prompts_test.txt to this folder")
     vae_steps: int = flag(1500, "optimizer steps of the VAE", at_least=1)
     steps: int = flag(4500, "optimizer steps of the flow matching part", at_least=1)
@@ -468,7 +526,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             write_prompts(Path(config.prompts))
     elif config.evaluate:
         print(f"python scripts/make_tiny_flux.py --evaluate {config.evaluate}  ({date.today()}, {_versions()})")
-        print(evaluate(Path(config.evaluate), device))
+        print(evaluate(Path(config.evaluate), device, guidance_scale=config.guidance_scale))
     else:
         with writing("output_dir", config.output_dir):
             make_tiny_flux(config, device)
@@ -478,9 +536,9 @@ def make_tiny_flux(config: TinyFluxConfig, device: torch.device) -> None:
     """Trains the pipeline and saves it in `output_dir`."""
     start = time.monotonic()
     torch.manual_seed(config.seed)
-    pipe = make_pipeline(seed=config.seed).to(device)
+    pipe = FAMILIES[config.family].make(config.seed).to(device)
     bank = PictureBank(copies=8, seed=config.seed, device=device)
-    train_vae(pipe.vae, bank, config.vae_steps)
+    train_vae(pipe, bank, config.vae_steps)
     print(f"VAE after {(time.monotonic() - start) / 60:.1f} minutes", flush=True)
     train_flow(pipe, bank, config.steps, Path(config.output_dir), config.check_every, config.lies)
     print(f"saved {config.output_dir} after {(time.monotonic() - start) / 60:.1f} minutes")

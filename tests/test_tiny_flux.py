@@ -5,6 +5,8 @@ import re
 from pathlib import Path
 
 from fastvideo.data_preprocess.preprocess_flux_embedding import PreprocessConfig
+from fastvideo.models.family import Conditioning, LatentShape
+from fastvideo.models.flux2 import Flux2Klein
 from fastvideo.models.reward_model.shapes import (
     COLORS,
     RELATIONS,
@@ -21,9 +23,20 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from diffusers import FluxPipeline
-from make_tiny_flux import CLIP_LENGTH, MAX_BYTES, T5_LENGTH, PictureBank, build_tiny_flux, lying_captions, main, sample
+from diffusers import Flux2KleinPipeline, FluxPipeline
+from make_tiny_flux import (
+    CLIP_LENGTH,
+    FAMILIES,
+    MAX_BYTES,
+    T5_LENGTH,
+    PictureBank,
+    build_tiny_flux,
+    lying_captions,
+    main,
+    sample,
+)
 from PIL import Image
+from tiny_flux2 import TinyFlux2
 
 DATA = ROOT / "data"
 SHIPPED = DATA / "tiny_flux"
@@ -186,23 +199,25 @@ def run(monkeypatch):
 
 
 @pytest.mark.long
-def test_training_through_the_command_line_saves_a_pipeline_that_can_be_measured(run, tmp_path, capsys):
-    run("--output_dir", tmp_path, "--vae_steps", 2, "--steps", 2, "--check_every", 1, "--seed", 0)
+@pytest.mark.parametrize(("family", "pipeline"), [("flux1", FluxPipeline), ("flux2", Flux2KleinPipeline)])
+def test_training_through_the_command_line_saves_a_pipeline_that_can_be_measured(
+    run, tmp_path, capsys, family, pipeline
+):
+    small = "--vae_steps 2 --steps 2 --check_every 1 --seed 0".split()
+    run("--family", family, "--output_dir", tmp_path, *small)
     captured = capsys.readouterr()
     assert f"saved {tmp_path}" in captured.out
     for step in (1, 2):
         assert f"step {step}: loss" in captured.out + captured.err
-    pipe = FluxPipeline.from_pretrained(tmp_path, dtype=torch.float32)
-    assert pipe.vae.config.scaling_factor != 1
-    untrained = make_tiny_flux.make_pipeline(seed=0)
-    for part in ("transformer", "text_encoder", "text_encoder_2", "vae"):
-        before, after = (dict(getattr(p, part).named_parameters()) for p in (untrained, pipe))
-        assert not all(torch.equal(after[name], before[name].half().float()) for name in after), part
+    pipe, untrained = pipeline.from_pretrained(tmp_path, dtype=torch.float32), FAMILIES[family].make(0)
+    for name in ("transformer", "vae", *FAMILIES[family].text_encoders):
+        before, after = (dict(getattr(p, name).named_parameters()) for p in (untrained, pipe))
+        assert not all(torch.equal(after[key], before[key].half().float()) for key in after), name
 
-    run("--evaluate", tmp_path)
+    run("--evaluate", tmp_path, "--guidance_scale", 1)
     report = capsys.readouterr().out.splitlines()
     assert report[0].startswith(f"python scripts/make_tiny_flux.py --evaluate {tmp_path}")
-    assert "MB on disk" in report[1] and len(report) == 3 + 2 * 5
+    assert "MB on disk; guidance 1.0" in report[1] and len(report) == 3 + 2 * 5
     assert all("right in everything" in line for line in report[2:])
 
 
@@ -217,6 +232,37 @@ def test_the_same_flags_train_the_same_weights_and_lies_change_them(run, tmp_pat
     assert found[0] == found[1]
     assert all(weights["vae"] == found[0]["vae"] for weights in found)
     assert found[2]["transformer"] != found[0]["transformer"]
+
+
+def test_the_tiny_flux_2_learns_and_its_training_calls_the_model_as_the_trainer_does(monkeypatch, tmp_path):
+    family, bank, trained = TinyFlux2(), PictureBank(1, 0, CPU), Flux2Klein()
+    bank.pixels = bank.pixels[:48]
+
+    def few(pipe: Flux2KleinPipeline, captions: list[str], **given) -> list[Image.Image]:
+        return sample(pipe, captions[:1], **given) * len(captions)
+
+    monkeypatch.setattr(make_tiny_flux, "sample", few)
+    pipe = family.make(seed=0)
+    make_tiny_flux.train_vae(pipe, bank, 2, batch_size=8)
+    mean, _ = make_tiny_flux.encode_bank(pipe.vae, bank)
+    clean = family.pack(pipe.vae, mean)
+    torch.testing.assert_close(trained.to_vae(pipe.vae, clean, 32, 32), mean)
+    assert clean.mean((0, 1)).abs().max() < 0.5 and clean.std() < 1.1  # means alone spread less than samples
+    make_tiny_flux.train_flow(pipe, bank, 10, tmp_path, check_every=10, batch_size=8, lr=3e-2)
+
+    pipe = Flux2KleinPipeline.from_pretrained(tmp_path, dtype=torch.float32)
+    captions = [scene.caption() for scene in bank.scenes[: len(clean)]]
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+    sigma = torch.linspace(0.1, 0.9, len(clean))
+    noisy = torch.lerp(clean, noise, sigma[:, None, None])
+    with torch.no_grad():
+        v = family.velocity(pipe, noisy, sigma, *family.tokens(pipe, captions))
+        text, ids = (trained.encode_prompts(pipe, captions)[name] for name in trained.embeddings)
+        given = Conditioning(text, None, ids, trained.image_ids(LatentShape.of(pipe.vae, 32, 32), CPU), 1.0)
+        torch.testing.assert_close(trained.velocity(pipe.transformer, noisy, sigma, torch.arange(len(v)), given), v)
+    target = noise - clean
+    assert (v - target).square().mean() < 0.95 * target.square().mean()  # an untrained model's v is 0
+    assert [image.size for image in sample(pipe, [captions[0], ""], seed=0, steps=2)] == [(32, 32)] * 2
 
 
 def test_measuring_a_missing_directory_is_one_clear_line(tmp_path, capsys):
