@@ -7,14 +7,16 @@
     python benchmarks/bench_iteration.py --fp8 --no_gradient_checkpointing         # FP8 in untrained steps, its error
     python benchmarks/bench_iteration.py --compare --no_gradient_checkpointing     # optimisations, FP8, scouts
     python benchmarks/bench_iteration.py --double_blocks 19 --single_blocks 38 --use_lora      # LoRA of all of FLUX.1
+    python benchmarks/bench_iteration.py --family flux2 --recipes --rollout_batch_size 6 --train_micro_batch_size 4
     python benchmarks/bench_iteration.py --double_blocks 2 --single_blocks 4 --attention_heads 12     # other blocks
     python benchmarks/bench_iteration.py --tiny --ablation                         # on a CPU
     python benchmarks/bench_iteration.py --tiny --save                             # and how long saving takes
 
 From the first flag that isn't the benchmark's own on, flags go to the trainer. The defaults are the MixGRPO recipe
 (720×720, G 12, T 25, window 4, k 3, one prompt), a reward that costs nothing, and two iterations a window, of
-which the second is reported. Useful operations are counted once: what is recomputed, or
-fills up a batch, adds nothing. Prints tables and the versions; keep the output under benchmarks/results/.
+which the second is reported. `--family flux2` is all of FLUX.2-klein-base-4B, with its guidance. Useful operations are
+counted once: what is recomputed, or fills up a batch, adds nothing. Prints tables and the versions; keep the output
+under benchmarks/results/.
 """
 
 import gc
@@ -30,40 +32,47 @@ from pathlib import Path
 
 from fastvideo.cli import FlagError, flag, flag_errors, parse_dataclass
 from fastvideo.config import GRPOConfig
-from fastvideo.dataset.latent_flux_rl_datasets import FOLDERS
+from fastvideo.dataset.latent_flux_rl_datasets import FOLDERS, NEGATIVE
 from fastvideo.io.files import check_writable
 from fastvideo.io.messages import is_first
+from fastvideo.models.pretrained import family_of, meta_transformer
 from fastvideo.train_grpo_flux import Trainer, set_up
 
 import diffusers
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from diffusers import AutoencoderKL, FluxTransformer2DModel
+from diffusers import AutoencoderKL, AutoencoderKLFlux2, Flux2Transformer2DModel, FluxTransformer2DModel, ModelMixin
 from PIL import Image
 from torch.autograd import DeviceType
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-from make_tiny_flux import build_tiny_flux  # noqa: E402
+from make_tiny_flux import build_tiny_flux, build_tiny_flux2  # noqa: E402
 
 
 @dataclass
 class BenchmarkConfig:
     """What to time."""
 
-    double_blocks: int = flag(4, "double-stream blocks (FLUX.1 has 19)", at_least=1)
-    single_blocks: int = flag(8, "single-stream blocks (FLUX.1 has 38)", at_least=1)
-    attention_heads: int = flag(24, "width of the blocks, in heads of 128 channels (FLUX.1 has 24)", at_least=1)
-    tiny: bool = flag(False, "the tiny FLUX at 32x32 instead, for a CPU")
+    family: str = flag("flux1", "architecture of the blocks", choices=("flux1", "flux2"))
+    double_blocks: int | None = flag(None, "double-stream blocks (None: 4 of FLUX.1's 19; FLUX.2's 5)", at_least=1)
+    single_blocks: int | None = flag(None, "single-stream blocks (None: 8 of FLUX.1's 38; FLUX.2's 20)", at_least=1)
+    attention_heads: int = flag(24, "width of the blocks, in heads of 128 channels (both have 24)", at_least=1)
+    tiny: bool = flag(False, "the tiny pipeline at 32x32 instead, for a CPU")
     windows: list[int] = flag([0, 10, 19], "where the window starts")
     ablation: bool = flag(False, "measure again with each optimisation switched off")
     fp8: bool = flag(False, "measure again with FP8 in untrained steps, and how far it moves velocities and latents")
     compare: bool = flag(False, "ablation, fp8 and scouting")
     sweep: bool = flag(False, "measure again with other numbers of pictures, steps, window steps and pixels")
     scouting: bool = flag(False, "measure again with samples from their own noise, and with --scouts 24 and 48")
+    recipes: bool = flag(False, "measure again as LoRA, without guidance, and with larger pictures")
     profile: bool = flag(False, "milliseconds of GPU kernels by phase and kind, at the first window")
     save: bool = flag(False, "save a checkpoint, and print how long training waits for it and when it is whole")
     folder: str | None = flag(None, "where the inputs go (None: a temporary folder)")
     json_file: str | None = flag(None, "write all numbers there too")
+
+    def __post_init__(self) -> None:
+        double, single = {"flux1": (4, 8), "flux2": (5, 20)}[self.family]
+        self.double_blocks, self.single_blocks = self.double_blocks or double, self.single_blocks or single
 
 
 # Switched off one at a time, from the fastest setting; the last is all of them, one picture at a time.
@@ -93,8 +102,14 @@ SWEEP = {
     "1024x1024": ["--h", "1024", "--w", "1024"],
 }
 
-# FLUX.1-dev's published configuration.
-TRANSFORMER = {"attention_head_dim": 128, "guidance_embeds": True}
+# The published configurations of FLUX.1-dev and FLUX.2-klein-base-4B. AutoencoderKLFlux2's defaults are FLUX.2's.
+TRANSFORMERS = {
+    "flux1": (FluxTransformer2DModel, {"attention_head_dim": 128, "guidance_embeds": True}),
+    "flux2": (
+        Flux2Transformer2DModel,
+        {"attention_head_dim": 128, "guidance_embeds": False, "in_channels": 128, "joint_attention_dim": 3 * 2560},
+    ),
+}
 VAE = {
     "down_block_types": ["DownEncoderBlock2D"] * 4,
     "up_block_types": ["UpDecoderBlock2D"] * 4,
@@ -112,6 +127,21 @@ SCOUTING = {"own initial noise": OWN_NOISE} | {
     f"{scouts} scouts": [*OWN_NOISE, "--scouts", str(scouts)] for scouts in (24, 48)
 }
 
+
+def recipes(tiny: bool) -> dict[str, list[str]]:
+    """All weights or adapters, with guidance or without, and pictures of 1024×1024 pixels (48×48 of the tiny model)."""
+    side = "48" if tiny else "1024"
+    larger = ["--h", side, "--w", side]
+    lora = "--use_lora --lora_rank 128 --lora_alpha 128 --learning_rate 3e-4".split()
+    return {
+        f"{side}x{side}": larger,
+        "guidance 1": ["--guidance_scale", "1"],
+        "LoRA": lora,
+        f"LoRA, {side}x{side}": [*lora, *larger],
+        "LoRA, guidance 1": [*lora, "--guidance_scale", "1"],
+    }
+
+
 PHASES = ("scout", "rollout", "decode", "reward", "train", "total")
 # What a GPU kernel does, by the first of these that its name contains.
 KERNELS = {
@@ -126,28 +156,38 @@ KERNELS = {
 }
 
 
+def full_size(config: BenchmarkConfig) -> ModelMixin:
+    """The transformer of the family with the wanted blocks, on the meta device."""
+    cls, published = TRANSFORMERS[config.family]
+    size = {"num_layers": config.double_blocks, "num_single_layers": config.single_blocks}
+    with torch.device("meta"):
+        return cls(**size, **published, num_attention_heads=config.attention_heads)
+
+
 def make_inputs(folder: Path, config: BenchmarkConfig) -> None:
     """A transformer's config.json (see --init_random_flux), a random VAE and one prompt's embeddings under `folder`."""
     torch.manual_seed(0)
-    width, pooled = 4096, 768
+    flux2 = config.family == "flux2"
     if config.tiny:
-        build_tiny_flux(folder)
-        tiny = FluxTransformer2DModel.load_config(folder, subfolder="transformer")
-        width, pooled = tiny["joint_attention_dim"], tiny["pooled_projection_dim"]
+        (build_tiny_flux2 if flux2 else build_tiny_flux)(folder)
     else:
-        size = {"num_layers": config.double_blocks, "num_single_layers": config.single_blocks}
-        size["num_attention_heads"] = config.attention_heads
-        with torch.device("meta"):
-            FluxTransformer2DModel(**size, **TRANSFORMER).save_config(folder / "transformer")
-        AutoencoderKL(**VAE).save_pretrained(folder / "vae")
-    text = 32 if config.tiny else 512
-    shapes = {"prompt_embed": (text, width), "pooled_prompt_embeds": (pooled,), "text_ids": (text, 3)}
+        full_size(config).save_config(folder / "transformer")
+        vae = AutoencoderKLFlux2() if flux2 else AutoencoderKL(**VAE)
+        vae.save_pretrained(folder / "vae")
+        pipeline = "Flux2KleinPipeline" if flux2 else "FluxPipeline"
+        (folder / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
+    transformer = meta_transformer(str(folder))
+    text, widths = 32 if config.tiny else 512, family_of(str(folder)).widths(transformer)
+    shapes = {"prompt_embed": (text, widths["prompt_embeds"]), "text_ids": (text, widths["text_ids"])}
+    if "pooled_prompt_embeds" in widths:
+        shapes["pooled_prompt_embeds"] = (widths["pooled_prompt_embeds"],)
     for name, shape in shapes.items():
         (folder / name).mkdir(exist_ok=True)
         torch.save(torch.zeros(shape) if name == "text_ids" else torch.randn(shape), folder / name / "0.pt")
     # As many entries as there may be ranks: an epoch has to hold an iteration.
-    entries = [dict.fromkeys(FOLDERS, "0.pt") | {"caption": "a benchmark"}] * 64
-    (folder / "prompt.json").write_text(json.dumps(entries))
+    entry = {key: "0.pt" for key, name in FOLDERS.items() if name in shapes} | {"caption": "a benchmark"}
+    entry |= {NEGATIVE: "0.pt"} if flux2 else {}
+    (folder / "prompt.json").write_text(json.dumps([entry] * 64))
 
 
 def free(images: list[Image.Image], prompts: list[str]) -> list[float]:
@@ -312,6 +352,7 @@ def main() -> None:
         variants |= FP8 if config.fp8 or config.compare else {}
         variants |= SCOUTING if config.scouting or config.compare else {}
         variants |= SWEEP if config.sweep else {}
+        variants |= recipes(config.tiny) if config.recipes else {}
         results = {}
         for name, changed in variants.items():
             results[name] = measure(folder, config, flags + changed)
@@ -324,7 +365,7 @@ def main() -> None:
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
         versions = f"Python {platform.python_version()}, torch {torch.__version__}, diffusers {diffusers.__version__}"
         size = f"{config.double_blocks}+{config.single_blocks} blocks of {config.attention_heads} heads"
-        print(f"\n{gpu}; {versions}; {'tiny' if config.tiny else size}")
+        print(f"\n{gpu}; {versions}; {config.family}, {'tiny' if config.tiny else size}")
         if config.json_file:
             Path(config.json_file).write_text(json.dumps({"gpu": gpu, "versions": versions, "runs": results}))
 

@@ -75,6 +75,24 @@ def test_an_iteration_is_timed_at_any_depth_and_width(tmp_path, subprocess_envir
 
 
 @pytest.mark.long
+def test_flux_2_is_timed_as_its_recipes_train_it(tmp_path, subprocess_environment):
+    command = f"benchmarks/bench_iteration.py --tiny --family flux2 --recipes --json_file {tmp_path}/times.json"
+    command += " --windows 0 --sampling_steps 4 --num_generations 2 --group_size 1 --gradient_accumulation_steps 1"
+    done = subprocess.run(
+        [sys.executable, *command.split()], cwd=ROOT, env=subprocess_environment, capture_output=True, text=True,
+        timeout=TIME_LIMIT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    runs = {name: lines[0] for name, lines in json.loads((tmp_path / "times.json").read_text())["runs"].items()}
+    assert len(runs) == 6
+    work = {
+        name: line["tflops_rollout"] * (line["seconds_rollout"] - line["seconds_prefix"]) for name, line in runs.items()
+    }
+    assert work["all on"] == pytest.approx(2 * work["guidance 1"]) == pytest.approx(work["LoRA"])
+    assert work["LoRA, 48x48"] == pytest.approx(work["48x48"]) > 1.3 * work["LoRA"]
+
+
+@pytest.mark.long
 def test_every_reward_is_timed(subprocess_environment):
     command = "benchmarks/bench_rewards.py --device cpu --dtype fp32 --narrow --images 3 --image_size 64 --repeats 1"
     done = subprocess.run(
@@ -95,11 +113,20 @@ def test_every_reward_is_timed(subprocess_environment):
 
 def test_every_variant_of_the_iteration_benchmark_can_be_planned(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    from bench_iteration import FP8, OFF, SCOUTING, SWEEP
+    from bench_iteration import FP8, OFF, SCOUTING, SWEEP, recipes
 
-    for flags in (OFF | FP8 | SCOUTING | SWEEP).values():
+    for flags in (OFF | FP8 | SCOUTING | SWEEP | recipes(tiny=False)).values():
         config = parse_dataclass(GRPOConfig, ["--data_json_path", "unused", "--reward_model", "shapes", *flags])
         assert "steps per iteration" in describe(config, 1)
+
+
+@pytest.mark.parametrize(("family", "blocks", "billions"), [("flux1", (19, 38), 11.90), ("flux2", (None, None), 3.88)])
+def test_the_benchmark_s_models_have_the_published_sizes(monkeypatch, family, blocks, billions):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from bench_iteration import BenchmarkConfig, full_size
+
+    model = full_size(BenchmarkConfig(family=family, double_blocks=blocks[0], single_blocks=blocks[1]))
+    assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.005)
 
 
 def check_comparison(folder: Path, table: str, images: int) -> None:
