@@ -84,12 +84,13 @@ def test_flux_2_is_timed_as_its_recipes_train_it(tmp_path, subprocess_environmen
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     runs = {name: lines[0] for name, lines in json.loads((tmp_path / "times.json").read_text())["runs"].items()}
-    assert len(runs) == 6
     work = {
         name: line["tflops_rollout"] * (line["seconds_rollout"] - line["seconds_prefix"]) for name, line in runs.items()
     }
-    assert work["all on"] == pytest.approx(2 * work["guidance 1"]) == pytest.approx(work["LoRA"])
-    assert work["LoRA, 48x48"] == pytest.approx(work["48x48"]) > 1.3 * work["LoRA"]
+    half, larger = work["guidance 1"], work["48x48"]  # one pass instead of two
+    expected = {"all on": 2 * half, "48x48": larger, "guidance 1": half}
+    expected |= {"LoRA": 2 * half, "LoRA, 48x48": larger, "LoRA, guidance 1": half}
+    assert work == pytest.approx(expected) and larger > 2.6 * half
 
 
 @pytest.mark.long
