@@ -13,7 +13,8 @@ from fastvideo.train_grpo_flux import main
 import pytest
 import torch
 from conftest import ROOT, Run, parts_missing, torchrun
-from diffusers import AutoencoderKL, FluxTransformer2DModel
+from diffusers import AutoencoderKL, AutoencoderKLFlux2, Flux2Transformer2DModel, FluxTransformer2DModel
+from test_docs import recipe_flags
 
 
 @pytest.fixture(scope="module")
@@ -197,3 +198,27 @@ def test_the_readme_s_recipes_pass_a_dry_run_and_take_what_it_says(flux_1, capsy
         found = float(re.search(r"predicted peak memory of each process: ([\d.]+) GiB", capsys.readouterr().out)[1])
         assert found == pytest.approx(float(said), abs=0.05), flags
         assert found + 4 < float(gigabytes) * 1e9 / 2**30, flags  # with room for a reward model
+
+
+def test_flux_2_s_recipes_take_what_their_page_says(tmp_path):
+    with torch.device("meta"):
+        klein = {"in_channels": 128, "num_layers": 5, "num_single_layers": 20, "attention_head_dim": 128}
+        klein |= {"num_attention_heads": 24, "joint_attention_dim": 7680, "guidance_embeds": False}
+        Flux2Transformer2DModel(**klein).save_config(tmp_path / "transformer")
+        AutoencoderKLFlux2().save_config(tmp_path / "vae")
+    (tmp_path / "model_index.json").write_text('{"_class_name": "Flux2KleinPipeline"}')
+    page = (ROOT / "docs/flux_2.md").read_text(encoding="utf-8")
+    table = page.partition("| recipe | GiB")[2].partition("\n\n")[0].split()
+    small = "--use_lora --train_micro_batch_size 2"
+    for recipe, flags, gib in (
+        ("MixGRPO", "", "70.2"),
+        ("MixGRPO_Flash", "", "70.2"),
+        ("MixGRPO_Flash_lora", "--use_lora", "13.0"),
+        ("MixGRPO_Flash_lora", f"{small} --h 1024 --w 1024", "14.1"),
+        ("MixGRPO_Flash_lora", f"{small} --quantize_base", "7.7"),
+    ):
+        own = recipe_flags(ROOT / f"scripts/finetune/finetune_flux2_klein_{recipe}.sh")
+        where = ["--pretrained_model_name_or_path", str(tmp_path)]
+        config = parse_dataclass(GRPOConfig, ["--override", *own, "--override", *where, *flags.split()])
+        assert config.guidance_scale == 4
+        assert f"{predict_memory(config, 1)['peak']:.1f}" == gib and gib in table
