@@ -372,10 +372,10 @@ def test_a_signal_to_torchrun_ends_all_processes_after_saving(start, run_at, tmp
     assert len(trainers) == 2
     for victim in [process.pid, *trainers] if whom == "everybody" else [process.pid]:
         os.kill(victim, signal.SIGTERM)
-    assert process.wait(TIME_LIMIT) == 1  # torchrun's own way to end after a signal
+    assert process.wait(TIME_LIMIT) == 128 + signal.SIGTERM
     (saved,) = run_at("cut").checkpoints
     assert saved.name.split("-")[1] == str(len(run_at("cut").metrics))
-    assert log.read_text().count("stopped: by a signal") == 2
+    assert log.read_text().count("stopped: by a signal") == 1  # the first process says it for all
 
 
 @pytest.mark.slow

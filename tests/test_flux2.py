@@ -13,6 +13,7 @@ from fastvideo.models.family import Conditioning, LatentShape
 from fastvideo.models.flux2 import Flux2Klein
 from fastvideo.models.pretrained import decode_latents, load_transformer, load_vae
 from fastvideo.models.speed import compile_transformer
+from fastvideo.runtime import evaluation
 from fastvideo.sample import sample_flux
 from fastvideo.train_grpo_flux import main
 
@@ -298,16 +299,20 @@ def test_a_lora_draws_in_the_pipeline_what_it_draws_here_and_mixes_with_the_base
     assert start.metrics[0]["ratio_first_deviation"] == 0
 
 
-def test_prompts_are_embedded_evaluated_and_reported(train2, prompts_file, tmp_path):
+def test_prompts_are_embedded_evaluated_and_reported(train2, prompts_file, monkeypatch):
+    shifts, plan = [], evaluation.noise_free_plan
+    monkeypatch.setattr(evaluation, "noise_free_plan", lambda *given: shifts.append(given) or plan(*given))
     run = train2(
         prompts_file=prompts_file,
         eval_prompts=prompts_file,
         eval_steps=1,
         max_train_steps=1,
         eval_h=48,
+        eval_sampling_steps=3,
         image_log_steps=1,
     )
     assert {"evaluation_reward", "evaluation_failed_rewards"} <= run.metrics[-1].keys()
+    assert shifts == [(3, pytest.approx(flux_2_shift(48, 32, 3)))]
     assert Image.open(run.folder / "evaluation/000001/00000.png").size == (32, 48)
     assert (run.folder / "images/iteration_000001.png").is_file()
     report.main(["--run_dir", str(run.folder)])

@@ -186,7 +186,7 @@ def test_two_processes_train_what_one_trains_and_a_resumed_run_goes_on_exactly(
     parallel = "ddp" if given["algorithm"] == "v_grpo" else "fsdp"
     done = torchrun(flags(**settings, parallel=parallel, output_dir=tmp_path / "two"), subprocess_environment)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert_same_update(Run(tmp_path / "two"), whole)
+    assert_same_update(Run(tmp_path / "two"), whole, 5e-5)  # three iterations: 1.3e-5 measured on an AMD processor
     rest = train("rest", **settings, resume_from_checkpoint=whole.checkpoints[0])
     assert rest.numbers() == whole.numbers()[2:]
     copies = {"v_grpo": set(), "diffusion_nft": {"old_policy", "reference"}, "awm": {"old_policy", "ema"}}

@@ -221,7 +221,7 @@ def test_a_second_run_in_a_folder_ends_on_every_process_and_writes_nothing(flags
         done = torchrun(flags(prompts_per_iteration=2, resume_from_checkpoint="auto"), subprocess_environment)
         assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.lock"]
     line = f"error: --output_dir {tmp_path / 'run'}: process {os.getpid()} on {socket.gethostname()} is working in it"
-    assert done.returncode and done.stderr.count(line) == 2
+    assert done.returncode and done.stderr.count(line) == 1  # the first process says it for all
 
 
 # --- start and start again --------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Damaged or foreign weights of FLUX models: one line that names the flag and what is wrong, before anything slow."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -170,3 +171,11 @@ def test_a_tuned_model_that_cannot_be_used_is_refused_before_the_folder_of_pictu
     save_file({name: tensor * (torch.nan if "proj_out.bias" in name else 1) for name, tensor in weights.items()}, file)
     with refused("--model_path .*proj_out.bias has values that aren't finite"):  # known when all weights are read
         sample(file)
+
+
+def test_checkpoints_of_earlier_versions_load_whose_config_has_fsdp_s_name_of_the_class(tiny_flux, tmp_path):
+    shutil.copytree(f"{tiny_flux}/transformer", tmp_path / "checkpoint")
+    file = tmp_path / "checkpoint/config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"_class_name": f"FSDP{config['_class_name']}"}))
+    assert type(load_transformer(str(tmp_path / "checkpoint"))).__name__ == config["_class_name"]

@@ -125,7 +125,7 @@ def _transformer_place(path: str) -> dict[str, str]:
 def _transformer_class(config: dict, path: str, field: str) -> type[ModelMixin]:
     """The class of a transformer by its config.json, which a checkpoint folder has without any model_index.json."""
     classes = {family.transformer.__name__: family.transformer for family in FAMILIES}
-    name = config.get("_class_name", next(iter(classes)))
+    name = config["_class_name"] or next(iter(classes))
     if name not in classes:
         problem = f"its config.json names {name}; choose a model with a {' or a '.join(classes)}"
         raise ModelNotFoundError(field, path, problem)
@@ -262,7 +262,9 @@ class _Config:
 
     @staticmethod
     def from_pretrained(path: str, **kwargs) -> dict:
-        return FAMILIES[0].transformer.load_config(path, **kwargs)  # of any model
+        config = dict(FAMILIES[0].transformer.load_config(path, **kwargs))  # of any model
+        # FSDP2 puts its own name before that of a class, also in checkpoints of earlier versions.
+        return config | {"_class_name": config.get("_class_name", "").removeprefix("FSDP")}
 
 
 class _Snapshot:

@@ -109,7 +109,9 @@ def _write_weights(folder: Path, weights: dict[str, torch.Tensor], engine: Engin
     if engine.config.use_lora:
         save_lora(folder, weights, engine.transformer, engine.family)
     else:
-        engine.transformer.save_config(folder)
+        config = json.loads(engine.transformer.to_json_string())
+        # FSDP2 puts its own name before that of the class.
+        write_json(folder / "config.json", config | {"_class_name": engine.family.transformer.__name__})
         save_file({k: v.contiguous() for k, v in weights.items()}, folder / WEIGHTS, metadata={"format": "pt"})
 
 

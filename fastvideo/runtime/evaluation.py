@@ -20,6 +20,7 @@ from typing import NamedTuple
 from fastvideo.cli import FlagError
 from fastvideo.config import GRPOConfig
 from fastvideo.dataset.latent_flux_rl_datasets import LatentFluxRLDataset, collate
+from fastvideo.family_defaults import family_defaults
 from fastvideo.io.files import write_bytes
 from fastvideo.io.scores import evaluation_scores, write_scores
 from fastvideo.models.family import Conditioning, LatentShape
@@ -110,7 +111,10 @@ class Evaluation:
         self.metadata = [entry.get("metadata", {}) for entry in self.dataset.entries]
         self.sampling, self.family = Sampling.of(config), family_of(config.pretrained_model_name_or_path)
         self.shape = LatentShape.of(vae, self.sampling.h, self.sampling.w, "eval_")
-        self.plan = noise_free_plan(self.sampling.sampling_steps, config.shift)
+        shift = config.shift
+        if shift == family_defaults(vars(config)).get("shift"):  # the model's own, for training's size and steps
+            shift = family_defaults(vars(config) | self.sampling._asdict())["shift"]
+        self.plan = noise_free_plan(self.sampling.sampling_steps, shift)
         self.scoring, self.weights = scoring, scoring.weights
         self.models = {name: model for name, model in scoring.models.items() if not is_groupwise(model)}
         if held_out:

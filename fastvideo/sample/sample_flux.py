@@ -179,8 +179,12 @@ def check_tuned(base: str, model_path: str) -> None:
             raise FlagError("model_path", model_path, GGUF if file.suffix == ".gguf" else problem)
         check_files(model_path, file, "model_path", meta_transformer(base))
     elif Path(model_path).exists() or model_path.count("/") != 1:
-        found, wanted = check_transformer(model_path, "model_path").config, meta_transformer(base).config
-        for name in ("_class_name", "in_channels", "joint_attention_dim", "pooled_projection_dim", "guidance_embeds"):
+        tuned, own = check_transformer(model_path, "model_path"), meta_transformer(base)
+        if type(tuned) is not type(own):
+            problem = f"is a {type(tuned).__name__}, --pretrained_model_name_or_path {base} has a {type(own).__name__}"
+            raise FlagError("model_path", model_path, problem)
+        found, wanted = tuned.config, own.config
+        for name in ("in_channels", "joint_attention_dim", "pooled_projection_dim", "guidance_embeds"):
             if found.get(name) != wanted.get(name):
                 problem = f"has {name} {found.get(name)}, --pretrained_model_name_or_path {base} has {wanted.get(name)}"
                 raise FlagError("model_path", model_path, problem)
