@@ -6,7 +6,7 @@ is the VAE's down-scaling factor (8 in FLUX.1 and FLUX.2).
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import fastvideo.torchvision_repair  # noqa: F401  (before diffusers)
 from fastvideo.cli import FlagError
@@ -85,6 +85,9 @@ class Family:
     classifier_free: bool = False
     alpha_tensors: ClassVar[bool] = True
     step_distilled: bool = False
+
+    def __init__(self, index: Mapping[str, Any] | None = None) -> None:
+        """index: model_index.json of the pipeline, which says what differs between models of the family."""
 
     # --- prompts ----------------------------------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """FLUX.2 [klein]: one text encoder, no pooled embedding, classifier-free guidance, modulation shared by all blocks."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import fastvideo.torchvision_repair  # noqa: F401  (before diffusers)
 from fastvideo.models.family import Conditioning, Family, LatentShape, vae_scale_factor
@@ -23,8 +24,8 @@ class Flux2Klein(Family):
     embeddings = ("prompt_embeds", "text_ids")
     alpha_tensors = False
 
-    def __init__(self, distilled: bool = False) -> None:
-        """distilled: `is_distilled` in model_index.json."""
+    def __init__(self, index: Mapping[str, Any] | None = None) -> None:
+        distilled = bool((index or {}).get("is_distilled"))
         self.classifier_free, self.step_distilled = not distilled, distilled
 
     @torch.no_grad()

@@ -57,7 +57,7 @@ def family_of(path: str, field: str = BASE) -> Family:
     if name not in names:
         problem = f"its model_index.json names {name}; choose a model of {', '.join(names)}"
         raise ModelNotFoundError(field, path, problem)
-    return Flux2Klein(bool(index.get("is_distilled"))) if names[name] is Flux2Klein else names[name]()
+    return names[name](index)
 
 
 def misplaced(path: str, field: str = BASE) -> str | None:
