@@ -4,6 +4,7 @@
 #   TORCH_INDEX_URL  package index of another build of torch and torchvision, e.g. a CPU-only or an older-CUDA one
 # After it: source .venv/bin/activate
 set -euo pipefail
+case " $* " in *" --help "* | *" -h "*) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$0"; exit 0 ;; esac
 cd "$(dirname "${BASH_SOURCE[0]}")"
 PYTHON=${PYTHON:-python3}
 "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed, $PYTHON is older; set PYTHON=/path/to/python3" >&2; exit 1; }

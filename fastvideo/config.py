@@ -643,6 +643,9 @@ class GRPOConfig(RewardSpecConfig):
     )
 
     def _check_processes(self) -> None:
+        if not self.use_lora:
+            for name in ("lora_rank", "lora_alpha"):
+                self._need(getattr(self, name) == getattr(GRPOConfig, name), name, "goes with --use_lora")
         layers = self.lora_target_modules or not self.use_lora
         self._need(bool(layers), "lora_target_modules", "give at least one linear layer, such as to_q")
         self._need(self.use_lora or self.lora_init is None, "lora_init", "goes with --use_lora")
@@ -913,10 +916,11 @@ class GRPOConfig(RewardSpecConfig):
 
         algorithm = ALGORITHMS[self.algorithm]
         usual = {f.name: default_of(f) for f in fields(self)} | algorithm["defaults"] | algorithm["requires"]
-        usual |= family_defaults(vars(self))
         readers = {f.name: f.metadata.get("algorithms") or ALGORITHMS for f in fields(self)}
         values = self.to_public_dict()
         values = {k: v for k, v in values.items() if k not in NOT_AGAIN and self.algorithm in readers[k]}
+        follows = family_defaults(vars(self))  # of the model and the pictures' size, so another size may have others
+        values = {k: v for k, v in values.items() if k not in follows or v != follows[k]}
         own = {k: v for k, v in values.items() if v != usual[k]}
         parts = {
             "--config FILE --output_dir FOLDER starts this run again, on "

@@ -3,6 +3,7 @@
 # the tests marked `long`, which take minutes to hours. Both together are all tests; a release needs both.
 # Other arguments go to pytest, e.g. scripts/test.sh -k window
 #   TEST_PROCESSES  how many tests run side by side, one thread each (default: 3: some wait more than they compute)
+case " $* " in *" --help "* | *" -h "*) sed -n '2,/^cd /{/^#/s/^# \{0,1\}//p}' "$0"; exit 0 ;; esac
 cd "$(dirname "$0")/.." && bash env_setup.sh
 source scripts/environment.sh
 export HF_HUB_OFFLINE=1 WANDB_MODE=${WANDB_MODE:-offline} TOKENIZERS_PARALLELISM=false

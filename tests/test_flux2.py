@@ -20,6 +20,7 @@ from fastvideo.train_grpo_flux import main
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import PROMPTS, same_weights, torchrun
 from diffusers import Flux2KleinPipeline
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
@@ -186,6 +187,7 @@ def test_the_first_ratios_are_one_with_guidance_and_without(train2, flux2, guida
     settings = json.loads((run.folder / "args.json").read_text())
     assert settings["guidance_scale"] == (guidance_scale or GUIDANCE)
     assert settings["shift"] == pytest.approx(flux_2_shift(32, 32, 6))
+    assert "shift" not in yaml.safe_load((run.folder / "config.yaml").read_text())  # another size has its own
     (line,) = run.metrics
     assert line["ratio_first_deviation"] == 0 and line["grad_norm"] > 0
     assert not same_weights(run.weights(), load_transformer(flux2).state_dict())

@@ -138,7 +138,10 @@ def gpu_sizes() -> list[int]:
 def describe_memory(config: GRPOConfig, world_size: int) -> str:
     """The prediction as one line, and a second line with a warning if this machine's GPUs are too small."""
     if local_folder(config.pretrained_model_name_or_path) is None:
-        return "predicted peak memory: unknown until the model is here"
+        return (
+            "predicted peak memory: unknown until the model is here. The plan above has FLUX.1's schedule; another "
+            "family has its own schedule and guidance"
+        )
     found = predict_memory(config, world_size)
     parts = ", ".join(f"{name} {size:.3g}" for name, size in found.items() if name not in ("peak", "rows"))
     line = (

@@ -311,9 +311,6 @@ def open_output(config: GRPOConfig, processes: int, lock: FolderLock | None = No
 
 def _open(config: GRPOConfig, processes: int, output: Path) -> Path | None:
     copies_to_checkpoints(output)
-    if not config.resume_from_checkpoint and is_used(output):
-        problem = "holds a run already; choose another folder or --resume_from_checkpoint latest"
-        raise FlagError("output_dir", output, problem)
     checkpoint = to_resume(config, processes)
     remove_leftovers(output)  # before anything is written, because they may fill the disk
     if checkpoint is None and is_used(output):
@@ -328,9 +325,13 @@ def _open(config: GRPOConfig, processes: int, output: Path) -> Path | None:
 def to_resume(config: GRPOConfig, processes: int) -> Path | None:
     """The checkpoint that --resume_from_checkpoint means, if any. Changes nothing.
 
-    Raises FlagError if there is none, or it can't be continued with these settings in this folder.
+    Raises FlagError if there is none, if it can't be continued with these settings in this folder, or if the folder
+    holds a run that isn't to be resumed.
     """
     output, checkpoint = Path(config.output_dir), None
+    if not config.resume_from_checkpoint and is_used(output):
+        problem = "holds a run already; choose another folder or --resume_from_checkpoint latest"
+        raise FlagError("output_dir", output, problem)
     if config.resume_from_checkpoint:
         checkpoint = find_checkpoint(config.resume_from_checkpoint, output)
     if checkpoint is not None:
