@@ -144,3 +144,12 @@ def test_a_reward_that_is_no_function_is_named_before_the_plan_is_printed(flags,
         main(flags(**given, dry_run=True))
     told = capsys.readouterr()
     assert not told.out and f"error: --{field} custom_rewards:missing: " in told.err
+
+
+def test_a_dry_run_says_that_the_folder_holds_a_run_unless_it_is_to_go_on(flags, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(SystemExit) as stop:
+        main(flags(dry_run=True))
+    assert stop.value.code == 2 and "holds a run already" in capsys.readouterr().err
+    main(flags(dry_run=True, resume_from_checkpoint="auto"))
