@@ -42,7 +42,10 @@ def test_the_environment_is_the_one_that_env_setup_makes_of_the_pinned_versions(
 def test_the_program_runs_without_root_and_what_it_writes_outlives_it():
     order = [name for name, _ in STEPS]
     assert values("USER") == ["trainer"] and order.index("USER") < order.index("COPY")
-    assert values("VOLUME") == ['["/hub", "/work/data", "/work/outputs", "/work/image_reward_ckpt", "/work/hps_ckpt"]'] and "HF_HOME=/hub" in values("ENV")[0]
+    assert (
+        values("VOLUME") == ['["/hub", "/work/data", "/work/outputs", "/work/image_reward_ckpt", "/work/hps_ckpt"]']
+        and "HF_HOME=/hub" in values("ENV")[0]
+    )
     assert values("CMD") == ['["hier-grpo", "train", "--help"]']
 
 
