@@ -185,7 +185,8 @@ def test_a_record_of_another_checkpoint_is_refused_before_anything_is_moved(out,
 def test_a_checkpoint_of_another_base_model_or_kind_is_refused(out, train, refuse, random_flux):
     path = out.checkpoints[0]
     assert "another base model" in refuse(pretrained_model_name_or_path=random_flux, resume_from_checkpoint=path)
-    assert "--use_lora True" in refuse(use_lora=True, resume_from_checkpoint=path)
+    refusal = refuse(use_lora=True, resume_from_checkpoint=path)
+    assert "--use_lora: " in refusal and "was trained with --no_use_lora" in refusal
 
 
 # --- what goes on -----------------------------------------------------------------------------------------------------

@@ -326,8 +326,8 @@ def test_hybrid_sharding_is_refused_on_nodes_that_differ_or_have_one_process(
             2,
             "quantize_base: .* --parallel none or ddp",
         ),
-        ({"quantize_base": True, "use_lora": True, "fsdp_sharding_startegy": "full"}, 2, "quantize_base True"),
-        ({"quantize_base": True, "use_lora": True, "parallel": "deepspeed"}, 2, "quantize_base True"),
+        ({"quantize_base": True, "use_lora": True, "fsdp_sharding_startegy": "full"}, 2, "quantize_base: each process"),
+        ({"quantize_base": True, "use_lora": True, "parallel": "deepspeed"}, 2, "quantize_base: each process"),
     ],
 )
 def test_an_engine_that_can_not_be_had_is_refused(monkeypatch, given, processes, message):

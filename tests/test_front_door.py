@@ -98,7 +98,7 @@ def test_a_key_is_a_flag(override, name, value):
         ("grpo.num_generations=many", ("grpo.num_generations=many", "Integer")),
         ("grpo.num_generations=1", ("--num_generations 1", "at least 2")),
         ("sampling.sde_type=ode", ("--sde_type", "ode", "flow", "cps")),
-        ("grpo.eta_step_list=[1,2]", ("--eta_step_merge_list [1, 1, 1]",)),
+        ("grpo.eta_step_list=[1,2]", ("--eta_step_merge_list 1 1 1",)),
         ("wandb.wandb_key=hush", ("WANDB_API_KEY",)),
         ("wandb.key=[hush", ("WANDB_API_KEY",)),
         ("reward.reward_server=http://me:hush@a,http://b", ("reward.reward_server=http://a,http://b", "quotes")),

@@ -116,7 +116,7 @@ def test_an_array_of_steps_gives_a_row_of_weights_each():
     [
         (
             ((0.5, 0.5), END),
-            r"granular_start_weights \[0.5, 0.5\]: expected 3 weights, one for each of blip, clip",
+            r"granular_start_weights 0.5 0.5: expected 3 weights, one for each of blip, clip",
         ),
         ((START, (1, 2, 3, 4)), "granular_end_weights .* expected 3 weights"),
         (((0.5, -0.1, 0.6), END), "granular_start_weights .* finite number >= 0"),

@@ -129,7 +129,7 @@ def test_a_run_trains_on_what_is_read_and_an_evaluation_reports_it(train, tmp_pa
     prompts = tmp_path / "prompts.txt"
     prompts.write_text(f"{SIGN}\na red circle\n")
     drawn = [covered(words("OPEN LATE"), share) for share in (0, 0.25, 0.5, 1)]
-    monkeypatch.setattr(train_grpo_flux, "decode_latents", lambda vae, latents, *_: drawn * (len(latents) // 4))
+    monkeypatch.setattr(train_grpo_flux, "decode_latents", lambda family, vae, latents, *_: drawn * (len(latents) // 4))
     run = train(reward_model="ocr:3,jpeg_compressibility", prompts_file=prompts, prompts_per_iteration=2)
     expected = np.mean(OCRRewardModel()(drawn, [SIGN] * 4))
     for line in run.metrics:

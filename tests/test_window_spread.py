@@ -47,7 +47,7 @@ def test_principal_components_are_the_directions_of_largest_variance():
 
 @pytest.mark.parametrize(
     ("flag", "text"),
-    [("--windows 21", "--windows [21]: choose from 0 to 20"), ("--samples 1", "--samples 1: a distance needs 2")],
+    [("--windows 21", "--windows 21: choose from 0 to 20"), ("--samples 1", "--samples 1: a distance needs 2")],
 )
 def test_bad_flags_are_one_line(flag, text, capsys):
     with pytest.raises(SystemExit) as stop:

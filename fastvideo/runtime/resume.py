@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastvideo.cli import FlagError
+from fastvideo.cli import FlagError, written
 from fastvideo.config import PLACES, REFERENCE, GRPOConfig
 from fastvideo.io.files import check_writable, not_written, write_bytes
 from fastvideo.io.fingerprint import sample_file
@@ -353,7 +353,7 @@ def check_resumable(checkpoint: Path, config: GRPOConfig, processes: int) -> Non
     fixed = ["use_lora", *(("lora_rank", "lora_alpha", "lora_target_modules") if config.use_lora else ())]
     for name in fixed:
         if then[name] != now[name]:
-            problem = f"--resume_from_checkpoint {checkpoint} was trained with {then[name]}"
+            problem = f"--resume_from_checkpoint {checkpoint} was trained with --{written(name, then[name])}"
             raise FlagError(name, now[name], problem)
     check_base_model(checkpoint, config.pretrained_model_name_or_path)
     _check_judge(checkpoint, record.get("judge"), config)
