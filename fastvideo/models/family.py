@@ -4,6 +4,7 @@ Shapes: N rows, L = (height / f / 2) · (width / f / 2) packed latent tokens of 
 is the VAE's down-scaling factor (8 in FLUX.1 and FLUX.2).
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -65,7 +66,7 @@ class Conditioning:
         )
 
 
-class Family:
+class Family(ABC):
     """A family of models: its classes in diffusers and transformers, and how they are called.
 
     pipelines: classes whose model_index.json may name them; the first loads them all. text_encoders: part of the
@@ -86,7 +87,7 @@ class Family:
     alpha_tensors: ClassVar[bool] = True
     step_distilled: bool = False
 
-    def __init__(self, index: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, index: Mapping[str, Any] | None = None) -> None:  # noqa: B027  (not all families need it)
         """index: model_index.json of the pipeline, which says what differs between models of the family."""
 
     # --- prompts ----------------------------------------------------------------------------------------------------
@@ -99,6 +100,7 @@ class Family:
         """How many tokens each prompt has, however many the model takes."""
         return [len(ids) for ids in getattr(pipe, self.tokenizers[-1])(list(prompts), verbose=False).input_ids]
 
+    @abstractmethod
     def encode_prompts(
         self, pipe: DiffusionPipeline, prompts: Sequence[str], max_sequence_length: int = 512
     ) -> dict[str, torch.Tensor]:
@@ -107,22 +109,22 @@ class Family:
         Returns the `embeddings` of the family: prompt_embeds [N, text length, D], pooled_prompt_embeds [N, D'],
         text_ids [text length, axes].
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def widths(self, transformer: ModelMixin) -> dict[str, int]:
         """Last dimensions of what `encode_prompts` returns, as the transformer takes it."""
-        raise NotImplementedError
 
     # --- the transformer --------------------------------------------------------------------------------------------
 
+    @abstractmethod
     def image_ids(self, shape: LatentShape, device: torch.device) -> torch.Tensor:
         """Positions of the latent tokens, float32 [L, axes]."""
-        raise NotImplementedError
 
     def guided(self, guidance_scale: float) -> bool:
         """Whether a velocity takes two passes of the transformer, with the prompt and with the empty one."""
         return self.classifier_free and guidance_scale > 1
 
+    @abstractmethod
     def velocity(
         self,
         transformer: torch.nn.Module,
@@ -136,28 +138,27 @@ class Family:
         Args:
             latents: [N, L, C]. sigma: [N], the timestep, as in diffusers. prompt_index: [N], rows of `conditioning`.
         """
-        raise NotImplementedError
 
     def blocks(self, transformer: ModelMixin) -> list[torch.nn.Module]:
         """The blocks, in order: each is sharded, compiled and recomputed by itself, and holds nearly all weights."""
         return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
 
+    @abstractmethod
     def prepare_attention(self, transformer: ModelMixin) -> None:
         """Replaces diffusers' attention by that of speed.py."""
-        raise NotImplementedError
 
-    def prepare_compile(self, transformer: ModelMixin) -> None:
+    def prepare_compile(self, transformer: ModelMixin) -> None:  # noqa: B027  (not all families need it)
         """Changes blocks before they are compiled, without a change of results."""
 
+    @abstractmethod
     def forward_flops(self, transformer: ModelMixin, image_tokens: int, text_tokens: int) -> float:
         """Floating point operations of one row's forward pass. Counts the blocks' matrix products, 2 per multiply-add.
 
         Embedders, modulation and the last layer are below 1 % at full size and left out.
         """
-        raise NotImplementedError
 
     # --- pictures ---------------------------------------------------------------------------------------------------
 
+    @abstractmethod
     def to_vae(self, vae: ModelMixin, latents: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """Unpacks latents [N, L, C] to what the VAE decodes, [N, C / 4, height / f, width / f]; sizes in pixels."""
-        raise NotImplementedError

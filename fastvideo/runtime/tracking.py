@@ -12,6 +12,7 @@ import shlex
 import sys
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -44,7 +45,7 @@ def kill_service() -> None:
         wandb_setup.teardown()
 
 
-class Tracker:
+class Tracker(ABC):
     """One run in one tracker. A subclass says how Accelerate's class starts, and what differs from the others."""
 
     name: str  # in --log_with, and of the package
@@ -61,9 +62,9 @@ class Tracker:
         self.thread = threading.Thread(target=self._work, name=self.name, daemon=True)
         self.thread.start()
 
+    @abstractmethod
     def begin(self, mode: str) -> None:
         """Calls `start`."""
-        raise NotImplementedError
 
     def numbers(self, values: dict[str, Any]) -> dict[str, Any]:
         """What of a line of metrics.jsonl the tracker takes."""
