@@ -43,7 +43,7 @@ def test_the_program_runs_without_root_and_what_it_writes_outlives_it():
     order = [name for name, _ in STEPS]
     assert values("USER") == ["trainer"] and order.index("USER") < order.index("COPY")
     assert (
-        values("VOLUME") == ['["/hub", "/work/data", "/work/outputs", "/work/image_reward_ckpt", "/work/hps_ckpt"]']
+        values("VOLUME") == ['["/hub", "/app/data", "/app/outputs", "/app/image_reward_ckpt", "/app/hps_ckpt"]']
         and "HF_HOME=/hub" in values("ENV")[0]
     )
     assert values("CMD") == ['["hier-grpo", "train", "--help"]']
