@@ -4,8 +4,9 @@ import base64
 import io
 import time
 
+from fastvideo.models.reward_model.chat import Answer
 from fastvideo.models.reward_model.network import ask_in_turn
-from fastvideo.models.reward_model.unified_reward import QUESTIONS, UnifiedRewardModel, parse_score
+from fastvideo.models.reward_model.unified_reward import QUESTIONS, UnifiedRewardModel
 
 import numpy as np
 import pytest
@@ -73,6 +74,7 @@ def test_the_key_comes_from_the_environment(chat_server, monkeypatch):
         ("Alignment Score (1-5): 1\n... after all:\nalignment score (1-5): 2", "semantic", 2.0),
         ("Final Score: 5", "score", 5.0),
         ("Final Score: **4**", "score", 4.0),
+        ("Final Score: 4/5", "score", 4.0),
         ("Alignment Score (1-5): 7", "semantic", None),
         ("Alignment Score (1-5): 0", "semantic", None),
         ("Alignment Score (1-5): -3", "semantic", None),
@@ -83,8 +85,12 @@ def test_the_key_comes_from_the_environment(chat_server, monkeypatch):
     ],
 )
 def test_scores_are_read_only_from_the_asked_format(reply, question_type, score):
-    found = parse_score(reply, question_type)
-    assert found == score or (score is None and np.isnan(found))
+    template = UnifiedRewardModel("http://127.0.0.1:9", question_type).template
+    if score is None:
+        with pytest.raises(ValueError):
+            template.read(Answer(reply))
+    else:
+        assert template.read(Answer(reply)) == score
 
 
 @pytest.mark.parametrize("trouble", [(500, b"oops"), (429, b"slow down"), (None, b""), (200, b"<html>"), (200, b"{}")])

@@ -66,12 +66,15 @@ def test_all_spellings_of_yes_and_no_count(first_words, probability):
         ("rating_10", "I rate it 7 of 10.", None),
         ("rating_10", "Rating: 11", None),
         ("rating_10", "Rating: -3", None),
+        ("rating_10", "Rating: 2/10? No.\n**Rating:** `8,5` / 10, for 2 faults", 8.5),
+        ("rating_10", "Rating: 4/5", None),
         ("unified_reward_2", "Alignment Score (1-5): 4.5\nCoherence Score (1-5): 3\nStyle Score (1-5): 3", 3.5),
         ("unified_reward_2", "Alignment Score (1-5): 4.5\nStyle Score (1-5): 3", None),
         ("pairwise", "The second has a cat.\nBetter: 2", 0),
         ("pairwise", "**Better:** Image 1", 1),
         ("pairwise", "better: Tie", 0.5),
         ("pairwise", "Better: 12", None),
+        ("pairwise", "Better：２", 0),
         ("unified_reward_think", "<think>Image 1: 7=7</think>\n<answer>Image 2 is better</answer>", 0),
         ("unified_reward_think", "<think>Image 1 is better</think>", None),
         ("unified_reward_flex", '{"categories": [{"cat_winner": "Image 2"}], "winner": "Image 1"}', 1),
@@ -85,6 +88,30 @@ def test_answers_are_read_only_from_the_form_that_was_asked_for(name, reply, exp
             template.read(Answer(reply))
     else:
         assert template.read(Answer(reply)) == expected
+
+
+@pytest.mark.parametrize(
+    "reply,number",
+    [
+        ("8/10", 8),
+        ("**8** / 10 (for 2 faults)", 8),
+        ("I'd say 8 out of 10.", 8),
+        ("8 of 10 points", 8),
+        ("3 of 5 things are right: 8", 8),
+        ("Score: 8.5", 8.5),
+        ("评分：８", 8),
+        ("4/5", None),
+        ("85%", None),
+        ("eight", None),
+    ],
+)
+def test_the_end_of_a_scale_is_no_score(reply, number):
+    template = Template("{prompt}", "number", (1, 10))
+    if number is None:
+        with pytest.raises(ValueError, match="^(no number from 1 to 10|nothing to read)"):
+            template.read(Answer(reply))
+    else:
+        assert template.read(Answer(reply)) == number
 
 
 def test_every_shipped_template_can_be_read_and_is_named_where_it_can_be_used():
@@ -122,7 +149,18 @@ WRONG = {
     "a bad range": ({"template": "answer: number 5 to 1\n{prompt}"}, {}, "vlm_judge_template .*its first line is"),
     "pairs": ({"vlm_judge_template": "pairwise"}, {}, "vlm_judge_template pairwise: its answer is image 1 or 2; this"),
     "unreachable": ({}, {"dead": True}, "vlm_judge_url: no endpoint says what it serves, e.g. http://127.0.0.1:"),
-    "several models": ({}, {"models": ["a", "b"]}, r"vlm_judge_model: not given; http\S* serves a, b"),
+    "a web page": (
+        {},
+        {"list": b"<html>\nlogin"},
+        r"vlm_judge_url: no endpoint says .* no answer of an OpenAI-compatible endpoint: '<html>.nlogin'; if .* name",
+    ),
+    "a web page for an answer": (
+        {"vlm_judge_model": "judge"},
+        {"list": b"", "reply": (200, b"<html>")},
+        "vlm_judge_url: a question about a grey picture failed: .*no answer of an OpenAI-compatible endpoint: '<html>'",
+    ),
+    "several models": ({}, {"models": ["a", "b"]}, r"vlm_judge_model: not given; http\S* serves a, b$"),
+    "many models": ({}, {"models": [*map(str, range(300))]}, r"vlm_judge_model: .* serves 0, .* 9 and 290 more$"),
     "no such model": ({"vlm_judge_model": "c"}, {}, r"vlm_judge_model c: http\S* serves judge"),
     "no logprobs": ({}, {"reply": "Yes"}, r"vlm_judge_url http\S*: the endpoint gives no log-probabilities"),
     "no pictures": (
@@ -139,7 +177,7 @@ def test_what_is_wrong_with_a_judge_is_said_in_one_line_before_anything_loads(na
     settings, server_does, message = WRONG[name]
     reply = server_does.get("reply", {"Yes": 0.5, "No": 0.5})
     server = chat_server(lambda content: reply if isinstance(reply, tuple) else (200, reply))
-    server.models = server_does.get("models", server.models)
+    server.models, server.list = server_does.get("models", server.models), server_does.get("list")
     if "dead" in server_does:
         server.server_close()
     given = {"vlm_judge_url": server.url, "vlm_judge_retries": 0} | settings
@@ -148,6 +186,37 @@ def test_what_is_wrong_with_a_judge_is_said_in_one_line_before_anything_loads(na
         (tmp_path / "template.txt").write_text(template, encoding="utf-8")
     with pytest.raises(ValueError, match=f"^{message}"):
         check_reward_files(RewardSpecConfig(reward_model="vlm_judge", **given))
+
+
+def test_a_vendor_that_lists_no_models_serves_the_one_that_is_named(chat_server, caplog):
+    server = chat_server(chances)
+    server.list = b'{"error": "no such route"}'
+    given = {"vlm_judge_url": server.url, "vlm_judge_model": "vendor/vl-max", "vlm_judge_retries": 0}
+    model = build_reward_models(RewardSpecConfig(reward_model="vlm_judge", **given), "cpu")[0]["VLMJudgeModel"]
+    assert np.isfinite(model([red(9)], ["a"])).all() and model.judge == "vendor/vl-max"
+    assert {body["model"] for _, _, body in server.requests} == {"vendor/vl-max"}
+    assert "--vlm_judge_model vendor/vl-max is taken as it is" in caplog.text
+
+
+def test_a_key_in_the_environment_may_end_in_a_line_break_and_is_never_shown(chat_server, monkeypatch, caplog):
+    server = chat_server(lambda content: (401, b"wrong key sk-verysecret"))
+    config = RewardSpecConfig(reward_model="vlm_judge", vlm_judge_url=server.url, vlm_judge_retries=0)
+    monkeypatch.setenv("VLM_JUDGE_API_KEY", "sk-verysecret\r\n")
+    with pytest.raises(ValueError, match="HTTP 401 wrong key ") as error:
+        check_reward_files(config)
+    assert server.requests[0][1]["Authorization"] == "Bearer sk-verysecret"
+    assert "verysecret" not in str(error.value) + caplog.text
+    monkeypatch.setenv("VLM_JUDGE_API_KEY", "sk-verysécret")
+    with pytest.raises(ValueError, match="vlm_judge_url: the environment variable VLM_JUDGE_API_KEY has char") as error:
+        VLMJudgeModel(server.url)
+    assert "verys" not in str(error.value)
+
+
+def test_an_answer_to_the_trial_that_can_t_be_read_is_shown(chat_server, capsys):
+    server = chat_server(lambda content: (200, "I rate it 7"))
+    config = RewardSpecConfig(reward_model="vlm_judge", vlm_judge_url=server.url, vlm_judge_template="rating_10")
+    check_reward_files(config)
+    assert "note: the judge's answer about a grey picture can't be read" in capsys.readouterr().err
 
 
 def test_one_dead_endpoint_of_two_costs_no_sample(chat_server, caplog, monkeypatch):

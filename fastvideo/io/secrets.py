@@ -28,6 +28,7 @@ def redact(text: str) -> str:
     text = _BARE_LOGIN.sub("", text)
     text = _QUERY.sub(rf"\1={HIDDEN}", text)
     for name, value in os.environ.items():
+        value = value.strip()  # a line break at its end isn't shown as it is
         if len(value) >= _SHORTEST and _SECRET_NAME.search(name) and not os.path.exists(value):
             text = text.replace(value, HIDDEN)
     return text

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from fastvideo.cli import FlagError
 from fastvideo.io.secrets import redact
@@ -22,6 +22,9 @@ import numpy as np
 from PIL import Image
 
 logger = logging.getLogger(__name__)
+
+Found = TypeVar("Found")
+MOST_NAMES = 10  # of served models in a message; a vendor has hundreds
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,10 +58,31 @@ def _api(url: str) -> str:
     return below(url, "/v1")
 
 
-def _read(response: httpx.Response) -> Answer:
-    """The answer in a response. Raises LookupError, TypeError or ValueError for a response without one."""
-    choice = response.json()["choices"][0]
+def _found(response: httpx.Response, read: Callable[[Any], Found]) -> Found:
+    """read(the JSON of a response). Raises ValueError, which shows the response, for one that isn't of the protocol."""
+    try:
+        return read(response.json())
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise ValueError(f"no answer of an OpenAI-compatible endpoint: {response.text[:200]!r}") from None
+
+
+def _answer(body: Any) -> Answer:
+    choice = body["choices"][0]
     return Answer(str(choice["message"]["content"] or ""), choice.get("logprobs"))
+
+
+def _roots(body: Any) -> dict[str, str]:
+    """Id of each model -> the name of its weights."""
+    return {str(entry["id"]): str(entry.get("root") or entry["id"]) for entry in body["data"]}
+
+
+def _headers(key: str, field: str) -> dict[str, str]:
+    """The login of requests, from the environment variable `key`. Raises FlagError about the setting `field`."""
+    value = os.environ.get(key, "").strip()  # a key read from a file ends in a line break
+    if not (value.isascii() and value.isprintable()):
+        problem = f"the environment variable {key} has characters that no key has, as letters with accents"
+        raise FlagError(field, None, problem)
+    return {"Authorization": f"Bearer {value}"} if value else {}
 
 
 class ChatClient:
@@ -86,10 +110,9 @@ class ChatClient:
         timeout: seconds per request. http_proxy, https_proxy: used instead of the environment's proxies."""
         self.field, self.urls = field, [_api(url) for url in server_urls(urls, field)]
         self.workers, self.retries, self.backoff = workers, retries, backoff
-        headers = {"Authorization": f"Bearer {os.environ[key]}"} if os.environ.get(key) else {}
         with proxies(http_proxy, https_proxy):  # the client keeps them
             # By default httpx lets requests above 100 wait, until they time out.
-            self.client = httpx.Client(timeout=timeout, headers=headers, limits=httpx.Limits())
+            self.client = httpx.Client(timeout=timeout, headers=_headers(key, field), limits=httpx.Limits())
         self.first = int(os.environ.get("RANK", "0"))
 
     def ask(
@@ -138,7 +161,7 @@ class ChatClient:
         def send(url: str) -> Answer:
             response = self.client.post(url, json=request)
             response.raise_for_status()
-            return _read(response)
+            return _found(response, _answer)
 
         endpoints = [below(url, "/chat/completions") for url in self.urls]
         return ask_in_turn(send, endpoints, self.first + index, self.retries, self.backoff)
@@ -149,14 +172,15 @@ class ChatClient:
 
         model: the id to look for, the value of the setting `field`; None: the only model that they serve.
 
-        An endpoint that doesn't answer now is logged, because it may come back. Raises FlagError if none answers, or
-        one serves no such model, or several where none is chosen.
+        An endpoint that doesn't answer now is logged, because it may come back. If none says what it serves, as with
+        vendors that have no /v1/models, a given `model` is taken as it is. Raises FlagError if none is given, or an
+        endpoint serves no such model, or several where none is chosen.
         """
 
         def send(url: str) -> dict[str, str]:
             response = self.client.get(url)
             response.raise_for_status()
-            return {str(entry["id"]): str(entry.get("root") or entry["id"]) for entry in response.json()["data"]}
+            return _found(response, _roots)
 
         found, problems = {}, []
         for url in self.urls:
@@ -166,11 +190,16 @@ class ChatClient:
             else:
                 found[url] = roots
         if not found:
-            raise FlagError(self.field, None, f"no endpoint says what it serves, e.g. {problems[0]}")
+            unknown = f"no endpoint says what it serves, e.g. {problems[0]}"
+            if model is None:
+                raise FlagError(self.field, None, f"{unknown}; if it can't say it, name the model with --{field}")
+            logger.warning("--%s: %s; --%s %s is taken as it is", self.field, unknown, field, model)
+            return model, model
         for problem in problems:
             logger.warning("--%s: %s; the others go on without it", self.field, problem)
         for url, roots in found.items():
-            serves = f"{redact(url)} serves {', '.join(roots) or 'no model'}"
+            more = f" and {len(roots) - MOST_NAMES} more" if len(roots) > MOST_NAMES else ""
+            serves = f"{redact(url)} serves {', '.join(list(roots)[:MOST_NAMES]) or 'no model'}{more}"
             if model is None and len(roots) != 1:
                 raise FlagError(field, None, f"not given; {serves}")
             model = model or next(iter(roots))

@@ -69,7 +69,7 @@ def ask_in_turn(
             status, text = error.response.status_code, error.response.text[:300]
             problem, refused = f"HTTP {status} {text}", status < 500 and status not in (408, 429)
         except (httpx.HTTPError, ValueError, LookupError, TypeError, RecursionError) as error:
-            problem, refused = repr(error), False
+            problem, refused = str(error) if type(error) is ValueError else repr(error), False
         problem = redact(f"{url}: {problem}".splitlines()[0])
         if not refused:
             turn.append(url)

@@ -7,13 +7,12 @@ to 5, is a failed sample (NaN), never a 0.
     python fastvideo/models/reward_model/unified_reward.py --url http://localhost:8080 --question_type score
 """
 
-import re
-
 from fastvideo.cli import FlagError
-from fastvideo.models.reward_model.chat import Answer, ChatClient, Question
+from fastvideo.models.reward_model.chat import ChatClient
 from fastvideo.models.reward_model.demo import demo_parser, run_demo
 from fastvideo.models.reward_model.granular import prompt_per_image
 from fastvideo.models.reward_model.spec import RewardConfig
+from fastvideo.models.reward_model.vlm_judge import Template
 
 import numpy as np
 from PIL import Image
@@ -32,17 +31,7 @@ QUESTIONS = {
         "Prompt: {prompt}\nEnd your reply with one line in exactly this form:\nFinal Score: x"
     ),
 }
-ANSWERS = {
-    "semantic": re.compile(r"Alignment Score \(1-5\)[\s:*]*(\d+(?:\.\d+)?)", re.IGNORECASE),
-    "score": re.compile(r"Final Score[\s:*]*(\d+(?:\.\d+)?)", re.IGNORECASE),
-}
-
-
-def parse_score(reply: str, question_type: str) -> float:
-    """The last score in a reply; NaN if there is none or it is not from 1 to 5."""
-    found = ANSWERS[question_type].findall(reply)
-    score = float(found[-1]) if found else float("nan")
-    return score if 1 <= score <= 5 else float("nan")
+LABELS = {"semantic": "Alignment Score (1-5)", "score": "Final Score"}  # before the score in a reply
 
 
 class UnifiedRewardModel:
@@ -71,7 +60,7 @@ class UnifiedRewardModel:
         if question_type not in QUESTIONS:
             setting = "unified_reward_default_question_type"
             raise FlagError(setting, repr(question_type), f"choose from {', '.join(QUESTIONS)}")
-        self.question_type = question_type
+        self.template = Template(QUESTIONS[question_type], "number", (1, 5), (LABELS[question_type],))
         self.client = ChatClient(
             urls,
             "unified_reward_url",
@@ -84,18 +73,11 @@ class UnifiedRewardModel:
             https_proxy,
         )
 
-    def _read(self, answer: Answer) -> float:
-        score = parse_score(answer.text, self.question_type)
-        if not np.isfinite(score):
-            raise ValueError(f"no score from 1 to 5 in {answer.text[-80:]!r}")
-        return score
-
     def __call__(self, images: list[Image.Image], prompts: list[str]) -> np.ndarray:
         """float64 [N], 1 to 5; NaN for a failed sample. The number of failed samples and one reason are logged."""
-        question = QUESTIONS[self.question_type]
-        texts = [question.format(prompt=prompt) for prompt in prompt_per_image(prompts, len(images))]
-        questions = [Question((image,), text) for image, text in zip(images, texts, strict=True)]
-        return self.client.ask(MODEL, questions, self._read, "UnifiedReward")
+        prompts = prompt_per_image(prompts, len(images))
+        questions = [self.template.ask([image], prompt) for image, prompt in zip(images, prompts, strict=True)]
+        return self.client.ask(MODEL, questions, self.template.read, "UnifiedReward")
 
 
 if __name__ == "__main__":

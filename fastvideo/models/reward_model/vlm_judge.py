@@ -5,6 +5,7 @@ read, and {prompt} in the lines after it is replaced by the picture's prompt:
 
     answer: yes or no                                  the probability of yes, 0 to 1, by log-probabilities
     answer: number 1 to 10 after "Rating:"             the number after the last "Rating:"; without `after` the last one
+                                                       that says its scale (8/10), or else the last one
     answer: number 1 to 5 after "Content:" "Style:"    the mean of several numbers
     answer: image 1 or 2 after "Better:"               which of two pictures is better, or tie (for pairwise)
 
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvideo.cli import FlagError
+from fastvideo.io.messages import say
 from fastvideo.io.secrets import redact
 from fastvideo.io.waiting import waiting
 from fastvideo.models.reward_model.chat import Answer, ChatClient, Question
@@ -34,6 +36,10 @@ from PIL import Image
 TEMPLATES = Path(__file__).with_name("templates")
 FORMS = 'answer: yes or no; answer: number 1 to 10 after "Rating:"; answer: image 1 or 2 after "Better:"'
 ALTERNATIVES = 20  # the most tokens per place whose log-probabilities vLLM and OpenAI give
+# A number with a decimal point or comma, and the end of its scale if it names one: 8/10, **8** out of 10, 8 of 10.
+_DECIMAL = r"\d+(?:[.,]\d+)?"
+NUMBER = rf"([-+]?{_DECIMAL})(?:[\s*]*(?:/|out\s+of|of)[\s*]*({_DECIMAL}))?"
+HALF_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # Chinese and Japanese forms of ASCII: ：８
 NO_LOGPROBS = "gives no log-probabilities (logprobs, top_logprobs), which a template with `answer: yes or no` needs"
 
 
@@ -65,24 +71,34 @@ class Template:
         """
         return KINDS[self.kind](self, answer)
 
-    def _last(self, answer: Answer, label: str, pattern: str) -> str:
-        """What `pattern` finds last in the reply, right after the label."""
-        text = answer.text.rpartition("</think>")[2] if not label else answer.text
-        found = re.findall(re.escape(label) + r"[\s:=*_\"'\[(]*" * bool(label) + pattern, text, re.IGNORECASE)
-        if not found:
-            raise ValueError(f"nothing to read{f' after {label!r}' if label else ''} in {answer.text[-80:]!r}")
-        return found[-1].lower()
+    def _matches(self, answer: Answer, label: str, pattern: str) -> list[re.Match[str]]:
+        """All that matches `pattern` in the reply, right after the label."""
+        text = answer.text if label else answer.text.rpartition("</think>")[2]
+        text, label = text.translate(HALF_WIDTH), label.translate(HALF_WIDTH)
+        wanted = re.escape(label) + r"[\s:=*_\"'`|$<{\[(]*" * bool(label) + pattern
+        if found := list(re.finditer(wanted, text, re.IGNORECASE)):
+            return found
+        raise ValueError(f"nothing to read{f' after {label!r}' if label else ''} in {answer.text[-80:]!r}")
+
+    def _one_number(self, answer: Answer, label: str) -> float:
+        low, high = self.bounds
+        found = [
+            tuple(float(text.replace(",", ".")) if text else None for text in match.groups())
+            for match in self._matches(answer, label, NUMBER)
+        ]
+        scaled = [] if label else [(number, scale) for number, scale in found if scale == high]
+        number, scale = (scaled or found)[-1]
+        if not low <= number <= high or scale not in (None, high):
+            raise ValueError(f"no number from {low:g} to {high:g} in {answer.text[-80:]!r}")
+        return number
 
     def _number(self, answer: Answer) -> float:
-        numbers = [float(self._last(answer, label, r"([-+]?\d+(?:\.\d+)?)")) for label in self.labels or [""]]
-        low, high = self.bounds
-        if not all(low <= number <= high for number in numbers):
-            raise ValueError(f"no number from {low:g} to {high:g} in {answer.text[-80:]!r}")
+        numbers = [self._one_number(answer, label) for label in self.labels or [""]]
         return sum(numbers) / len(numbers)
 
     def _better(self, answer: Answer) -> float:
-        found = self._last(answer, self.labels[0], r"(?:image|picture)?\s*\b(1|2|tie)\b(?!/)")
-        return {"1": 1.0, "2": 0.0, "tie": 0.5}[found]
+        found = self._matches(answer, self.labels[0], r"(?:image|picture)?\s*\b(1|2|tie)\b(?!/)")
+        return {"1": 1.0, "2": 0.0, "tie": 0.5}[found[-1][1].lower()]
 
     def _yes(self, answer: Answer) -> float:
         """p(yes) / (p(yes) + p(no)) of the reply's first token, all spellings of the two words together."""
@@ -169,11 +185,12 @@ def _try(urls: str, model: str | None, template: Template, timeout: float, retri
         answer, problem = client.ask_one(client.served(model, "vlm_judge_model")[0], question, **template.body)
     if answer is None:
         raise FlagError("vlm_judge_url", None, f"a question about a grey picture failed: {problem}")
-    if template.kind == "yes or no":
-        try:
-            template.read(answer)
-        except ValueError as error:
+    try:
+        template.read(answer)
+    except ValueError as error:
+        if template.kind == "yes or no":
             raise FlagError("vlm_judge_url", redact(urls), str(error)) from None
+        say(f"note: the judge's answer about a grey picture can't be read as the template says: {error}")
 
 
 class VLMJudgeModel:
