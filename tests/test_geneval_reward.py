@@ -102,12 +102,13 @@ def test_boxes_and_confidences_are_those_of_masks_and_classes(model):
 
 
 def test_a_score_depends_on_neither_batch_nor_order_nor_the_other_pictures_size(model):
-    images = [noise(0, 40, 40), noise(1, 30, 60), noise(2, 40, 40)]
-    wants = [{"include": [{"class": "cow", "count": 1, "color": "red"}]}, DOG, {}]
-    shares, details = model.score(images, ["a"] * 3, metadata=wants)
-    assert np.isnan([shares[2], details["right"][2]]).all() and shares[1] == details["right"][1] == 1
+    images = [noise(0, 40, 40), noise(1, 30, 60), noise(2, 40, 40), noise(3, 1, 400), noise(4, 1, 200)]
+    wants = [{"include": [{"class": "cow", "count": 1, "color": "red"}]}, DOG, {}, DOG, DOG]
+    shares, details = model.score(images, ["a"] * 5, metadata=wants)
+    assert np.isnan([*shares[2:4], *details["right"][2:4]]).all()  # without wants, and too elongated
+    assert shares[1] == details["right"][1] == 1 and np.isfinite(shares[4])
     model.batch_size = 1
-    again, _ = model.score(images[::-1], ["a"] * 3, metadata=wants[::-1])
+    again, _ = model.score(images[::-1], ["a"] * 5, metadata=wants[::-1])
     np.testing.assert_array_equal(again[::-1], shares)
     assert np.isnan(model(images[:1], ["a photo of a dog"])).all()  # without metadata
 

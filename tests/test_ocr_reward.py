@@ -48,7 +48,10 @@ def model() -> OCRRewardModel:
             "“curly”, „low“, «angled», ‘single’ and 「出口」『入口』",
             ["curly", "low", "angled", "single", "出口", "入口"],
         ),
-        ("写着“营业中”的牌子", ["营业中"]),
+        ("写着“营业中”、‘开’和'关'的牌子，上面有＂门＂和3“张”", ["营业中", "开", "关", "门", "张"]),
+        ("写着‘营业中’的牌子和'出口'。", ["营业中", "出口"]),
+        ('“half" and “all”, a "curly” one, \\"escaped\\"', ["half", "all", "curly", "escaped"]),
+        ('a “He said "hi"” sign', ['He said "hi"']),
         ('a mug with "World\'s Best Dad"', ["World's Best Dad"]),
         ("a sign that says 'don't walk' near the boys' school, it's late", ["don't walk"]),
         ("rock 'n' roll, the dogs' bowl, isn't it", []),
@@ -77,6 +80,10 @@ def test_quoted_texts_are_found_and_apostrophes_and_inches_are_none(prompt, expe
 )
 def test_a_text_scores_1_minus_its_edits_per_letter(lines, score):
     assert text_score("Open Late", lines) == pytest.approx(score)
+
+
+def test_curly_and_long_marks_count_as_what_is_read_of_them():
+    assert text_score("Don’t – “GO”", ['don\'t - "go"']) == 1
 
 
 def test_drawn_words_are_found_and_damage_lowers_the_score(model):

@@ -15,7 +15,7 @@ from fastvideo.io.weights import loading_problem
 from fastvideo.models.reward_model.detailed import DetailedReward
 from fastvideo.models.reward_model.geneval_rules import CLASSES, COLORS, THRESHOLD, Found, check_wants, judge
 from fastvideo.models.reward_model.granular import prompt_per_image
-from fastvideo.models.reward_model.loading import bad_file, downloading, load_openai_clip, prepare, scoring
+from fastvideo.models.reward_model.loading import bad_file, downloading, fitting, load_openai_clip, prepare, scoring
 from fastvideo.models.reward_model.spec import RewardConfig
 
 import numpy as np
@@ -155,10 +155,12 @@ class GenEvalRewardModel(DetailedReward):
         prompts: list[str],
         metadata: Sequence[Mapping[str, Any]] | None = None,
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """(share of the wants [N], {"right": 0 or 1 [N]}), float64; NaN without wants."""
+        """(share of the wants [N], {"right": 0 or 1 [N]}), float64; NaN without wants and for a picture that is too
+        elongated."""
         prompts = prompt_per_image(prompts, len(images))
         wants = metadata or [{}] * len(images)
-        known = [place for place, want in enumerate(wants) if can_score(prompts[place], want)]
+        fits = fitting(images, "GenEval")
+        known = [place for place, want in enumerate(wants) if can_score(prompts[place], want) and fits[place]]
         shares, right = np.full((2, len(images)), np.nan)
         by_size: dict[tuple[int, int], list[int]] = {}  # padding would change what is seen at a picture's edges
         for place in known:

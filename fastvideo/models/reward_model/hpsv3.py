@@ -11,7 +11,6 @@ rotary frequencies rounded to bf16, and tokens that are numbered from left to ri
 picture by row and column.
 """
 
-import logging
 import re
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from fastvideo.models.reward_model.loading import (
     bad_file,
     check_tokenizer,
     downloading,
+    fitting,
     in_batches,
     load_weights,
     read_checkpoint,
@@ -33,14 +33,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-logger = logging.getLogger(__name__)
-
 DEFAULT_MODEL, DEFAULT_GUIDE = RewardConfig.hpsv3_path, RewardConfig.hpsv3_guide_path
 BASE = "Qwen/Qwen2-VL-7B-Instruct"  # has the configuration and the tokenizer
 WEIGHTS = "HPSv3.safetensors"
 REWARD = "<|Reward|>"
 PIXELS = 256 * 28 * 28  # of every picture, about
-MOST_ELONGATED = 200  # Qwen2-VL takes no picture whose longer side is more than this many times the shorter one
 FIELD, GUIDE_FIELD = "hpsv3_path", "hpsv3_guide_path"
 PROMPT = "{text_prompt}"  # in the guide
 # In the checkpoint, which transformers 4 wrote -> in the model of transformers 5. The language model's head isn't used.
@@ -171,9 +168,7 @@ class HPSv3RewardModel(DetailedReward):
     def score(self, images: list[Image.Image], prompts: list[str]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """(μ [N], {"uncertainty": σ [N]}), float64; NaN for a picture that is too elongated."""
         prompts = prompt_per_image(prompts, len(images))
-        fits = [max(i.size) <= MOST_ELONGATED * min(i.size) for i in images]
-        if not all(fits):
-            logger.warning("HPSv3: %d of %d pictures are too elongated", len(fits) - sum(fits), len(fits))
+        fits = fitting(images, "HPSv3")
         found = np.full((len(images), 2), np.nan)
         if any(fits):
             chosen = ([x for x, fit in zip(given, fits, strict=True) if fit] for given in (images, prompts))

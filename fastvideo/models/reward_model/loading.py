@@ -25,6 +25,10 @@ from safetensors.torch import load_file
 
 logger = logging.getLogger(__name__)
 
+# The longer side is at most this many times the shorter one: Qwen2-VL's limit. GenEval's detector would shrink the
+# shorter side to nothing.
+MOST_ELONGATED = 200
+
 # Matches paths of files and folders, but no names on a hub: "hf-hub:owner/name", "owner/name", "ImageReward-v1.0".
 _LOCAL_PATH = re.compile(r"^[./~]|/.*/|\.(pt|pth|bin|safetensors|json|ckpt)$")
 
@@ -240,6 +244,14 @@ def scoring(device: str, dtype: str) -> Iterator[None]:
     """Inference mode, with autocast if the weights aren't fp32."""
     with torch.inference_mode(), torch.autocast(torch.device(device).type, torch_dtype(dtype), enabled=dtype != "fp32"):
         yield
+
+
+def fitting(images: Sequence[Image.Image], name: str) -> list[bool]:
+    """Whether each picture isn't too elongated for a reward. How many are is logged. name: of the reward."""
+    fits = [max(image.size) <= MOST_ELONGATED * min(image.size) for image in images]
+    if not all(fits):
+        logger.warning("%s: %d of %d pictures are too elongated", name, len(fits) - sum(fits), len(fits))
+    return fits
 
 
 def in_batches(

@@ -25,21 +25,25 @@ from PIL import Image
 
 logger = logging.getLogger(__name__)
 
-# A quotation mark that is also an apostrophe opens only after a space or bracket and before a text, and closes only
-# before a space or punctuation. One letter between two of them is no text: rock 'n' roll. A straight double mark after
-# a digit means inches and doesn't open.
-_BEFORE, _AFTER = r"(?<![^\s(\[{:,;—-])", r"(?=$|[\s)\]}.,:;!?—-])"
+# A quotation mark that is also an apostrophe opens only after a space, a bracket or an Asian letter and before a text,
+# and closes only before one of these or punctuation. One Latin letter between two of them is no text: rock 'n' roll. A
+# straight double mark after a digit means inches and doesn't open. A pair may be half straight, half curly.
+_ASIAN = "\u2e80-\u9fff\uac00-\ud7af\uff00-\uffef"  # with their punctuation
+_BEFORE, _AFTER = rf"(?<![^\s(\[{{:,;—{_ASIAN}-])", rf"(?=$|[\s)\]}}.,:;!?—{_ASIAN}-])"
 _QUOTES = re.compile(
     "|".join(
         [
+            r'(?<!\d)"([^"“”\n]+)”',
             r'(?<!\d)"([^"\n]*)"',
             "“([^“”\n]+)”",
+            r'“([^“”"\n]+)"',
+            "＂([^＂\n]+)＂",
             "„([^„“”\n]+)[“”]",
             "«([^«»\n]+)»",
             "「([^「」\n]+)」",
             "『([^『』\n]+)』",
-            rf"{_BEFORE}'(?=\S[^'\n])([^'\n]*?(?:\w'\w[^'\n]*?)*)(?<=\S)'{_AFTER}",
-            rf"‘(?=\S[^’\n])([^‘\n]*?)(?<=\S)’{_AFTER}",
+            rf"{_BEFORE}'(?=\S[^'\n]|[{_ASIAN}])([^'\n]*?(?:\w'\w[^'\n]*?)*)(?<=\S)'{_AFTER}",
+            rf"‘(?=\S[^’\n]|[{_ASIAN}])([^‘\n]*?)(?<=\S)’{_AFTER}",
         ]
     )
 )
@@ -47,7 +51,8 @@ _QUOTES = re.compile(
 
 def quoted_texts(prompt: str) -> list[str]:
     """The texts of a prompt in quotation marks ("…", “…”, „…“, «…», 「…」, 『…』, '…', ‘…’), in order, each once."""
-    found = (next(filter(None, match.groups()), "").strip() for match in _QUOTES.finditer(prompt))
+    # A backslash before the second mark is what a file with escapes too many has.
+    found = (next(filter(None, match.groups()), "").strip(" \t\\") for match in _QUOTES.finditer(prompt))
     return [text for text in dict.fromkeys(found) if any(map(str.isalnum, text))]
 
 
@@ -56,9 +61,13 @@ def can_score(prompt: str, metadata: Mapping[str, Any]) -> bool:
     return bool(quoted_texts(prompt))
 
 
+# Marks that a prompt has curly or long, and OCR reads straight or short.
+_PLAIN = str.maketrans(dict.fromkeys("‘’", "'") | dict.fromkeys("“”„", '"') | dict.fromkeys("–—", "-"))
+
+
 def _letters(text: str) -> str:
-    """The text without white space, which OCR often loses, and without differences of case and width."""
-    return "".join(unicodedata.normalize("NFKC", text).casefold().split())
+    """The text without white space, which OCR often loses, and without differences of case, width and typography."""
+    return "".join(unicodedata.normalize("NFKC", text).casefold().translate(_PLAIN).split())
 
 
 def text_score(wanted: str, lines: Sequence[str]) -> float:
