@@ -1,11 +1,14 @@
-"""Opening of picture files, which may come from anywhere."""
+"""Opening of picture files, which may come from anywhere, and the content of those that are written."""
 
+import io
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
 
 # PIL knows dozens of formats by content, whatever a file's name is. Some of them start other programs: PostScript runs
 # an interpreter. So every format that is opened is named.
@@ -48,3 +51,12 @@ def _as_seen(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def png(image: Image.Image, texts: Mapping[str, str]) -> bytes:
+    """The content of a PNG file that carries texts, {name: text}."""
+    content, info = io.BytesIO(), PngInfo()
+    for name, text in texts.items():
+        info.add_itxt(name, text)
+    image.save(content, "PNG", pnginfo=info)
+    return content.getvalue()

@@ -9,7 +9,6 @@ and an evaluation doesn't change the training. Pictures may be larger and have m
 """
 
 import hashlib
-import io
 import json
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from fastvideo.config import GRPOConfig
 from fastvideo.dataset.latent_flux_rl_datasets import LatentFluxRLDataset, collate
 from fastvideo.family_defaults import family_defaults
 from fastvideo.io.files import write_bytes
+from fastvideo.io.pictures import png
 from fastvideo.io.scores import evaluation_scores, write_scores
 from fastvideo.models.family import Conditioning, LatentShape
 from fastvideo.models.pretrained import family_of
@@ -153,9 +153,7 @@ class Evaluation:
             if turn + engine.data_rank == index and pictures:
                 indices.append(index)
                 images += pictures
-                data = io.BytesIO()
-                images[-1].save(data, "PNG")
-                write_bytes(path.with_name(f"{index:05d}.png"), data.getvalue())
+                write_bytes(path.with_name(f"{index:05d}.png"), png(images[-1], {}))
 
         def score() -> list[tuple[int, dict[str, float]]]:
             prompts, metadata = ([given[index] for index in indices] for given in (self.prompts, self.metadata))

@@ -5,7 +5,6 @@ metrics under the same names, the grids as `samples`, and the pictures of an eva
 as `evaluation_samples`.
 """
 
-import io
 import json
 import math
 import os
@@ -15,22 +14,22 @@ from typing import Any
 import fastvideo.torchvision_repair  # noqa: F401  (before diffusers)
 from fastvideo.config import GRPOConfig
 from fastvideo.io.files import write_bytes, write_json
+from fastvideo.io.pictures import png
 from fastvideo.io.scores import evaluation_scores, read_scores
-from fastvideo.runtime.tracking import Picture, close_trackers, start_trackers
+from fastvideo.runtime.tracking import Tracker, close_trackers
 
 from diffusers.utils import make_image_grid
-from PIL.PngImagePlugin import PngInfo
 
 
 class Log:
     """Writes the files of a run, on the main process."""
 
     def __init__(self, config: GRPOConfig, run_id: str, done: int, reward_names: dict[str, Any]) -> None:
-        """run_id, done: see `start_trackers`. reward_names: see `reward_schema`."""
+        """run_id, done: see `Tracker`. reward_names: see `reward_schema`."""
         self.folder = Path(config.output_dir)
         write_json(self.folder / "args.json", config.to_public_dict() | {"reward_names": reward_names})
         write_bytes(self.folder / "config.yaml", config.to_yaml().encode())
-        self.trackers = start_trackers(config, run_id, done)
+        self.trackers = [Tracker(name, config, run_id, done) for name in config.log_with]
 
     def write(self, metrics: dict) -> None:
         """Appends a line to metrics.jsonl. Numbers that aren't finite become null."""
@@ -40,11 +39,11 @@ class Log:
             file.flush()
             os.fsync(file.fileno())
         for tracker in self.trackers:
-            tracker.log(finite, metrics["step"])
+            tracker.send(tracker.log, finite, metrics["step"])
             if "evaluation_reward" in metrics:
-                tracker.log_pictures("evaluation_samples", lambda: self._evaluated(metrics["step"]), metrics["step"])
+                tracker.send(tracker.show, "evaluation_samples", self._evaluated, metrics["step"])
 
-    def _evaluated(self, step: int) -> list[Picture]:
+    def _evaluated(self, step: int) -> list[tuple[str, str]]:
         entries = read_scores(evaluation_scores(self.folder, step), "output_dir")
         return [(str(entry["path"]), entry["prompt"]) for entry in entries]
 
@@ -53,13 +52,9 @@ class Log:
         rows = max(n for n in range(1, math.isqrt(len(images)) + 1) if len(images) % n == 0)
         path = self.folder / "images" / f"iteration_{step:06d}.png"
         path.parent.mkdir(exist_ok=True)
-        grid = make_image_grid(images, rows=rows, cols=len(images) // rows)
-        data, text = io.BytesIO(), PngInfo()
-        text.add_itxt("prompt", prompt)
-        grid.save(data, "PNG", pnginfo=text)
-        write_bytes(path, data.getvalue())
+        write_bytes(path, png(make_image_grid(images, rows, len(images) // rows), {"prompt": prompt}))
         for tracker in self.trackers:
-            tracker.log_pictures("samples", lambda: [(str(path), prompt)], step)
+            tracker.send(tracker.show, "samples", lambda step: [(str(path), prompt)], step)
 
     def close(self) -> None:
         """Ends the run in its trackers."""

@@ -4,6 +4,7 @@ checkpoints.
 A real run and --dry_run check the same, and name everything that is missing, not only the first.
 """
 
+import importlib.util
 import json
 import os
 import shutil
@@ -40,7 +41,6 @@ from fastvideo.runtime.checkpoint import checkpoints
 from fastvideo.runtime.evaluation import takes_empty_prompt
 from fastvideo.runtime.memory import checkpoint_size, describe_memory
 from fastvideo.runtime.resume import check_output, to_resume
-from fastvideo.runtime.tracking import not_installed
 
 from huggingface_hub import is_offline_mode
 
@@ -62,7 +62,7 @@ def check_run(config: GRPOConfig, world_size: int) -> None:
     if lack is not None and is_first():
         warn(f"--rollout_precision fp8 can't run here: {lack}")
     path = config.pretrained_model_name_or_path
-    found, configs = [*not_installed(config), *_missing_in_pipeline(config)], local_folder(path) is not None
+    found, configs = [*_missing_trackers(config), *_missing_in_pipeline(config)], local_folder(path) is not None
     if configs and not found and not config.init_random_flux:
         found += _raised([lambda: check_pipeline(path, bool(config.prompts_file or config.eval_prompts))])
     if configs and not found and is_first():
@@ -94,6 +94,14 @@ def check_run(config: GRPOConfig, world_size: int) -> None:
     found += _raised(checks)
     if found:
         raise FlagErrors(found)
+
+
+def _missing_trackers(config: GRPOConfig) -> Iterator[FlagError]:
+    """The trackers whose package isn't there."""
+    for name in config.log_with:
+        if importlib.util.find_spec(name) is None:
+            wanted = "-r requirements.txt" if name in ("wandb", "tensorboard") else "-e '.[trackers]'"
+            yield FlagError("log_with", name, f"needs the package {name}; `pip install {wanted}` installs it")
 
 
 def _describe_guidance(config: GRPOConfig) -> Iterator[str]:

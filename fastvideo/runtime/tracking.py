@@ -2,280 +2,141 @@
 
 A tracker is one of Accelerate's classes, in a thread of its own. An error costs one line, and the run goes on without
 the tracker; wandb goes on offline first. metrics.jsonl and the pictures in the run's folder are complete in any case.
-wandb.json says where wandb's files are and how to upload them later.
 """
 
-import importlib.util
+import importlib
 import os
-import queue
 import shlex
 import sys
-import threading
-import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from fastvideo.cli import FlagError
 from fastvideo.config import GRPOConfig
 from fastvideo.io.files import write_json
 from fastvideo.io.pictures import open_picture
 from fastvideo.io.secrets import one_line, redact
-from fastvideo.io.waiting import waiting
 
 import numpy as np
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
-CONNECT, FINISH = 120.0, 60.0  # seconds to connect (wandb's own limit is 90), and to upload the rest after the run
+FINISH = 120.0  # seconds after the run, to connect (wandb itself tries for 90) and to upload the rest
 
-Picture = tuple[str, str]  # path and caption
+
+class Tracker:
+    """One run in one tracker. `send` calls the other methods in the tracker's thread."""
+
+    def __init__(self, name: str, config: GRPOConfig, run_id: str, done: int) -> None:
+        """run_id: a resumed run keeps it. done: iterations before this process."""
+        self.name, self.config, self.id, self.done = name, config, run_id, done
+        self.modes = ["online", "offline"] if name == "wandb" else ["online"]  # after an error, the next one
+        self.tracker: GeneralTracker | None = None
+        sys.argv = [redact(word) for word in sys.argv]  # packages record it
+        self.thread = ThreadPoolExecutor(1)
+        self.send(lambda: None)  # begins
+
+    def send(self, call: Callable[..., object], *given: Any) -> Future:
+        return self.thread.submit(self._attempt, call, *given)
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        """values: a line of metrics.jsonl, of which wandb takes all and the others the numbers."""
+        numbers = {k: v for k, v in values.items() if isinstance(v, int | float) and k != "step"}
+        self.tracker.log(values if self.name == "wandb" else numbers, step=step)
+
+    def show(self, name: str, read: Callable[[int], list[tuple[str, str]]], step: int) -> None:
+        """read: returns a step's pictures, as paths with the captions that Accelerate's log_images doesn't take."""
+        pictures = read(step)
+        if self.name == "tensorboard":  # one grid, and its captions in the same order
+            grid = np.stack([np.asarray(open_picture(Path(path))) for path, _ in pictures])
+            self.tracker.log_images({name: grid}, step=step, dataformats="NHWC")
+            self.tracker.log({f"{name}_prompts": "".join(f"1. {caption}\n" for _, caption in pictures)}, step=step)
+            return
+        image = importlib.import_module(self.name).Image
+        images = [image(path, caption=caption) for path, caption in pictures]
+        single = {f"{name}/{i}": image for i, image in enumerate(images)}
+        self.tracker.log(single if self.name == "trackio" else {name: images}, step=step)  # trackio takes no lists
+
+    def _attempt(self, call: Callable[..., object], *given: Any) -> None:
+        """Calls. After an error starts in the next mode and calls again; after the last mode's, gives up."""
+        hook = sys.excepthook
+        while self.modes:
+            try:
+                if self.tracker is None:
+                    self.tracker = LOGGER_TYPE_TO_CLASS[self.name](**self._options())
+                    self.tracker.main_process_only = False  # it is; Accelerate would ask for its state, in this thread
+                    self.tracker.start()
+                    if self.name == "wandb":
+                        self._note_upload()
+                return call(*given)
+            except (Exception, SystemExit) as error:
+                self.modes, self.tracker = self.modes[1:], None
+                then = self.modes[0] if self.modes else f"without {self.name}"
+                sys.stderr.write(f"{self.name}: {one_line(error)[:300]}; this run goes on {then}\n")
+                if self.name == "wandb":
+                    kill_service()
+            finally:
+                sys.excepthook = hook  # swanlab sets others, which show secrets
+
+    def _options(self) -> dict[str, Any]:
+        """Arguments of Accelerate's class, which hands them on to the package."""
+        folder, name = self.config.output_dir, self.config.experiment_name
+        shared = {"run_name": self.config.wandb_project, "config": self.config.to_public_dict()}
+        resumed = {"id": self.id, "resume": "allow"}
+        if self.name == "tensorboard":  # steps that a resumed run repeats replace those of before
+            return {"run_name": self.name, "logging_dir": folder, "purge_step": self.done + 1}
+        if self.name == "trackio":  # knows a resumed run by its name
+            return shared | {"name": f"{name}-{self.id}", "resume": "allow"}
+        if self.name == "swanlab":
+            import swanlab
+            from swanlab.package import has_api_key
+
+            mode = self._mode("cloud", has_api_key())
+            settings = swanlab.Settings(log_proxy_type="none")  # else it takes sys.stdout's place
+            own = {"experiment_name": name, "logdir": f"{folder}/swanlab", "mode": mode, "settings": settings}
+            return shared | own | (resumed if mode == "cloud" else {})
+        if self.modes == ["offline"]:  # the trouble may come from one of these
+            for variable in [variable for variable in os.environ if variable.startswith("WANDB_")]:
+                del os.environ[variable]
+        # wandb would send errors to its makers: with texts that may hold secrets, and a minute of tries offline.
+        os.environ["WANDB_ERROR_REPORTING"] = "false"
+        import wandb
+
+        mode = self._mode(self.modes[0], wandb.api.api_key)
+        self.modes = [mode] if mode == "offline" else self.modes
+        return shared | resumed | {"name": name, "dir": folder, "mode": mode, "settings": {"silent": True}}
+
+    def _mode(self, online: str, key: object) -> str:
+        """As the environment says; offline without a key, for which a package asks whoever sits at the terminal."""
+        mode = os.environ.get(f"{self.name.upper()}_MODE") or online
+        return "offline" if mode == online and not key else mode
+
+    def _note_upload(self) -> None:
+        """Writes wandb.json: where wandb's files are, and how to upload them later."""
+        run, found = self.tracker.tracker, Path(self.config.output_dir, "wandb").glob(f"*run-*-{self.id}")
+        # A resumed run adds a folder with the same id; --append uploads it as a continuation.
+        folders = sorted(map(str, found), key=lambda path: path.replace("offline-run", "run"))
+        sync = shlex.join(["wandb", "sync", "--append", *folders])
+        write_json(Path(self.config.output_dir, "wandb.json"), {"id": self.id, "folders": folders, "sync": sync})
+        print(f"wandb is offline; to upload this run later: {sync}" if run.offline else f"wandb: {run.url}")
 
 
 def kill_service() -> None:
     """Kills wandb's own process, which may try for half an hour to reach its server, and forgets its runs."""
     from wandb.sdk import wandb_setup
 
-    connection = wandb_setup.singleton()._connection
-    if connection is not None and connection._proc is not None:
-        connection._proc._process.kill()
-    # With an exit status: wandb raises SystemExit for the one of the killed process.
-    with suppress(Exception, SystemExit):
+    with suppress(AttributeError):  # there may be none
+        wandb_setup.singleton()._connection._proc._process.kill()
+    with suppress(Exception, SystemExit):  # wandb exits with the status of the killed process
         wandb_setup.teardown()
 
 
-class Tracker(ABC):
-    """One run in one tracker. A subclass says how Accelerate's class starts, and what differs from the others."""
-
-    name: str  # in --log_with, and of the package
-    install = "pip install -r requirements.txt"
-    modes: tuple[str, ...] = ("online",)  # ways to start; after an error, the next one
-
-    def __init__(self, config: GRPOConfig, run_id: str, done: int) -> None:
-        """run_id: a resumed run keeps it. done: iterations before this process."""
-        self.config, self.id, self.done, self.folder = config, run_id, done, Path(config.output_dir)
-        self.tracker: GeneralTracker | None = None
-        self.begun = threading.Event()
-        self._modes = list(self.modes)
-        self._calls: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
-        self.thread = threading.Thread(target=self._work, name=self.name, daemon=True)
-        self.thread.start()
-
-    @abstractmethod
-    def begin(self, mode: str) -> None:
-        """Calls `start`."""
-
-    def numbers(self, values: dict[str, Any]) -> dict[str, Any]:
-        """What of a line of metrics.jsonl the tracker takes."""
-        return {name: value for name, value in values.items() if isinstance(value, int | float) and name != "step"}
-
-    def images(self, name: str, pictures: list[Picture]) -> dict[str, Any]:
-        """Pictures with their captions, which Accelerate's log_images doesn't take."""
-        image = importlib.import_module(self.name).Image
-        return {name: [image(path, caption=caption) for path, caption in pictures]}
-
-    def abandon(self) -> str:
-        """Ends, without waiting, what the package has started. Returns advice."""
-        return ""
-
-    def start(self, **options: Any) -> None:
-        """options: of Accelerate's class, which hands them on to the package."""
-        tracker = LOGGER_TYPE_TO_CLASS[self.name](**options)
-        tracker.main_process_only = False  # this is the main process; Accelerate would ask its state, in this thread
-        tracker.start()
-        self.tracker = tracker
-
-    def log(self, values: dict[str, Any], step: int) -> None:
-        self._calls.put(lambda: self.tracker.log(self.numbers(values), step=step))
-
-    def log_pictures(self, name: str, pictures: Callable[[], list[Picture]], step: int) -> None:
-        """`pictures` is called in the tracker's thread."""
-        self._calls.put(lambda: self.tracker.log(self.images(name, pictures()), step=step))
-
-    def end(self) -> None:
-        """Asks the thread to finish."""
-        self._calls.put(None)
-
-    def give_up(self) -> None:
-        """Leaves a thread that isn't finished alone."""
-        if self.thread.is_alive():
-            self._modes.clear()  # it ends at its next error
-            sys.stderr.write(
-                f"{self.name}: not finished after {FINISH:g} seconds; this program ends without it{self.abandon()}\n"
-            )
-
-    def _work(self) -> None:
-        self._attempt(lambda: None)
-        self.begun.set()
-        for call in iter(self._calls.get, None):
-            self._attempt(call)
-        self._attempt(lambda: self.tracker.finish())
-
-    def _attempt(self, call: Callable[[], object]) -> None:
-        """Calls. After an error starts in the next mode and calls again; after the last mode's, gives up."""
-        hook = sys.excepthook
-        while self._modes:
-            try:
-                if self.tracker is None:
-                    self.begin(self._modes[0])
-                return call()
-            except (Exception, SystemExit) as error:
-                self._modes[:1], self.tracker = [], None
-                then = self._modes[0] if self._modes else f"without {self.name}"
-                sys.stderr.write(f"{self.name}: {one_line(error)[:300]}; this run goes on {then}\n")
-                self.abandon()
-            finally:
-                sys.excepthook = hook  # swanlab sets one of its own, which shows secrets
-
-
-class Wandb(Tracker):
-    """Offline without a key, or as WANDB_MODE says."""
-
-    name, modes = "wandb", ("online", "offline")
-
-    def begin(self, mode: str) -> None:
-        if mode == "offline":  # the trouble may come from one of these
-            for name in [name for name in os.environ if name.startswith("WANDB_")]:
-                del os.environ[name]
-        # wandb would send errors to its makers: with texts that may hold secrets, and a minute of tries offline.
-        os.environ["WANDB_ERROR_REPORTING"] = "false"
-        import wandb
-
-        if mode == "online":
-            mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
-            if mode == "offline":
-                self._modes = ["offline"]
-        self.start(
-            run_name=self.config.wandb_project,
-            name=self.config.experiment_name,
-            dir=self.config.output_dir,
-            config=self.config.to_public_dict(),
-            mode=mode,
-            id=self.id,
-            resume="allow" if mode == "online" else None,  # offline, `wandb sync --append` does it
-            settings=wandb.Settings(silent=True),
-        )
-        run = self.tracker.tracker
-        record = {"id": self.id, "project": self.config.wandb_project, "folders": self._folders()}
-        write_json(self.folder / "wandb.json", record | {"sync": self._sync() if run.offline else None})
-        if run.offline:
-            print(f"wandb is offline; to upload this run later: {self._sync()}")
-        elif run.url:
-            print(f"wandb: {run.url}")
-
-    def numbers(self, values: dict[str, Any]) -> dict[str, Any]:
-        return values
-
-    def abandon(self) -> str:
-        kill_service()
-        return f"; to upload this run later: {self._sync()}" if self._folders() else ""
-
-    def _folders(self) -> list[str]:
-        found = (self.folder / "wandb").glob(f"*run-*-{self.id}")
-        return [str(path) for path in sorted(found, key=lambda path: path.name.removeprefix("offline-"))]
-
-    def _sync(self) -> str:
-        # A resumed run adds a folder with the same id; --append uploads it as a continuation.
-        return shlex.join(["wandb", "sync", "--append", *self._folders()])
-
-
-class TensorBoard(Tracker):
-    """In {output_dir}/tensorboard. Steps that a resumed run repeats replace those of before."""
-
-    name = "tensorboard"
-
-    def begin(self, mode: str) -> None:
-        self.start(run_name=self.name, logging_dir=self.config.output_dir, purge_step=self.done + 1)
-        if not self.done:  # each call makes a folder of its own
-            values = self.config.to_public_dict().items()
-            self.tracker.store_init_configuration({k: v if isinstance(v, int | float) else str(v) for k, v in values})
-
-    def log_pictures(self, name: str, pictures: Callable[[], list[Picture]], step: int) -> None:
-        def log() -> None:  # one grid, and its captions in the same order
-            paths, captions = zip(*pictures(), strict=True)
-            self.tracker.log_images(
-                {name: np.stack([np.asarray(open_picture(Path(path))) for path in paths])},
-                step=step,
-                dataformats="NHWC",
-            )
-            self.tracker.log({f"{name}_prompts": "".join(f"1. {caption}\n" for caption in captions)}, step=step)
-
-        self._calls.put(log)
-
-
-class SwanLab(Tracker):
-    """In {output_dir}/swanlab without a key, or as SWANLAB_MODE says."""
-
-    name = "swanlab"
-    install = "pip install -e '.[trackers]'"
-
-    def begin(self, mode: str) -> None:
-        import swanlab
-        from swanlab.package import get_key
-
-        key, mode = None, os.environ.get("SWANLAB_MODE", "cloud")
-        with suppress(Exception):
-            key = get_key()
-        if mode == "cloud" and not key:
-            mode = "offline"  # else swanlab asks whoever sits at the terminal
-        self.start(
-            run_name=self.config.wandb_project,
-            experiment_name=self.config.experiment_name,
-            logdir=str(self.folder / self.name),
-            config=self.config.to_public_dict(),
-            mode=mode,
-            **({"id": self.id, "resume": "allow"} if mode == "cloud" else {}),
-            settings=swanlab.Settings(log_proxy_type="none"),  # else it takes sys.stdout's place
-        )
-
-
-class Trackio(Tracker):
-    """On this machine, in the folder TRACKIO_DIR; or in the Space or at the server that the environment names."""
-
-    name = "trackio"
-    install = SwanLab.install
-
-    def begin(self, mode: str) -> None:
-        self.start(
-            run_name=self.config.wandb_project,
-            name=f"{self.config.experiment_name}-{self.id}",  # trackio knows a resumed run by its name
-            config=self.config.to_public_dict(),
-            resume="allow",
-        )
-
-    def images(self, name: str, pictures: list[Picture]) -> dict[str, Any]:
-        found = super().images(name, pictures)[name]  # trackio takes no lists
-        return {f"{name}/{i}": image for i, image in enumerate(found)}
-
-
-TRACKERS: dict[str, type[Tracker]] = {kind.name: kind for kind in (Wandb, TensorBoard, SwanLab, Trackio)}
-
-
-def not_installed(config: GRPOConfig) -> Iterator[FlagError]:
-    """The trackers whose package isn't there."""
-    for name in config.log_with:
-        if importlib.util.find_spec(name) is None:
-            yield FlagError("log_with", name, f"needs the package {name}; `{TRACKERS[name].install}` installs it")
-
-
-def start_trackers(config: GRPOConfig, run_id: str, done: int) -> list[Tracker]:
-    """run_id: of the run in its trackers, which a resumed run keeps. done: iterations before this process."""
-    sys.argv = [redact(word) for word in sys.argv]  # trackers record it
-    return [TRACKERS[name](config, run_id, done) for name in config.log_with]
-
-
 def close_trackers(trackers: Sequence[Tracker]) -> None:
-    """Ends the run in its trackers. Waits at most CONNECT and FINISH seconds for all of them."""
-    for tracker in trackers:
-        tracker.end()
-    with waiting(", ".join(tracker.name for tracker in trackers)):
-        for seconds, waits in (
-            (CONNECT, [tracker.begun.wait for tracker in trackers]),
-            (FINISH, [tracker.thread.join for tracker in trackers]),
-        ):
-            end = time.monotonic() + seconds
-            for wait in waits:
-                wait(max(0.0, end - time.monotonic()))
-    for tracker in trackers:
-        tracker.give_up()
+    """Ends the run in its trackers. Waits at most FINISH seconds for all of them."""
+    ends = {tracker.send(lambda tracker=tracker: tracker.tracker.finish()): tracker for tracker in trackers}
+    for tracker in [ends[end] for end in wait(ends, FINISH).not_done]:
+        tracker.modes = []  # its thread ends at its next error
+        sys.stderr.write(f"{tracker.name}: not finished after {FINISH:g} seconds; this program ends without it\n")
+        if tracker.name == "wandb":
+            kill_service()

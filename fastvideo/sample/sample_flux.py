@@ -38,6 +38,7 @@ from fastvideo.family_defaults import family_defaults
 from fastvideo.io.devices import resolve_dtype, torch_dtype
 from fastvideo.io.files import check_writable, write_bytes, write_json, writing
 from fastvideo.io.fingerprint import model_fingerprint, sample_file
+from fastvideo.io.pictures import png
 from fastvideo.io.processes import Processes, barrier, processes
 from fastvideo.io.prompts import read_prompts
 from fastvideo.io.resumable import Claims, Store, digest, finish
@@ -68,7 +69,7 @@ from accelerate import cpu_offload_with_hook
 from accelerate.hooks import CpuOffload, UserCpuOffloadHook
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
 
 @dataclass(frozen=True)
@@ -132,15 +133,12 @@ class Pictures(Store[Picture, Image.Image]):
             return False
 
     def keep(self, picture: Picture, image: Image.Image) -> None:
-        record, buffer = self.record(picture), io.BytesIO()
+        record, content = self.record(picture), io.BytesIO()
         if picture.path.suffix == ".jpg":
-            image.save(buffer, "JPEG", quality=95, comment=json.dumps(record))
+            image.save(content, "JPEG", quality=95, comment=json.dumps(record))
+            write_bytes(picture.path, content.getvalue())
         else:
-            info = PngImagePlugin.PngInfo()
-            for key, text in record.items():
-                info.add_itxt(key, text)
-            image.save(buffer, "PNG", pnginfo=info)
-        write_bytes(picture.path, buffer.getvalue())
+            write_bytes(picture.path, png(image, record))
 
 
 def claim_folder(
