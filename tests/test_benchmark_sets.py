@@ -140,7 +140,9 @@ def test_a_benchmark_samples_scores_and_compares_with_the_baseline(sets, tiny_fl
     assert not (sets.parent / "elsewhere").exists()
 
 
-def test_dpg_s_questions_are_asked_at_the_endpoint(sets, tiny_flux, chat_server, capsys):
+def test_dpg_s_questions_are_asked_at_the_endpoint_and_a_baseline_has_the_same(
+    sets, tiny_flux, chat_server, capsys, refused
+):
     def answer(content):
         return 200, {"Yes": 0.1, "No": 0.8} if "a hat?" in content[1]["text"] else {"Yes": 0.8, "No": 0.1}
 
@@ -152,6 +154,13 @@ def test_dpg_s_questions_are_asked_at_the_endpoint(sets, tiny_flux, chat_server,
     assert [entry["reward"]["VLMQuestionsModel"] for entry in scores] == [1, pytest.approx(1 / 3)]
     assert len(server.requests) == 1 + 5
     assert "2 of 1065 prompts: not comparable with published numbers" in capsys.readouterr().out
+
+    given["baseline_manifest"] = sets.parent / "out/dpg/manifest.json"
+    assert run_benchmark.main(flags(sets, "dpg", tiny_flux, **given)) == 0
+    (sets / "dpg/dpg_bench.csv").write_text(DPG.replace("Is there a hat?", "Is there a cap?"))
+    given["output_dir"] = sets.parent / "out/other"
+    with refused("--baseline_manifest: index 1, 'A dog and a hat.', has other metadata there"):
+        run_benchmark.main(flags(sets, "dpg", tiny_flux, **given))
 
 
 def test_geneval_s_verdicts_are_reported_per_category(sets, tiny_flux, narrow_geneval):

@@ -167,6 +167,24 @@ def test_prompts_of_hpdv2_and_of_benchmarks_come_beside_the_repository_s_own(dow
     assert set(ignored) == wanted
 
 
+def test_a_host_that_lacks_a_file_or_can_t_be_reached_costs_only_its_own_files(download, server, tmp_path):
+    urls = re.findall(r"https?://[^/]+(/\S+) +-> (\S+)", download("prompts", "--dry_run")[1])
+    server.files = {path: b"prompts" for path, target in urls if "geneval" not in target}
+    status, output = download("prompts")
+    last, geneval = output.splitlines()[-1], "data/benchmarks/geneval/evaluation_metadata.jsonl"
+    assert status == 1 and last.startswith(
+        f"download_checkpoints.sh: 127.0.0.1:{server.server_port} didn't give {geneval};"
+    )
+    assert f"{hashlib.sha256(b'prompts').hexdigest()}  data/benchmarks/dpg/dpg_bench.csv" in output
+    found = {str(path.relative_to(tmp_path)) for path in (tmp_path / "data").rglob("*") if path.is_file()}
+    assert found == {target for _, target in urls} - {geneval}
+
+    (tmp_path / "data/benchmarks/dpg/dpg_bench.csv").unlink()
+    status, output = download("prompts", WEB_MIRROR="http://127.0.0.1:9")
+    assert status == 1 and output.count("curl: (7)") == 1 and "didn't give data/benchmarks/geneval/eval" in output
+    assert "data/benchmarks/dpg/dpg_bench.csv; run the command again, with HTTPS_PROXY or WEB_MIRROR" in output
+
+
 def test_an_unknown_part_is_refused_naming_the_choices(download):
     status, output = download("hsp")
     assert (

@@ -120,7 +120,9 @@ def check(config: BenchmarkConfig, entries: Sequence[dict[str, Any]]) -> None:
     check_reward_files(scoring, evaluation=True, field="reward_model_type")
     if config.baseline_manifest is not None:
         each = config.images_per_prompt
-        ours = [{"index": i, "prompt": entries[i // each]["prompt"]} for i in range(len(entries) * each)]
+        prompts = [(entry["prompt"], {k: v for k, v in entry.items() if k != "prompt"}) for entry in entries]
+        pictures = [prompt for prompt in prompts for _ in range(each)]
+        ours = [{"index": i, "prompt": p, "metadata": metadata} for i, (p, metadata) in enumerate(pictures)]
         pair_up(ours, read_manifest(Path(config.baseline_manifest), "baseline_manifest"))
 
 

@@ -71,7 +71,7 @@ def _rows(entries: Sequence[dict[str, Any]], pairs: Sequence[tuple[dict, dict]] 
 def pair_up(entries: Sequence[dict], others: Sequence[dict]) -> list[tuple[dict, dict]]:
     """Pairs of an entry and the baseline's entry of the same index.
 
-    Raises FlagError if the prompts of a pair differ, or if there is no pair.
+    Raises FlagError if the prompts of a pair or their metadata differ, or if there is no pair.
     """
     there = {entry["index"]: entry for entry in others}
     pairs = [(entry, there[entry["index"]]) for entry in entries if entry["index"] in there]
@@ -83,6 +83,10 @@ def pair_up(entries: Sequence[dict], others: Sequence[dict]) -> list[tuple[dict,
                 f"index {entry['index']} is {other['prompt']!r} there, {entry['prompt']!r} here; sample both with one "
                 "prompt file",
             )
+        metadata = [found["metadata"] for found in (entry, other) if "metadata" in found]
+        if len(metadata) == 2 and metadata[0] != metadata[1]:
+            problem = f"index {entry['index']}, {entry['prompt'][:60]!r}, has other metadata there, so rewards may ask "
+            raise FlagError("baseline_manifest", None, f"{problem}something else; sample both with one prompt file")
     if not pairs:
         raise FlagError("baseline_manifest", None, "no index in common with --manifest")
     return pairs

@@ -10,7 +10,8 @@
 #   HF_ENDPOINT  a mirror of the hub
 #   WEB_MIRROR   a server that has the files that are not on the hub, under the same paths
 #
-# Files from the hub are checked against the SHA-256 that the hub states, other files against the SHA-256 written here.
+# Files from the hub are checked against the SHA-256 that the hub states, other files against the SHA-256 written here, or
+# theirs is printed. A file that another host doesn't give is named at the end, the others come.
 # HPSv3's rating guide comes from a package, through pip with its settings (PIP_INDEX_URL, ...).
 source "$(dirname "${BASH_SOURCE[0]}")/../environment.sh"
 
@@ -70,7 +71,10 @@ finish() {
     exit 1
   fi
   mv "$2.part" "$2"
+  [ -n "${3:-}" ] || sha256sum "$2"
 }
+
+declare -A lacking=() away=() # host -> files that it didn't give; hosts that can't be reached
 
 # web URL TARGET SIZE [SHA256]
 web() {
@@ -88,7 +92,14 @@ web() {
   echo "$url -> $target"
   # A run may have been stopped between download and renaming. Then nothing is missing, and curl would fail.
   if ! { [ -n "$sum" ] && right "$target.part" "$sum"; }; then
-    curl --fail --location --retry 5 --continue-at - --output "$target.part" "$url"
+    local status=0 host=${url#*://}
+    host=${host%%/*}
+    [ -n "${away[$host]:-}" ] || curl --fail --location --retry 5 --continue-at - --output "$target.part" "$url" || status=$?
+    case $status in 5 | 6 | 7 | 28) away[$host]=1 ;; esac
+    if [ -n "${away[$host]:-}" ] || [ $status != 0 ]; then
+      lacking[$host]+=" $target"
+      return 0
+    fi
   fi
   finish "$url" "$target" "$sum"
 }
@@ -192,8 +203,9 @@ get_prompts() {
     $to/drawbench/drawbench.csv ?
   web $github/djghosh13/geneval/raw/main/prompts/evaluation_metadata.jsonl $to/geneval/evaluation_metadata.jsonl ?
   web $github/TencentQQGYLab/ELLA/raw/main/dpg_bench/dpg_bench.csv $to/dpg/dpg_bench.csv ?
-  for name in color shape texture spatial 3d_spatial numeracy non_spatial complex; do
-    web $github/Karine-Huang/T2I-CompBench/raw/main/examples/dataset/${name}_val.txt $to/t2i_compbench/${name}_val.txt 16KB
+  for name in 12KB/color 16KB/shape 14KB/texture 9KB/spatial 8KB/3d_spatial 11KB/numeracy 18KB/non_spatial 23KB/complex; do
+    web $github/Karine-Huang/T2I-CompBench/raw/main/examples/dataset/${name#*/}_val.txt \
+      $to/t2i_compbench/${name#*/}_val.txt ${name%/*}
   done
 }
 
@@ -212,3 +224,7 @@ fi >&2
 for part in "${chosen[@]:-${PARTS[@]}}"; do
   "get_$part"
 done
+for host in "${!lacking[@]}"; do
+  echo "download_checkpoints.sh: $host didn't give${lacking[$host]}; run the command again, with HTTPS_PROXY or WEB_MIRROR if it can't be reached (--dry_run lists the addresses)"
+done >&2
+[ ${#lacking[@]} = 0 ]
