@@ -121,6 +121,23 @@ def test_every_shipped_template_can_be_read_and_is_named_where_it_can_be_used():
         assert "a cat {x}" in template.ask([], "a cat {x}").text
 
 
+def test_a_template_from_a_word_processor_works(tmp_path):
+    path = tmp_path / "mine.txt"
+    path.write_bytes("answer: number 1 to 10 after “My rating:”\r\nRate {prompt}.\r\n".encode("utf-8-sig"))
+    assert read_template(str(path), "x", SINGLE).read(Answer("My rating: 7")) == 7
+
+
+def test_a_judge_that_answers_under_another_name_is_told(chat_server, caplog):
+    names = iter(["judge-2026-01", "judge-2026-01", "judge-2026-02", "judge-2026-02", "judge-2026-01"])
+    choice = {"message": {"content": "Rating: 7"}}
+    server = chat_server(lambda content: (200, json.dumps({"model": next(names), "choices": [choice]}).encode()))
+    model = VLMJudgeModel(server.url, template="rating_10")
+    for _ in range(5):
+        model([red(9)], ["a"])
+    assert caplog.text.count("the judge: judge-2026-02 answers now, before it was judge-2026-01;") == 1
+    assert caplog.text.count("answers now") == 1
+
+
 def test_a_template_of_one_s_own_asks_its_question(chat_server, tmp_path):
     path = tmp_path / "mine.txt"
     path.write_text('answer: number 0 to 100\nHow much red, {"in": "percent"}, for {prompt}?\n', encoding="utf-8")

@@ -37,10 +37,12 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """The model's reply; and for each of its tokens, if they were asked for, the log-probabilities of alternatives."""
+    """The model's reply; the name of the model that gave it, empty if the endpoint doesn't say; and for each token of
+    the reply, if they were asked for, the log-probabilities of alternatives."""
 
     text: str
     logprobs: Any = None  # as the endpoint gave them
+    model: str = ""
 
 
 def _data_url(image: Image.Image) -> str:
@@ -68,7 +70,7 @@ def _found(response: httpx.Response, read: Callable[[Any], Found]) -> Found:
 
 def _answer(body: Any) -> Answer:
     choice = body["choices"][0]
-    return Answer(str(choice["message"]["content"] or ""), choice.get("logprobs"))
+    return Answer(str(choice["message"]["content"] or ""), choice.get("logprobs"), str(body.get("model") or ""))
 
 
 def _roots(body: Any) -> dict[str, str]:
@@ -92,6 +94,7 @@ class ChatClient:
         urls: of the APIs, as a rule ending in /v1. Ranks start at different ones; a retry goes to the next one.
         workers: requests at the same time. retries: further attempts after a failure.
         backoff: seconds of the first pause before an endpoint is asked again; pauses double.
+        answered: names of the models that answered so far, such as a vendor's dated one behind the id that was asked.
     """
 
     def __init__(
@@ -113,12 +116,13 @@ class ChatClient:
         with proxies(http_proxy, https_proxy):  # the client keeps them
             # By default httpx lets requests above 100 wait, until they time out.
             self.client = httpx.Client(timeout=timeout, headers=_headers(key, field), limits=httpx.Limits())
-        self.first = int(os.environ.get("RANK", "0"))
+        self.first, self.answered = int(os.environ.get("RANK", "0")), set[str]()
 
     def ask(
         self, model: str, questions: Sequence[Question], read: Callable[[Answer], float], name: str, **body: Any
     ) -> np.ndarray:
-        """One number per question, float64 [N]; NaN where a question failed. Their count and a reason are logged.
+        """One number per question, float64 [N]; NaN where a question failed. Their count and a reason are logged, and
+        so is a model that answers under another name than before.
 
         Args:
             model: the model's id at the endpoint. name: of the reward, for the log.
@@ -126,11 +130,12 @@ class ChatClient:
                 The question isn't asked again, because at temperature 0 it gets the same answer.
             body: further entries of the requests.
         """
-        problems = [""] * len(questions)
+        problems, now = [""] * len(questions), set[str]()
 
         def one(index: int) -> float:
             answer, problems[index] = self.ask_one(model, questions[index], index, pictures, **body)
             if answer is not None:
+                now.add(answer.model)
                 try:
                     return read(answer)
                 except ValueError as error:
@@ -143,6 +148,10 @@ class ChatClient:
             numbers = list(pool.map(one, range(len(questions))))
         if failed := list(filter(None, problems)):
             logger.warning("%s: %d of %d samples failed, e.g. %s", name, len(failed), len(questions), failed[0])
+        if self.answered and (new := sorted(now - self.answered - {""})):
+            told = "%s: %s answers now, before it was %s; scores of two models can't be compared"
+            logger.warning(told, name, ", ".join(new), ", ".join(sorted(self.answered)))
+        self.answered |= now - {""}
         return np.array(numbers, dtype=np.float64)
 
     def ask_one(

@@ -39,6 +39,7 @@ ALTERNATIVES = 20  # the most tokens per place whose log-probabilities vLLM and 
 # A number with a decimal point or comma, and the end of its scale if it names one: 8/10, **8** out of 10, 8 of 10.
 _DECIMAL = r"\d+(?:[.,]\d+)?"
 NUMBER = rf"([-+]?{_DECIMAL})(?:[\s*]*(?:/|out\s+of|of)[\s*]*({_DECIMAL}))?"
+STRAIGHT = str.maketrans("“”„", '"""')  # what word processors make of quotation marks
 HALF_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # Chinese and Japanese forms of ASCII: ：８
 NO_LOGPROBS = "gives no log-probabilities (logprobs, top_logprobs), which a template with `answer: yes or no` needs"
 
@@ -134,7 +135,8 @@ def read_template(value: str, field: str, kinds: Sequence[str]) -> Template:
         problem = f"{getattr(error, 'strerror', None) or 'not UTF-8 text'}; give a text file, or choose from {names}"
         raise FlagError(field, value, problem) from None
     first, _, question = text.partition("\n")
-    form = re.fullmatch(r"answer: *(yes or no|number +(\S+) +to +(\S+)|image 1 or 2)(?: +after +(.+))?", first.strip())
+    first = first.strip().translate(STRAIGHT)
+    form = re.fullmatch(r"answer: *(yes or no|number +(\S+) +to +(\S+)|image 1 or 2)(?: +after +(.+))?", first)
     try:
         labels = tuple(shlex.split(form[4] or ""))
         bounds = tuple(map(float, form.group(2, 3))) if form[2] else Template.bounds
