@@ -37,7 +37,7 @@ import math
 import operator
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, Field, field, fields, make_dataclass
 from itertools import groupby
@@ -157,11 +157,12 @@ def check_fields(config: Any) -> None:
             raise FlagError(f.name, chosen, choose_from(choices, chosen))
 
 
-def choose_from(choices: Sequence[Any], chosen: object) -> str:
+def choose_from(choices: Iterable[Any], chosen: object) -> str:
     """What there is to choose from, and which of it may be meant by `chosen`, for messages."""
     names = {str(choice).lower(): str(choice) for choice in choices}
-    near = difflib.get_close_matches(str(chosen).lower(), names, 1)
-    return f"choose from {', '.join(names.values())}" + "".join(f"; did you mean {names[name]}?" for name in near)
+    alike = {name: difflib.SequenceMatcher(None, name, str(chosen).lower()).ratio() for name in names}
+    near = max(alike, key=alike.__getitem__)  # the first of several: hpsv2 for hps
+    return f"choose from {', '.join(names.values())}" + f"; did you mean {names[near]}?" * (alike[near] >= 0.6)
 
 
 def default_of(f: Field) -> Any:
@@ -210,7 +211,10 @@ class _List(argparse.Action):
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         parts = values  # of paths: spaces and commas are theirs
         if self.convert is not Path:
-            parts = [part for part in re.split(r"[\s,\[\]]+", " ".join(values)) if not is_none(part)]
+            given = list(filter(None, re.split(r"[\s,\[\]]+", " ".join(values))))
+            parts = [part for part in given if not is_none(part)]
+            if parts and len(parts) < len(given):
+                raise argparse.ArgumentError(self, f"{' '.join(values)}: none is no part of a list; it stands alone")
         try:
             setattr(namespace, self.dest, [self.convert(part) for part in parts])
         except ValueError:

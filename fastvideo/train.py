@@ -26,7 +26,7 @@ from dataclasses import field, fields, make_dataclass
 from pathlib import Path
 from typing import Any
 
-from fastvideo.cli import parse_first
+from fastvideo.cli import choose_from, parse_first
 from fastvideo.config import ALGORITHMS, GRPOConfig
 from fastvideo.familiar_flags import answer
 from fastvideo.io.messages import end, say
@@ -136,7 +136,7 @@ def readable(argument: str) -> str:
     value, kind = override.value(), FLAGS.get(KEYS.get(key, ""))
     if key in GROUPS and str(value) not in GROUPS[key]:
         other = {"reward": "; give any other as 'reward.reward_model=\"...\"'"}.get(key, "")
-        raise ValueError(f"{argument}: choose from {', '.join(GROUPS[key])}{other}")
+        raise ValueError(f"{argument}: {choose_from(GROUPS[key], value)}{other}")
     if override.is_sweep_override():
         raise ValueError(
             f"{argument}: several values; a text with commas goes in quotes, '{key}=\"...\"', a list in [ ]"

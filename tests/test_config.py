@@ -641,6 +641,7 @@ def test_contradictions_among_the_flags_given_by_hand_stay_errors(tmp_path, caps
         ("--algorithm AWM", "invalid choice: 'AWM'; choose from mix_grpo_flash_star, "),
         ("--algorithm AWM", ", awm; did you mean awm? ("),
         ("--parallel dpp", "choose from none, ddp, fsdp, deepspeed; did you mean ddp? ("),
+        ("--log_with none wandb", "--log_with/--report_to: none wandb: none is no part of a list; it stands alone ("),
         ("--quantize_base", "--quantize_base: goes with --use_lora"),
         ("--lora_rank 16", "--lora_rank 16: goes with --use_lora"),
         ("--algorithm awm --init_same_noise", "contradicts --init_same_noise: it needs --no_init_same_noise"),

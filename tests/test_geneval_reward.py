@@ -59,7 +59,7 @@ def test_what_is_right_in_part_gives_part_of_the_score():
 @pytest.mark.parametrize(
     "entry,problem",
     [
-        ({"class": "dgo", "count": 1}, "no class 'dgo'; choose from person, .*computer mouse"),
+        ({"class": "dgo", "count": 1}, "no class 'dgo'; choose from person, .*computer mouse.*mean dog\\?"),
         ({"class": "dog"}, "count None is no whole number"),
         ({"class": "dog", "count": 1, "color": "teal"}, "no color 'teal'; choose from red"),
         ({"class": "dog", "count": 1, "position": ["left", 0]}, "position .* is no .relation, place"),

@@ -78,7 +78,7 @@ def test_weight_flags_count_where_the_list_gives_no_weight():
     [
         (
             {"reward_model": "hps"},
-            "reward_model 'hps': unknown reward; choose from hpsv2, .*multi_reward",
+            "reward_model 'hps': unknown reward; choose from hpsv2, .*multi_reward.*; did you mean hpsv2\\?",
         ),
         ({"reward_model": "shapes,"}, "empty name"),
         ({"reward_model": ""}, "empty name"),

@@ -6,7 +6,7 @@ torch is imported inside functions only, so that command lines answer --help at 
 import os
 from typing import TYPE_CHECKING
 
-from fastvideo.cli import FlagError
+from fastvideo.cli import FlagError, choose_from
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +33,7 @@ def resolve_device(name: str = "auto") -> str:
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     choices = ["auto", "cpu", *(["cuda", *gpus] if gpus else [])]
     if name not in choices:
-        raise FlagError("device", name, f"choose from {', '.join(choices)}")
+        raise FlagError("device", name, choose_from(choices, name))
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
 
 
@@ -45,5 +45,5 @@ def resolve_dtype(name: str, device: str) -> str:
     if name == "auto":
         name = "fp32" if device.partition(":")[0] == "cpu" else "bf16"  # cpu:0 too, as Accelerate says
     if name not in DTYPES:
-        raise FlagError("dtype", name, f"choose from {', '.join(('auto', *DTYPES))}")
+        raise FlagError("dtype", name, choose_from(("auto", *DTYPES), name))
     return name

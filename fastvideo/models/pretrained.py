@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import fastvideo.torchvision_repair  # noqa: F401  (before diffusers)
-from fastvideo.cli import FlagError
+from fastvideo.cli import FlagError, choose_from
 from fastvideo.io.messages import warn
 from fastvideo.io.model_index import model_index
 from fastvideo.io.weights import (
@@ -286,8 +286,9 @@ def check_lora_targets(transformer: ModelMixin, targets: Sequence[str]) -> None:
             raise FlagError("lora_target_modules", target, problem)
         if not any(name == target or name.endswith(f".{target}") for name in linear):
             blocks = (name.split(".", 2) for name in linear if "transformer_blocks." in name)
-            choices = ", ".join(dict.fromkeys(inside for _, _, inside in blocks))
-            raise FlagError("lora_target_modules", target, f"no linear layer of that name; choose from {choices}")
+            choices = dict.fromkeys(inside for _, _, inside in blocks)
+            problem = f"no linear layer of that name; {choose_from(choices, target)}"
+            raise FlagError("lora_target_modules", target, problem)
 
 
 def add_lora(transformer: ModelMixin, rank: int, alpha: int, targets: Sequence[str], seed: int) -> None:

@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fastvideo.cli import choose_from
+
 import numpy as np
 
 CLASSES = (  # COCO's 80 classes in their order, three of them under clearer names
@@ -57,13 +59,13 @@ def check_wants(metadata: Mapping[str, Any]) -> None:
 def _problem(entry: dict[str, Any], number: int, included: bool) -> str | None:
     count, position = entry.get("count"), entry.get("position")
     if entry.get("class") not in CLASSES:
-        return f"no class {entry.get('class')!r}; choose from {', '.join(CLASSES)}"
+        return f"no class {entry.get('class')!r}; {choose_from(CLASSES, entry.get('class'))}"
     if type(count) is not int or count < 1:
         return f"count {count!r} is no whole number above 0"
     if not included:
         return None
     if "color" in entry and entry["color"] not in COLORS:
-        return f"no color {entry['color']!r}; choose from {', '.join(COLORS)}"
+        return f"no color {entry['color']!r}; {choose_from(COLORS, entry['color'])}"
     fits = isinstance(position, list) and len(position) == 2 and position[0] in RELATIONS
     if "position" in entry and not (fits and type(position[1]) is int and 0 <= position[1] < number):
         return f"position {position!r} is no [relation, place of an earlier entry]; relations: {', '.join(RELATIONS)}"

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from fastvideo.cli import FlagError
+from fastvideo.cli import FlagError, choose_from
 from fastvideo.models.reward_model.spec import SCHEDULES
 
 import numpy as np
@@ -58,7 +58,7 @@ def check_schedule(
     _check_weights(start_weights, component_names, "granular_start_weights")
     _check_weights(end_weights, component_names, "granular_end_weights")
     if schedule not in SCHEDULES:
-        raise FlagError("granular_schedule", repr(schedule), f"choose from {', '.join(SCHEDULES)}")
+        raise FlagError("granular_schedule", repr(schedule), choose_from(SCHEDULES, schedule))
     if gamma is not None and not (math.isfinite(gamma) and gamma > 0):
         raise FlagError("granular_gamma", gamma, "must be a finite number above 0")
 
@@ -128,7 +128,7 @@ class GranularRewardModel(ABC):
         smooth = self.schedule if smooth_func is None else smooth_func
         if isinstance(smooth, str):
             if smooth not in SCHEDULES:
-                raise ValueError(f"smooth_func {smooth!r}: choose from {', '.join(SCHEDULES)}")
+                raise ValueError(f"smooth_func {smooth!r}: {choose_from(SCHEDULES, smooth)}")
             smooth = getattr(self, f"_{smooth}_smooth")
         if self.gamma is not None and smooth in (self._exponential_smooth, self._logarithmic_smooth):
             smooth = partial(smooth, gamma=self.gamma)

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastvideo.cli import FlagError
+from fastvideo.cli import FlagError, choose_from
 from fastvideo.io.pictures import open_picture
 from fastvideo.models.reward_model.demo import demo_parser, run_demo
 from fastvideo.models.reward_model.granular import GranularRewardModel, SmoothFunc
@@ -97,7 +97,7 @@ class ImageRewardModel(GranularRewardModel):
         dtype: str = "fp32",
     ) -> None:
         if mode not in MODES:
-            raise FlagError("image_reward_mode", repr(mode), f"choose from {', '.join(MODES)}")
+            raise FlagError("image_reward_mode", repr(mode), choose_from(MODES, mode))
         self.mode, self.device, self.dtype, self.batch_size = mode, device, dtype, batch_size
         self.model_name, self.med_config, self.score_dir = model_name or HUB_NAME, med_config, Path(score_dir)
         self.http_proxy, self.https_proxy = http_proxy, https_proxy

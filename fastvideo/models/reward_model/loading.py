@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import fastvideo.torchvision_repair  # noqa: F401  (before transformers and open_clip)
-from fastvideo.cli import FlagError
+from fastvideo.cli import FlagError, choose_from
 from fastvideo.io.devices import DTYPES, torch_dtype
 from fastvideo.io.weights import not_finite
 from fastvideo.models.reward_model.granular import prompt_per_image
@@ -97,7 +97,7 @@ def check_device(device: str | None) -> None:
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     choices = ["cpu", *(["cuda", *gpus] if gpus else [])]
     if device is not None and device not in choices:
-        raise FlagError("reward_device", device, f"choose from {', '.join(choices)}")
+        raise FlagError("reward_device", device, choose_from(choices, device))
 
 
 @contextmanager
@@ -230,7 +230,7 @@ def prepare(module: torch.nn.Module, device: str, dtype: str) -> torch.nn.Module
     Norm layers stay in fp32. For a dtype other than fp32 call the module under `scoring(device, dtype)`.
     """
     if dtype not in DTYPES:
-        raise FlagError("reward_dtype", repr(dtype), f"choose from {', '.join(DTYPES)}")
+        raise FlagError("reward_dtype", repr(dtype), choose_from(DTYPES, dtype))
     module.float()
     for part in module.modules():
         if not isinstance(part, torch.nn.LayerNorm):

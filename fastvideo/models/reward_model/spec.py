@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastvideo.cli import FlagError, flag
+from fastvideo.cli import FlagError, choose_from, flag
 from fastvideo.io.devices import DTYPES
 
 SCHEDULES = ("linear", "exponential", "logarithmic", "cosine")
@@ -96,7 +96,7 @@ class RewardConfig:
 class RewardSpecConfig(RewardConfig):
     """Which rewards train, and how their scores add up; training and the reward server share these settings."""
 
-    reward_model: str = flag("image_reward", "reward or mix", section="reward", names=lambda: _choices())
+    reward_model: str = flag("image_reward", "reward or mix", section="reward", names=lambda: ", ".join(_choices()))
     hps_weight: float = flag(1.0, "weight of HPSv2 in a mix")
     clip_score_weight: float = flag(1.0, "weight of CLIPScore in a mix")
     image_reward_weight: float = flag(1.0, "weight of ImageReward in a mix")
@@ -204,7 +204,7 @@ class Reward:
             return None
         mode = "overall" if evaluation else getattr(config, self.mode)
         if mode not in MODES:
-            raise FlagError(self.mode, repr(mode), f"choose from {', '.join(MODES)}")
+            raise FlagError(self.mode, repr(mode), choose_from(MODES, mode))
         return mode
 
     def scored_components(self, config: Any, evaluation: bool) -> tuple[str, ...]:
@@ -384,8 +384,8 @@ URL_MIXES = ("multi_reward", "all")
 # --- names and weights ------------------------------------------------------------------------------------------------
 
 
-def _choices() -> str:
-    return f"{', '.join([*REWARDS, *MIXES])}, a comma list of them (hpsv2,image_reward:0.5) or package.module:function"
+def _choices() -> list[str]:
+    return [*REWARDS, *MIXES, "a comma list of them (hpsv2,image_reward:0.5) or package.module:function"]
 
 
 def _parse_weight(text: str, item: str, field: str) -> float:
@@ -406,7 +406,7 @@ def _parse_item(item: str, field: str) -> tuple[str, float | None]:
         return name, None
     custom = re.fullmatch(r"([A-Za-z_][\w.]*:[A-Za-z_]\w*)(?::(.*))?", item)
     if not custom:
-        raise FlagError(field, repr(item), f"unknown reward; choose from {_choices()}")
+        raise FlagError(field, repr(item), f"unknown reward; {choose_from(_choices(), name)}")
     return custom[1], None if custom[2] is None else _parse_weight(custom[2], item, field)
 
 
@@ -423,7 +423,7 @@ def resolve_reward_spec(config: Any, field: str = "reward_model") -> dict[str, f
     given = getattr(config, field)
     items = [item.strip() for item in (given or "").split(",")]
     if not all(items):
-        raise FlagError(field, repr(given), f"empty name; choose from {_choices()}")
+        raise FlagError(field, repr(given), f"empty name; {choose_from(_choices(), given)}")
     weights: dict[str, float] = {}
     for item in items:
         name, weight_given = _parse_item(item, field)

@@ -7,7 +7,7 @@ to 5, is a failed sample (NaN), never a 0.
     python fastvideo/models/reward_model/unified_reward.py --url http://localhost:8080 --question_type score
 """
 
-from fastvideo.cli import FlagError
+from fastvideo.cli import FlagError, choose_from
 from fastvideo.models.reward_model.chat import ChatClient
 from fastvideo.models.reward_model.demo import demo_parser, run_demo
 from fastvideo.models.reward_model.granular import prompt_per_image
@@ -59,7 +59,7 @@ class UnifiedRewardModel:
     ) -> None:
         if question_type not in QUESTIONS:
             setting = "unified_reward_default_question_type"
-            raise FlagError(setting, repr(question_type), f"choose from {', '.join(QUESTIONS)}")
+            raise FlagError(setting, repr(question_type), choose_from(QUESTIONS, question_type))
         self.template = Template(QUESTIONS[question_type], "number", (1, 5), (LABELS[question_type],))
         self.client = ChatClient(
             urls,
