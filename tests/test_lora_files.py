@@ -189,6 +189,10 @@ REFUSED = {
     "a bias": (changed(lora_B__bias=numbers(WIDTH)), "lora_B.bias is neither"),
     "a norm": (DIFFUSERS | {f"transformer.{DOUBLE}.attn.norm_q.weight": numbers(32)}, "norm_q.weight is neither"),
     "LoKr": ({"lora_unet_double_blocks_0_img_attn_proj.lokr_w1": numbers(4, 4)}, "lokr_w1 is neither"),
+    "FLUX.2's": (
+        {"transformer.transformer_blocks.0.ff.linear_in.lora_A.weight": numbers(4, 64)},
+        "made for FLUX.2, and the model is FLUX.1",
+    ),
     "NaN": (changed(lora_A__weight=torch.full((RANK, WIDTH), math.nan)), "lora_A.weight has values that aren't finite"),
     "no B": (changed(lora_B__weight=None), "needs a lora_A and a lora_B"),
     "another width": (

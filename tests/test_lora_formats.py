@@ -164,6 +164,9 @@ def test_what_cannot_be_written_is_refused_in_one_line(tiny_flux, tmp_path, refu
     for format in ("diffusers", "lora_kohya"):
         with refused(f"--model_path {tiny_flux}: no LoRA file"):
             convert(tiny_flux, tiny_flux, tmp_path / "out", format)
+        whole = Path(tiny_flux) / "transformer"
+        with refused(f"--model_path {whole}: has all weights and no adapters.*; --format original fits it"):
+            convert(whole, tiny_flux, tmp_path / "out", format)
     with refused("--model_path .*nowhere: no such folder"):
         convert(tmp_path / "nowhere", tiny_flux, tmp_path / "out", "original")
     shutil.copytree(Path(tiny_flux) / "transformer", tmp_path / "full")

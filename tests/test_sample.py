@@ -165,13 +165,19 @@ def test_every_way_to_name_a_tuned_model_gives_its_pictures(tmp_path, tuned, ref
         main(command(tmp_path, "wrong", "--model_path", weights))
 
 
-def test_checkpoints_of_a_run_and_their_averages_are_sampled_as_diffusers_does(tmp_path, train):
+def test_checkpoints_of_a_run_and_their_averages_are_sampled_as_diffusers_does(tmp_path, train, capsys):
+    """Without a base model, with the one that the checkpoint was trained from."""
     given = {"learning_rate": 3e-2, "ema_decay": 0.5, "max_train_steps": 1}
     lora = train(use_lora=True, lora_rank=4, lora_alpha=8, **given).checkpoints[-1]
     whole = train(**{**given, "learning_rate": 1e-3}).checkpoints[-1]
     found = []
     for number, path in enumerate((whole, whole / "ema", lora, lora / "ema", lora / LORA_FILE)):
-        manifest = main(command(tmp_path, f"out{number}", "--model_path", path))
+        unnamed = ("--pretrained_model_name_or_path", "None") if number % 2 else ()
+        manifest = main(command(tmp_path, f"out{number}", "--model_path", path, *unnamed))
+        note = (
+            f"note: --pretrained_model_name_or_path is {TINY}, from which {whole if number < 2 else lora} was trained"
+        )
+        assert (note in capsys.readouterr().err) == bool(unnamed)
         pipe = FluxPipeline.from_pretrained(TINY, dtype=torch.float32)
         if number < 2:
             pipe.transformer = FluxTransformer2DModel.from_pretrained(path)
@@ -597,6 +603,10 @@ def test_a_killed_run_finished_by_two_runs_at_once_leaves_the_files_of_an_uninte
         (
             ("--pretrained_model_name_or_path", "/nowhere/flux"),
             "--pretrained_model_name_or_path /nowhere/flux: no such",
+        ),
+        (
+            ("--pretrained_model_name_or_path", "data/flux2_klein/"),
+            ".*data/flux2_klein/: no such folder; `bash scripts/huggingface/download_checkpoints.sh klein` gets it",
         ),
         (("--prompts_file", "/nowhere/p.txt"), "--prompts_file /nowhere/p.txt: No such file"),
     ],

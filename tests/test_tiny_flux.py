@@ -344,4 +344,4 @@ def test_prompts_of_the_tiny_world_are_named_by_no_script_for_flux():
     assert set(named) <= tiny
     training, sampling = PreprocessConfig(), SampleConfig(baseline=True)
     assert (training.prompt_dir, sampling.prompts_file) == ("data/prompts.txt", "data/prompts_test.txt")
-    assert training.model_path == sampling.pretrained_model_name_or_path == "data/flux"
+    assert training.model_path == "data/flux"

@@ -44,6 +44,19 @@ _PART = (
 )
 _DIFFUSERS = re.compile(rf"{_PREFIX}({_PART}\..+)")
 _ORIGINAL = re.compile(rf"{_PREFIX}((?:double|single)_blocks\.\d+\.(?!processor\.).+)")
+# Layers that adapters of one family alone have, by the transformer's class, in any naming: by them a file for the other
+# family is told.
+_FAMILIES = {
+    "FluxTransformer2DModel": (
+        "FLUX.1",
+        r"single_transformer_blocks\.\d+\.attn\.to_[qkv]\.|proj_mlp|norm1(_context)?\.linear|\.ff(_context)?\.net\.|"
+        r"_mod[._]lin",
+    ),
+    "Flux2Transformer2DModel": (
+        "FLUX.2",
+        r"to_qkv_mlp_proj|\.ff(_context)?\.linear_(in|out)|stream_modulation",
+    ),
+}
 _TEXT_ENCODER = re.compile(r"text_encoder|lora_te")
 # Settings of a LoraConfig that are read below, or that don't matter once the adapters are trained. Others must have
 # their default: they change what the adapters compute.
@@ -184,6 +197,10 @@ def read_adapters(file: Path, family: Family, field: str = "model_path") -> Adap
             raise ValueError(f"{LORA_ADAPTER_METADATA_KEY} in its metadata holds no settings")
     except (OSError, SafetensorError, ValueError) as error:
         return refuse(f"it isn't readable: {error}")
+    own, _ = _FAMILIES[family.transformer.__name__]
+    for other, layers in _FAMILIES.values():
+        if other != own and (named := next(filter(re.compile(layers).search, stored), None)):
+            refuse(f"it was made for {other}, and the model is {own}: {named} is a layer of {other}")
     tensors: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
     for name, tensor in stored.items():
         if _TEXT_ENCODER.match(name):

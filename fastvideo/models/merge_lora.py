@@ -69,7 +69,7 @@ from fastvideo.models.flux import Flux1
 from fastvideo.models.lora import LORA_FILE, Adapters, find_lora, lora_file
 from fastvideo.models.original import join, kohya_adapters, open_transformer, original_names, original_shapes
 from fastvideo.models.pretrained import BASE, check_lora, meta_transformer, stored_transformer
-from fastvideo.runtime.checkpoint import RECORD, WEIGHTS, linked, read_record
+from fastvideo.runtime.checkpoint import RECORD, WEIGHTS, checkpoint_of, linked, read_record
 from fastvideo.runtime.resume import check_base_model
 
 import torch
@@ -83,8 +83,7 @@ def base_model(config: MergeConfig, adapters: Path) -> str:
 
     Raises FlagError for adapters of another or an unknown base model.
     """
-    folders = (adapters.parent, adapters.parent.parent)  # the checkpoint, or of its ema/
-    checkpoint = next((folder for folder in folders if (folder / RECORD).exists()), None)
+    checkpoint = checkpoint_of(adapters)
     if checkpoint is None and config.pretrained_model_name_or_path is None:
         raise FlagError(BASE, None, f"needed, as {config.model_path} has no {RECORD}")
     if checkpoint is None:
@@ -109,6 +108,9 @@ def merge(config: MergeConfig) -> Path:
         model_path = linked(Path(config.model_path), "model_path")
         if config.format == "original" and not lora_file(model_path):
             base, field, adapters = str(model_path), "model_path", None  # a full checkpoint, only under other names
+        elif not lora_file(model_path) and (model_path / WEIGHTS).is_file():
+            problem = "has all weights and no adapters, so there is nothing to merge; --format original fits it"
+            raise FlagError("model_path", model_path, problem)
         else:
             file = find_lora(model_path, "model_path")
             base, field = base_model(config, file), BASE

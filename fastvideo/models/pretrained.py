@@ -40,6 +40,7 @@ from safetensors import SafetensorError
 
 BASE = "pretrained_model_name_or_path"  # the setting that names the base model
 FAMILIES = (Flux1, Flux2Klein)
+FETCHED = {"data/flux": "flux", "data/flux2_klein": "klein"}  # folder -> part of download_checkpoints.sh
 
 
 class ModelNotFoundError(FlagError):
@@ -77,6 +78,16 @@ def misplaced(path: str, field: str = BASE) -> str | None:
     return f"is one file, without VAE and text encoders; lay it {where}, and give the pipeline's folder"
 
 
+def no_folder(path: str) -> str:
+    """What to say of a path that is no folder, and no hub id either."""
+    if part := FETCHED.get(str(Path(path))):
+        return f"no such folder; `bash scripts/huggingface/download_checkpoints.sh {part}` gets it"
+    return (
+        "no such folder; give a diffusers FLUX pipeline folder such as data/tiny_flux, or a hub id such as "
+        "black-forest-labs/FLUX.1-dev"
+    )
+
+
 def _load(cls: type, path: str, field: str = BASE, **kwargs):
     """`cls.from_pretrained`. Raises ModelNotFoundError, one clear line about `field`, for the usual mistakes."""
     if problem := misplaced(path, field):
@@ -84,12 +95,7 @@ def _load(cls: type, path: str, field: str = BASE, **kwargs):
     if Path(path).is_dir() and kwargs.get("subfolder") and not (Path(path) / kwargs["subfolder"]).is_dir():
         raise ModelNotFoundError(field, path, f"no folder {kwargs['subfolder']}/ in it")
     if not Path(path).exists() and (path.count("/") != 1 or path.startswith((".", "/", "data/", "outputs/"))):
-        raise ModelNotFoundError(
-            field,
-            path,
-            "no such folder; give a diffusers FLUX pipeline folder such as data/tiny_flux, or a hub id such as "
-            "black-forest-labs/FLUX.1-dev",
-        )
+        raise ModelNotFoundError(field, path, no_folder(path))
     try:
         return cls.from_pretrained(path, **kwargs)
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError, KeyError, AttributeError) as error:

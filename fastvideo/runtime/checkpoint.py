@@ -95,6 +95,11 @@ def read_record(checkpoint: Path, field: str = "resume_from_checkpoint") -> dict
     return record
 
 
+def checkpoint_of(path: Path) -> Path | None:
+    """The checkpoint that `path` is or lies in: a checkpoint's folder, its ema/, or a file in one of them."""
+    return next((folder for folder in (path, *path.parents[:2]) if (folder / RECORD).is_file()), None)
+
+
 def run_settings(config: GRPOConfig, processes: int) -> dict[str, object]:
     """The settings that a checkpoint records. A resumed run compares its own settings with them."""
     return config.to_public_dict() | {

@@ -32,6 +32,7 @@ from fastvideo.models.pretrained import (
     few_steps,
     meta_transformer,
     misplaced,
+    no_folder,
     read_lora_init,
 )
 from fastvideo.models.reward_model.loading import bad_file, to_download
@@ -230,8 +231,7 @@ def _missing_in_pipeline(config: GRPOConfig) -> Iterator[FlagError]:
         if path.count("/") == 1 and not local:
             yield from _from_hub(BASE, path)
         else:
-            problem = "no such folder; give a diffusers FLUX pipeline folder such as data/tiny_flux, or a hub id"
-            yield FlagError(BASE, path, problem)
+            yield FlagError(BASE, path, no_folder(path))
         return
     if not Path(path).is_dir() and not is_offline_mode():
         return  # from a hub, which completes it

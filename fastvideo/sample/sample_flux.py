@@ -38,6 +38,7 @@ from fastvideo.family_defaults import family_defaults
 from fastvideo.io.devices import resolve_dtype, torch_dtype
 from fastvideo.io.files import check_writable, write_bytes, write_json, writing
 from fastvideo.io.fingerprint import model_fingerprint, sample_file
+from fastvideo.io.messages import say
 from fastvideo.io.pictures import png
 from fastvideo.io.processes import Processes, barrier, processes
 from fastvideo.io.prompts import read_prompts
@@ -61,7 +62,7 @@ from fastvideo.models.pretrained import (
     load_with_lora,
     meta_transformer,
 )
-from fastvideo.runtime.checkpoint import linked
+from fastvideo.runtime.checkpoint import checkpoint_of, linked, read_record
 
 import numpy as np
 import torch
@@ -354,6 +355,16 @@ def _sample_run(
     finish(here, write)
 
 
+def _trained_from(model_path: str | None) -> str:
+    """The base model of the checkpoint that `--model_path` names; the usual one for other models."""
+    checkpoint = checkpoint_of(Path(model_path)) if model_path else None
+    if checkpoint is None:
+        return GRPOConfig.pretrained_model_name_or_path
+    base = read_record(checkpoint, "model_path")["settings"][BASE]
+    say(f"note: --{BASE} is {base}, from which {checkpoint} was trained")
+    return base
+
+
 def sample(config: SampleConfig) -> Path:
     """Makes the missing pictures of `config`; returns the path of the manifest, or of sweep.json.
 
@@ -363,6 +374,8 @@ def sample(config: SampleConfig) -> Path:
     """
     if config.model_path:
         config = replace(config, model_path=str(linked(Path(config.model_path), "model_path")))
+    if config.pretrained_model_name_or_path is None:
+        config = replace(config, pretrained_model_name_or_path=_trained_from(config.model_path))
     if config.guidance_scale is None:
         sizes = {"h": config.h, "w": config.w, "sampling_steps": config.total_sampling_steps}
         usual = family_defaults({BASE: config.pretrained_model_name_or_path, **sizes})

@@ -13,8 +13,11 @@ from fastvideo.io.words import counted
 class SampleConfig:
     """Settings of a sampling run."""
 
-    pretrained_model_name_or_path: str = flag(
-        "data/flux", "base FLUX.1 or FLUX.2 klein pipeline: a folder or a hub id", section="model"
+    pretrained_model_name_or_path: str | None = flag(
+        None,
+        "base FLUX.1 or FLUX.2 klein pipeline: a folder or a hub id (None: the one from which the checkpoint "
+        "--model_path was trained; else data/flux)",
+        section="model",
     )
     flux_baseline_model_dir: str | None = flag(None, "another name of --pretrained_model_name_or_path")
     model_path: str | None = flag(
@@ -75,7 +78,7 @@ class SampleConfig:
     def __post_init__(self) -> None:
         base, other = self.pretrained_model_name_or_path, self.flux_baseline_model_dir
         if other is not None:
-            if base not in (SampleConfig.pretrained_model_name_or_path, other):
+            if base not in (None, other):
                 problem = f"--pretrained_model_name_or_path is {base}; give one of them"
                 raise FlagError("flux_baseline_model_dir", other, problem)
             self.pretrained_model_name_or_path = other
