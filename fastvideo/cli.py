@@ -294,7 +294,9 @@ class _Parser(argparse_dataclass.ArgumentParser):
         try:
             node = yaml.compose(Path(path).read_text(encoding="utf-8"), yaml.SafeLoader)
         except (OSError, ValueError, yaml.YAMLError) as error:
-            self.error(f"{CONFIG} {path}: {getattr(error, 'strerror', None) or error}")
+            self.error(f"{CONFIG} {path}{_why_no_yaml(error)}")
+        if Path(path).name == "args.json":
+            self.error(f"{CONFIG} {path}: records a run; config.yaml beside it starts the run again")
         if not isinstance(node, yaml.MappingNode | None):
             self.error(f"{CONFIG} {path}: expected lines of `name: value`")
         words: list[str] = []
@@ -330,6 +332,15 @@ class _Parser(argparse_dataclass.ArgumentParser):
 
     def error(self, message: str) -> Any:
         end(f"{self.prog}: error: {_one_line(message)} (--help lists the flags)\n", 2)
+
+
+def _why_no_yaml(error: Exception) -> str:
+    """What follows the name of a file that can't be read as YAML: the line, and what belongs there."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return f": {getattr(error, 'strerror', None) or error}"
+    wanted = "each line is `name: value` without spaces before the name; a text with `: ` or ` #` goes in quotes"
+    return f", line {mark.line + 1} or the one before: {wanted} (YAML: {error.problem})"
 
 
 OVERRIDE, CONFIG = "--override", "--config"  # see the module's first lines

@@ -707,6 +707,9 @@ class GRPOConfig(RewardSpecConfig):
     )
 
     def _check_evaluation(self) -> None:
+        if (self.eval_split or 0) >= 1:
+            self._need(self.eval_split % 1 == 0, "eval_split", "give a share below 1, or a whole number of prompts")
+            self.eval_split = int(self.eval_split)  # messages and config.yaml have 10, not 10.0
         for name in "eval_prompts eval_split eval_reward eval_h eval_w eval_sampling_steps eval_guidance_scale".split():
             self._need(self.eval_steps > 0 or getattr(self, name) is None, name, "goes with --eval_steps")
         for name in ("eval_h", "eval_w"):
@@ -716,8 +719,6 @@ class GRPOConfig(RewardSpecConfig):
         self._need(
             given < 2, "eval_split", f"not with --eval_prompts {self.eval_prompts}: one of them says what is judged"
         )
-        whole = (self.eval_split or 0) < 1 or self.eval_split % 1 == 0
-        self._need(whole, "eval_split", "give a share below 1, or a whole number of prompts")
         evaluated = "reward_model" if self.eval_reward is None else "eval_reward"
         if self.eval_steps and any(
             name in REWARDS and REWARDS[name].groupwise for name in resolve_reward_spec(self, evaluated)

@@ -304,8 +304,9 @@ def _describe_float8(config: GRPOConfig, plans: list[tuple[Plan, int]]) -> list[
 
 
 LEGEND = (
-    "  step, sigma before and after it (1: noise, 0: picture), kind, rows per prompt that the model computes; std "
-    "of the step's noise and e^h, the exponential of its entropy"
+    "  step, sigma before and after it (1: noise, 0: picture), kind, rows per prompt that the model computes; std of "
+    "the noise that the step adds, and e^h = 4.13 std, how widely it explores (h: entropy)\n"
+    "  kinds: ode and dpmpp only take noise out; flow_sde, dance_sde, cps and precise also add new noise"
 )
 
 
@@ -389,7 +390,10 @@ def _describe_rewards(config: GRPOConfig) -> list[str]:
         moves = zip(parts, config.granular_start_weights, config.granular_end_weights, strict=False)
         if parts:
             texts = (f"{part} {start:.4g}" + f" to {end:.4g}" * (start != end) for part, start, end in moves)
-            lines.append(f"components of {name}, first to last ({config.granular_schedule}): {', '.join(texts)}")
+            lines.append(
+                f"components of {name} (see docs/rewards.md), first to last iteration ({config.granular_schedule}): "
+                f"{', '.join(texts)}"
+            )
     return lines
 
 

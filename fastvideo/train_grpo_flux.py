@@ -747,12 +747,14 @@ def run(config: GRPOConfig) -> None:
     with flag_errors("train_grpo_flux.py"), ExitStack() as held:
         for field in [name for name in ("reward_model", "eval_reward") if getattr(config, name) is not None]:
             check_custom_rewards(config.held_out() if field == "eval_reward" else config, field)
-        text = describe(config, world_size_of_environment())
+        world_size = world_size_of_environment()
+        text = describe(config, world_size)
+        if not config.dry_run:  # which shows the plan even if something is missing
+            check_run(config, world_size)
         if is_first():
             print(text, flush=True)
-        check_run(config, world_size_of_environment())
         if config.dry_run:
-            return
+            return check_run(config, world_size)
         live = live_report(config.output_dir, config.serve_report)
         parts = set_up(config, held.enter_context(FolderLock("output_dir", config.output_dir)))
         held = held.pop_all()  # the lock lasts until the run ends

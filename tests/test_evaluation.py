@@ -171,10 +171,10 @@ def test_two_processes_and_a_resumed_run_evaluate_alike(train, flags, eval_promp
     ("given", "text"),
     [
         ({"eval_steps": 1}, "give --eval_prompts or --eval_split too"),
-        ({"eval_split": 2}, "--eval_split 2.0: goes with --eval_steps"),
+        ({"eval_split": 2}, "--eval_split 2: goes with --eval_steps"),
         (
             {"eval_steps": 1, "eval_split": 2, "eval_prompts": "p.txt"},
-            "--eval_split 2.0: not with --eval_prompts p.txt",
+            "--eval_split 2: not with --eval_prompts p.txt",
         ),
         ({"eval_steps": 1, "eval_split": 1.5}, "--eval_split 1.5: give a share below 1, or a whole number of prompts"),
         ({"eval_steps": 1, "eval_split": 5}, "--eval_split 5: holds out all of 5 prompts"),

@@ -28,7 +28,7 @@ def lines(flags, capsys, monkeypatch):
             main(flags(dry_run=dry_run, **given))
         assert stop.value.code == 2
         printed = capsys.readouterr()
-        assert "plan of the first window" in printed.out
+        assert ("plan of the first window" in printed.out) == dry_run  # a run names what is missing first
         found = printed.err.splitlines()
         assert all(line.startswith("train_grpo_flux.py: error: --") for line in found), found
         return [line.partition("error: ")[2] for line in found]
@@ -105,8 +105,10 @@ def test_room_for_checkpoints_is_looked_at_before_the_first_iteration(lines, fla
     main(flags(**many))
     text = capsys.readouterr().out
     assert "warning: checkpoints: 10 of 0.0182 GB" in text and "choose --checkpoints_total_limit 2" in text
-    main(flags(**many, checkpoints_total_limit=2))
-    assert "warning" not in capsys.readouterr().out
+    assert "\nprompts: 5 to train on\n" in text and "\ntrackers: none, beside metrics.jsonl" in text
+    main(flags(**many, checkpoints_total_limit=2, log_with=["wandb", "tensorboard"], use_wandb=True))
+    text = capsys.readouterr().out
+    assert "warning" not in text and "\ntrackers: wandb, tensorboard, beside metrics.jsonl" in text
 
 
 def test_a_model_of_a_hub_is_missing_only_if_no_hub_is_asked(lines, flags, capsys, monkeypatch):

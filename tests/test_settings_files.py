@@ -81,6 +81,7 @@ def test_flags_beside_a_file_count_more_wherever_they_stand_and_a_recipe_counts_
         ),
         ("- a\n", "expected lines of `name: value`"),
         ("a: [1\n", "expected ',' or ']'"),
+        (GRPO + "  h: 64\n", "line 2 or the one before: each line is `name: value` without spaces before the name;"),
         ("a: !!python/object/apply:os.system [x]\n", "a: unknown name"),  # nothing is ever constructed
     ],
 )
@@ -91,10 +92,16 @@ def test_a_file_that_cant_be_used_ends_in_one_line_before_anything_loads(file, c
     assert stop.value.code == 2 and problem in line, line
 
 
-def test_a_missing_file_is_named(capsys):
-    for argv, problem in ((["--config", "no.yaml"], "--config no.yaml: No such file"), (["--config"], "--config : ")):
+def test_a_missing_file_and_a_record_are_named(tmp_path, capsys):
+    (tmp_path / "args.json").write_text('{"h": 64, "reward_names": {}}')
+    files = {
+        str(tmp_path / "args.json"): "args.json: records a run; config.yaml beside it",
+        "no.yaml": "--config no.yaml: No such file",
+        "": "--config : ",
+    }
+    for path, problem in files.items():
         with pytest.raises(SystemExit):
-            parse_dataclass(GRPOConfig, argv)
+            parse_dataclass(GRPOConfig, ["--config", *filter(None, [path])])
         assert problem in capsys.readouterr().err
 
 

@@ -76,6 +76,7 @@ def check_run(config: GRPOConfig, world_size: int) -> None:
         configs = False
     if config.dry_run and (time := _describe_time(config)):
         print(time, flush=True)
+    _print(f"trackers: {', '.join(config.log_with) or 'none'}, beside metrics.jsonl in --output_dir")
     for rewards, field in ((config, "reward_model"), (config.held_out(), "eval_reward")):
         if getattr(config, field) is not None:
             found += reward_problems(rewards, field == "eval_reward", field)
@@ -172,6 +173,7 @@ def _check_use(
     evaluation = training | (resolve_reward_spec(config, "eval_reward") if config.eval_reward is not None else {})
     if field == "eval_prompts":
         check_needs(evaluation, prompts, field, getattr(config, field))
+        _print(f"prompts to evaluate: {len(prompts)}")
         return
     if config.eval_split is not None:
         out = held_out([prompt for prompt, _ in prompts], config.eval_split)
@@ -180,6 +182,8 @@ def _check_use(
         check_needs(evaluation, judged, "eval_split", config.eval_split)
         shown = ", ".join(f"{prompt[:60]!r}" for prompt, _ in judged[:3]) + ", …" * (len(judged) > 3)
         _print(f"prompts: {len(prompts)} to train on, {len(judged)} held out to evaluate: {shown}")
+    else:
+        _print(f"prompts: {len(prompts)} to train on")
     check_needs(training, prompts, field, getattr(config, field))
     try:
         times = draws_per_epoch(weights)
