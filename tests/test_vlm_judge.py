@@ -229,6 +229,20 @@ def test_a_key_in_the_environment_may_end_in_a_line_break_and_is_never_shown(cha
     assert "verys" not in str(error.value)
 
 
+def test_proxies_are_for_other_machines_only_and_one_that_can_t_be_used_is_one_line(chat_server, monkeypatch):
+    server = chat_server(chances)
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setenv("ALL_PROXY", "gopher://me:hush@proxy:70")
+    assert np.isfinite(VLMJudgeModel(server.url, retries=0)([red(9)], ["a"])).all()
+    for reward, field in (("vlm_judge", "vlm_judge_url"), ("shapes", "reward_server")):
+        config = RewardSpecConfig(reward_model=reward, **{field: "http://judge.invalid"})
+        with pytest.raises(
+            ValueError, match=rf"^{field}: the environment's proxies \(.*can't be used: .*gopher"
+        ) as error:
+            check_reward_files(config)
+        assert "hush" not in str(error.value)
+
+
 def test_an_answer_to_the_trial_that_can_t_be_read_is_shown(chat_server, capsys):
     server = chat_server(lambda content: (200, "I rate it 7"))
     config = RewardSpecConfig(reward_model="vlm_judge", vlm_judge_url=server.url, vlm_judge_template="rating_10")

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from fastvideo.cli import FlagError
 from fastvideo.io.secrets import redact
 from fastvideo.models.reward_model.loading import proxies
-from fastvideo.models.reward_model.network import ask_in_turn, below, server_urls
+from fastvideo.models.reward_model.network import ask_in_turn, below, http_client, server_urls
 
 import httpx
 import numpy as np
@@ -114,8 +114,7 @@ class ChatClient:
         self.field, self.urls = field, [_api(url) for url in server_urls(urls, field)]
         self.workers, self.retries, self.backoff = workers, retries, backoff
         with proxies(http_proxy, https_proxy):  # the client keeps them
-            # By default httpx lets requests above 100 wait, until they time out.
-            self.client = httpx.Client(timeout=timeout, headers=_headers(key, field), limits=httpx.Limits())
+            self.client = http_client(self.urls, field, timeout=timeout, headers=_headers(key, field))
         self.first, self.answered = int(os.environ.get("RANK", "0")), set[str]()
 
     def ask(

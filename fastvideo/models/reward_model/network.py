@@ -1,10 +1,11 @@
-"""Requests to servers: their addresses, and one question asked until some server answers."""
+"""Requests to servers: their addresses, a client, and one question asked until some server answers."""
 
+import ipaddress
 import random
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fastvideo.cli import FlagError
 from fastvideo.io.secrets import redact
@@ -39,6 +40,29 @@ def below(url: str, path: str) -> str:
     """The URL of a path below a server's URL. The query, which may hold a key, stays at the end."""
     base = httpx.URL(url)
     return str(base.copy_with(path=base.path.rstrip("/") + path))
+
+
+def _is_here(url: str) -> bool:
+    """Whether a URL means this machine."""
+    host = httpx.URL(url).host
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # another name
+        return False
+
+
+def http_client(urls: Sequence[str], field: str, **given: Any) -> httpx.Client:
+    """A client for servers. It uses the environment's proxies, unless all servers run on this machine: a proxy can't
+    reach them.
+
+    Raises FlagError about the setting `field` for proxies that can't be used. given: further arguments of httpx.Client.
+    """
+    try:
+        # By default httpx lets requests above 100 wait, until they time out.
+        return httpx.Client(trust_env=not all(map(_is_here, urls)), limits=httpx.Limits(), **given)
+    except (ImportError, ValueError) as error:
+        problem = f"the environment's proxies (HTTP_PROXY, HTTPS_PROXY, ALL_PROXY) can't be used: {redact(str(error))}"
+        raise FlagError(field, None, problem) from error
 
 
 def ask_in_turn(

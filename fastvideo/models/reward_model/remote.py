@@ -19,7 +19,7 @@ from fastvideo.io.waiting import waiting
 from fastvideo.models.reward_model.detailed import DetailedReward
 from fastvideo.models.reward_model.granular import GranularRewardModel, RewardModel, prompt_per_image
 from fastvideo.models.reward_model.groups import Group, joined, parted
-from fastvideo.models.reward_model.network import ask_in_turn, below, server_urls
+from fastvideo.models.reward_model.network import ask_in_turn, below, http_client, server_urls
 from fastvideo.models.reward_model.spec import REWARDS, resolve_reward_spec, reward_settings
 
 import httpx
@@ -88,7 +88,7 @@ class Servers:
     def __init__(self, urls: Sequence[str], settings: dict[str, Any], config: Any) -> None:
         self.urls, self.settings = urls, settings
         self.batch_size, self.retries = config.reward_batch_size, config.reward_server_retries
-        self.client = httpx.Client(timeout=httpx.Timeout(config.reward_server_timeout))
+        self.client = http_client(urls, "reward_server", timeout=config.reward_server_timeout)
         # One of the processes that compute a picture together (--sp_size) scores it; evaluation has no such setting.
         self.first = int(os.environ.get("RANK", "0")) // getattr(config, "sp_size", 1)
 
