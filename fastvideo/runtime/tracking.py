@@ -65,7 +65,7 @@ class Tracker:
             try:
                 if self.tracker is None:
                     self.tracker = LOGGER_TYPE_TO_CLASS[self.name](**self._options())
-                    self.tracker.main_process_only = False  # it is; Accelerate would ask for its state, in this thread
+                    self.tracker.main_process_only = False  # this is the main one; Accelerate would ask again
                     self.tracker.start()
                     if self.name == "wandb":
                         self._note_upload()
