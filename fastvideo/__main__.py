@@ -5,7 +5,8 @@ With several processes torchrun starts the program's file: torchrun --nproc_per_
 
 import runpy
 import sys
-from difflib import get_close_matches
+
+from fastvideo.cli import choose_from
 
 PROGRAMS = {
     "embed": "data_preprocess.preprocess_flux_embedding",
@@ -30,8 +31,7 @@ def main() -> None:
         del sys.argv[1]
         runpy.run_module(f"fastvideo.{PROGRAMS[name]}", run_name="__main__", alter_sys=True)
     else:
-        nearest = "".join(f"; did you mean {match}?" for match in get_close_matches(name, PROGRAMS, 1))
-        print(f"hier-grpo: error: {name}: choose from {', '.join(PROGRAMS)}{nearest}", file=sys.stderr)
+        print(f"hier-grpo: error: {name}: {choose_from(PROGRAMS, name)}", file=sys.stderr)
         raise SystemExit(2)
 
 
