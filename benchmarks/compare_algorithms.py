@@ -123,6 +123,7 @@ class ComparisonConfig:
     output_dir: str = flag("outputs/compare", "folder for the results")
     studies: list[str] = flag(list(STUDIES), "which comparisons", choices=list(STUDIES))
     algorithms: list[str] = flag(list(ALGORITHMS), "which of them to compare", choices=list(ALGORITHMS))
+    learning_rates: list[float] = flag([], "for all variants (none: each study's own)")
     seeds: list[int] = flag([714, 1, 2], "training seeds")
     images: int = flag(11520, "pictures to sample and score in training", at_least=1)
     points: int = flag(4, "measurements along a run", at_least=1)
@@ -152,7 +153,7 @@ def plan_runs(config: ComparisonConfig) -> dict[str, dict[str, dict[float, list[
     studies = {study: {} for study in config.studies}
     if "algorithms" in studies:
         for name in config.algorithms:
-            rates = LORA_RATES if "lora" in name else RATES
+            rates = config.learning_rates or (LORA_RATES if "lora" in name else RATES)
             flags = training_flags(name)
             studies["algorithms"][name] = {
                 r: [make_run(config, name, flags, r, s) for s in config.seeds] for r in rates
@@ -160,24 +161,28 @@ def plan_runs(config: ComparisonConfig) -> dict[str, dict[str, dict[float, list[
     if "losses" in studies:
         for name, flags in LOSSES.items():
             studies["losses"][name] = {
-                r: [make_run(config, f"loss {name}", flags.split(), r, s) for s in config.seeds] for r in RATES[1:]
+                r: [make_run(config, f"loss {name}", flags.split(), r, s) for s in config.seeds]
+                for r in config.learning_rates or RATES[1:]
             }
     if "windows" in studies:
         for name, (flags, frozen) in WINDOWS.items():
             flags = ["--algorithm", "mix_grpo", *flags.split()]
             runs = {
-                r: [make_run(config, f"window {name}", flags, r, s, frozen) for s in config.seeds] for r in RATES[1:3]
+                r: [make_run(config, f"window {name}", flags, r, s, frozen) for s in config.seeds]
+                for r in config.learning_rates or RATES[1:3]
             }
             studies["windows"][name] = runs
     if "why" in studies:
         for name in WHY:
             flags = training_flags(name)
-            studies["why"][name] = {r: [make_run(config, name, flags, r, config.seeds[0])] for r in RATES}
+            rates = config.learning_rates or RATES
+            studies["why"][name] = {r: [make_run(config, name, flags, r, config.seeds[0])] for r in rates}
     if "precision" in studies:
         for name in PRECISION:
             flags = training_flags(name)
             studies["precision"][name] = {
-                r: [make_run(config, name, flags, r, s) for s in config.seeds] for r in RATES[2:3]
+                r: [make_run(config, name, flags, r, s) for s in config.seeds]
+                for r in config.learning_rates or RATES[2:3]
             }
     return studies
 

@@ -91,7 +91,7 @@ def test_velocity_positions_and_decoding_are_those_of_the_pipeline(pipe, guidanc
     shift = flux_2_shift(*(size * 16 / 8 for size in (height, width)), steps)  # a 4x VAE: cells of 8 pixels, not 16
     times = [1 - i / steps for i in range(steps + 1)]
     sigmas = [shift * t / (1 + (shift - 1) * t) for t in times]
-    family.prepare_attention(pipe.transformer)
+    family.prepare_blocks(pipe.transformer)
     with torch.no_grad():
         for sigma, after in zip(sigmas, sigmas[1:], strict=False):
             v = family.velocity(pipe.transformer, latents, torch.full((2,), sigma), torch.arange(2), given)
@@ -108,7 +108,7 @@ def test_the_shift_of_the_schedule_is_the_pipeline_s():
         assert flux_2_shift(size, size, steps) == pytest.approx(np.exp(mu), rel=1e-6)
 
 
-def test_attention_gives_the_numbers_and_gradients_of_diffusers_bit_for_bit(flux2, pipe):
+def test_blocks_give_the_numbers_and_gradients_of_diffusers_bit_for_bit(flux2, pipe):
     transformer, family = load_transformer(flux2), Flux2Klein()
     shape = LatentShape.of(pipe.vae, 32, 32)
     given = conditioning(pipe, GUIDANCE, shape)
@@ -122,7 +122,7 @@ def test_attention_gives_the_numbers_and_gradients_of_diffusers_bit_for_bit(flux
         return found
 
     theirs = numbers()
-    family.prepare_attention(transformer)
+    family.prepare_blocks(transformer)
     assert torch.equal(numbers(), theirs) and theirs.isfinite().all()
 
 
@@ -131,7 +131,7 @@ def test_compiled_blocks_give_the_numbers_of_uncompiled_ones(flux2, pipe):
     transformer, family, shape = load_transformer(flux2), Flux2Klein(), LatentShape.of(pipe.vae, 32, 32)
     given = conditioning(pipe, GUIDANCE, shape)
     latents = torch.randn(2, shape.tokens, shape.channels, generator=torch.Generator().manual_seed(0))
-    family.prepare_attention(transformer)
+    family.prepare_blocks(transformer)
     rows = (latents, torch.tensor([0.9, 0.4]), torch.tensor([1, 0]), given)
     plain = family.velocity(transformer, *rows)
     family.prepare_compile(transformer)

@@ -8,7 +8,7 @@ from fastvideo.models import speed
 from fastvideo.models.family import Conditioning, LatentShape, vae_scale_factor
 from fastvideo.models.flux import Flux1
 from fastvideo.models.pretrained import decode_latents, load_transformer, load_vae, random_transformer
-from fastvideo.models.speed import StreamwiseAttnProcessor, compile_transformer, cudnn_attention, rotary_embedding
+from fastvideo.models.speed import compile_transformer, cudnn_attention, rotary_embedding
 
 import numpy as np
 import pytest
@@ -41,7 +41,7 @@ def velocity(transformer: FluxTransformer2DModel, rows: int, image_tokens: int, 
     return Flux1().velocity(transformer, latents, 1 / (1.5 + torch.arange(rows, device=device)), index, conditioning)
 
 
-def test_attention_gives_the_numbers_and_gradients_of_diffusers_bit_for_bit(tiny_flux):
+def test_blocks_give_the_numbers_and_gradients_of_diffusers_bit_for_bit(tiny_flux):
     transformer = load_transformer(tiny_flux)
 
     def numbers() -> torch.Tensor:
@@ -52,14 +52,14 @@ def test_attention_gives_the_numbers_and_gradients_of_diffusers_bit_for_bit(tiny
         return found
 
     theirs = numbers()
-    transformer.set_attn_processor(StreamwiseAttnProcessor())
+    Flux1().prepare_blocks(transformer)
     assert torch.equal(numbers(), theirs)
 
 
 def test_attention_gets_gradients_without_gaps(tiny_flux, monkeypatch):
     """cuDNN's backward pass needs such gradients on a GPU."""
     transformer = load_transformer(tiny_flux)
-    transformer.set_attn_processor(StreamwiseAttnProcessor())
+    Flux1().prepare_blocks(transformer)
     seen, dispatch = [], speed.dispatch_attention_fn
 
     def watched(*args, **kwargs) -> torch.Tensor:
@@ -83,7 +83,7 @@ def test_attention_gets_gradients_without_gaps(tiny_flux, monkeypatch):
 def test_compiled_blocks_are_whole_graphs_that_return_no_views(tiny_flux):
     """Gradients of views would be computed outside the graph, and a second graph would cost copies."""
     transformer = load_transformer(tiny_flux)
-    transformer.set_attn_processor(StreamwiseAttnProcessor())
+    Flux1().prepare_blocks(transformer)
     Flux1().prepare_compile(transformer)
     compile_transformer(transformer)
     blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
@@ -108,7 +108,7 @@ def test_a_row_rounds_alike_in_compiled_graphs_of_two_or_more_rows(device):
     torch.manual_seed(1)
     with torch.device(device):
         transformer = FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True, **sizes)
-    transformer.bfloat16().set_attn_processor(StreamwiseAttnProcessor())
+    Flux1().prepare_blocks(transformer.bfloat16())
     Flux1().prepare_compile(transformer)
     compile_transformer(transformer)
     attention = cudnn_attention() if device == "cuda" else nullcontext()
@@ -121,7 +121,7 @@ def test_a_row_rounds_alike_in_compiled_graphs_of_two_or_more_rows(device):
 def test_a_compiled_block_follows_the_choice_of_attention(tiny_flux):
     """The attention can change between calls. cuDNN is missing on a CPU, so an error shows that the block chose it."""
     transformer = load_transformer(tiny_flux)
-    transformer.set_attn_processor(StreamwiseAttnProcessor())
+    Flux1().prepare_blocks(transformer)
     Flux1().prepare_compile(transformer)
     compile_transformer(transformer)
     with torch.no_grad():

@@ -9,8 +9,8 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [  # lowest first; a name covers a module, or all modules of a package that no other name covers
     "torchvision_repair cli familiar_flags reference_flags config family_defaults io utils.steps "
     "models.reward_model.spec models.reward_model.granular",
-    "utils.picture_measures dataset models.family models.flux models.flux2 models.float8 models.int8 models.lora "
-    "models.original models.pretrained models.speed",
+    "utils.picture_measures dataset models.family models.flux models.flux2 models.float8 models.float8_kernel "
+    "models.int8 models.lora models.original models.pretrained models.speed",
     "utils rollout_plan",
     "models.reward_model",
     "runtime",

@@ -144,8 +144,8 @@ class Family(ABC):
         return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
 
     @abstractmethod
-    def prepare_attention(self, transformer: ModelMixin) -> None:
-        """Replaces diffusers' attention by that of speed.py."""
+    def prepare_blocks(self, transformer: ModelMixin) -> None:
+        """Replaces attention, and blocks' parts that FP8 computes in another order, by forms with the same results."""
 
     def prepare_compile(self, transformer: ModelMixin) -> None:  # noqa: B027  (not all families need it)
         """Changes blocks before they are compiled, without a change of results."""

@@ -4,45 +4,88 @@ Numbers are e4m3 (arXiv 2209.05433), with one scale per output row of a weight a
 a row of a batch doesn't depend on the other rows. The weights themselves stay; the FP8 copies lie beside them for the
 length of a rollout. Modulation, 1 token per row, decides everything after it and costs nearly nothing, so it stays in
 the compute format. So do adapters of LoRA, and layers whose sizes FP8 products don't take.
+
+With fast products, a third of a step is rounding and what comes before it. So blocks round once what several layers
+take (`shared`), and compute an activation function where they round its result (`activated_product`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import MethodType
+from typing import NamedTuple
 
 import fastvideo.torchvision_repair  # noqa: F401  (before diffusers)
 from fastvideo.models.int8 import Int8Linear
 
 import torch
+from torch.nn import functional as F
+
+try:
+    from fastvideo.models.float8_kernel import round_rows
+except ImportError:  # no triton: torch's own operations take a few passes over memory
+    round_rows = None
 
 LARGEST = torch.finfo(torch.float8_e4m3fn).max  # 448
+SMALLEST_SCALE = 1e-30  # of a row of zeros
 MULTIPLE = 16  # of which torch._scaled_mm needs both sizes of a weight
 CAPABILITY = (8, 9)  # of the first GPUs with FP8 products (Ada)
 
 
-def to_e4m3(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x ≈ scale · numbers: e4m3 [..., K] and float32 scales [..., 1], from x [..., K]."""
-    scale = (x.abs().amax(-1, keepdim=True).float() / LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
-    return (x.float() / scale).to(torch.float8_e4m3fn), scale
+class Rounded(NamedTuple):
+    """x ≈ scale · numbers, with x [..., K].
+
+    numbers: e4m3, [..., K]. scale: float32, [..., 1]. dtype: the format of x.
+    """
+
+    numbers: torch.Tensor
+    scale: torch.Tensor
+    dtype: torch.dtype
+
+
+def gelu(raw: torch.Tensor) -> torch.Tensor:
+    """FLUX.1's activation function."""
+    return F.gelu(raw, approximate="tanh")
+
+
+def swiglu(raw: torch.Tensor) -> torch.Tensor:
+    """FLUX.2's, [..., K] from [..., 2 K]."""
+    gate, value = raw.chunk(2, dim=-1)
+    return F.silu(gate) * value
+
+
+def to_e4m3(
+    x: torch.Tensor | None, raw: torch.Tensor | None = None, activation: Callable[[torch.Tensor], torch.Tensor] = gelu
+) -> Rounded:
+    """[x, activation(raw)] in e4m3, in one pass over memory on a GPU. Either part may be None.
+
+    x: [..., K]. raw: [..., M], or [..., 2 M] with `swiglu`.
+    """
+    given = raw if x is None else x
+    if given.is_cuda and round_rows:
+        return Rounded(*round_rows(x, raw, gated=activation is swiglu), given.dtype)
+    parts = [part for part in (x, None if raw is None else activation(raw)) if part is not None]
+    whole = torch.cat(parts, dim=-1)
+    scale = (whole.abs().amax(-1, keepdim=True).float() / LARGEST).clamp(min=SMALLEST_SCALE)
+    return Rounded((whole.float() * (1 / scale)).to(torch.float8_e4m3fn), scale, whole.dtype)
 
 
 def float8_product(
-    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, emulated: bool = False
+    x: Rounded, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, emulated: bool = False
 ) -> torch.Tensor:
     """x Wᵀ + bias with both factors in e4m3: [..., N] in the format of x, which must be bf16 unless `emulated`.
 
     Args:
-        x: [..., K]. weight: e4m3, [N, K]. scale: float32, [N, 1], W ≈ scale · weight. bias: [N].
+        weight: e4m3, [N, K]. scale: float32, [N, 1], W ≈ scale · weight. bias: [N].
         emulated: multiply the same e4m3 numbers in the format of x, on any device.
     """
-    numbers, rows = to_e4m3(x)
-    bias = None if bias is None else bias.to(x.dtype)
+    numbers, rows, dtype = x
+    bias = None if bias is None else bias.to(dtype)
     if emulated:
-        product = torch.nn.functional.linear(numbers.to(x.dtype), weight.to(x.dtype)).float() * rows * scale.t()
-        return product.to(x.dtype) if bias is None else product.to(x.dtype) + bias
+        product = F.linear(numbers.to(dtype), weight.to(dtype)).float() * rows * scale.t()
+        return product.to(dtype) if bias is None else product.to(dtype) + bias
     flat, rows = numbers.flatten(0, -2), rows.flatten(0, -2)
-    product = torch._scaled_mm(flat, weight.t(), rows, scale.t(), bias, out_dtype=x.dtype, use_fast_accum=True)
-    return product.unflatten(0, x.shape[:-1])
+    product = torch._scaled_mm(flat, weight.t(), rows, scale.t(), bias, out_dtype=dtype, use_fast_accum=True)
+    return product.unflatten(0, numbers.shape[:-1])
 
 
 def float8_layers(block: torch.nn.Module) -> list[torch.nn.Linear]:
@@ -83,7 +126,7 @@ class Float8Copies:
             with whole(block):
                 for layer in layers:
                     weight = layer.whole(dtype) if isinstance(layer, Int8Linear) else layer.weight.to(dtype)
-                    layer.weight_e4m3, layer.scale_e4m3 = to_e4m3(weight)
+                    layer.weight_e4m3, layer.scale_e4m3, _ = to_e4m3(weight)
         self.taken = True
 
     def drop(self) -> None:
@@ -110,12 +153,39 @@ class Float8Copies:
             layer.in_float8 = on
 
 
-def _forward(layer: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+def _forward(layer: torch.nn.Linear, x: torch.Tensor | Rounded) -> torch.Tensor:
     if not layer.in_float8:
         return type(layer).forward(layer, x)
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    return float8_product(x, layer.weight_e4m3, layer.scale_e4m3, layer.bias, layer.emulated)
+    rounded = x if isinstance(x, Rounded) else to_e4m3(_in_compute_format(x))
+    return float8_product(rounded, layer.weight_e4m3, layer.scale_e4m3, layer.bias, layer.emulated)
+
+
+def _in_compute_format(x: torch.Tensor) -> torch.Tensor:
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
+def takes_rounded(layer: torch.nn.Module) -> bool:
+    """Whether the layer is in FP8 now, and has no adapter, which would need its input as it is."""
+    return isinstance(layer, torch.nn.Linear) and getattr(layer, "in_float8", False)
+
+
+def shared(x: torch.Tensor, *layers: torch.nn.Module) -> torch.Tensor | Rounded:
+    """What to give to each of the layers instead of x [..., K]: x, or x rounded once if all are in FP8."""
+    return to_e4m3(_in_compute_format(x)) if all(takes_rounded(layer) for layer in layers) else x
+
+
+def activated_product(
+    layer: torch.nn.Module,
+    x: torch.Tensor | None,
+    raw: torch.Tensor,
+    activation: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """layer([x, activation(raw)]), see `to_e4m3`."""
+    if takes_rounded(layer):
+        return layer(to_e4m3(x, raw, activation))
+    activated = activation(raw)
+    return layer(activated if x is None else torch.cat([x, activated], dim=-1))
 
 
 def lacks_float8() -> str | None:

@@ -3,26 +3,46 @@
 
 from collections.abc import Sequence
 from types import MethodType
+from typing import Any
 
 import fastvideo.torchvision_repair  # noqa: F401  (before diffusers)
 from fastvideo.models.family import Conditioning, Family, LatentShape, vae_scale_factor
+from fastvideo.models.float8 import activated_product, gelu
 from fastvideo.models.speed import StreamwiseAttnProcessor
 
 import torch
 from diffusers import AutoencoderKL, FluxKontextPipeline, FluxPipeline, FluxTransformer2DModel
+from diffusers.models.attention import FeedForward
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock
 from transformers import CLIPTextModel, T5EncoderModel
 
-_single_block_forward = FluxSingleTransformerBlock.forward  # Dynamo can't trace it as an attribute of its class
 
+def _single_block(
+    block: FluxSingleTransformerBlock,
+    hidden_states: torch.Tensor,
+    encoder_hidden_states: torch.Tensor,
+    temb: torch.Tensor,
+    image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    joint_attention_kwargs: dict[str, Any] | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """diffusers' forward pass of a single block, with the same results.
 
-def _forward_without_views(block: FluxSingleTransformerBlock, *args, **kwargs) -> tuple[torch.Tensor, ...]:
-    """The block's outputs as separate tensors.
-
-    If they were views of one tensor, their gradients would be assembled outside the compiled block, from zeros, copies
-    and a sum. (A forward hook would be compiled separately, and would copy.)
+    The outputs are separate tensors. If they were views of one, their gradients would be assembled outside the compiled
+    block, from zeros, copies and a sum. (A forward hook would be compiled separately, and would copy.)
     """
-    return tuple(part.clone() for part in _single_block_forward(block, *args, **kwargs))
+    tokens = [encoder_hidden_states.shape[1], hidden_states.shape[1]]
+    joined = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+    norm, gate = block.norm(joined, emb=temb)
+    raw = block.proj_mlp(norm)
+    attention = block.attn(hidden_states=norm, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {}))
+    change = activated_product(block.proj_out, attention, raw, gelu)
+    parts = (joined + gate.unsqueeze(1) * change).split(tokens, dim=1)
+    return tuple(part.clone() for part in parts) if torch.compiler.is_compiling() else parts
+
+
+def _feed_forward(layers: FeedForward, x: torch.Tensor) -> torch.Tensor:
+    """diffusers' forward pass of a double block's MLP, with the same results."""
+    return activated_product(layers.net[2], None, layers.net[0].proj(x), gelu)
 
 
 class Flux1(Family):
@@ -72,16 +92,19 @@ class Flux1(Family):
         )[0]
         return prediction.float()
 
-    def prepare_attention(self, transformer: FluxTransformer2DModel) -> None:
+    def prepare_blocks(self, transformer: FluxTransformer2DModel) -> None:
         transformer.set_attn_processor(StreamwiseAttnProcessor())
+        for block in transformer.transformer_blocks:
+            for layers in (block.ff, block.ff_context):
+                layers.forward = MethodType(_feed_forward, layers)
+        for block in transformer.single_transformer_blocks:
+            block.forward = MethodType(_single_block, block)
 
     def prepare_compile(self, transformer: FluxTransformer2DModel) -> None:
         # Autocast makes norms return float32. Without the hook, each linear layer after a norm would write a bf16 copy.
         norms = [norm for block in transformer.transformer_blocks for norm in (block.norm1, block.norm1_context)]
         for norm in [*norms, *(block.norm for block in transformer.single_transformer_blocks)]:
             norm.register_forward_hook(lambda module, inputs, output: (output[0].to(output[1].dtype), *output[1:]))
-        for block in transformer.single_transformer_blocks:
-            block.forward = MethodType(_forward_without_views, block)
 
     def forward_flops(self, transformer: FluxTransformer2DModel, image_tokens: int, text_tokens: int) -> float:
         """Family.forward_flops. Each token passes 12 d² weights per block, double or single.

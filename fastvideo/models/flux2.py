@@ -1,16 +1,23 @@
 """FLUX.2 [klein]: one text encoder, no pooled embedding, classifier-free guidance, modulation shared by all blocks."""
 
 from collections.abc import Mapping, Sequence
+from types import MethodType
 from typing import Any
 
 import fastvideo.torchvision_repair  # noqa: F401  (before diffusers)
 from fastvideo.models.family import Conditioning, Family, LatentShape, vae_scale_factor
+from fastvideo.models.float8 import activated_product, swiglu
 from fastvideo.models.speed import ParallelAttnProcessor, StreamwiseAttnProcessor
 
 import torch
 from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel, FluxPipeline
-from diffusers.models.transformers.transformer_flux2 import Flux2Attention
+from diffusers.models.transformers.transformer_flux2 import Flux2Attention, Flux2FeedForward
 from transformers import Qwen3ForCausalLM
+
+
+def _feed_forward(layers: Flux2FeedForward, x: torch.Tensor) -> torch.Tensor:
+    """diffusers' forward pass of a double block's MLP, with the same results."""
+    return activated_product(layers.linear_out, None, layers.linear_in(x), swiglu)
 
 
 class Flux2Klein(Family):
@@ -78,11 +85,13 @@ class Flux2Klein(Family):
         with_prompt, without = v.chunk(2)
         return without + scale * (with_prompt - without)
 
-    def prepare_attention(self, transformer: Flux2Transformer2DModel) -> None:
+    def prepare_blocks(self, transformer: Flux2Transformer2DModel) -> None:
         for module in transformer.modules():
             if hasattr(module, "set_processor"):
                 two_streams = isinstance(module, Flux2Attention)
                 module.set_processor(StreamwiseAttnProcessor() if two_streams else ParallelAttnProcessor())
+            elif isinstance(module, Flux2FeedForward):
+                module.forward = MethodType(_feed_forward, module)
 
     def forward_flops(self, transformer: Flux2Transformer2DModel, image_tokens: int, text_tokens: int) -> float:
         """Family.forward_flops. Each token passes (4 + 3r) d² weights per block, r the MLP's ratio (SwiGLU)."""

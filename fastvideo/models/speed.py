@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import fastvideo.torchvision_repair  # noqa: F401  (before diffusers)
+from fastvideo.models.float8 import activated_product, shared, swiglu
 
 import torch
 import torch.distributed as dist
@@ -100,6 +101,7 @@ class StreamwiseAttnProcessor(_AttnProcessor):
         parts = []
         for stream, cosine, sine in zip(streams, *(f.split(lengths) for f in image_rotary_emb), strict=True):
             x, to_q, norm_q, to_k, norm_k, to_v = stream
+            x = shared(x, to_q, to_k, to_v)
             query, key, value = (to(x).unflatten(-1, (-1, attn.head_dim)) for to in (to_q, to_k, to_v))
             query, key = (rotary_embedding(h, (cosine, sine)) for h in (norm_q(query), norm_k(key)))
             parts.append((query, key, value))
@@ -131,7 +133,7 @@ class ParallelAttnProcessor(_AttnProcessor):
         query, key, value = (part.unflatten(-1, (-1, attn.head_dim)) for part in heads)
         query, key = (rotary_embedding(h, image_rotary_emb) for h in (attn.norm_q(query), attn.norm_k(key)))
         together = self.attend(query, key, value, attention_mask)
-        return attn.to_out(torch.cat([together, attn.mlp_act_fn(mlp)], dim=-1))
+        return activated_product(attn.to_out, together, mlp, swiglu)
 
 
 @contextmanager

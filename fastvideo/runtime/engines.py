@@ -299,7 +299,7 @@ class Engine:
         self.transformer = transformer
         if self.name != "fsdp":
             transformer.to(self.accelerator.device)
-        self.family.prepare_attention(transformer)
+        self.family.prepare_blocks(transformer)
         self._split_sequence(transformer)
         if self.compiled:
             self.family.prepare_compile(transformer)
