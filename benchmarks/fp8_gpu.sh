@@ -27,7 +27,7 @@ for name in "${parts[@]}"; do
   case $name in
     mix) bench mix --windows 0 10 19 --fp8 $blocks ;;
     flash) bench flash --windows 0 10 19 --fp8 $blocks --algorithm mix_grpo_flash ;;
-    prefix) bench prefix --windows 10 19 $blocks --rollout_precision fp8 --fp8_steps all --rollout_drift_steps 2 ;;
+    prefix) bench prefix --windows 0 10 19 $blocks --rollout_precision fp8 --fp8_steps all --rollout_drift_steps 2 ;;
     lora)
       bench lora --double_blocks 19 --single_blocks 38 --windows 0 --fp8 --use_lora --learning_rate 3e-4 \
         --train_micro_batch_size 4
