@@ -11,6 +11,7 @@ from fastvideo.family_defaults import flux_2_shift
 from fastvideo.models import merge_lora
 from fastvideo.models.family import Conditioning, LatentShape
 from fastvideo.models.flux2 import Flux2Klein
+from fastvideo.models.lora import LORA_FILE
 from fastvideo.models.pretrained import decode_latents, load_transformer, load_vae
 from fastvideo.models.speed import compile_transformer
 from fastvideo.runtime import evaluation
@@ -26,6 +27,7 @@ from diffusers import Flux2KleinPipeline
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from make_tiny_flux import build_tiny_flux2
 from PIL import Image
+from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -287,6 +289,11 @@ def test_a_lora_draws_in_the_pipeline_what_it_draws_here_and_mixes_with_the_base
         assert np.abs(seen[name] - theirs[name]).max() <= 1
     assert min(np.abs(seen["mixed"] - other).max() for other in theirs.values()) > 0
     assert np.abs(theirs["tuned"] - theirs["base"]).max() > 3
+
+    other = {"transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight": torch.zeros(4, 64)}
+    save_file(other, tmp_path / LORA_FILE)
+    with refused("--model_path .*: it was made for FLUX.1, and the model is FLUX.2"):
+        sampled(flux2, tmp_path / "other", prompts, "--model_path", tmp_path / LORA_FILE)
 
     merge = ["--model_path", str(adapters), "--dtype", "fp32", "--output_dir", str(tmp_path / "whole")]
     with refused("--format lora_kohya: .* is no FLUX.1; choose diffusers"):
