@@ -9,9 +9,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 PYTHON=${PYTHON:-python3}
 "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed, $PYTHON is older; set PYTHON=/path/to/python3" >&2; exit 1; }
 
-# The stamp names everything the environment depends on: as long as it matches, a second call does nothing.
+# The stamp names everything the environment depends on, this folder too, whose package it imports: as long as the stamp
+# matches, a second call does nothing.
 stamp=.venv/.complete
-want=$(cat requirements.txt pyproject.toml env_setup.sh | sha256sum; "$PYTHON" --version; echo "${TORCH_INDEX_URL:-}")
+want=$(cat requirements.txt pyproject.toml env_setup.sh | sha256sum; "$PYTHON" --version; echo "${TORCH_INDEX_URL:-}"; pwd)
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$want" ]; then
   exit 0
 fi
