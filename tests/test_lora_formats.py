@@ -167,7 +167,7 @@ def test_what_cannot_be_written_is_refused_in_one_line(tiny_flux, tmp_path, refu
         whole = Path(tiny_flux) / "transformer"
         with refused(f"--model_path {whole}: has all weights and no adapters.*; --format original fits it"):
             convert(whole, tiny_flux, tmp_path / "out", format)
-    with refused("--model_path .*nowhere: no such folder"):
+    with refused("--model_path .*nowhere: no such file or folder"):
         convert(tmp_path / "nowhere", tiny_flux, tmp_path / "out", "original")
     shutil.copytree(Path(tiny_flux) / "transformer", tmp_path / "full")
     file = tmp_path / "full/diffusion_pytorch_model.safetensors"

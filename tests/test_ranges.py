@@ -20,7 +20,7 @@ import torch
 VALUES = (0, -1, 1, 2, 10**9, 2**63, 2**70, 1e-300, 1e-45, 0.5, 1e300, float("nan"), float("inf"), float("-inf"))
 NEEDED: dict[type, dict[str, Any]] = {
     SampleConfig: {"baseline": True}, EvalConfig: {"image": "x.png", "prompt": "x"}, ReportConfig: {"run_dir": ["x"]},
-    BenchmarkConfig: {"benchmark": "dpg", "baseline": True}, PreprocessConfig: {}, MergeConfig: {},
+    BenchmarkConfig: {"benchmark": "dpg", "baseline": True}, PreprocessConfig: {}, MergeConfig: {"model_path": "x"},
     ServerConfig: {"reward_model": "shapes"},
 }  # fmt: skip
 

@@ -15,6 +15,7 @@ from fastvideo.cli import parse_dataclass
 from fastvideo.io.devices import torch_dtype
 from fastvideo.io.files import write_bytes
 from fastvideo.io.processes import Processes, processes
+from fastvideo.models import merge_lora
 from fastvideo.models.lora import LORA_FILE
 from fastvideo.models.pretrained import load_transformer
 from fastvideo.sample import sample_flux
@@ -598,8 +599,8 @@ def test_a_killed_run_finished_by_two_runs_at_once_leaves_the_files_of_an_uninte
     ("more", "message"),
     [
         (("--h", 33), "--h 33: must be a multiple of 8"),
-        (("--model_path", "/nowhere/checkpoint-1-0"), "--model_path /nowhere/checkpoint-1-0: no such folder"),
-        (("--model_path", str(ROOT / "docs")), "--model_path .*docs: no folder transformer/ in it"),
+        (("--model_path", "/nowhere/checkpoint-1-0"), "--model_path /nowhere/checkpoint-1-0: no such file or folder"),
+        (("--model_path", str(ROOT / "docs")), "--model_path .*docs: no checkpoint in it$"),
         (
             ("--pretrained_model_name_or_path", "/nowhere/flux"),
             "--pretrained_model_name_or_path /nowhere/flux: no such",
@@ -615,6 +616,25 @@ def test_bad_input_gives_one_line_before_sampling(tmp_path, more, message, refus
     with refused(message):
         main(command(tmp_path, "out", *more))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_path_in_a_run_without_a_model_is_refused_before_any_base_model_and_the_newest_checkpoint_named(
+    tmp_path, refused
+):
+    (tmp_path / "run/checkpoint-2-0").mkdir(parents=True)
+    (tmp_path / "run/metrics.jsonl").touch()
+    for name, problem in {
+        "run": "no checkpoint in it",
+        "run/metrics.jsonl": "is no .safetensors file, and other files may hold code",
+        "run/checkpoint-3-0": "no such file or folder",
+    }.items():
+        path, advice = tmp_path / name, f"did you mean {tmp_path}/run/latest\\?"
+        with refused(f"--model_path {path}: {problem}; {advice}"):
+            main(command(tmp_path, "out", "--model_path", path, "--pretrained_model_name_or_path", "/nowhere"))
+        with refused(f"--model_path {path}: {problem}; {advice}"):
+            merge_lora.main(["--model_path", str(path), "--output_dir", str(tmp_path / "merged")])
+    with refused("--model_path: not given; name a checkpoint"):
+        merge_lora.main(["--output_dir", str(tmp_path)])
 
 
 @pytest.mark.parametrize(

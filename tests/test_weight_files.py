@@ -165,7 +165,7 @@ def test_a_tuned_model_that_cannot_be_used_is_refused_before_the_folder_of_pictu
         with refused(f"--model_path {file}: wrong weights in .*: .*{problem}"):
             sample(file)
     torch.save(weights, tmp_path / "tuned.bin")
-    with refused("--model_path .*tuned.bin: a .bin file may hold code; give a .safetensors file"):
+    with refused("--model_path .*tuned.bin: is no .safetensors file, and other files may hold code"):
         sample(tmp_path / "tuned.bin")
     assert not (tmp_path / "out").exists()
     save_file({name: tensor * (torch.nan if "proj_out.bias" in name else 1) for name, tensor in weights.items()}, file)

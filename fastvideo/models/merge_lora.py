@@ -30,8 +30,8 @@ class MergeConfig:
     pretrained_model_name_or_path: str | None = flag(
         None, "base FLUX pipeline: a folder or a hub id (None: the base model of the checkpoint)"
     )
-    model_path: str = flag(
-        "outputs/lora",
+    model_path: str | None = flag(
+        None,
         "LoRA checkpoint, its ema/ folder, or any LoRA file that diffusers reads; for --format original also a full "
         "checkpoint",
     )
@@ -50,6 +50,8 @@ class MergeConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.model_path is None:
+            raise FlagError("model_path", None, "not given; name a checkpoint, such as outputs/mixgrpo/latest")
         self.check_empty()
 
     def check_empty(self) -> None:
@@ -69,7 +71,7 @@ from fastvideo.models.flux import Flux1
 from fastvideo.models.lora import LORA_FILE, Adapters, find_lora, lora_file
 from fastvideo.models.original import join, kohya_adapters, open_transformer, original_names, original_shapes
 from fastvideo.models.pretrained import BASE, check_lora, meta_transformer, stored_transformer
-from fastvideo.runtime.checkpoint import RECORD, WEIGHTS, checkpoint_of, linked, read_record
+from fastvideo.runtime.checkpoint import RECORD, WEIGHTS, check_tuned_place, checkpoint_of, linked, read_record
 from fastvideo.runtime.resume import check_base_model
 
 import torch
@@ -106,6 +108,7 @@ def merge(config: MergeConfig) -> Path:
         lock.take()
         config.check_empty()  # another merge may have ended meanwhile
         model_path = linked(Path(config.model_path), "model_path")
+        check_tuned_place(model_path, "model_path")
         if config.format == "original" and not lora_file(model_path):
             base, field, adapters = str(model_path), "model_path", None  # a full checkpoint, only under other names
         elif not lora_file(model_path) and (model_path / WEIGHTS).is_file():

@@ -78,6 +78,12 @@ def misplaced(path: str, field: str = BASE) -> str | None:
     return f"is one file, without VAE and text encoders; lay it {where}, and give the pipeline's folder"
 
 
+def may_be_hub_id(path: str) -> bool:
+    """Whether a path that isn't there may be a hub id, owner/name."""
+    local = path.startswith((".", "/", "~", "data/", "outputs/", "ckpt/")) or Path(path).parent.is_dir()
+    return path.count("/") == 1 and not local
+
+
 def no_folder(path: str) -> str:
     """What to say of a path that is no folder, and no hub id either."""
     if part := FETCHED.get(str(Path(path))):
@@ -94,7 +100,7 @@ def _load(cls: type, path: str, field: str = BASE, **kwargs):
         raise ModelNotFoundError(field, path, problem)
     if Path(path).is_dir() and kwargs.get("subfolder") and not (Path(path) / kwargs["subfolder"]).is_dir():
         raise ModelNotFoundError(field, path, f"no folder {kwargs['subfolder']}/ in it")
-    if not Path(path).exists() and (path.count("/") != 1 or path.startswith((".", "/", "data/", "outputs/"))):
+    if not Path(path).exists() and not may_be_hub_id(path):
         raise ModelNotFoundError(field, path, no_folder(path))
     try:
         return cls.from_pretrained(path, **kwargs)

@@ -31,9 +31,9 @@ from fastvideo.io.fingerprint import local_folder, model_fingerprint, sample_fil
 from fastvideo.io.messages import warn
 from fastvideo.io.resumable import digest
 from fastvideo.io.waiting import PATIENCE, result_of
-from fastvideo.io.weights import weight_files
+from fastvideo.io.weights import GGUF, weight_files
 from fastvideo.models.lora import save_lora
-from fastvideo.models.pretrained import BASE
+from fastvideo.models.pretrained import BASE, may_be_hub_id
 from fastvideo.runtime.engines import Engine, choose_engine
 from fastvideo.runtime.policies import Policies
 
@@ -283,6 +283,25 @@ def linked(path: Path, field: str) -> Path:
         return path
     best = read_record(found[-1], field).get("best")
     return found[-1] if path.name == "latest" else (best and checkpoint_at(path.parent, best["iteration"])) or path
+
+
+def check_tuned_place(path: Path, field: str) -> None:
+    """Raises FlagError about the setting `field` for a path without a tuned model, such as a run's own folder.
+
+    Reads no file. What may be a hub id passes.
+    """
+    problem = None
+    if path.is_dir():
+        if not any(any(path.glob(name)) for name in ("*.safetensors", "config.json", "transformer", RECORD)):
+            problem = "no checkpoint in it"
+    elif path.is_file():
+        if path.suffix != ".safetensors":
+            problem = GGUF if path.suffix == ".gguf" else "is no .safetensors file, and other files may hold code"
+    elif not may_be_hub_id(str(path)):
+        problem = "no such file or folder"
+    if problem:
+        run = path if path.is_dir() else path.parent
+        raise FlagError(field, path, problem + (f"; did you mean {run / LINKS[0]}?" if checkpoints(run) else ""))
 
 
 def point_to(output_dir: Path, best: dict[str, Any] | None) -> None:

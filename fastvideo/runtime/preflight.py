@@ -30,6 +30,7 @@ from fastvideo.models.pretrained import (
     check_pipeline,
     family_of,
     few_steps,
+    may_be_hub_id,
     meta_transformer,
     misplaced,
     no_folder,
@@ -231,8 +232,7 @@ def _missing_in_pipeline(config: GRPOConfig) -> Iterator[FlagError]:
         yield FlagError(BASE, path, problem)
         return
     if folder is None:
-        local = path.startswith((".", "/", "~", "data/", "outputs/", "ckpt/")) or Path(path).parent.is_dir()
-        if path.count("/") == 1 and not local:
+        if may_be_hub_id(path):
             yield from _from_hub(BASE, path)
         else:
             yield FlagError(BASE, path, no_folder(path))

@@ -43,7 +43,6 @@ from fastvideo.io.pictures import png
 from fastvideo.io.processes import Processes, barrier, processes
 from fastvideo.io.prompts import read_prompts
 from fastvideo.io.resumable import Claims, Store, digest, finish
-from fastvideo.io.weights import GGUF
 from fastvideo.io.words import counted
 from fastvideo.models.family import LatentShape
 from fastvideo.models.lora import LORA_CONFIG, LORA_FILE, lora_file
@@ -62,7 +61,7 @@ from fastvideo.models.pretrained import (
     load_with_lora,
     meta_transformer,
 )
-from fastvideo.runtime.checkpoint import checkpoint_of, linked, read_record
+from fastvideo.runtime.checkpoint import check_tuned_place, checkpoint_of, linked, read_record
 
 import numpy as np
 import torch
@@ -170,12 +169,10 @@ def check_tuned(base: str, model_path: str) -> None:
 
     Reads LoRA adapters, and of whole models only the headers. Checks nothing of a hub id.
     """
+    check_tuned_place(Path(model_path), "model_path")
     if lora_file(model_path):
         check_lora(base, model_path)
     elif file := _weight_file(model_path):
-        if file.suffix != ".safetensors":
-            problem = f"a {file.suffix} file may hold code; give a .safetensors file, LoRA or whole transformer"
-            raise FlagError("model_path", model_path, GGUF if file.suffix == ".gguf" else problem)
         check_files(model_path, file, "model_path", meta_transformer(base))
     elif Path(model_path).exists() or model_path.count("/") != 1:
         tuned, own = check_transformer(model_path, "model_path"), meta_transformer(base)
@@ -374,6 +371,8 @@ def sample(config: SampleConfig) -> Path:
     """
     if config.model_path:
         config = replace(config, model_path=str(linked(Path(config.model_path), "model_path")))
+        if not config.baseline:
+            check_tuned_place(Path(config.model_path), "model_path")
     if config.pretrained_model_name_or_path is None:
         config = replace(config, pretrained_model_name_or_path=_trained_from(config.model_path))
     if config.guidance_scale is None:
