@@ -175,9 +175,7 @@ def test_checkpoints_of_a_run_and_their_averages_are_sampled_as_diffusers_does(t
     for number, path in enumerate((whole, whole / "ema", lora, lora / "ema", lora / LORA_FILE)):
         unnamed = ("--pretrained_model_name_or_path", "None") if number % 2 else ()
         manifest = main(command(tmp_path, f"out{number}", "--model_path", path, *unnamed))
-        note = (
-            f"note: --pretrained_model_name_or_path is {TINY}, from which {whole if number < 2 else lora} was trained"
-        )
+        note = f"note: --pretrained_model_name_or_path is {TINY}, the base model of {whole if number < 2 else lora}"
         assert (note in capsys.readouterr().err) == bool(unnamed)
         pipe = FluxPipeline.from_pretrained(TINY, dtype=torch.float32)
         if number < 2:

@@ -31,7 +31,7 @@ def test_early_windows_spread_samples_more_than_late_ones(tiny_flux, prompts_fil
 
 
 def test_a_tuned_model_that_is_not_there_is_named(tiny_flux, refused):
-    with refused("--model_path nope: no such folder"):
+    with refused("--model_path nope: no such file or folder"):
         window_spread.main(["--pretrained_model_name_or_path", tiny_flux, "--model_path", "nope"])
 
 

@@ -6,6 +6,7 @@
 --model_path wherever a full checkpoint does. The others are for FLUX.1. original: the same in the names of the original
 code, as one file that ComfyUI and FluxTransformer2DModel.from_single_file load; also for a full checkpoint.
 lora_diffusers, lora_kohya: the adapters alone, with alpha, in the names of diffusers or of kohya's scripts and ComfyUI.
+checkpoint.json beside each names the base model for sampling.
 """
 
 import math
@@ -71,7 +72,7 @@ from fastvideo.models.flux import Flux1
 from fastvideo.models.lora import LORA_FILE, Adapters, find_lora, lora_file
 from fastvideo.models.original import join, kohya_adapters, open_transformer, original_names, original_shapes
 from fastvideo.models.pretrained import BASE, check_lora, meta_transformer, stored_transformer
-from fastvideo.runtime.checkpoint import RECORD, WEIGHTS, check_tuned_place, checkpoint_of, linked, read_record
+from fastvideo.runtime.checkpoint import RECORD, WEIGHTS, base_of, check_tuned_place, checkpoint_of, linked, write_base
 from fastvideo.runtime.resume import check_base_model
 
 import torch
@@ -90,11 +91,8 @@ def base_model(config: MergeConfig, adapters: Path) -> str:
         raise FlagError(BASE, None, f"needed, as {config.model_path} has no {RECORD}")
     if checkpoint is None:
         return config.pretrained_model_name_or_path
-    try:
-        base = config.pretrained_model_name_or_path or read_record(checkpoint, "model_path")["settings"][BASE]
-        check_base_model(checkpoint, base, "model_path")
-    except (KeyError, TypeError) as error:
-        raise FlagError("model_path", config.model_path, f"{RECORD} doesn't name its base model: {error!r}") from error
+    base = config.pretrained_model_name_or_path or base_of(checkpoint, "model_path")
+    check_base_model(checkpoint, base, "model_path")
     return base
 
 
@@ -111,13 +109,15 @@ def merge(config: MergeConfig) -> Path:
         check_tuned_place(model_path, "model_path")
         if config.format == "original" and not lora_file(model_path):
             base, field, adapters = str(model_path), "model_path", None  # a full checkpoint, only under other names
+            checkpoint = checkpoint_of(model_path)
+            made_from = base_of(checkpoint, field) if checkpoint else config.pretrained_model_name_or_path
         elif not lora_file(model_path) and (model_path / WEIGHTS).is_file():
             problem = "has all weights and no adapters, so there is nothing to merge; --format original fits it"
             raise FlagError("model_path", model_path, problem)
         else:
             file = find_lora(model_path, "model_path")
             base, field = base_model(config, file), BASE
-            adapters = check_lora(base, file)
+            adapters, made_from = check_lora(base, file), base
         if config.format != "diffusers" and not isinstance(meta_transformer(base, field=field), Flux1.transformer):
             raise FlagError("format", config.format, f"{base} is no FLUX.1; choose diffusers")
         part = output / PART
@@ -128,6 +128,8 @@ def merge(config: MergeConfig) -> Path:
                 _write_adapters(config, part, meta_transformer(base), adapters)
             else:
                 _write_model(config, part, base, field, adapters)
+            if made_from:
+                write_base(part, made_from)
             usual_modes(part)
             for path in sorted(part.iterdir(), key=lambda path: path.name == "config.json"):
                 os.replace(path, output / path.name)  # config.json last: a folder without it is no model

@@ -95,8 +95,22 @@ def read_record(checkpoint: Path, field: str = "resume_from_checkpoint") -> dict
     return record
 
 
+def write_base(folder: Path, base: str) -> None:
+    """Records the base model of a model in `folder` that was made from a checkpoint, for `base_of`."""
+    record = {"settings": {BASE: base}, "base_model_hash": base_model_hash(base), "format": FORMAT}
+    write_json(folder / RECORD, record | {"record_sha256": digest(record, 64)})
+
+
+def base_of(checkpoint: Path, field: str) -> str:
+    """The base model that a record names. Raises FlagError about the setting `field` if it names none."""
+    try:
+        return read_record(checkpoint, field)["settings"][BASE]
+    except (KeyError, TypeError) as error:
+        raise FlagError(field, checkpoint, f"{RECORD} doesn't name its base model: {error!r}") from error
+
+
 def checkpoint_of(path: Path) -> Path | None:
-    """The checkpoint that `path` is or lies in: a checkpoint's folder, its ema/, or a file in one of them."""
+    """The folder with the record of what `path` names: a checkpoint or merged model, its ema/, or a file in one."""
     return next((folder for folder in (path, *path.parents[:2]) if (folder / RECORD).is_file()), None)
 
 

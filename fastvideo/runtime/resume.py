@@ -24,6 +24,7 @@ from fastvideo.runtime.checkpoint import (
     LINKS,
     RECORD,
     base_model_hash,
+    base_of,
     checkpoint_at,
     checkpoints,
     is_checkpoint,
@@ -394,12 +395,12 @@ def _check_judge(checkpoint: Path, before: str | None, config: GRPOConfig) -> No
 
 def check_base_model(checkpoint: Path, base_model: str, field: str = "resume_from_checkpoint") -> None:
     """Raises FlagError about the setting `field` if the checkpoint is known to have another base model."""
-    record, now = read_record(checkpoint, field), base_model_hash(base_model)
-    if None not in (now, record["base_model_hash"]) and now != record["base_model_hash"]:
+    known, now = read_record(checkpoint, field).get("base_model_hash"), base_model_hash(base_model)
+    if None not in (now, known) and now != known:
         raise FlagError(
             field,
             checkpoint,
-            f"was trained from another base model ({record['settings']['pretrained_model_name_or_path']}) than "
+            f"was trained from another base model ({base_of(checkpoint, field)}) than "
             f"--pretrained_model_name_or_path {base_model}",
         )
 

@@ -61,7 +61,7 @@ from fastvideo.models.pretrained import (
     load_with_lora,
     meta_transformer,
 )
-from fastvideo.runtime.checkpoint import check_tuned_place, checkpoint_of, linked, read_record
+from fastvideo.runtime.checkpoint import base_of, check_tuned_place, checkpoint_of, linked
 
 import numpy as np
 import torch
@@ -353,12 +353,12 @@ def _sample_run(
 
 
 def _trained_from(model_path: str | None) -> str:
-    """The base model of the checkpoint that `--model_path` names; the usual one for other models."""
+    """The base model of the checkpoint or merged model that `--model_path` names; the usual one for other models."""
     checkpoint = checkpoint_of(Path(model_path)) if model_path else None
     if checkpoint is None:
         return GRPOConfig.pretrained_model_name_or_path
-    base = read_record(checkpoint, "model_path")["settings"][BASE]
-    say(f"note: --{BASE} is {base}, from which {checkpoint} was trained")
+    base = base_of(checkpoint, "model_path")
+    say(f"note: --{BASE} is {base}, the base model of {checkpoint}")
     return base
 
 

@@ -15,8 +15,8 @@ class SampleConfig:
 
     pretrained_model_name_or_path: str | None = flag(
         None,
-        "base FLUX.1 or FLUX.2 klein pipeline: a folder or a hub id (None: the one from which the checkpoint "
-        "--model_path was trained; else data/flux)",
+        "base FLUX.1 or FLUX.2 klein pipeline: a folder or a hub id (None: the one of the checkpoint or merged "
+        "model --model_path; else data/flux)",
         section="model",
     )
     flux_baseline_model_dir: str | None = flag(None, "another name of --pretrained_model_name_or_path")
