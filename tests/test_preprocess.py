@@ -69,7 +69,7 @@ def test_each_caption_gets_the_embedding_that_the_pipeline_makes_of_it(tmp_path)
             torch.testing.assert_close(stored, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_captions_stay_bound_to_their_embeddings_when_the_prompt_file_is_edited(tmp_path):
+def test_captions_stay_bound_to_their_embeddings_when_the_prompt_file_is_edited(tmp_path, capsys):
     def bound(*lines: str) -> dict[str, bytes]:
         index = main(flags(prompt_file(tmp_path, *lines), tmp_path / "out", "--batch_size", "1"))
         entries = json.loads(index.read_text())
@@ -77,7 +77,9 @@ def test_captions_stay_bound_to_their_embeddings_when_the_prompt_file_is_edited(
         return {e["caption"]: (index.parent / "prompt_embed" / e["prompt_embed_path"]).read_bytes() for e in entries}
 
     before = bound("one", "two", "three")
+    assert "note: " not in capsys.readouterr().err
     after = bound("zero", "three", "one and a half", "one")
+    assert "prompt.json listed 3 prompts, 1 of which" in capsys.readouterr().err
     assert after["one"] == before["one"] and after["three"] == before["three"]
     assert len({*before.values(), *after.values()}) == 5
 

@@ -15,6 +15,7 @@ its caption however the prompt file is edited, a second run embeds only new capt
 first model's embeddings.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,7 @@ from fastvideo.dataset.latent_flux_rl_datasets import FOLDERS, NEGATIVE, TENSORS
 from fastvideo.io.devices import resolve_dtype, torch_dtype
 from fastvideo.io.files import is_tensor_file, write_json, write_tensor, writing
 from fastvideo.io.fingerprint import model_fingerprint
+from fastvideo.io.messages import say
 from fastvideo.io.processes import Processes, processes
 from fastvideo.io.resumable import Store, digest, finish
 from fastvideo.io.words import counted
@@ -168,12 +170,26 @@ def embed_prompts(
             for entry, metadata, weight in zip(entries, prompt_file.metadata, prompt_file.weights, strict=True):
                 entry |= {"metadata": metadata} if metadata else {}
                 entry |= {WEIGHT: weight} if weight != 1 else {}
+            _tell_of_replaced(index_path, captions, prompts_file)
             write_json(index_path, entries)
             print(f"{prompts_file}: {prompt_file}; embeddings in {dtype}; {index_path}")
 
         print(f"rank {rank}: {made} embedded, {there} were there")
         finish(here, write)
         return index_path
+
+
+def _tell_of_replaced(index_path: Path, captions: Sequence[str], prompts_file: str | Path) -> None:
+    """Says which prompts training will no longer use, if prompt.json lists some that `captions` lacks."""
+    try:
+        before = [entry["caption"] for entry in json.loads(index_path.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, KeyError, TypeError):  # none, or nothing that training could use
+        return
+    if lost := len({*before} - {*captions}):
+        say(
+            f"note: {index_path} listed {counted(len(before), 'prompt')}, {lost} of which {prompts_file} lacks; their "
+            f"embeddings stay, but training now uses the {counted(len(captions), 'prompt')} of {prompts_file}"
+        )
 
 
 @flag_errors("preprocess_flux_embedding.py", {BASE: "model_path"})
