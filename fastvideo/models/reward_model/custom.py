@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastvideo.cli import FlagError
+from fastvideo.cli import FlagError, choose_from
 from fastvideo.io.secrets import one_line
 from fastvideo.io.waiting import waiting
 from fastvideo.models.reward_model.granular import as_scores
@@ -40,13 +40,17 @@ class FunctionReward:
     def __init__(self, path: str, field: str = "reward_model") -> None:
         module_name, _, function_name = path.partition(":")
         try:
-            function = getattr(importlib.import_module(module_name), function_name)
+            module = importlib.import_module(module_name)
         except ModuleNotFoundError as error:
             if error.name is None or not (module_name + ".").startswith(error.name + "."):
                 raise  # the module exists, but something that it imports doesn't
             raise FlagError(field, path, f"no module {error.name!r} (is it on PYTHONPATH?)") from None
-        except AttributeError:
-            raise FlagError(field, path, f"{module_name} has no {function_name!r}") from None
+        function = getattr(module, function_name, None)
+        if function is None:
+            functions = inspect.getmembers(module, inspect.isfunction)
+            own = [name for name, f in functions if f.__module__ == module_name and not name.startswith("_")]
+            advice = f"; {choose_from(own, function_name)}" if own else ""
+            raise FlagError(field, path, f"{module_name} has no {function_name!r}{advice}")
         if not callable(function):
             raise FlagError(field, path, f"{function_name} is not callable")
         self.function = function

@@ -8,8 +8,10 @@ every command line reads it before it can print --help.
 import importlib.util
 import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from fastvideo.cli import FlagError, choose_from, flag
@@ -404,6 +406,11 @@ def _parse_item(item: str, field: str) -> tuple[str, float | None]:
         if ":" in item:
             raise FlagError(field, repr(item), f"weigh the parts of {name} one by one, as hpsv2:0.5")
         return name, None
+    if name.endswith(".py"):
+        module = name.removesuffix(".py").replace("/", ".")
+        raise FlagError(field, repr(item), f"leave out .py: {module}:{rest or 'FUNCTION'}")
+    if name.isidentifier() and not rest and any(Path(folder, f"{name}.py").is_file() for folder in sys.path):
+        raise FlagError(field, repr(item), f"name a function: {name}:FUNCTION")
     custom = re.fullmatch(r"([A-Za-z_][\w.]*:[A-Za-z_]\w*)(?::(.*))?", item)
     if not custom:
         raise FlagError(field, repr(item), f"unknown reward; {choose_from(_choices(), name)}")
