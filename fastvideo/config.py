@@ -594,7 +594,8 @@ class GRPOConfig(RewardSpecConfig):
                 self._need(getattr(self, name) == plain, name, "goes with --rollout_precision fp8")
             return
         fits = self.rollout_precision != "fp8" or self.mixed_precision == "bf16"
-        self._need(fits, "rollout_precision", "FP8 products return bf16: needs --mixed_precision bf16")
+        problem = "needs GPUs with FP8 products (compute capability 8.9 or more) and --mixed_precision bf16"
+        self._need(fits, "rollout_precision", problem)
         fits = self.parallel != "deepspeed"
         self._need(fits, "rollout_precision", "goes with --parallel none, ddp or fsdp, not deepspeed")
 

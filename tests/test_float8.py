@@ -236,7 +236,7 @@ def test_what_fp8_cannot_do_is_refused_before_anything_loads(flags, refused, tmp
         "--rollout_precision fp8: needs GPUs with FP8 products .* choose --rollout_precision bf16": {
             "mixed_precision": "bf16"
         },
-        "--rollout_precision fp8: .*--mixed_precision bf16": {},
+        "--rollout_precision fp8: needs GPUs with FP8 products .* and --mixed_precision bf16": {},
         "--rollout_precision fp8: .* not deepspeed": {"mixed_precision": "bf16", "parallel": "deepspeed"},
         "--fp8_steps all: goes with --rollout_precision fp8": {"rollout_precision": "bf16", "fp8_steps": "all"},
     }
