@@ -154,7 +154,8 @@ def check_fields(config: Any) -> None:
         for chosen in (value if isinstance(value, list) else [value]) if choices else []:
             if chosen in choices:
                 continue
-            raise FlagError(f.name, chosen, choose_from(choices, chosen))
+            empty = ["none"] if isinstance(value, list) else []
+            raise FlagError(f.name, chosen, choose_from([*choices, *empty], chosen))
 
 
 def choose_from(choices: Iterable[Any], chosen: object) -> str:
@@ -277,7 +278,11 @@ class _Parser(argparse_dataclass.ArgumentParser):
         namespace, unknown = argparse.ArgumentParser.parse_known_args(self, argv)
         if unknown:
             name = unknown[0].partition("=")[0]
-            self.error(f"unknown flag {name}" + (self._answer(name.lstrip("-")) if name.startswith("-") else ""))
+            if name.startswith("-"):
+                self.error(f"unknown flag {name}{self._answer(name.lstrip('-'))}")
+            owners = [f"--{f.name} {name}" for f in self._by_name.values() if name in f.metadata.get("choices", ())]
+            advice = f"; did you mean {' or '.join(owners)}?" if owners else ""
+            self.error(f"{name} is the value of no flag{advice}")
         return {name: value for name, value in vars(namespace).items() if value is not argparse_dataclass.MISSING}
 
     def _answer(self, unknown: str) -> str:

@@ -133,6 +133,7 @@ def test_a_benchmark_samples_scores_and_compares_with_the_baseline(sets, tiny_fl
         ),
         ({**elsewhere, "reward_model_type": "vlm_judge"}, "--vlm_judge_url: not given; vlm_judge needs the URL"),
         ({**elsewhere, "prompts_file": "data/prompts.txt"}, "--prompts_file data/prompts.txt: a benchmark has its own"),
+        ({"baseline": "geneval"}, "geneval is the value of no flag; did you mean --benchmark geneval"),
         ({**elsewhere, "benchmark": "coco"}, "--benchmark: invalid choice: 'coco'|argument --benchmark: invalid"),
     ):
         with refused(f"({message})"):

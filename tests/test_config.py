@@ -117,7 +117,8 @@ def test_an_unknown_flag_is_an_error_with_a_suggestion(capsys):
     assert "--samplng_steps; did you mean --sampling_steps?" in refusal(capsys, "--samplng_steps", "5")
     assert "unknown flag --sampling" in refusal(capsys, "--sampling", "5")  # no abbreviations
     assert "did you mean --no_roll_back?" in refusal(capsys, "--no_rol_back")
-    assert "unknown flag" in refusal(capsys, "stray")
+    assert "error: stray is the value of no flag (" in refusal(capsys, "stray")
+    assert "error: ddp is the value of no flag; did you mean --parallel ddp? (" in refusal(capsys, "ddp")
 
 
 # Every flag of the reference recipe, with a value it may have there (None: a switch).
@@ -434,6 +435,9 @@ def test_a_corrupt_embedding_is_found_before_training_wherever_it_is(
         ({"reward_model": "unified_reward"}, ("--unified_reward_url",)),
         ({"reward_model": "no_such_module:reward"}, ("--reward_model", "no_such_module")),
         ({"reward_model": "custom_rewards:no_such_function"}, ("--reward_model", "no_such_function")),
+        ({"reward_model": "custom_rewards:britness"}, ("has no 'britness'; choose from ", "did you mean brightness?")),
+        ({"reward_model": "custom_rewards.py:brightness"}, ("leave out .py: custom_rewards:brightness",)),
+        ({"reward_model": "custom_rewards"}, ("name a function: custom_rewards:FUNCTION",)),
         ({"granular_start_weights": (0.5, -0.3, 0.2)}, ("--granular_start_weights", "-0.3")),
         ({"granular_end_weights": (0, 0, 0)}, ("--granular_end_weights", "above 0")),
         ({"granular_start_weights": (1, 2)}, ("--granular_start_weights", "binding, form, clean")),

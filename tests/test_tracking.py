@@ -331,7 +331,10 @@ def test_log_with_names_the_trackers_and_use_wandb_adds_or_removes_one(argv, exp
 def test_a_tracker_that_does_not_exist_or_is_not_installed_is_refused(flags, capsys, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None if name == "swanlab" else find(name, *_))
-    for name, advice in (("tensorbord", "choose from wandb, tensorboard"), ("swanlab", "pip install -e '.[trackers]'")):
+    for name, advice in (
+        ("tensorbord", "trackio, none; did you mean tensorboard?"),
+        ("swanlab", "pip install -e '.[trackers]'"),
+    ):
         with pytest.raises(SystemExit) as stop:
             main([*flags(log_with=["wandb", name]), "--dry_run"])
         error = capsys.readouterr().err.splitlines()[-1]
