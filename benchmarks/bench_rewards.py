@@ -1,6 +1,7 @@
 """Images per second and peak memory of every reward and of the multi_reward mix; random weights, no downloads.
 
     python benchmarks/bench_rewards.py --device cuda --dtype bf16
+    python benchmarks/bench_rewards.py --device cuda --dtype bf16 --rewards hpsv3 geneval     # these rows alone
     python benchmarks/bench_rewards.py --device cpu --narrow --images 3 --image_size 256      # a quick look anywhere
 
 Writes each model's checkpoint at full architecture and in its real format (34 GB; --folder keeps the files for a run
@@ -71,6 +72,7 @@ METADATA = {  # of vlm_questions and of geneval
 class BenchmarkConfig:
     """Settings of the benchmark."""
 
+    rewards: list[str] = flag(list(SETS), "rows of the table", choices=list(SETS))
     device: str = flag(resolve_device(), "where the models run")
     dtype: str = flag("bf16", "number format of the models", choices=list(DTYPES))
     images: int = flag(12, "pictures of one prompt", at_least=1)
@@ -158,7 +160,8 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if config.narrow:
             checkpoints.narrow_architectures(patch, folder)
-        for name, (reward_model, mode, needed) in SETS.items():
+        for name in config.rewards:
+            reward_model, mode, needed = SETS[name]
             for kind in needed:
                 if not (folder / f"{kind}.made").exists():
                     checkpoints.MAKERS[kind](folder, full=not config.narrow)

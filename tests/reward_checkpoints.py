@@ -65,14 +65,14 @@ def pictures() -> list[Image.Image]:
 
 def randomize(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     """Random weights that all affect the score. Default initialisation would give nearly constant scores."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(next(module.parameters()).device).manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
             if parameter.dim() >= 2:
                 fan_in = parameter[0].numel()
                 parameter.normal_(std=fan_in**-0.5, generator=generator)
             elif parameter.dim() == 1:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, device=parameter.device))
     return module.eval()
 
 
@@ -365,7 +365,8 @@ def make_hpsv3(folder: Path, full: bool = False, guide: str = HPSV3_GUIDE) -> No
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)  # as published; 8 billion parameters in fp32 would take 33 GB
     try:
-        model = randomize(hpsv3.Rater(loaded), 8)
+        with torch.device("cuda" if full and torch.cuda.is_available() else "cpu"):  # a CPU draws them in minutes
+            model = randomize(hpsv3.Rater(loaded), 8)
     finally:
         torch.set_default_dtype(before)
     old_names = {new: old for old, new in hpsv3.NAMES.items()}
