@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 
 from fastvideo.eval import run_benchmark
-from fastvideo.eval.prompt_sets import COMPOSITIONS, SETS
+from fastvideo.eval.prompt_sets import COMPOSITIONS, DRAWBENCH, SETS
 from fastvideo.models.reward_model.spec import RewardSpecConfig
 from fastvideo.models.reward_model.utils import build_reward_models, check_reward_files
 from fastvideo.models.reward_model.vlm_questions import can_score
@@ -24,13 +24,13 @@ DPG += """question_natural_language
 9,A dog and a hat.,,3,"1,2",relation,spatial,"relation - spatial (hat, dog)",Is the hat on the dog?
 """
 FILES = {
-    "hpsv2": {f"{style}.json": json.dumps([f"a {style} cat", "a dog"]) for style in ("anime", "photo")}
-    | {f"{style}.json": '["a hat"]' for style in ("concept-art", "paintings")},
+    "hpsv2": {f"benchmark/{style}.json": json.dumps([f"a {style} cat", "a dog"]) for style in ("anime", "photo")}
+    | {f"benchmark/{style}.json": '["a hat"]' for style in ("concept-art", "paintings")},
     "partiprompts": {
         "PartiPrompts.tsv": "Prompt\tCategory\tChallenge\tNote\n"
         'a wall. The words "Fly" are on it. \tArts\tComplex\t\nthe moon\tOutdoor Scenes\tBasic\tEasy\n'
     },
-    "drawbench": {"drawbench.csv": 'Prompts,Category\nA red colored car.,Colors\n"A cat, a dog.",Counting\n'},
+    "drawbench": {DRAWBENCH: 'Prompts,Category\nA red colored car.,Colors\n"A cat, a dog.",Counting\n'},
     "geneval": {
         "evaluation_metadata.jsonl": '{"tag": "counting", "include": [{"class": "clock", "count": 2}], '
         '"exclude": [{"class": "clock", "count": 3}], "prompt": "a photo of two clocks"}\n'
@@ -53,8 +53,8 @@ def sets(tmp_path) -> Path:
     """data/benchmarks with small sets."""
     for name, files in FILES.items():
         folder = tmp_path / "benchmarks" / name
-        folder.mkdir(parents=True)
         for file, text in files.items():
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
             (folder / file).write_text(text, encoding="utf-8")
     return tmp_path / "benchmarks"
 

@@ -48,7 +48,8 @@ class Handler(QuietHandler):
             path = path.removeprefix("http://hub.test")
         self.server.requests.append((self.command, self.path, self.headers.get("Range")))
         for name, files in self.server.repositories.items():
-            if path.startswith((f"/api/models/{name}", f"/{name}/resolve/")):
+            api = name if name.startswith("datasets/") else f"models/{name}"
+            if path.startswith((f"/api/{api}", f"/{name}/resolve/")):
                 return self.hub(name, files, unquote(path))
         if path not in self.server.files:
             return self.answer(404, b"no such file")
@@ -58,7 +59,7 @@ class Handler(QuietHandler):
 
     def hub(self, name, files, path):
         sums = {file: hashlib.sha256(data).hexdigest() for file, data in files.items()}
-        if path.startswith("/api/models"):
+        if path.startswith("/api/"):
             if "/tree/" in path or "/paths-info/" in path:
                 entries = [
                     {"type": "file", "path": file, "size": len(data), "oid": "1" * 40}
@@ -134,9 +135,15 @@ def test_without_a_part_the_parts_and_their_sizes_are_listed_and_nothing_is_down
     assert float(sizes["all"]) == pytest.approx(sum(float(v) for k, v in sizes.items() if k != "all"), abs=0.5)
 
 
-def test_a_dry_run_lists_every_file_and_asks_nobody(download, server, tmp_path):
+def test_a_dry_run_lists_every_file_with_its_size_and_downloads_nothing(download, server, tmp_path):
+    drawbench = "datasets/sayakpaul/drawbench/resolve/ad794cba698c253ffdb6d18eff3fc87b004c1135/DrawBench%20Prompts"
+    server.files = {f"/{drawbench}%20-%20Sheet1.csv": b"x" * 12345}
     status, output = download("all", "--dry_run")
-    assert status == 0 and not server.requests
+    assert status == 0 and {method for method, *_ in server.requests} == {"HEAD"}
+    assert re.search(
+        r"^ +13KB  datasets/sayakpaul/drawbench DrawBench Prompts - Sheet1.csv +-> data/bench", output, re.M
+    )
+    assert re.search(r"^ +\?  \S+/djghosh13/geneval prompts/evaluation_metadata.jsonl +-> data/benchm", output, re.M)
     targets = [line.split(" -> ")[1] for line in output.splitlines()]
     assert len(targets) == len(output.splitlines()) > 20
     for target in (
@@ -148,41 +155,131 @@ def test_a_dry_run_lists_every_file_and_asks_nobody(download, server, tmp_path):
         assert target in targets
     assert sorted(path.name for path in tmp_path.iterdir()) == ["scripts"]
     assert download("hps", "--dry_run")[1].count("\n") == 1
+    sizes = [
+        line.split()[0] for line in download("prompts", "--dry_run", WEB_MIRROR="http://127.0.0.1:9")[1].splitlines()
+    ]
+    assert sizes.count("?") == 4 and all(re.fullmatch(r"\?|[\d.]+KB", size) for size in sizes)
 
 
-def test_prompts_of_hpdv2_and_of_benchmarks_come_beside_the_repository_s_own(download, server, tmp_path):
+@pytest.fixture
+def prompts(download, tmp_path):
+    """Made repositories of the prompts from GitHub, whose commits the script's copy pins: {target: (folder, path)}.
+
+    A file holds the name of its target.
+    """
+    mirror, script, targets = tmp_path / "mirror", tmp_path / SCRIPT, {}
+    for line in download("prompts", "--dry_run", WEB_MIRROR=f"file://{mirror}")[1].splitlines():
+        if found := re.search(rf"file://({mirror}/[^/]+/\S+) (\S+) +-> (\S+)", line):
+            targets[found[3]] = Path(found[1]), found[2]
+    text = script.read_text()
+    for repository in dict(targets.values()):
+        for target, (folder, path) in targets.items():
+            if folder == repository:
+                (folder / path).parent.mkdir(parents=True, exist_ok=True)
+                (folder / path).write_text(target)
+        commit = commit_all(repository)
+        name = repository.relative_to(mirror)
+        text, count = re.subn(rf"(pinned {name}) \w{{40}}", rf"\1 {commit}", text)
+        assert count == 1
+    script.write_text(text)
+    return targets
+
+
+def git(repository: Path, *arguments: str, **given) -> str:
+    command = ["git", "-C", str(repository), "-c", "user.name=a", "-c", "user.email=a@example.org", *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True, **given).stdout.strip()
+
+
+def commit_all(repository: Path) -> str:
+    git(repository, "init", "--quiet")
+    git(repository, "config", "uploadpack.allowFilter", "true")
+    git(repository, "config", "uploadpack.allowAnySHA1InWant", "true")
+    git(repository, "add", ".")
+    git(repository, "commit", "--quiet", "--message", "prompts")
+    return git(repository, "rev-parse", "HEAD")
+
+
+def downloaded(tmp_path) -> dict[str, str]:
+    paths = [path for path in (tmp_path / "data").rglob("*") if path.is_file() and ".cache" not in path.parts]
+    return {path.relative_to(tmp_path).as_posix(): path.read_text() for path in paths}
+
+
+def without_hub(tmp_path, owner: str = "") -> None:
+    """Leaves out the data sets from the hub, or those of an owner: its client takes seconds."""
+    script = tmp_path / SCRIPT
+    script.write_text(re.sub(rf"\n  hub datasets/{owner}[^\n]*\\\n[^\n]*", "", script.read_text()))
+
+
+@pytest.mark.slow
+def test_prompts_come_at_pinned_commits_beside_the_repository_s_own(download, server, prompts, tmp_path):
     """What docs/reproduce.md promises: nothing in data/ is replaced. Every file that a benchmark reads is fetched."""
-    listed = download("prompts", "--dry_run")[1].splitlines()
-    urls = [re.search(r"https?://[^/]+(/\S+) +-> (\S+)", line).groups() for line in listed]
-    server.files = {unquote(path): target.encode() for path, target in urls} | {path: t.encode() for path, t in urls}
-    status, output = download("prompts")
+    of_hub = {f"data/benchmarks/{name}/{file}" for name in ("hpsv2", "drawbench") for file in SETS[name].files}
+    for name, repository in (("hpsv2", "zhwang/HPDv2"), ("drawbench", "sayakpaul/drawbench")):
+        files = {file: f"data/benchmarks/{name}/{file}".encode() for file in SETS[name].files}
+        server.repositories[f"datasets/{repository}"] = files | {"train.tar": b"much"}
+    status, output = download("prompts", WEB_MIRROR=f"file://{tmp_path}/mirror")
     assert status == 0, output
-    found = {path.relative_to(tmp_path).as_posix() for path in (tmp_path / "data").rglob("*") if path.is_file()}
     wanted = {f"data/benchmarks/{name}/{file}" for name, benchmark in SETS.items() for file in benchmark.files}
     own = {"data/prompts_hpdv2.txt", "data/prompts_hpdv2_test.txt"}
-    assert found == wanted | own and all((tmp_path / name).read_text() == name for name in found)
+    assert downloaded(tmp_path) == {target: target for target in wanted | own} and own | wanted == of_hub | set(prompts)
+    pins = dict(re.findall(r"hub (datasets/\S+)@(\w{40}) ", (ROOT / SCRIPT).read_text()))
+    for repository, commit in pins.items():
+        asked = [path for _, path, _ in server.requests if repository in path]
+        assert asked and all(f"/{commit}" in path or f"/{COMMIT}/" in path for path in asked), asked
     page = (ROOT / "docs/reproduce.md").read_text(encoding="utf-8")
     assert "download_checkpoints.sh prompts`" in page and all(f"`{name}`" in page for name in own)
-    ignored = subprocess.run(["git", "check-ignore", *wanted], cwd=ROOT, capture_output=True, text=True).stdout.split()
-    assert set(ignored) == wanted
-
-
-def test_a_host_that_lacks_a_file_or_can_t_be_reached_costs_only_its_own_files(download, server, tmp_path):
-    urls = re.findall(r"https?://[^/]+(/\S+) +-> (\S+)", download("prompts", "--dry_run")[1])
-    server.files = {path: b"prompts" for path, target in urls if "geneval" not in target}
-    status, output = download("prompts")
-    last, geneval = output.splitlines()[-1], "data/benchmarks/geneval/evaluation_metadata.jsonl"
-    assert status == 1 and last.startswith(
-        f"download_checkpoints.sh: 127.0.0.1:{server.server_port} didn't give {geneval};"
+    ignored = subprocess.run(["git", "check-ignore", *wanted], cwd=ROOT, capture_output=True, text=True).stdout.split(
+        "\n"
     )
-    assert f"{hashlib.sha256(b'prompts').hexdigest()}  data/benchmarks/dpg/dpg_bench.csv" in output
-    found = {str(path.relative_to(tmp_path)) for path in (tmp_path / "data").rglob("*") if path.is_file()}
-    assert found == {target for _, target in urls} - {geneval}
+    assert {name.strip('"') for name in ignored if name} == wanted
 
-    (tmp_path / "data/benchmarks/dpg/dpg_bench.csv").unlink()
+
+def test_a_prompt_file_that_was_changed_is_fetched_again_and_a_right_one_asks_no_server(download, prompts, tmp_path):
+    without_hub(tmp_path)
+    mirror = {"WEB_MIRROR": f"file://{tmp_path}/mirror"}
+    assert download("prompts", **mirror)[0] == 0
+    assert downloaded(tmp_path) == {target: target for target in prompts}
     status, output = download("prompts", WEB_MIRROR="http://127.0.0.1:9")
-    assert status == 1 and output.count("curl: (7)") == 1 and "didn't give data/benchmarks/geneval/eval" in output
-    assert "data/benchmarks/dpg/dpg_bench.csv; run the command again, with HTTPS_PROXY or WEB_MIRROR" in output
+    assert status == 0 and output.splitlines() == [f"{target} is there" for target in prompts]
+    changed = "data/benchmarks/dpg/dpg_bench.csv"
+    (tmp_path / changed).write_text("other prompts")
+    status, output = download("prompts", **mirror)
+    assert status == 0 and output.count("is there") == len(prompts) - 1 and f"dpg_bench.csv -> {changed}" in output
+    assert downloaded(tmp_path) == {target: target for target in prompts}
+
+
+def test_other_content_than_that_of_the_pinned_commit_is_refused(download, prompts, tmp_path):
+    """A repository without the commit, and one whose file holds something else under the commit's hashes."""
+    without_hub(tmp_path)
+    geneval, dpg = "data/benchmarks/geneval/evaluation_metadata.jsonl", "data/benchmarks/dpg/dpg_bench.csv"
+    folder, path = prompts[geneval]
+    shutil.rmtree(folder / ".git")
+    (folder / path).write_text("other prompts")
+    commit_all(folder)
+    folder, path = prompts[dpg]
+    true, false = git(folder, "rev-parse", f"HEAD:{path}"), git(folder, "hash-object", "-w", "--stdin", input="false")
+    true, false = (folder / ".git/objects" / name[:2] / name[2:] for name in (true, false))
+    false.replace(true)
+    status, output = download("prompts", WEB_MIRROR=f"file://{tmp_path}/mirror")
+    last = output.splitlines()[-1]
+    assert status == 1 and last.startswith(
+        f"download_checkpoints.sh: this machine didn't give, or not as published: {geneval}, {dpg}; run the"
+    )
+    assert downloaded(tmp_path) == {target: target for target in prompts if target not in (geneval, dpg)}
+
+
+@pytest.mark.slow
+def test_a_host_that_can_t_be_reached_is_asked_once_and_costs_only_its_own_files(download, server, prompts, tmp_path):
+    without_hub(tmp_path, "zhwang")
+    files = {file: b"x" for file in SETS["drawbench"].files}
+    server.repositories["datasets/sayakpaul/drawbench"] = files
+    status, output = download("prompts", WEB_MIRROR="http://127.0.0.1:9")
+    assert status == 1 and output.count("fatal: unable to access") == 1, output
+    assert output.splitlines()[-1].startswith(
+        f"download_checkpoints.sh: 127.0.0.1:9 didn't give, or not as published: {', '.join(prompts)}; run the command "
+        "again, with HTTPS_PROXY, HF_ENDPOINT or WEB_MIRROR if it can't be reached"
+    )
+    assert downloaded(tmp_path) == {f"data/benchmarks/drawbench/{file}": "x" for file in files}
 
 
 def test_an_unknown_part_is_refused_naming_the_choices(download):
@@ -201,7 +298,8 @@ def test_hub_files_come_whole_and_are_compared_with_the_hub_s_sums(download, ser
     assert not (tmp_path / "hps_ckpt/HPS_v2_compressed.pt").exists()
     server.lie = True
     status, output = download("hps")
-    assert status != 0 and "HPS_v2.1_compressed.pt" in output
+    assert status == 1 and "HPS_v2.1_compressed.pt: expected" in output
+    assert "didn't give, or not as published: hps_ckpt/HPS_v2.1_compressed.pt; run" in output
 
 
 def test_a_published_text_is_read_from_its_wheel_and_checked_and_no_code_of_the_wheel_runs(download, tmp_path):

@@ -1,7 +1,7 @@
 """The prompt sets of published benchmarks, as `download_checkpoints.sh prompts` puts them into data/benchmarks/{name}/.
 
-Each set is read in its own layout into entries {"prompt", "category", ...}. What an entry has beside its prompt is the
-prompt's metadata, see io/prompts.py; an evaluation has rows per category.
+Files from the hub keep their path there. Each set is read in its own layout into entries {"prompt", "category", ...}.
+What an entry has beside its prompt is the prompt's metadata, see io/prompts.py; an evaluation has rows per category.
 """
 
 import csv
@@ -15,6 +15,7 @@ from typing import Any
 from fastvideo.eval.benchmark import STYLES, read_benchmark
 
 ALL_PREFERENCES = "image_reward,hpsv2,pick_score,clip_score"
+DRAWBENCH = "DrawBench Prompts - Sheet1.csv"
 COMPOSITIONS = "color shape texture spatial 3d_spatial numeracy non_spatial complex".split()
 
 
@@ -24,7 +25,7 @@ def _table(path: Path, **form: Any) -> list[dict[str, str]]:
 
 
 def _hpsv2(folder: Path) -> list[dict[str, Any]]:
-    styles = read_benchmark(folder, "benchmark")
+    styles = read_benchmark(folder / "benchmark", "benchmark")
     return [{"prompt": prompt, "category": style} for style, prompts in styles.items() for prompt in prompts]
 
 
@@ -34,7 +35,7 @@ def _parti(folder: Path) -> list[dict[str, Any]]:
 
 
 def _drawbench(folder: Path) -> list[dict[str, Any]]:
-    return [{"prompt": row["Prompts"], "category": row["Category"]} for row in _table(folder / "drawbench.csv")]
+    return [{"prompt": row["Prompts"], "category": row["Category"]} for row in _table(folder / DRAWBENCH)]
 
 
 def _geneval(folder: Path) -> list[dict[str, Any]]:
@@ -87,7 +88,7 @@ class PromptSet:
 
 SETS = {
     "hpsv2": PromptSet(
-        files=tuple(f"{style}.json" for style in STYLES),
+        files=tuple(f"benchmark/{style}.json" for style in STYLES),
         read=_hpsv2,
         count=3200,
         images=1,
@@ -98,7 +99,7 @@ SETS = {
     ),
     "partiprompts": PromptSet(("PartiPrompts.tsv",), _parti, 1632, 1, ALL_PREFERENCES),
     "drawbench": PromptSet(
-        ("drawbench.csv",),
+        (DRAWBENCH,),
         _drawbench,
         200,
         1,

@@ -4,14 +4,18 @@
 #
 #   scripts/huggingface/download_checkpoints.sh [flux|klein|hps|hpsv3|image_reward|clip|pick|geneval|mixgrpo|prompts|all] ... [--dry_run]
 #
-#   --dry_run    lists every file with rough size, source and target, and downloads nothing
+#   --dry_run    lists every file with rough size, source and target, and downloads nothing; asks servers for sizes that
+#                aren't written here
 #   HTTP_PROXY, HTTPS_PROXY  are used
 #   HF_TOKEN     for FLUX.1-dev; accept its licence on its page first
 #   HF_ENDPOINT  a mirror of the hub
-#   WEB_MIRROR   a server that has the files that are not on the hub, under the same paths
+#   WEB_MIRROR   a server that has what is not on the hub, under the same paths: files, and the git repositories with
+#                prompts (WEB_MIRROR/Owner/Repository). For these, git's own url.<base>.insteadOf works as well.
 #
-# Files from the hub are checked against the SHA-256 that the hub states, other files against the SHA-256 written here, or
-# theirs is printed. A file that another host doesn't give is named at the end, the others come.
+# Files from the hub are checked against the sums that the hub states. Prompts are those of one commit, named here; from
+# GitHub they come through git, which checks them against the commit's hash. Other files are checked against the SHA-256
+# written here, or theirs is printed. Files that a host doesn't give, or not as published, are named at the end; the others
+# come.
 # HPSv3's rating guide comes from a package, through pip with its settings (PIP_INDEX_URL, ...).
 source "$(dirname "${BASH_SOURCE[0]}")/../environment.sh"
 
@@ -21,7 +25,7 @@ chosen=()
 for argument in "$@"; do
   case "$argument" in
     -h | --help) sed -n '2,/^source /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}" && exit ;;
-    --dry_run | --dry-run) dry_run=1 ;;
+    --dry_run | --dry-run) dry_run=files ;;
     all) chosen=("${PARTS[@]}") ;;
     *)
       [[ " ${PARTS[*]} " == *" $argument "* ]] || {
@@ -36,24 +40,107 @@ done
 hf=$(dirname "$PYTHON_BIN")/hf
 [ -x "$hf" ] || hf=hf
 
-listed() { # SIZE SOURCE TARGET
-  printf '%9s  %-74s -> %s\n' "$@"
+declare -A lacking=() away=() # host -> files that it didn't give; hosts that can't be reached
+
+host_of() { # URL
+  local rest=${1#*://}
+  rest=${rest%%/*}
+  echo "${rest:-this machine}"
 }
 
-# hub REPOSITORY TARGET [SIZE FILE]...   The TARGET `cache` is the hub's own cache, where hub names are looked up.
+lacks() { # HOST TARGET
+  lacking[$1]+="${lacking[$1]:+, }$2"
+}
+
+# away_if HOST STATUS: curl's exit status says whether the host can't be reached.
+away_if() {
+  case $2 in 5 | 6 | 7 | 28) away[$1]=1 ;; esac
+}
+
+# listed SIZE SOURCE TARGET URL: a line of the dry run. For the size `ask` the server is asked; without an answer it is ?.
+listed() {
+  local size=$1 host head bytes
+  if [ "$size" = ask ]; then
+    size='?' host=$(host_of "$4")
+    if [ "$dry_run" = files ] && [ -z "${away[$host]:-}" ]; then
+      head=$(curl --silent --fail --location --head --max-time 5 "${4// /%20}") || { away_if "$host" $? && head=; }
+      # The last of several answers (after redirections) is the file's.
+      bytes=$(awk '/^HTTP/ { n = 0 } tolower($1) == "content-length:" { n = $2 } END { print n + 0 }' <<< "$head")
+      [ "$bytes" = 0 ] || size=$(numfmt --to=si --suffix=B "$bytes")
+    fi
+  fi
+  printf '%9s  %-74s -> %s\n' "$size" "$2" "$3"
+}
+
+# hub [datasets/]REPOSITORY[@COMMIT] TARGET [SIZE FILE]...
+# The TARGET `cache` is the hub's own cache, where hub names are looked up.
 hub() {
-  local repository=$1 target=$2 files=() place=()
+  local name=${1%@*} commit=main type=model target=$2 endpoint=${HF_ENDPOINT:-https://huggingface.co}
+  local source=() files=() targets=() place=()
+  [[ $1 != *@* ]] || commit=${1#*@}
+  [[ $1 != datasets/* ]] || type=dataset
   shift 2
   while [ $# -gt 0 ]; do
-    [ -z "$dry_run" ] || listed "$1" "$repository $2" "$([ "$target" = cache ] && echo "the hub's cache" || echo "$target/$2")"
     files+=(--include "$2")
+    targets+=("$target/$2")
+    [ "$target" != cache ] || targets[-1]="the hub's cache"
+    [ -z "$dry_run" ] || listed "$1" "$name $2" "${targets[-1]}" "$endpoint/$name/resolve/$commit/$2"
     shift 2
   done
   [ -z "$dry_run" ] || return 0
   [ "$target" = cache ] || place=(--local-dir "$target")
-  echo "$repository -> $target"
-  "$hf" download "$repository" "${files[@]}" "${place[@]}"
-  "$hf" cache verify "$repository" "${place[@]}"
+  source=("${name#datasets/}" --repo-type "$type" --revision "$commit" "${place[@]}")
+  echo "$name -> $target"
+  if ! { "$hf" download "${source[@]}" "${files[@]}" && "$hf" cache verify "${source[@]}"; }; then
+    for target in "${targets[@]}"; do
+      lacks "$(host_of "$endpoint")" "$target"
+    done
+  fi
+}
+
+# pinned REPOSITORY COMMIT [SIZE PATH TARGET]...
+# Files of a repository on GitHub. A commit's hash covers all that its files hold. Commits stay in .cache/git, without the
+# other files, so a later run checks the files that are there without a server.
+pinned() {
+  local commit=$2 pin=refs/pins/$2 url=${WEB_MIRROR:-https://github.com}/$1 store=.cache/git/$1
+  local host git error path target blob
+  host=$(host_of "$url")
+  shift 2
+  if [ -n "$dry_run" ]; then
+    while [ $# -gt 0 ]; do
+      listed "$1" "$url $2" "$3" "$url/raw/$commit/$2"
+      shift 3
+    done
+    return
+  fi
+  git init --quiet --bare "$store"
+  git=(env GIT_TERMINAL_PROMPT=0 LC_ALL=C git --git-dir="$store" -c remote.origin.url="$url")
+  if [ -z "${away[$host]:-}" ] && ! "${git[@]}" rev-parse --quiet --verify "$pin" > /dev/null; then
+    error=$("${git[@]}" fetch --quiet --depth 1 --filter=blob:none origin "$commit:$pin" 2>&1) || {
+      echo "$error" >&2
+      [[ $error != *"unable to access"* ]] || away[$host]=1
+    }
+  fi
+  while [ $# -gt 0 ]; do
+    path=$2 target=$3
+    shift 3
+    blob=$("${git[@]}" rev-parse --quiet --verify "$pin:$path") || {
+      lacks "$host" "$target"
+      continue
+    }
+    if [ -f "$target" ] && [ "$(git hash-object --no-filters "$target")" = "$blob" ]; then
+      echo "$target is there"
+      continue
+    fi
+    mkdir -p "$(dirname "$target")"
+    echo "$url $path -> $target"
+    if "${git[@]}" cat-file blob "$blob" > "$target.part"; then # fetches it; git checks what comes against its hash
+      mv "$target.part" "$target"
+    else
+      rm "$target.part"
+      lacks "$host" "$target"
+    fi
+  done
 }
 
 # right TARGET SHA256: whether the file is there with this sum.
@@ -74,31 +161,29 @@ finish() {
   [ -n "${3:-}" ] || sha256sum "$2"
 }
 
-declare -A lacking=() away=() # host -> files that it didn't give; hosts that can't be reached
-
 # web URL TARGET SIZE [SHA256]
 web() {
   local url=$1 target=$2 size=$3 sum=${4:-}
+  [ -z "${WEB_MIRROR:-}" ] || url=$WEB_MIRROR/${url#*://*/}
   if [ -n "$dry_run" ]; then
-    listed "$size" "$url" "$target"
+    listed "$size" "$url" "$target" "$url"
     return
   fi
   if [ -f "$target" ] && { [ -z "$sum" ] || right "$target" "$sum"; }; then
     echo "$target is there"
     return
   fi
-  [ -z "${WEB_MIRROR:-}" ] || url=$WEB_MIRROR/${url#*://*/}
   mkdir -p "$(dirname "$target")"
   echo "$url -> $target"
   # A run may have been stopped between download and renaming. Then nothing is missing, and curl would fail.
   if ! { [ -n "$sum" ] && right "$target.part" "$sum"; }; then
-    local status=0 host=${url#*://}
-    host=${host%%/*}
+    local status=0 host
+    host=$(host_of "$url")
     [ -n "${away[$host]:-}" ] || curl --fail --location --retry 5 --continue-at - --output "$target.part" "$url" || status=$?
-    case $status in 5 | 6 | 7 | 28) away[$host]=1 ;; esac
+    away_if "$host" $status
     if [ -n "${away[$host]:-}" ] || [ $status != 0 ]; then
-      lacking[$host]+=" $target"
-      return 0
+      lacks "$host" "$target"
+      return
     fi
   fi
   finish "$url" "$target" "$sum"
@@ -110,7 +195,7 @@ packaged() {
   local package=$1 target=$2 size=$3 sum=$4
   shift 4
   if [ -n "$dry_run" ]; then
-    listed "$size" "$package $1" "$target"
+    listed "$size" "$package $1" "$target" ""
     return
   fi
   if right "$target" "$sum"; then
@@ -191,27 +276,28 @@ get_mixgrpo() {
 
 # The prompts of HPDv2 from the MixGRPO repository, beside this repository's own; and the prompts of benchmarks.
 get_prompts() {
-  local hub=${HF_ENDPOINT:-https://huggingface.co}/datasets github=https://github.com to=data/benchmarks style name
-  web $github/Tencent-Hunyuan/MixGRPO/raw/main/data/prompts.txt data/prompts_hpdv2.txt ?
-  web $github/Tencent-Hunyuan/MixGRPO/raw/main/data/prompts_test.txt data/prompts_hpdv2_test.txt ?
-  for style in anime concept-art paintings photo; do
-    web $hub/zhwang/HPDv2/resolve/main/benchmark/$style.json $to/hpsv2/$style.json ?
-  done
-  web $github/google-research/parti/raw/2c99f6652cbc7f0d0441aa91f4c7e7055bcb0071/PartiPrompts.tsv \
-    $to/partiprompts/PartiPrompts.tsv 123KB
-  web "$hub/sayakpaul/drawbench/resolve/ad794cba698c253ffdb6d18eff3fc87b004c1135/DrawBench%20Prompts%20-%20Sheet1.csv" \
-    $to/drawbench/drawbench.csv ?
-  web $github/djghosh13/geneval/raw/main/prompts/evaluation_metadata.jsonl $to/geneval/evaluation_metadata.jsonl ?
-  web $github/TencentQQGYLab/ELLA/raw/main/dpg_bench/dpg_bench.csv $to/dpg/dpg_bench.csv ?
+  local to=data/benchmarks name compositions=()
+  pinned Tencent-Hunyuan/MixGRPO 04914d244841da368394536e0efff429380a821b \
+    ask data/prompts.txt data/prompts_hpdv2.txt ask data/prompts_test.txt data/prompts_hpdv2_test.txt
+  hub datasets/zhwang/HPDv2@b9517430f34b1080d4f741118d2a440155a165cd $to/hpsv2 \
+    63KB benchmark/anime.json 86KB benchmark/concept-art.json 81KB benchmark/paintings.json 45KB benchmark/photo.json
+  pinned google-research/parti 2c99f6652cbc7f0d0441aa91f4c7e7055bcb0071 \
+    123KB PartiPrompts.tsv $to/partiprompts/PartiPrompts.tsv
+  hub datasets/sayakpaul/drawbench@ad794cba698c253ffdb6d18eff3fc87b004c1135 $to/drawbench \
+    ask 'DrawBench Prompts - Sheet1.csv'
+  pinned djghosh13/geneval 16382b084e1f9ceeefed3a8cb102044e67486dd8 \
+    ask prompts/evaluation_metadata.jsonl $to/geneval/evaluation_metadata.jsonl
+  pinned TencentQQGYLab/ELLA 025f650e9b36b9603d606042635d98da09e870de \
+    ask dpg_bench/dpg_bench.csv $to/dpg/dpg_bench.csv
   for name in 12KB/color 16KB/shape 14KB/texture 9KB/spatial 8KB/3d_spatial 11KB/numeracy 18KB/non_spatial 23KB/complex; do
-    web $github/Karine-Huang/T2I-CompBench/raw/main/examples/dataset/${name#*/}_val.txt \
-      $to/t2i_compbench/${name#*/}_val.txt ${name%/*}
+    compositions+=("${name%/*}" "examples/dataset/${name#*/}_val.txt" "$to/t2i_compbench/${name#*/}_val.txt")
   done
+  pinned Karine-Huang/T2I-CompBench 727ae97d7e85d2885820bd688b118a59e3eca63e "${compositions[@]}"
 }
 
 if [ ${#chosen[@]} -eq 0 ] && [ -z "$dry_run" ]; then
   echo "download_checkpoints.sh: name the parts to download, or all; --dry_run lists their files"
-  dry_run=1
+  dry_run=parts
   for part in "${PARTS[@]}"; do
     "get_$part" | sed "s/^/$part /"
   done | awk '
@@ -225,6 +311,6 @@ for part in "${chosen[@]:-${PARTS[@]}}"; do
   "get_$part"
 done
 for host in "${!lacking[@]}"; do
-  echo "download_checkpoints.sh: $host didn't give${lacking[$host]}; run the command again, with HTTPS_PROXY or WEB_MIRROR if it can't be reached (--dry_run lists the addresses)"
+  echo "download_checkpoints.sh: $host didn't give, or not as published: ${lacking[$host]}; run the command again, with HTTPS_PROXY, HF_ENDPOINT or WEB_MIRROR if it can't be reached (--dry_run lists the addresses)"
 done >&2
 [ ${#lacking[@]} = 0 ]
