@@ -34,8 +34,9 @@ def predict_memory(config: GRPOConfig, world_size: int) -> dict[str, float]:
     `rows` isn't GiB: it is --train_micro_batch_size, or its default value. `evaluation` is there if evaluations
     take more than all activations of training.
 
-    Within a tenth of the measurements with one process, and with LoRA. FSDP2 uses more where memory allows: it then
-    keeps gradients whole between micro-batches (80.9 GiB on each of four H200 for FLUX.1, predicted 68.7).
+    Within a tenth of the measurements with one process, and with LoRA of FLUX.1. LoRA of FLUX.2 took 15.3 GiB, and 13.0
+    are predicted; which part is too small isn't known. FSDP2 uses more where memory allows: it then keeps gradients
+    whole between micro-batches (80.9 GiB on each of four H200 for FLUX.1, predicted 68.7).
 
     Raises:
         FlagError: a model's config.json can't be read.
