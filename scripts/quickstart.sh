@@ -2,7 +2,7 @@
 # The whole pipeline on the tiny FLUX in data/tiny_flux, on any machine: embed prompts, train MixGRPO-Flash with the
 # granular reward, draw the withheld scenes with base and tuned model from the same noise, score both, write a report.
 # Arguments go to the trainer.
-#   OUTPUT_DIR   folder for everything (default: a new folder under outputs/)
+#   OUTPUT_DIR   folder for everything, without another run (default: a new folder under outputs/)
 #   PYTHON_BIN   Python of your own environment; without it env_setup.sh makes .venv
 cd "$(dirname "$0")/.."
 [ -n "${PYTHON_BIN:-}" ] || bash env_setup.sh
@@ -15,6 +15,14 @@ case " $* " in *" -h "* | *" --help "* | *" --dry_run "*)
   exec bash scripts/finetune/finetune_tiny_flux.sh --prompts_file data/tiny_prompts.txt --output_dir "$out/run" "$@"
   ;;
 esac
+# As the trainer does, but before anything is written. A run in run/ may be continued.
+for folder in "$out" "$out/run"; do
+  [ "$folder" = "$out" ] || [[ " $*" != *" --resume_from_checkpoint"* ]] || break
+  if [ -e "$folder/metrics.jsonl" ] || compgen -G "$folder/checkpoint-*" > /dev/null; then
+    echo "quickstart.sh: error: OUTPUT_DIR $out: $folder holds a run already; choose another folder" >&2
+    exit 2
+  fi
+done
 model=data/tiny_flux
 run() {
   printf '\n== %s\n' "$1"

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 from fastvideo.io.processes import ONE_REQUEST
 from fastvideo.runtime import resume
-from fastvideo.runtime.checkpoint import CheckpointWriter
+from fastvideo.runtime.checkpoint import CheckpointWriter, write_base
 from fastvideo.runtime.log import Log
 from fastvideo.train_grpo_flux import Trainer, main
 
@@ -150,6 +150,15 @@ def test_a_record_that_is_cut_off_edited_or_of_another_format_is_refused(out, tr
         record.write_text(text)
         error = refuse("out", resume_from_checkpoint="latest")
         assert message in error and f"the newest sound one is {out.checkpoints[0]}" in error
+
+
+def test_a_model_that_was_made_from_a_checkpoint_is_no_damaged_checkpoint(out, refuse, tiny_flux, tmp_path):
+    shutil.copytree(Path(tiny_flux) / "transformer", tmp_path / "merged")
+    write_base(tmp_path / "merged", tiny_flux)
+    error = refuse(resume_from_checkpoint=tmp_path / "merged")
+    assert (
+        "merged: no checkpoint of a training run; give a folder checkpoint-ITERATION-EPOCH of an --output_dir" in error
+    )
 
 
 def edit(record: Path, **given) -> None:

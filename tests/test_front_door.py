@@ -285,6 +285,20 @@ def test_preprocessing_and_index_as_the_readme_of_e_grpo_writes_them(
         assert done.returncode == 2 and named in done.stderr and len(done.stderr.splitlines()) == 1
 
 
+def test_the_quickstart_refuses_a_folder_that_holds_a_run(tmp_path, subprocess_environment):
+    for held in (tmp_path / "one", tmp_path / "two/run"):
+        held.mkdir(parents=True)
+        (held / "metrics.jsonl").touch()
+        out = tmp_path / held.relative_to(tmp_path).parts[0]
+        environment = {**subprocess_environment, "PYTHON_BIN": sys.executable, "OUTPUT_DIR": str(out)}
+        done = subprocess.run(
+            ["bash", "scripts/quickstart.sh"], cwd=ROOT, env=environment, capture_output=True, text=True
+        )
+        line = f"quickstart.sh: error: OUTPUT_DIR {out}: {held} holds a run already; choose another folder\n"
+        assert (done.returncode, done.stdout, done.stderr) == (2, "", line)
+        assert [*held.iterdir()] == [held / "metrics.jsonl"] and len([*out.iterdir()]) == 1
+
+
 @pytest.mark.parametrize("script", ["scripts/quickstart.sh", "scripts/huggingface/download_checkpoints.sh"])
 def test_scripts_that_take_long_explain_themselves_and_stop(script, tmp_path, subprocess_environment):
     environment = {**subprocess_environment, "PYTHON_BIN": sys.executable, "OUTPUT_DIR": str(tmp_path / "out")}

@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -143,13 +144,26 @@ REFUSED = {
 }
 
 
+# The problem is the format, not what is in it.
+OTHER_FORMAT = "neither|: not JSON|no column|not a readable Parquet|is no text but|not one of the formats"
+
+
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_no_list_of_prompts_is_refused_with_its_place_and_the_formats(name, tmp_path):
+def test_what_is_no_list_of_prompts_is_refused_with_its_place_and_another_format_with_those_that_are_read(
+    name, tmp_path
+):
     content, problem = REFUSED[name]
-    message = f"^prompts_file .*{name}: .*{problem}.*; give text with one prompt per line, a JSON"
-    with pytest.raises(FlagError, match=message) as error:
+    with pytest.raises(FlagError, match=f"^prompts_file .*{name}: .*{problem}") as error:
         read_prompts(write(tmp_path, name, content), "prompts_file")
-    assert "\n" not in str(error.value)
+    line = str(error.value)
+    assert "\n" not in line
+    assert ("; give text with one prompt per line, a JSON" in line) == bool(re.search(OTHER_FORMAT, line))
+
+
+def test_a_prompt_file_that_is_not_there_is_one_short_line(tmp_path):
+    with pytest.raises(FlagError) as error:
+        read_prompts(tmp_path / "p.txt", "prompts_file")
+    assert str(error.value) == f"prompts_file {tmp_path / 'p.txt'}: No such file or directory"
 
 
 def test_what_parquet_files_and_data_sets_say_beside_a_prompt_is_what_json_lines_say(tmp_path, monkeypatch):

@@ -166,8 +166,8 @@ def test_every_way_to_name_a_tuned_model_gives_its_pictures(tmp_path, tuned, ref
         main(command(tmp_path, "wrong", "--model_path", weights))
 
 
-def test_checkpoints_of_a_run_and_their_averages_are_sampled_as_diffusers_does(tmp_path, train, capsys):
-    """Without a base model, with the one that the checkpoint was trained from."""
+def test_checkpoints_of_a_run_and_their_averages_are_sampled_as_diffusers_does(tmp_path, train, capsys, random_flux):
+    """Without a base model, with the one that the checkpoint was trained from. Another one is named in a warning."""
     given = {"learning_rate": 3e-2, "ema_decay": 0.5, "max_train_steps": 1}
     lora = train(use_lora=True, lora_rank=4, lora_alpha=8, **given).checkpoints[-1]
     whole = train(**{**given, "learning_rate": 1e-3}).checkpoints[-1]
@@ -176,7 +176,8 @@ def test_checkpoints_of_a_run_and_their_averages_are_sampled_as_diffusers_does(t
         unnamed = ("--pretrained_model_name_or_path", "None") if number % 2 else ()
         manifest = main(command(tmp_path, f"out{number}", "--model_path", path, *unnamed))
         note = f"note: --pretrained_model_name_or_path is {TINY}, the base model of {whole if number < 2 else lora}"
-        assert (note in capsys.readouterr().err) == bool(unnamed)
+        said = capsys.readouterr().err
+        assert (note in said) == bool(unnamed) and "another base model" not in said
         pipe = FluxPipeline.from_pretrained(TINY, dtype=torch.float32)
         if number < 2:
             pipe.transformer = FluxTransformer2DModel.from_pretrained(path)
@@ -186,6 +187,11 @@ def test_checkpoints_of_a_run_and_their_averages_are_sampled_as_diffusers_does(t
         assert np.abs(pixels(manifest)[0] - diffusers_picture(pipe, first)).max() <= 1, path
         found.append(pixels(manifest)[0].tobytes())
     assert len(set(found[:4])) == 4 and found[4] == found[2]
+    main(command(tmp_path, "other", "--model_path", lora / "ema", "--pretrained_model_name_or_path", random_flux))
+    assert (
+        f"warning: --model_path {lora}: was trained from another base model ({TINY}) than "
+        f"--pretrained_model_name_or_path {random_flux}\n" in capsys.readouterr().err
+    )
 
 
 @pytest.fixture

@@ -620,7 +620,9 @@ def test_resuming_a_finished_run_does_nothing(train):
     assert whole.metrics == metrics and [path.name for path in whole.checkpoints] == names
 
 
-@pytest.mark.parametrize("value,message", [("latest", "no checkpoint in"), ("data", "no checkpoint.json in it")])
+@pytest.mark.parametrize(
+    "value,message", [("latest", "no checkpoint in"), ("data", "no checkpoint of a training run; give")]
+)
 def test_a_checkpoint_that_is_not_there_is_refused(train, capsys, value, message):
     with pytest.raises(SystemExit) as stop:
         train(resume_from_checkpoint=value)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvideo.cli import FlagError
-from fastvideo.io.tables import DataSet, Table, read_data_set, read_parquet
+from fastvideo.io.tables import DataSet, FormatError, Table, read_data_set, read_parquet
 from fastvideo.io.words import counted
 
 KEYS = ("prompt", "caption", "text")  # of JSON objects and columns; the first that is there counts
@@ -61,19 +61,22 @@ def read_prompts(path: str | Path, field: str, column: str | None = None, unique
         unique: a repeated prompt is kept once, with its first metadata and weight.
 
     Raises FlagError about the setting `field` for a file that is missing, isn't text, has no prompts, or has an entry
-    that is none. The message names the bad lines: if they were skipped, nobody would notice the missing prompts.
+    that is none. The message names the bad lines: if they were skipped, nobody would notice the missing prompts. About
+    another format it ends with those that are read.
     """
     try:
         found = [_checked(*entry) for entry in _entries(path, (column,) if column else KEYS)]
     except OSError as error:
-        raise FlagError(field, path, f"{error.strerror or error}; {ADVICE}") from error
-    except ValueError as error:
+        raise FlagError(field, path, error.strerror or str(error)) from error
+    except FormatError as error:
         raise FlagError(field, path, f"{error}; {ADVICE}") from error
+    except ValueError as error:
+        raise FlagError(field, path, str(error)) from error
     if found and not found[-1][0]:
         found.pop()  # nothing follows the last line feed
     entries = [entry for entry in found if entry[0]]
     if not entries:
-        raise FlagError(field, path, f"no prompts in it; {ADVICE}")
+        raise FlagError(field, path, "no prompts in it")
     first: dict[str, tuple[str, dict[str, Any], float]] = {}
     for entry in entries:
         first.setdefault(entry[0], entry)
@@ -93,7 +96,7 @@ def _entries(path: str | Path, keys: Sequence[str]) -> Iterator[tuple[str, str, 
         return
     text = _decode(Path(path).read_bytes())
     if suffix in _OTHER_SUFFIXES or _OTHER_FORMATS.match(text):
-        raise ValueError("not one of the formats that are read")
+        raise FormatError("not one of the formats that are read")
     if suffix in (".csv", ".tsv"):
         yield from _column(text, "\t" if suffix == ".tsv" else ",;\t", keys)
     elif (entries := _json_entries(text, named=suffix in (".json", ".jsonl", ".ndjson"))) is not None:
@@ -188,7 +191,7 @@ def _parse_json(text: str, lines: list[tuple[int, str]]) -> list[tuple[str, Any]
             try:
                 entries.append((f"line {number}", json.loads(line)))
             except (ValueError, RecursionError):
-                raise ValueError(f"line {number if entries else error.lineno}: not JSON") from error
+                raise FormatError(f"line {number if entries else error.lineno}: not JSON") from error
         return entries
     except RecursionError as error:
         raise ValueError("JSON with too many levels") from error
@@ -203,7 +206,7 @@ def _text_of(place: str, entry: Any, keys: Sequence[str]) -> tuple[str, str, dic
     found = next((rest.pop(key) for key in keys if key in rest), None) if isinstance(entry, dict) else entry
     if not isinstance(found, str):
         there = f"; its keys are {', '.join(map(repr, rest))}" if rest else ""
-        raise ValueError(f"{place}: neither a text nor an object with a text under {', '.join(keys)}{there[:300]}")
+        raise FormatError(f"{place}: neither a text nor an object with a text under {', '.join(keys)}{there[:300]}")
     return place, found, rest
 
 
@@ -229,11 +232,11 @@ def _of_table(table: Table, keys: Sequence[str]) -> Iterator[tuple[str, str, dic
     """The entries of a table. Raises ValueError for one without a column of prompts."""
     column = _find(table.columns, keys)
     if column is None:
-        raise ValueError(_lacking(table.columns, keys))
+        raise FormatError(_lacking(table.columns, keys))
     for number, row in enumerate(table.rows):
         prompt = row.pop(column, "")
         if not isinstance(prompt, str):
-            raise ValueError(f"row {number}: {column} is no text but {prompt!r:.60}")
+            raise FormatError(f"row {number}: {column} is no text but {prompt!r:.60}")
         yield f"row {number}", prompt, {name: _cell(value) for name, value in row.items() if value != ""}
 
 
@@ -248,7 +251,7 @@ def _column(text: str, delimiters: str, keys: Sequence[str]) -> Iterator[tuple[s
                 break
             headers.append(header)
         else:
-            raise ValueError(f"line 1: {_lacking(max(headers, key=len), keys)}")
+            raise FormatError(f"line 1: {_lacking(max(headers, key=len), keys)}")
         for row in rows:
             if row and len(row) != len(header):
                 raise ValueError(f"line {rows.line_num}: {len(row)} fields; the header has {len(header)}")

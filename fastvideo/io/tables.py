@@ -28,6 +28,10 @@ class Table(NamedTuple):
     rows: Iterator[dict[str, Any]]
 
 
+class FormatError(ValueError):
+    """A file or folder whose format isn't read, or that has no prompts where they are looked for."""
+
+
 class DataSet(NamedTuple):
     """`name`, `name:split` or `name:subset:split`, where the name is that of a folder, or a hub's user/name."""
 
@@ -55,7 +59,7 @@ def read_parquet(path: Path) -> Table:
     try:
         file = ParquetFile(path)
     except (pa.ArrowException, TypeError) as error:
-        raise ValueError(f"not a readable Parquet file: {error}") from error
+        raise FormatError(f"not a readable Parquet file: {error}") from error
     schema = file.schema_arrow
     return Table(schema.names, _rows(schema, file.iter_batches(ROWS, columns=_readable(schema))))
 
@@ -76,7 +80,7 @@ def read_data_set(source: DataSet) -> Table:
         if isinstance(error, ValueError):  # the subset or the split; the message names those that there are
             raise ValueError(f"no such part of the data set. {cause}") from error
         if Path(name).is_dir():
-            raise ValueError(f"no data set that `datasets` can load from this folder. {cause}") from error
+            raise FormatError(f"no data set that `datasets` can load from this folder. {cause}") from error
         if is_offline_mode():
             problem = "no such file, and as a hub's data set it isn't downloaded yet: HF_HUB_OFFLINE is set"
         else:

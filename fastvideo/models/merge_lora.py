@@ -72,8 +72,16 @@ from fastvideo.models.flux import Flux1
 from fastvideo.models.lora import LORA_FILE, Adapters, find_lora, lora_file
 from fastvideo.models.original import join, kohya_adapters, open_transformer, original_names, original_shapes
 from fastvideo.models.pretrained import BASE, check_lora, meta_transformer, stored_transformer
-from fastvideo.runtime.checkpoint import RECORD, WEIGHTS, base_of, check_tuned_place, checkpoint_of, linked, write_base
-from fastvideo.runtime.resume import check_base_model
+from fastvideo.runtime.checkpoint import (
+    RECORD,
+    WEIGHTS,
+    base_of,
+    check_base_model,
+    check_tuned_place,
+    checkpoint_of,
+    linked,
+    write_base,
+)
 
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel

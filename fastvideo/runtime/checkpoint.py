@@ -101,12 +101,27 @@ def write_base(folder: Path, base: str) -> None:
     write_json(folder / RECORD, record | {"record_sha256": digest(record, 64)})
 
 
+def is_made_from_checkpoint(folder: Path) -> bool:
+    """Whether the record in `folder` is that of `write_base`."""
+    with suppress(FlagError):
+        return read_record(folder).keys() == {"settings", "base_model_hash", "format"}
+    return False
+
+
 def base_of(checkpoint: Path, field: str) -> str:
     """The base model that a record names. Raises FlagError about the setting `field` if it names none."""
     try:
         return read_record(checkpoint, field)["settings"][BASE]
     except (KeyError, TypeError) as error:
         raise FlagError(field, checkpoint, f"{RECORD} doesn't name its base model: {error!r}") from error
+
+
+def check_base_model(checkpoint: Path, base: str, field: str = "resume_from_checkpoint") -> None:
+    """Raises FlagError about the setting `field` if the checkpoint is known to have another base model than `base`."""
+    known, now = read_record(checkpoint, field).get("base_model_hash"), base_model_hash(base)
+    if None not in (now, known) and now != known:
+        problem = f"was trained from another base model ({base_of(checkpoint, field)}) than --{BASE} {base}"
+        raise FlagError(field, checkpoint, problem)
 
 
 def checkpoint_of(path: Path) -> Path | None:

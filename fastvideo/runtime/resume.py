@@ -23,11 +23,11 @@ from fastvideo.models.speed import enable_gradient_checkpointing
 from fastvideo.runtime.checkpoint import (
     LINKS,
     RECORD,
-    base_model_hash,
-    base_of,
+    check_base_model,
     checkpoint_at,
     checkpoints,
     is_checkpoint,
+    is_made_from_checkpoint,
     linked,
     point_to,
     read_record,
@@ -107,9 +107,12 @@ def find_checkpoint(value: str, output_dir: Path) -> Path | None:
         path = found[-1]
     else:
         path = linked(Path(value), "resume_from_checkpoint")
-        if not (path / RECORD).is_file() and not (is_checkpoint(path) and path.is_dir()):
-            problem = f"no {RECORD} in it" if path.exists() else "not found"
-            raise FlagError("resume_from_checkpoint", path, f"{problem}; give a checkpoint folder, `latest` or `auto`")
+        advice = "give a folder checkpoint-ITERATION-EPOCH of an --output_dir, `latest` or `auto`"
+        if not path.exists():
+            raise FlagError("resume_from_checkpoint", path, f"not found; {advice}")
+        recorded = (path / RECORD).is_file() and not is_made_from_checkpoint(path)
+        if not recorded and not (is_checkpoint(path) and path.is_dir()):
+            raise FlagError("resume_from_checkpoint", path, f"no checkpoint of a training run; {advice}")
     problem = _damage(path)
     if problem:
         others = (other for other in reversed(checkpoints(path.parent)) if other != path and _damage(other) is None)
@@ -391,18 +394,6 @@ def _check_judge(checkpoint: Path, before: str | None, config: GRPOConfig) -> No
             f"not given; {checkpoint} was trained with the judge {before}, {where} serves {judge}; name it to go on"
         )
         raise FlagError("vlm_judge_model", None, problem)
-
-
-def check_base_model(checkpoint: Path, base_model: str, field: str = "resume_from_checkpoint") -> None:
-    """Raises FlagError about the setting `field` if the checkpoint is known to have another base model."""
-    known, now = read_record(checkpoint, field).get("base_model_hash"), base_model_hash(base_model)
-    if None not in (now, known) and now != known:
-        raise FlagError(
-            field,
-            checkpoint,
-            f"was trained from another base model ({base_of(checkpoint, field)}) than "
-            f"--pretrained_model_name_or_path {base_model}",
-        )
 
 
 def truncate_metrics(output_dir: Path, last_step: int) -> None:

@@ -61,7 +61,7 @@ from fastvideo.models.pretrained import (
     load_with_lora,
     meta_transformer,
 )
-from fastvideo.runtime.checkpoint import base_of, check_tuned_place, checkpoint_of, linked
+from fastvideo.runtime.checkpoint import base_of, check_base_model, check_tuned_place, checkpoint_of, linked
 
 import numpy as np
 import torch
@@ -362,6 +362,16 @@ def _trained_from(model_path: str | None) -> str:
     return base
 
 
+def _compare_base(config: SampleConfig) -> None:
+    """Warns if the tuned model is known to have another base model, or its record can't be read."""
+    checkpoint = checkpoint_of(Path(config.model_path))
+    try:
+        if checkpoint is not None:
+            check_base_model(checkpoint, config.pretrained_model_name_or_path, "model_path")
+    except FlagError as error:
+        say(f"warning: --{error}")
+
+
 def sample(config: SampleConfig) -> Path:
     """Makes the missing pictures of `config`; returns the path of the manifest, or of sweep.json.
 
@@ -384,6 +394,7 @@ def sample(config: SampleConfig) -> Path:
     check_pipeline(config.pretrained_model_name_or_path)
     if any(run.tuned_steps for run in runs):
         check_tuned(config.pretrained_model_name_or_path, config.model_path)
+        _compare_base(config)
     vae = load_vae(config.pretrained_model_name_or_path)
     LatentShape.of(vae, config.h, config.w)  # raises for a size that doesn't fit
     with processes(config.device) as here:
