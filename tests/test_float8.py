@@ -13,6 +13,7 @@ from fastvideo.eval.plots import plan_plots
 from fastvideo.models import float8
 from fastvideo.models.float8 import (
     Float8Copies,
+    Modulated,
     float8_layers,
     float8_product,
     gelu,
@@ -23,7 +24,7 @@ from fastvideo.models.float8 import (
 from fastvideo.models.flux import Flux1
 from fastvideo.models.int8 import quantize_linear
 from fastvideo.models.pretrained import add_lora, family_of, load_transformer
-from fastvideo.models.speed import compile_transformer
+from fastvideo.models.speed import compile_transformer, rotated
 from fastvideo.rollout_plan import make_plan, scout_plan
 from fastvideo.runtime import rollout_drift as drift_module
 from fastvideo.runtime.memory import predict_memory
@@ -316,7 +317,8 @@ def test_blocks_round_once_what_layers_share_and_get_the_same_numbers(kind, adap
     (theirs, most), (ours, fewer) = found
     assert torch.equal(ours, theirs)
     texts, singles = config.num_layers, config.num_single_layers if kind == "flux1" else 0  # FLUX.2's have one product
-    assert most - fewer == 2 * (texts if adapters else 2 * texts + singles)  # of queries, keys and values, two
+    # Of queries, keys and values, two; in a single block, of those and the MLP's, three.
+    assert most - fewer == (2 * texts if adapters else 4 * texts + 3 * singles)
 
 
 @NEEDS_FLOAT8
@@ -334,6 +336,41 @@ def test_a_gpu_rounds_rows_in_one_kernel_to_the_same_numbers(activation, compile
         torch.testing.assert_close(ours.scale.cpu(), theirs.scale, rtol=1e-2, atol=0)  # the largest may round otherwise
         values = [(rounded.numbers.float().cpu() * rounded.scale.cpu()) for rounded in (ours, theirs)]
         assert relative_difference(*values) < 1e-2  # e4m3 itself moves numbers by 2.6 %
+
+
+@NEEDS_FLOAT8
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_gpu_normalises_and_rounds_rows_in_one_kernel_to_the_same_numbers(compiled):
+    generator = torch.Generator().manual_seed(0)
+    x, both = torch.randn(3, 7, 96, generator=generator) * 9 + 5, torch.randn(3, 192, generator=generator)
+    given = [part.bfloat16() for part in (x, *both.chunk(2, dim=1))]
+    rounding = torch.compile(to_e4m3, dynamic=False) if compiled else to_e4m3
+    theirs = to_e4m3(Modulated(*given, 1e-6))
+    ours = rounding(Modulated(*(part.cuda() for part in given), 1e-6))
+    assert ours.dtype == torch.bfloat16 and ours.numbers.shape == theirs.numbers.shape
+    torch.testing.assert_close(ours.scale.cpu(), theirs.scale, rtol=1e-2, atol=0)
+    values = [(rounded.numbers.float().cpu() * rounded.scale.cpu()) for rounded in (ours, theirs)]
+    assert relative_difference(*values) < 1e-2
+
+
+@NEEDS_FLOAT8
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_gpu_normalises_and_rotates_queries_in_one_kernel(compiled):
+    """The heads may be part of a wider row, as in FLUX.2's single blocks."""
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.randn(2, 7, 120, generator=generator).bfloat16().cuda()
+    angles = torch.randn(7, 16, generator=generator).repeat_interleave(2, 1).cuda()
+    norm = torch.nn.RMSNorm(32, eps=1e-6).cuda()
+    torch.nn.init.normal_(norm.weight)
+
+    def query(wide: torch.Tensor, in_float8: bool) -> torch.Tensor:
+        x = wide.split([96, 24], dim=-1)[0].unflatten(-1, (3, 32))
+        return rotated(x, norm, (angles.cos(), angles.sin()), in_float8)
+
+    ours = torch.compile(query, dynamic=False) if compiled else query
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        found, plain = ours(wide, True), query(wide, False)
+    assert found.dtype == torch.bfloat16 and relative_difference(found.float(), plain.float()) < 5e-3
 
 
 @NEEDS_FLOAT8
@@ -367,7 +404,6 @@ def test_compiled_blocks_have_one_more_graph_each_however_often_the_weights_are_
     monkeypatch.setattr(torch._dynamo.config, "use_recursive_dict_tags_for_guards", fast_guards)
     transformer = load_transformer(random_flux).requires_grad_(False).to(device)
     Flux1().prepare_blocks(transformer)
-    Flux1().prepare_compile(transformer)
     compile_transformer(transformer)
     blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
     copies, generator = Float8Copies(blocks, emulated=device == "cpu"), torch.Generator().manual_seed(0)

@@ -84,7 +84,6 @@ def test_compiled_blocks_are_whole_graphs_that_return_no_views(tiny_flux):
     """Gradients of views would be computed outside the graph, and a second graph would cost copies."""
     transformer = load_transformer(tiny_flux)
     Flux1().prepare_blocks(transformer)
-    Flux1().prepare_compile(transformer)
     compile_transformer(transformer)
     blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
     returned = []
@@ -109,7 +108,6 @@ def test_a_row_rounds_alike_in_compiled_graphs_of_two_or_more_rows(device):
     with torch.device(device):
         transformer = FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True, **sizes)
     Flux1().prepare_blocks(transformer.bfloat16())
-    Flux1().prepare_compile(transformer)
     compile_transformer(transformer)
     attention = cudnn_attention() if device == "cuda" else nullcontext()
     with torch.autocast(device, torch.bfloat16), attention:
@@ -122,7 +120,6 @@ def test_a_compiled_block_follows_the_choice_of_attention(tiny_flux):
     """The attention can change between calls. cuDNN is missing on a CPU, so an error shows that the block chose it."""
     transformer = load_transformer(tiny_flux)
     Flux1().prepare_blocks(transformer)
-    Flux1().prepare_compile(transformer)
     compile_transformer(transformer)
     with torch.no_grad():
         plain = velocity(transformer, rows=1, image_tokens=18, text_tokens=8)

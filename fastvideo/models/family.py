@@ -147,9 +147,6 @@ class Family(ABC):
     def prepare_blocks(self, transformer: ModelMixin) -> None:
         """Replaces attention, and blocks' parts that FP8 computes in another order, by forms with the same results."""
 
-    def prepare_compile(self, transformer: ModelMixin) -> None:  # noqa: B027  (not all families need it)
-        """Changes blocks before they are compiled, without a change of results."""
-
     @abstractmethod
     def forward_flops(self, transformer: ModelMixin, image_tokens: int, text_tokens: int) -> float:
         """Floating point operations of one row's forward pass. Counts the blocks' matrix products, 2 per multiply-add.

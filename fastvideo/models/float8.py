@@ -6,7 +6,8 @@ length of a rollout. Modulation, 1 token per row, decides everything after it an
 the compute format. So do adapters of LoRA, and layers whose sizes FP8 products don't take.
 
 With fast products, a third of a step is rounding and what comes before it. So blocks round once what several layers
-take (`shared`), and compute an activation function where they round its result (`activated_product`).
+take (`shared`), and compute a norm or an activation function where they round its result (`Modulated`,
+`activated_product`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,9 +22,9 @@ import torch
 from torch.nn import functional as F
 
 try:
-    from fastvideo.models.float8_kernel import round_rows
+    from fastvideo.models.float8_kernel import norm_and_rotate, round_rows
 except ImportError:  # no triton: torch's own operations take a few passes over memory
-    round_rows = None
+    norm_and_rotate = round_rows = None
 
 LARGEST = torch.finfo(torch.float8_e4m3fn).max  # 448
 SMALLEST_SCALE = 1e-30  # of a row of zeros
@@ -42,6 +43,24 @@ class Rounded(NamedTuple):
     dtype: torch.dtype
 
 
+class Modulated(NamedTuple):
+    """LayerNorm(x) · (1 + scale) + shift, computed where its use is known. See `shared`.
+
+    x: [N, S, K]. scale, shift: [N, K], in the format of the result. epsilon: of the norm.
+    """
+
+    x: torch.Tensor
+    scale: torch.Tensor
+    shift: torch.Tensor
+    epsilon: float
+
+
+def modulated(given: Modulated) -> torch.Tensor:
+    """The result [N, S, K]."""
+    x, scale, shift, epsilon = given
+    return (F.layer_norm(x, x.shape[-1:], eps=epsilon) * (1 + scale[:, None]) + shift[:, None]).to(scale.dtype)
+
+
 def gelu(raw: torch.Tensor) -> torch.Tensor:
     """FLUX.1's activation function."""
     return F.gelu(raw, approximate="tanh")
@@ -54,15 +73,20 @@ def swiglu(raw: torch.Tensor) -> torch.Tensor:
 
 
 def to_e4m3(
-    x: torch.Tensor | None, raw: torch.Tensor | None = None, activation: Callable[[torch.Tensor], torch.Tensor] = gelu
+    x: torch.Tensor | Modulated | None,
+    raw: torch.Tensor | None = None,
+    activation: Callable[[torch.Tensor], torch.Tensor] = gelu,
 ) -> Rounded:
     """[x, activation(raw)] in e4m3, in one pass over memory on a GPU. Either part may be None.
 
     x: [..., K]. raw: [..., M], or [..., 2 M] with `swiglu`.
     """
-    given = raw if x is None else x
+    norm = x[1:] if isinstance(x, Modulated) else None
+    given = raw if x is None else x if norm is None else x.x
     if given.is_cuda and round_rows:
-        return Rounded(*round_rows(x, raw, gated=activation is swiglu), given.dtype)
+        numbers, scale = round_rows(given if x is not None else None, raw, activation is swiglu, norm)
+        return Rounded(numbers, scale, given.dtype if norm is None else norm[0].dtype)
+    x = x if norm is None else modulated(x)
     parts = [part for part in (x, None if raw is None else activation(raw)) if part is not None]
     whole = torch.cat(parts, dim=-1)
     scale = (whole.abs().amax(-1, keepdim=True).float() / LARGEST).clamp(min=SMALLEST_SCALE)
@@ -170,9 +194,14 @@ def takes_rounded(layer: torch.nn.Module) -> bool:
     return isinstance(layer, torch.nn.Linear) and getattr(layer, "in_float8", False)
 
 
-def shared(x: torch.Tensor, *layers: torch.nn.Module) -> torch.Tensor | Rounded:
-    """What to give to each of the layers instead of x [..., K]: x, or x rounded once if all are in FP8."""
-    return to_e4m3(_in_compute_format(x)) if all(takes_rounded(layer) for layer in layers) else x
+def shared(x: torch.Tensor | Modulated | Rounded, *layers: torch.nn.Module) -> torch.Tensor | Rounded:
+    """What to give to each of the layers instead of x [..., K]: its numbers, or x rounded once if all are in FP8."""
+    if isinstance(x, Rounded):
+        return x
+    rounds = all(takes_rounded(layer) for layer in layers)
+    if isinstance(x, Modulated):
+        return to_e4m3(x) if rounds else modulated(x)
+    return to_e4m3(_in_compute_format(x)) if rounds else x
 
 
 def activated_product(

@@ -7,14 +7,25 @@ from typing import Any
 
 import fastvideo.torchvision_repair  # noqa: F401  (before diffusers)
 from fastvideo.models.family import Conditioning, Family, LatentShape, vae_scale_factor
-from fastvideo.models.float8 import activated_product, gelu
+from fastvideo.models.float8 import Modulated, activated_product, gelu, shared
 from fastvideo.models.speed import StreamwiseAttnProcessor
 
 import torch
 from diffusers import AutoencoderKL, FluxKontextPipeline, FluxPipeline, FluxTransformer2DModel
 from diffusers.models.attention import FeedForward
+from diffusers.models.normalization import AdaLayerNormZero, AdaLayerNormZeroSingle
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock
 from transformers import CLIPTextModel, T5EncoderModel
+
+
+def _norm(
+    norm: AdaLayerNormZero | AdaLayerNormZeroSingle, x: torch.Tensor, emb: torch.Tensor
+) -> tuple[Modulated | torch.Tensor, ...]:
+    """diffusers' adaptive norm, of which attention computes the first result (in the compute format: autocast makes
+    norms return float32, of which each linear layer after a compiled norm would write a copy)."""
+    modulation = norm.linear(norm.silu(emb))
+    shift, scale, *rest = modulation.chunk(modulation.shape[-1] // x.shape[-1], dim=1)
+    return Modulated(x, scale, shift, norm.norm.eps), *rest
 
 
 def _single_block(
@@ -33,6 +44,7 @@ def _single_block(
     tokens = [encoder_hidden_states.shape[1], hidden_states.shape[1]]
     joined = torch.cat([encoder_hidden_states, hidden_states], dim=1)
     norm, gate = block.norm(joined, emb=temb)
+    norm = shared(norm, block.proj_mlp, block.attn.to_q, block.attn.to_k, block.attn.to_v)
     raw = block.proj_mlp(norm)
     attention = block.attn(hidden_states=norm, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {}))
     change = activated_product(block.proj_out, attention, raw, gelu)
@@ -97,14 +109,10 @@ class Flux1(Family):
         for block in transformer.transformer_blocks:
             for layers in (block.ff, block.ff_context):
                 layers.forward = MethodType(_feed_forward, layers)
+            for norm in (block.norm1, block.norm1_context):
+                norm.forward = MethodType(_norm, norm)
         for block in transformer.single_transformer_blocks:
-            block.forward = MethodType(_single_block, block)
-
-    def prepare_compile(self, transformer: FluxTransformer2DModel) -> None:
-        # Autocast makes norms return float32. Without the hook, each linear layer after a norm would write a bf16 copy.
-        norms = [norm for block in transformer.transformer_blocks for norm in (block.norm1, block.norm1_context)]
-        for norm in [*norms, *(block.norm for block in transformer.single_transformer_blocks)]:
-            norm.register_forward_hook(lambda module, inputs, output: (output[0].to(output[1].dtype), *output[1:]))
+            block.forward, block.norm.forward = MethodType(_single_block, block), MethodType(_norm, block.norm)
 
     def forward_flops(self, transformer: FluxTransformer2DModel, image_tokens: int, text_tokens: int) -> float:
         """Family.forward_flops. Each token passes 12 d² weights per block, double or single.

@@ -4,7 +4,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import fastvideo.torchvision_repair  # noqa: F401  (before diffusers)
-from fastvideo.models.float8 import activated_product, shared, swiglu
+from fastvideo.models.float8 import (
+    Modulated,
+    Rounded,
+    activated_product,
+    norm_and_rotate,
+    shared,
+    swiglu,
+    takes_rounded,
+)
 
 import torch
 import torch.distributed as dist
@@ -18,7 +26,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
-def rotary_embedding(x: torch.Tensor, frequencies: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+def rotary_embedding(x: torch.Tensor, frequencies: Sequence[torch.Tensor]) -> torch.Tensor:
     """diffusers' apply_rotary_emb for FLUX, in a form that compiles to a faster kernel. Results are bit for bit equal.
 
     It swaps a pair by index, because stacking the two halves compiles to masked loads. Uncompiled, it would be slower.
@@ -32,6 +40,15 @@ def rotary_embedding(x: torch.Tensor, frequencies: tuple[torch.Tensor, torch.Ten
     sign = torch.arange(-1, 2, 2, device=x.device)  # (a, b) -> (−b, a)
     swapped = (x.float().unflatten(-1, (-1, 2)).flip(-1) * sign).flatten(-2)
     return (x.float() * cosine + swapped * sine).to(x.dtype)
+
+
+def rotated(
+    x: torch.Tensor, norm: torch.nn.Module, frequencies: Sequence[torch.Tensor], in_float8: bool
+) -> torch.Tensor:
+    """The rotary embedding of norm(x) [N, S, heads, D]. in_float8: in an FP8 step, where one kernel computes it."""
+    if in_float8 and x.is_cuda and norm_and_rotate:
+        return norm_and_rotate(x, norm.weight, norm.eps, *frequencies)
+    return rotary_embedding(norm(x), frequencies)
 
 
 class _ContiguousGradient(torch.autograd.Function):
@@ -88,8 +105,8 @@ class StreamwiseAttnProcessor(_AttnProcessor):
     def __call__(
         self,
         attn: FluxAttention | Flux2Attention,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
+        hidden_states: torch.Tensor | Modulated | Rounded,
+        encoder_hidden_states: torch.Tensor | Modulated | None = None,
         attention_mask: torch.Tensor | None = None,
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -97,14 +114,15 @@ class StreamwiseAttnProcessor(_AttnProcessor):
         if encoder_hidden_states is not None:
             text = (attn.add_q_proj, attn.norm_added_q, attn.add_k_proj, attn.norm_added_k, attn.add_v_proj)
             streams.insert(0, (encoder_hidden_states, *text))
-        lengths = [stream[0].shape[1] for stream in streams]
-        parts = []
-        for stream, cosine, sine in zip(streams, *(f.split(lengths) for f in image_rotary_emb), strict=True):
-            x, to_q, norm_q, to_k, norm_k, to_v = stream
+        parts, lengths = [], []
+        for x, to_q, norm_q, to_k, norm_k, to_v in streams:
             x = shared(x, to_q, to_k, to_v)
             query, key, value = (to(x).unflatten(-1, (-1, attn.head_dim)) for to in (to_q, to_k, to_v))
-            query, key = (rotary_embedding(h, (cosine, sine)) for h in (norm_q(query), norm_k(key)))
+            places = slice(sum(lengths), sum(lengths) + value.shape[1])
+            frequencies, in_float8 = [f[places] for f in image_rotary_emb], isinstance(x, Rounded)
+            query, key = (rotated(h, norm, frequencies, in_float8) for h, norm in ((query, norm_q), (key, norm_k)))
             parts.append((query, key, value))
+            lengths.append(value.shape[1])
         query, key, value = parts[0] if len(parts) == 1 else (torch.cat(p, dim=1) for p in zip(*parts, strict=True))
         together = self.attend(query, key, value, attention_mask)
         if encoder_hidden_states is None:
@@ -131,7 +149,10 @@ class ParallelAttnProcessor(_AttnProcessor):
             [*[attn.inner_dim] * 3, attn.mlp_hidden_dim * attn.mlp_mult_factor], dim=-1
         )
         query, key, value = (part.unflatten(-1, (-1, attn.head_dim)) for part in heads)
-        query, key = (rotary_embedding(h, image_rotary_emb) for h in (attn.norm_q(query), attn.norm_k(key)))
+        in_float8 = takes_rounded(attn.to_qkv_mlp_proj)
+        query, key = (
+            rotated(h, norm, image_rotary_emb, in_float8) for h, norm in ((query, attn.norm_q), (key, attn.norm_k))
+        )
         together = self.attend(query, key, value, attention_mask)
         return activated_product(attn.to_out, together, mlp, swiglu)
 

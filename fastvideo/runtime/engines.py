@@ -302,7 +302,6 @@ class Engine:
         self.family.prepare_blocks(transformer)
         self._split_sequence(transformer)
         if self.compiled:
-            self.family.prepare_compile(transformer)
             compile_transformer(transformer)
         if self.config.rollout_precision != "bf16":
             self.float8 = Float8Copies(self.blocks(), self.config.rollout_precision == "fp8_emulated")
