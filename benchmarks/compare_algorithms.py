@@ -7,14 +7,18 @@ sampled and scored. The learning rate of each is the one with the greatest share
 prompts; what is reported is that share on the withheld scenes, with its spread over seeds, beside pictures,
 evaluations, optimizer steps and seconds of training. `losses` compares MixGRPO's loss with others, `windows` its
 windows; `why` changes single settings of the algorithms that fall behind; `precision` has FP8 in untrained steps,
-emulated on a CPU. Finished runs in the folder are kept. Writes algorithms.png; keep the printed tables under
+emulated on a CPU; `guidance` trains with two scales of guidance, for a model that takes classifier-free guidance:
+
+    python benchmarks/compare_algorithms.py --studies guidance --model outputs/tiny_flux2 --output_dir outputs/compare2
+
+Finished runs in the folder are kept. Writes algorithms.png; keep the printed tables under
 benchmarks/results/.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from tiny_world import COMMON, Run, base, machine, run_all  # isort: skip  (first: it finds the other scripts)
+from tiny_world import COMMON, MODEL, Run, base, machine, run_all  # isort: skip  (first: it finds the other scripts)
 
 from fastvideo.cli import flag, flag_errors, parse_dataclass
 from fastvideo.config import GRPOConfig
@@ -112,8 +116,10 @@ PRECISION = {
         "FP8 before it too": f"--rollout_precision {REDUCED} --fp8_steps all",
     }.items()
 }
+# FLUX.2 with one pass of the transformer per step, and with the two of its own guidance.
+GUIDANCE = {f"guidance {scale}": f"--algorithm mix_grpo_flash {MIX} --guidance_scale {scale}" for scale in (1, 4)}
 COSTS = {"images": "pictures", "nfe": "velocity evaluations", "seconds_total": "seconds of training"}
-STUDIES = ("algorithms", "losses", "windows", "why", "precision")
+STUDIES = ("algorithms", "losses", "windows", "why", "precision", "guidance")
 
 
 @dataclass
@@ -121,7 +127,8 @@ class ComparisonConfig:
     """What to run."""
 
     output_dir: str = flag("outputs/compare", "folder for the results")
-    studies: list[str] = flag(list(STUDIES), "which comparisons", choices=list(STUDIES))
+    model: str = flag(str(MODEL), "folder of the base model that draws the tiny world")
+    studies: list[str] = flag(list(STUDIES[:-1]), "which comparisons", choices=list(STUDIES))
     algorithms: list[str] = flag(list(ALGORITHMS), "which of them to compare", choices=list(ALGORITHMS))
     learning_rates: list[float] = flag([], "for all variants (none: each study's own)")
     seeds: list[int] = flag([714, 1, 2], "training seeds")
@@ -131,8 +138,8 @@ class ComparisonConfig:
 
 
 def training_flags(name: str) -> list[str]:
-    """Those of an algorithm or of a variant in WHY or PRECISION, without the learning rate."""
-    given = (ALGORITHMS | WHY | PRECISION)[name]
+    """Those of an algorithm or of a variant in WHY, PRECISION or GUIDANCE, without the learning rate."""
+    given = (ALGORITHMS | WHY | PRECISION | GUIDANCE)[name]
     return given.split() if "--algorithm" in given else ["--algorithm", name, *given.split()]
 
 
@@ -145,7 +152,8 @@ def make_run(
     pictures = settings.train_batch_size * plan.pictures
     every = max(1, round(config.images / pictures / config.points))
     flags = (*flags, "--learning_rate", str(rate), "--seed", str(seed))
-    return Run(f"{name}-lr{rate:g}-s{seed}", flags, every * config.points, every, frozen_at)
+    name = f"{name}-lr{rate:g}-s{seed}"
+    return Run(name, flags, every * config.points, every, frozen_at, model=Path(config.model))
 
 
 def plan_runs(config: ComparisonConfig) -> dict[str, dict[str, dict[float, list[Run]]]]:
@@ -177,10 +185,10 @@ def plan_runs(config: ComparisonConfig) -> dict[str, dict[str, dict[float, list[
             flags = training_flags(name)
             rates = config.learning_rates or RATES
             studies["why"][name] = {r: [make_run(config, name, flags, r, config.seeds[0])] for r in rates}
-    if "precision" in studies:
-        for name in PRECISION:
+    for study, variants in (("precision", PRECISION), ("guidance", GUIDANCE)):
+        for name in variants if study in studies else ():
             flags = training_flags(name)
-            studies["precision"][name] = {
+            studies[study][name] = {
                 r: [make_run(config, name, flags, r, s) for s in config.seeds]
                 for r in config.learning_rates or RATES[2:3]
             }
@@ -240,10 +248,13 @@ def main() -> None:
     every_run = [
         run for variants in studies.values() for rates in variants.values() for runs in rates.values() for run in runs
     ]
-    before = base(output)
+    scales = sorted({run.guidance_scale for run in every_run}, key=lambda scale: scale or 0)
+    before = {scale: base(output, Path(config.model), scale) for scale in scales}
     found = run_all(every_run, output, config.jobs)
     print(f"# {machine()}, {config.jobs} runs at a time")
-    print(f"# base model: right in everything {before['right']:.3f} ± {before['right_error']:.3f}")
+    for scale, measured in before.items():
+        where = "" if scale is None else f" with guidance {scale:g}"
+        print(f"# base model{where}: right in everything {measured['right']:.3f} ± {measured['right_error']:.3f}")
     for study, variants in studies.items():
         print(f"\n## {study}: withheld scenes, mean ± standard deviation over {len(config.seeds)} seeds")
         results = {
@@ -251,7 +262,7 @@ def main() -> None:
         }
         report(results)
         if study == "algorithms":
-            draw(results, before["right"], output / "algorithms.png")
+            draw(results, before[None]["right"], output / "algorithms.png")
 
 
 if __name__ == "__main__":

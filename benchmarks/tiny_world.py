@@ -1,4 +1,4 @@
-"""What the comparisons on the tiny FLUX share: runs in worker processes, each measured on the withheld scenes.
+"""What the comparisons on a tiny FLUX share: runs in worker processes, each measured on the withheld scenes.
 
 A run trains through the command line of train_grpo_flux.py. Then some of its checkpoints draw all withheld scenes of
 data/tiny_prompts_test.txt, twice and with the same noise as the base model, and some scenes of the training prompts.
@@ -10,6 +10,7 @@ import math
 import multiprocessing
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import traceback
@@ -24,6 +25,7 @@ sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests")]  # make_tiny_flux; c
 from fastvideo import train_grpo_flux  # noqa: E402
 from fastvideo.eval.hacking import diversity  # noqa: E402
 from fastvideo.io.files import check_writable  # noqa: E402
+from fastvideo.models.pretrained import family_of  # noqa: E402
 from fastvideo.sample.sample_flux import load_tuned  # noqa: E402
 from fastvideo.utils.grpo_states import windows  # noqa: E402
 from fastvideo.utils.picture_measures import appearances  # noqa: E402
@@ -59,7 +61,7 @@ class Run:
 
     flags: besides COMMON. measure_every: iterations between the measured checkpoints; the last one is always measured.
     frozen_at: first step of a window that stays there; the trainer's own frozen window is at 0. keep_pictures: of the
-    last checkpoint, in {name}.npy.
+    last checkpoint, in {name}.npy. model: the base model; all runs of a comparison have the same.
     """
 
     name: str
@@ -68,15 +70,24 @@ class Run:
     measure_every: int
     frozen_at: int | None = None
     keep_pictures: bool = False
+    model: Path = MODEL
+
+    @property
+    def guidance_scale(self) -> float | None:
+        """With which the run samples and is measured. None: the model family's."""
+        return float(self.flags[self.flags.index("--guidance_scale") + 1]) if "--guidance_scale" in self.flags else None
 
 
 def lines(path: Path) -> list[str]:
     return path.read_text(encoding="utf-8").splitlines()
 
 
-def draw(pipe: diffusers.FluxPipeline, prompts: Sequence[str], repeats: int, seed: int = NOISE_SEED) -> np.ndarray:
-    """uint8 [repeats · prompts, 32, 32, 3]."""
-    return np.stack([np.asarray(image) for image in make_tiny_flux.sample(pipe, list(prompts) * repeats, seed)])
+def draw(
+    pipe: diffusers.DiffusionPipeline, prompts: Sequence[str], repeats: int, guidance_scale: float | None = None
+) -> np.ndarray:
+    """uint8 [repeats · prompts, 32, 32, 3]. guidance_scale: None is the family's."""
+    images = make_tiny_flux.sample(pipe, list(prompts) * repeats, NOISE_SEED, guidance_scale=guidance_scale)
+    return np.stack([np.asarray(image) for image in images])
 
 
 def measure(pictures: np.ndarray, prompts: Sequence[str]) -> dict[str, float]:
@@ -106,7 +117,8 @@ def train_and_measure(run: Run, output: Path) -> dict:
     if result.exists():
         return json.loads(result.read_text())
     folder = output / run.name
-    given = ["--pretrained_model_name_or_path", MODEL, "--data_json_path", output / "embeddings/prompt.json"]
+    shutil.rmtree(folder, ignore_errors=True)  # what an interrupted comparison left
+    given = ["--pretrained_model_name_or_path", run.model, "--data_json_path", output / "embeddings/prompt.json"]
     given += ["--output_dir", folder, "--max_train_steps", run.iterations, "--checkpointing_steps", run.measure_every]
     AcceleratorState._reset_state(reset_partial_state=True)  # of the worker's run before this one
     GradientState._reset_state()
@@ -117,12 +129,12 @@ def train_and_measure(run: Run, output: Path) -> dict:
         )
     train_grpo_flux.main([*COMMON, *run.flags, *map(str, given)])
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    pipe = base_pipeline()
+    pipe = base_pipeline(run.model)
     points = []
     for done in sorted({*range(run.measure_every, run.iterations, run.measure_every), run.iterations}):
         (checkpoint,) = folder.glob(f"checkpoint-{done}-*")
-        pipe.transformer = load_tuned(str(MODEL), str(checkpoint), torch.float32).to(pipe.device)
-        pictures = draw(pipe, lines(TEST_PROMPTS), REPEATS)
+        pipe.transformer = load_tuned(str(run.model), str(checkpoint), torch.float32).to(pipe.device)
+        pictures = draw(pipe, lines(TEST_PROMPTS), REPEATS, run.guidance_scale)
         spent = {
             name: sum(row[name] for row in rows[:done])
             for name in ("images", "nfe", "seconds_total", "optimizer_steps")
@@ -130,19 +142,19 @@ def train_and_measure(run: Run, output: Path) -> dict:
         points.append({"iteration": done, **measure(pictures, lines(TEST_PROMPTS)), **spent})
     if run.keep_pictures:
         np.save(output / f"{run.name}.npy", pictures)
-    training = measure(draw(pipe, lines(PROMPTS), 1), lines(PROMPTS))
+    training = measure(draw(pipe, lines(PROMPTS), 1, run.guidance_scale), lines(PROMPTS))
     keep = ("step", "reward", "clip_frac", "ratio_mean", "grad_norm", "window")
     prefixes = ("reward_", "hacking_", "scout_")
     curve = [{k: v for k, v in row.items() if k in keep or k.startswith(prefixes)} for row in rows]
     found = {"name": run.name, "flags": run.flags, "points": points, "training": training, "curve": curve}
-    subprocess.run(["rm", "-rf", folder], check=True)  # checkpoints of hundreds of runs
+    shutil.rmtree(folder)  # checkpoints of hundreds of runs
     result.write_text(json.dumps(found))
     return found
 
 
-def base_pipeline() -> diffusers.FluxPipeline:
+def base_pipeline(model: Path) -> diffusers.DiffusionPipeline:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return diffusers.FluxPipeline.from_pretrained(MODEL, dtype=torch.float32).to(device)
+    return family_of(str(model)).pipelines[0].from_pretrained(model, dtype=torch.float32).to(device)
 
 
 def _begin(gpus: int, threads: int, counter: "multiprocessing.sharedctypes.Synchronized") -> None:
@@ -171,7 +183,14 @@ def _work(run: Run, output: Path) -> dict:
 def run_all(runs: Sequence[Run], output: Path, jobs: int) -> dict[str, dict]:
     """{name: result} of the runs, `jobs` of them at a time, spread over the GPUs if there are any."""
     output.mkdir(parents=True, exist_ok=True)
-    embed = ["--model_path", str(MODEL), "--prompt_dir", str(PROMPTS), "--output_dir", str(output / "embeddings")]
+    embed = [
+        "--model_path",
+        str(runs[0].model),
+        "--prompt_dir",
+        str(PROMPTS),
+        "--output_dir",
+        str(output / "embeddings"),
+    ]
     command = [sys.executable, "-m", "fastvideo.data_preprocess.preprocess_flux_embedding", *embed]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": path})
@@ -183,13 +202,13 @@ def run_all(runs: Sequence[Run], output: Path, jobs: int) -> dict[str, dict]:
         return {run.name: result for run, result in zip(runs, found, strict=True)}
 
 
-def base(output: Path) -> dict[str, float]:
-    """The base model's measures on the withheld scenes; its pictures are kept as base.npy.
+def base(output: Path, model: Path = MODEL, guidance_scale: float | None = None) -> dict[str, float]:
+    """The base model's measures on the withheld scenes; its pictures are kept as base.npy. See `draw`.
 
     Raises FlagError if the comparison's --output_dir can't be written.
     """
     check_writable("output_dir", output)
-    pictures = draw(base_pipeline(), lines(TEST_PROMPTS), REPEATS)
+    pictures = draw(base_pipeline(model), lines(TEST_PROMPTS), REPEATS, guidance_scale)
     output.mkdir(parents=True, exist_ok=True)
     np.save(output / "base.npy", pictures)
     return measure(pictures, lines(TEST_PROMPTS))

@@ -241,7 +241,9 @@ def flat(runs: object) -> list:
 def test_every_compared_run_can_be_planned_and_has_a_name_of_its_own(benchmark, settings, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     module, world = importlib.import_module(benchmark), importlib.import_module("tiny_world")
-    runs = {run for run in flat(module.plan_runs(getattr(module, settings)())) if isinstance(run, world.Run)}
+    every_study = {"studies": list(module.STUDIES)} if hasattr(module, "STUDIES") else {}
+    planned = module.plan_runs(getattr(module, settings)(**every_study))
+    runs = {run for run in flat(planned) if isinstance(run, world.Run)}
     assert len({run.name for run in runs}) == len(runs) > 3  # the name is a file's
     for run in {run.flags[:-1]: run for run in runs}.values():  # the last flag is the seed
         given = ["--data_json_path", "unused", "--max_train_steps", str(run.iterations)]
