@@ -24,6 +24,8 @@ for folder in "$out" "$out/run"; do
   fi
 done
 model=data/tiny_flux
+last() { compgen -G "$out/run/checkpoint-*" | sort -V | tail -n 1 || true; }
+before=$(last)
 run() {
   printf '\n== %s\n' "$1"
   shift
@@ -36,7 +38,9 @@ run "1/5 embed the training prompts" fastvideo.data_preprocess.preprocess_flux_e
 printf '\n== 2/5 train MixGRPO-Flash\n'
 bash scripts/finetune/finetune_tiny_flux.sh --data_json_path "$out/rl_embeddings/prompt.json" --output_dir "$out/run" \
   --experiment_name quickstart "$@"
-tuned=$(ls -d "$out"/run/checkpoint-* | sort -V | tail -n 1)
+tuned=$(last)
+# The pictures of a run that was continued stay, under the name of the checkpoint that drew them.
+[ "$tuned" = "$before" ] || [ ! -d "$out/tuned" ] || mv "$out/tuned" "$out/tuned-${before##*/}"
 trained=$("$PYTHON_BIN" -c 'import json, sys; print(json.load(open(sys.argv[1]))["reward_model"])' "$out/run/args.json")
 
 draw() { # NAME, flags that say which model

@@ -299,6 +299,33 @@ def test_the_quickstart_refuses_a_folder_that_holds_a_run(tmp_path, subprocess_e
         assert [*held.iterdir()] == [held / "metrics.jsonl"] and len([*out.iterdir()]) == 1
 
 
+PROGRAMS = """#!/usr/bin/env bash
+# Python, of which only the files count that training and sampling make.
+while [ $# -gt 0 ]; do
+  case $1 in *train_grpo_flux*) program=train ;; *sample_flux*) program=draw ;; --output_dir) out=$2 ;; esac
+  shift
+done
+case ${program:-} in
+  train) mkdir -p "$out/checkpoint-$ITERATIONS-0" && echo '{"reward_model": "shapes"}' > "$out/args.json" ;;
+  draw) mkdir -p "$out" && echo "$ITERATIONS" > "$out/manifest.json" ;;
+esac
+"""
+
+
+def test_a_quickstart_that_goes_on_keeps_the_pictures_of_the_earlier_checkpoint(tmp_path, subprocess_environment):
+    programs, out = tmp_path / "python", tmp_path / "out"
+    programs.write_text(PROGRAMS)
+    programs.chmod(0o755)
+    for iterations, more in ((4, []), (10, ["--resume_from_checkpoint", "latest"]), (10, ["--resume_from_checkpoint"])):
+        environment = {**subprocess_environment, "PYTHON_BIN": str(programs), "OUTPUT_DIR": str(out)}
+        environment["ITERATIONS"] = str(iterations)
+        command = ["bash", "scripts/quickstart.sh", *more]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    drawn = {folder.name: (folder / "manifest.json").read_text().strip() for folder in out.glob("tuned*")}
+    assert drawn == {"tuned": "10", "tuned-checkpoint-4-0": "4"}
+
+
 @pytest.mark.parametrize("script", ["scripts/quickstart.sh", "scripts/huggingface/download_checkpoints.sh"])
 def test_scripts_that_take_long_explain_themselves_and_stop(script, tmp_path, subprocess_environment):
     environment = {**subprocess_environment, "PYTHON_BIN": sys.executable, "OUTPUT_DIR": str(tmp_path / "out")}
