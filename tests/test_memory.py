@@ -54,11 +54,9 @@ def predicted(folder, flags: str, processes: int = 1) -> dict[str, float]:
         ((4, 8), "--train_micro_batch_size 2 --no_gradient_checkpointing", 50.0),
         ((4, 8), "--train_micro_batch_size 4 --no_gradient_checkpointing", 53.3),
         ((4, 8), "--train_micro_batch_size 5 --no_gradient_checkpointing", 55.3),
-        (
-            (2, 4),
-            "--train_micro_batch_size 1 --h 256 --w 256 --num_generations 4 --gradient_accumulation_steps 2",
-            22.3,
-        ),
+        ((4, 8), "--train_micro_batch_size 10 --no_gradient_checkpointing", 67.3),
+        ((4, 8), "--train_micro_batch_size 5 --no_gradient_checkpointing --algorithm awm", 66.2),
+        ((4, 8), "--train_micro_batch_size 5 --no_gradient_checkpointing --algorithm v_grpo", 56.7),
         ((19, 38), "--train_micro_batch_size 4 --use_lora", 31.5),
         ((19, 38), "--train_micro_batch_size 2 --use_lora --num_generations 4 --gradient_accumulation_steps 2", 27.0),
         (
@@ -67,10 +65,11 @@ def predicted(folder, flags: str, processes: int = 1) -> dict[str, float]:
             16.1,
         ),
         ((19, 38), "--train_micro_batch_size 4 --use_lora --lora_alpha 256 --selective_checkpointing 0.5", 47.9),
+        ((19, 38), "--train_micro_batch_size 4 --use_lora --no_gradient_checkpointing --rollout_precision fp8", 67.3),
     ],
 )
-def test_the_prediction_is_within_a_tenth_of_what_was_measured(flux_of, blocks, flags, measured):
-    assert predicted(flux_of(*blocks), flags)["peak"] == pytest.approx(measured, rel=0.1)
+def test_the_prediction_is_near_what_was_measured(flux_of, blocks, flags, measured):
+    assert predicted(flux_of(*blocks), flags)["peak"] == pytest.approx(measured, rel=0.065)
 
 
 def test_an_evaluation_of_larger_pictures_counts_where_it_takes_more_than_training(flux_1, capsys, monkeypatch):
@@ -126,7 +125,7 @@ def test_more_rows_at_a_time_take_more_and_checkpointing_takes_less(flux_of):
     "gib,flags,rows",
     [
         (79.1, "--parallel fsdp --no_gradient_checkpointing", 5),  # of 36 GiB left; a row keeps 3.5 GiB
-        (139.8, "--parallel fsdp --no_gradient_checkpointing", 12),  # an optimizer step has 3 samples of 4 steps
+        (139.8, "--parallel fsdp --no_gradient_checkpointing", 10),  # 3 samples of 4 steps, one of them shared
         (79.1, "--no_gradient_checkpointing --parallel none --train_micro_batch_size 7", 7),
         (20, "--parallel fsdp", 1),
     ],
@@ -211,9 +210,9 @@ def test_flux_2_s_recipes_take_what_their_page_says(tmp_path):
     table = page.partition("| recipe | GiB")[2].partition("\n\n")[0].split()
     small = "--use_lora --train_micro_batch_size 2"
     for recipe, flags, gib in (
-        ("MixGRPO", "", "70.2"),
-        ("MixGRPO_Flash", "", "70.2"),
-        ("MixGRPO_Flash_lora", "--use_lora", "13.0"),
+        ("MixGRPO", "", "72.2"),
+        ("MixGRPO_Flash", "", "72.2"),
+        ("MixGRPO_Flash_lora", "--use_lora", "12.7"),
         ("MixGRPO_Flash_lora", f"{small} --h 1024 --w 1024", "14.1"),
         ("MixGRPO_Flash_lora", f"{small} --quantize_base", "7.7"),
     ):

@@ -34,9 +34,9 @@ def predict_memory(config: GRPOConfig, world_size: int) -> dict[str, float]:
     `rows` isn't GiB: it is --train_micro_batch_size, or its default value. `evaluation` is there if evaluations
     take more than all activations of training.
 
-    Within a tenth of the measurements with one process, and with LoRA of FLUX.1. LoRA of FLUX.2 took 15.3 GiB, and 13.0
-    are predicted; which part is too small isn't known. FSDP2 uses more where memory allows: it then keeps gradients
-    whole between micro-batches (80.9 GiB on each of four H200 for FLUX.1, predicted 68.7).
+    Within 6 % of the measurements with one process, but for LoRA of FLUX.2, which took 15.3 GiB; 12.7 are predicted,
+    and which part is too small isn't known. FSDP2 uses more where memory allows: it then keeps gradients whole between
+    micro-batches (80.9 GiB on each of four H200 for FLUX.1, predicted 68.7).
 
     Raises:
         FlagError: a model's config.json can't be read.
@@ -81,11 +81,27 @@ def predict_memory(config: GRPOConfig, world_size: int) -> dict[str, float]:
     left = min(gpu_sizes(), default=math.inf) - weights - gradients - moments
     plan = make_plan(config, next(windows(config)))
     updates = plan.updates(config.num_generations, config.gradient_accumulation_steps)
-    largest = max((samples.stop - samples.start) * len(positions) for samples, positions in updates)
+    group = config.num_generations
+
+    def rows_of(samples: slice, position: int) -> int:
+        """Rows of a prompt from which these samples take a trained step: early in a plan, samples share rows."""
+        after, branch = plan.training[position]
+        return max(1, math.ceil((samples.stop - samples.start) * (after // branch) / group))
+
+    largest = max(sum(rows_of(samples, position) for position in positions) for samples, positions in updates)
     most = config.local_prompts(world_size) * math.ceil(largest / (plan.parts or 1))
     fitting = int(min(most, left / 2 / training_row)) if left < math.inf else ROWS_ON_A_CPU
     rows = config.train_micro_batch_size or max(1, fitting)
     training = rows * training_row
+    with_gradients = gradients + training
+    if engine == "none" and master != compute:  # ComputeCopy: the first gradient is in the compute format
+        batches = math.ceil(most / rows)
+        ends = [math.ceil(i * most / batches) for i in range(batches + 1)]
+        held = [0, compute * trained, gradients]  # while the first, the second, a later micro-batch is computed
+        with_gradients = max(held[min(i, 2)] + (ends[i + 1] - ends[i]) * training_row for i in range(batches))
+        with_gradients = max(
+            with_gradients, gradients + compute * trained * (batches > 2)
+        )  # both, before they are added
     pictures = config.local_prompts(world_size) * config.num_generations
     sampling = (config.rollout_batch_size or pictures) * row * IN_FLIGHT
     if scouts := scout_plan(config):  # sampled in passes of as many rows; the latents of all are held meanwhile
@@ -102,7 +118,7 @@ def predict_memory(config: GRPOConfig, world_size: int) -> dict[str, float]:
         large = LatentShape.of(meta_vae(path), size.h, size.w, "eval_")
         evaluation = max(row_of(large, size.guidance_scale) * IN_FLIGHT, size.h * size.w * pixel)
     activations = max(training, sampling, decoding, evaluation)
-    peak = weights + moments + max(gradients + training, sampling + copies, decoding, evaluation)
+    peak = weights + moments + max(with_gradients, sampling + copies, decoding, evaluation)
     parts = dict(weights=weights, gradients=gradients, moments=moments, activations=activations, peak=peak)
     parts |= {"fp8_copies": copies} if copies else {}
     parts |= {"evaluation": evaluation} if evaluation > max(training, sampling, decoding) else {}
