@@ -34,7 +34,7 @@ class ChatHandler(QuietHandler):
     def do_GET(self):
         models = {"data": [{"id": name, "root": self.server.root} for name in self.server.models]}
         found = json.dumps(models).encode() if self.server.list is None else self.server.list
-        self.reply(200, found) if self.path.startswith("/v1/models") else self.reply(404, b"")
+        self.reply(self.server.list_status, found) if self.path.startswith("/v1/models") else self.reply(404, b"")
 
     def do_POST(self):
         server, body = self.server, self.read_json()
@@ -82,10 +82,10 @@ def chat_server(monkeypatch, http_server):
     A text reply is wrapped in the protocol, and so are the probabilities of first words, {word: probability}; bytes are
     sent unchanged; status None closes the connection.
     The server's `requests`: (path, headers, body) in order of arrival. Its `models`: ids that /v1/models names;
-    `root`: the name of their weights, if it isn't the id. `list`: what /v1/models answers in place of these.
+    `root`: the name of their weights, if it isn't the id. `list`: what /v1/models answers in place of these, with
+    `list_status`.
     """
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
-    return lambda answer: http_server(
-        ChatHandler, answer=answer, requests=[], busy=0, most_busy=0, models=["judge"], root=None, list=None
-    )
+    answers = {"models": ["judge"], "root": None, "list": None, "list_status": 200}
+    return lambda answer: http_server(ChatHandler, answer=answer, requests=[], busy=0, most_busy=0, **answers)

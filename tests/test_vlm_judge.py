@@ -165,7 +165,12 @@ WRONG = {
     "no label": ({"template": "answer: image 1 or 2\n{prompt}"}, {}, "vlm_judge_template .*its first line is"),
     "a bad range": ({"template": "answer: number 5 to 1\n{prompt}"}, {}, "vlm_judge_template .*its first line is"),
     "pairs": ({"vlm_judge_template": "pairwise"}, {}, "vlm_judge_template pairwise: its answer is image 1 or 2; this"),
-    "unreachable": ({}, {"dead": True}, "vlm_judge_url: no endpoint says what it serves, e.g. http://127.0.0.1:"),
+    "unreachable": (
+        {},
+        {"dead": True},
+        r"vlm_judge_url: no endpoint says what it serves, e.g. http://127.0.0.1:\S+: no server answers at this address "
+        r"\(connection refused\); start it, or correct the URL$",
+    ),
     "a web page": (
         {},
         {"list": b"<html>\nlogin"},
@@ -179,13 +184,26 @@ WRONG = {
     "several models": ({}, {"models": ["a", "b"]}, r"vlm_judge_model: not given; http\S* serves a, b$"),
     "many models": ({}, {"models": [*map(str, range(300))]}, r"vlm_judge_model: .* serves 0, .* 9 and 290 more$"),
     "no such model": ({"vlm_judge_model": "c"}, {}, r"vlm_judge_model c: http\S* serves judge"),
-    "no logprobs": ({}, {"reply": "Yes"}, r"vlm_judge_url http\S*: the endpoint gives no log-probabilities"),
+    "no logprobs": (
+        {},
+        {"reply": "Yes"},
+        r"vlm_judge_url http\S*: the endpoint gives no log-probabilities .*; or ask for a number, as .* rating_10",
+    ),
+    "too many logprobs": (
+        {},
+        {"reply": (400, b"top_logprobs: at most 5")},
+        "vlm_judge_url: a question .* failed: .* at most 5; or ask for a number, as --vlm_judge_template rating_10 ",
+    ),
     "no pictures": (
         {},
         {"reply": (400, b"text only")},
         "vlm_judge_url: a question about a grey picture failed: .*text",
     ),
-    "neither": ({}, {"reply": {"<think>": 1.0}}, r"vlm_judge_url http\S*: neither yes nor no among .* \['<think>'\]"),
+    "neither": (
+        {},
+        {"reply": {"<think>": 1.0}},
+        r"vlm_judge_url http\S*: neither yes nor no among .* \['<think>'\]; .* off at the server; or .* rating_10",
+    ),
 }
 
 
@@ -223,6 +241,11 @@ def test_a_key_in_the_environment_may_end_in_a_line_break_and_is_never_shown(cha
         check_reward_files(config)
     assert server.requests[0][1]["Authorization"] == "Bearer sk-verysecret"
     assert "verysecret" not in str(error.value) + caplog.text
+    assert str(error.value).endswith("refuses the key in the environment variable VLM_JUDGE_API_KEY")
+    monkeypatch.delenv("VLM_JUDGE_API_KEY")
+    server.list_status = 401
+    with pytest.raises(ValueError, match="put the server's key into .* VLM_JUDGE_API_KEY, which isn't set$"):
+        VLMJudgeModel(server.url, retries=0)
     monkeypatch.setenv("VLM_JUDGE_API_KEY", "sk-verysécret")
     with pytest.raises(ValueError, match="vlm_judge_url: the environment variable VLM_JUDGE_API_KEY has char") as error:
         VLMJudgeModel(server.url)

@@ -7,6 +7,7 @@ import base64
 import io
 import logging
 import os
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -111,7 +112,7 @@ class ChatClient:
     ) -> None:
         """urls: comma-separated, the value of the setting `field`. key: environment variable that may hold a key.
         timeout: seconds per request. http_proxy, https_proxy: used instead of the environment's proxies."""
-        self.field, self.urls = field, [_api(url) for url in server_urls(urls, field)]
+        self.field, self.key, self.urls = field, key, [_api(url) for url in server_urls(urls, field)]
         self.workers, self.retries, self.backoff = workers, retries, backoff
         with proxies(http_proxy, https_proxy):  # the client keeps them
             self.client = http_client(self.urls, field, timeout=timeout, headers=_headers(key, field))
@@ -172,7 +173,16 @@ class ChatClient:
             return _found(response, _answer)
 
         endpoints = [below(url, "/chat/completions") for url in self.urls]
-        return ask_in_turn(send, endpoints, self.first + index, self.retries, self.backoff)
+        answer, problem = ask_in_turn(send, endpoints, self.first + index, self.retries, self.backoff)
+        return answer, problem + self._login_advice(problem)
+
+    def _login_advice(self, problem: str) -> str:
+        """What to do about a problem of `ask_in_turn`, if the login is wrong; else empty."""
+        if not re.search(r": HTTP 40[13]\b", problem):
+            return ""
+        if os.environ.get(self.key, "").strip():
+            return f"; the server refuses the key in the environment variable {self.key}"
+        return f"; put the server's key into the environment variable {self.key}, which isn't set"
 
     def served(self, model: str | None, field: str) -> tuple[str, str]:
         """The id of the model that all endpoints serve, and the id with the name of its weights, if the first endpoint
@@ -187,20 +197,23 @@ class ChatClient:
 
         def send(url: str) -> dict[str, str]:
             response = self.client.get(url)
+            there.append(url)
             response.raise_for_status()
             return _found(response, _roots)
 
-        found, problems = {}, []
+        found, problems, there = {}, [], list[str]()
         for url in self.urls:
             roots, problem = ask_in_turn(send, [below(url, "/models")], 0, self.retries, self.backoff)
             if roots is None:
-                problems.append(problem)
+                problems.append(problem + self._login_advice(problem))
             else:
                 found[url] = roots
         if not found:
             unknown = f"no endpoint says what it serves, e.g. {problems[0]}"
             if model is None:
-                raise FlagError(self.field, None, f"{unknown}; if it can't say it, name the model with --{field}")
+                if there and not self._login_advice(problems[0]):  # else a name doesn't help
+                    unknown += f"; if it can't say it, name the model with --{field}"
+                raise FlagError(self.field, None, unknown)
             logger.warning("--%s: %s; --%s %s is taken as it is", self.field, unknown, field, model)
             return model, model
         for problem in problems:

@@ -14,6 +14,7 @@ import httpx
 
 Answer = TypeVar("Answer")
 
+NO_SERVER = "no server answers at this address (connection refused); start it, or correct the URL"
 LONGEST_PAUSE = 60.0  # seconds between two attempts at one server
 
 
@@ -92,6 +93,9 @@ def ask_in_turn(
         except httpx.HTTPStatusError as error:
             status, text = error.response.status_code, error.response.text[:300]
             problem, refused = f"HTTP {status} {text}", status < 500 and status not in (408, 429)
+        except httpx.ConnectError as error:
+            refused = False
+            problem = NO_SERVER if "refused" in str(error) else repr(error)
         except (httpx.HTTPError, ValueError, LookupError, TypeError, RecursionError) as error:
             problem, refused = str(error) if type(error) is ValueError else repr(error), False
         problem = redact(f"{url}: {problem}".splitlines()[0])

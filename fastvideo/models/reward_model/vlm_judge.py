@@ -114,7 +114,8 @@ class Template:
             for word in ("yes", "no")
         )
         if not yes + no > 0:
-            raise ValueError(f"neither yes nor no among the likely first words {[token for token, _ in tokens]}")
+            words = f"neither yes nor no among the likely first words {[token for token, _ in tokens]}"
+            raise ValueError(f"{words}; if the model thinks before it answers, switch that off at the server")
         return yes / (yes + no)
 
 
@@ -171,27 +172,33 @@ def check_judge(config: Any) -> None:
     Raises FlagError for a template that can't be used, and endpoints that don't answer, serve another model, or give no
     log-probabilities where the template needs them.
     """
-    try_judge(config, read_template(config.vlm_judge_template, "vlm_judge_template", SINGLE))
+    template = read_template(config.vlm_judge_template, "vlm_judge_template", SINGLE)
+    try_judge(config, template, "; or ask for a number, as --vlm_judge_template rating_10 does")
 
 
-def try_judge(config: Any, template: Template) -> None:
-    """Asks the template's question about grey pictures. Raises FlagError as `check_judge`."""
-    _try(config.vlm_judge_url, config.vlm_judge_model, template, config.vlm_judge_timeout, config.vlm_judge_retries)
+def try_judge(config: Any, template: Template, instead: str = "") -> None:
+    """Asks the template's question about grey pictures. Raises FlagError as `check_judge`.
+
+    instead: what to do if the endpoint's log-probabilities can't be used, the end of the message.
+    """
+    timeout, retries = config.vlm_judge_timeout, config.vlm_judge_retries
+    _try(config.vlm_judge_url, config.vlm_judge_model, template, instead, timeout, retries)
 
 
 @functools.cache  # a run checks its rewards, and later builds them
-def _try(urls: str, model: str | None, template: Template, timeout: float, retries: int) -> None:
+def _try(urls: str, model: str | None, template: Template, instead: str, timeout: float, retries: int) -> None:
     client, grey = judge_client(urls, 1, timeout, retries), Image.new("RGB", (256, 256), "grey")
     question = template.ask([grey] * (2 if template.kind in PAIR else 1), "a grey square")
     with waiting("the judge of --vlm_judge_url"):
         answer, problem = client.ask_one(client.served(model, "vlm_judge_model")[0], question, **template.body)
     if answer is None:
-        raise FlagError("vlm_judge_url", None, f"a question about a grey picture failed: {problem}")
+        instead *= template.kind == "yes or no" and "logprobs" in problem
+        raise FlagError("vlm_judge_url", None, f"a question about a grey picture failed: {problem}{instead}")
     try:
         template.read(answer)
     except ValueError as error:
         if template.kind == "yes or no":
-            raise FlagError("vlm_judge_url", redact(urls), str(error)) from None
+            raise FlagError("vlm_judge_url", redact(urls), f"{error}{instead}") from None
         say(f"note: the judge's answer about a grey picture can't be read as the template says: {error}")
 
 
