@@ -32,11 +32,8 @@ run() {
   OMP_NUM_THREADS=1 "$PYTHON_BIN" -m "$@" # starting Python takes most of these seconds; threads would not help
 }
 
-run "1/5 embed the training prompts" fastvideo.data_preprocess.preprocess_flux_embedding \
-  --model_path $model --prompt_dir data/tiny_prompts.txt --output_dir "$out/rl_embeddings"
-
-printf '\n== 2/5 train MixGRPO-Flash\n'
-bash scripts/finetune/finetune_tiny_flux.sh --data_json_path "$out/rl_embeddings/prompt.json" --output_dir "$out/run" \
+printf '\n== 1/4 embed the training prompts, train MixGRPO-Flash\n'
+bash scripts/finetune/finetune_tiny_flux.sh --prompts_file data/tiny_prompts.txt --output_dir "$out/run" \
   --experiment_name quickstart "$@"
 tuned=$(last)
 # The pictures of a run that was continued stay, under the name of the checkpoint that drew them.
@@ -44,7 +41,7 @@ tuned=$(last)
 trained=$("$PYTHON_BIN" -c 'import json, sys; print(json.load(open(sys.argv[1]))["reward_model"])' "$out/run/args.json")
 
 draw() { # NAME, flags that say which model
-  run "3/5 draw the withheld scenes with the $1 model" fastvideo.sample.sample_flux \
+  run "2/4 draw the withheld scenes with the $1 model" fastvideo.sample.sample_flux \
     --pretrained_model_name_or_path $model "${@:2}" --prompts_file data/tiny_prompts_test.txt --output_dir "$out/$1" \
     --seed 42 --images_per_prompt 2 --batch_size 64 --h 32 --w 32 --total_sampling_steps 10
 }
@@ -58,11 +55,11 @@ draw tuned --model_path "$tuned"
 wait $base || { status=$? && cat "$out/base.log" >&2 && exit $status; }
 trap - EXIT
 
-run "4/5 score both, and look for signs of reward hacking" fastvideo.eval.eval_reward --manifest "$out/tuned/manifest.json" \
+run "3/4 score both, and look for signs of reward hacking" fastvideo.eval.eval_reward --manifest "$out/tuned/manifest.json" \
   --baseline_manifest "$out/base/manifest.json" --reward_model_type shapes,jpeg_compressibility \
   --trained_rewards "$trained" --output_json "$out/tuned/scores.json"
 
-run "5/5 report" fastvideo.eval.report --run_dir "$out/run" \
+run "4/4 report" fastvideo.eval.report --run_dir "$out/run" \
   --baseline_scores "$out/tuned/scores_baseline.json" --tuned_scores "$out/tuned/scores.json" --output_dir "$out/report"
 cat <<TXT
 
