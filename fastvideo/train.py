@@ -122,7 +122,10 @@ def readable(argument: str) -> str:
     """The argument as Hydra shall read it. Raises ValueError, one line, where Hydra would write several lines."""
     key, equals, text = argument.partition("=")
     if not equals:
-        raise ValueError(f"{argument}: expected key=value, such as training.learning_rate=1e-6")
+        name = argument.lstrip("-").replace("-", "_")
+        kind = FLAGS.get(KEYS.get(name, ""))
+        instead = f"; write {name}={'true' if kind is bool else '...'}" if kind else ""
+        raise ValueError(f"{argument}: expected key=value, such as training.learning_rate=1e-6{instead}")
     if key not in (*KEYS, *GROUPS):
         raise ValueError(f"unknown key {key}{_answer(key)}")
     if KEYS.get(key) == "wandb_key":  # before any message could repeat its value
@@ -217,8 +220,9 @@ def as_flags(settings: dict[str, Any]) -> list[str]:
 def to_flags(overrides: Sequence[str]) -> tuple[list[str], str]:
     """(the trainer's command line for `key=value` arguments, a line that says what these don't say themselves).
 
-    Raises ValueError, one line.
+    --dry_run is taken as well, because every other program takes it. Raises ValueError, one line.
     """
+    overrides = ["dry_run=true" if argument in ("--dry_run", "--dry-run") else argument for argument in overrides]
     settings = given(overrides)
     reward, added = chosen(overrides, settings)
     parts = {"the reward is": reward, "E-GRPO's configuration adds": added}

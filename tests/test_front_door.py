@@ -85,6 +85,8 @@ def test_a_key_is_a_flag(override, name, value):
         ("hydra.run.dir=out", ("unknown key hydra.run.dir",)),
         ("algorithm=ppo", ("algorithm=ppo", "grpo_merge", "branch_grpo")),
         ("eta", ("eta", "key=value")),
+        ("--learning-rate", ("--learning-rate: expected key=value", "write learning_rate=...")),
+        ("--use_lora", ("--use_lora: expected key=value", "write use_lora=true")),
         ("--eta=1", ("unknown key --eta",)),
         ("reward=hsp", ("reward=hsp", "hps", "multi_reward", "reward.reward_model=")),
         ("reward=shapes:2,jpeg_compressibility", ("reward=shapes:2,", "pick_score", "'reward.reward_model=\"...\"'")),
@@ -221,7 +223,7 @@ def test_no_script_is_left_untested():
 
 def test_every_script_passes_a_dry_run(tmp_path, capsys):
     scripts = [ROOT / f"scripts/finetune/{name}.sh" for name in SCRIPTS]
-    for name, (program, *overrides) in recipe_commands(scripts, tmp_path, "dry_run=true", MODEL_PATH="m").items():
+    for name, (program, *overrides) in recipe_commands(scripts, tmp_path, "--dry_run", MODEL_PATH="m").items():
         assert program == "fastvideo/train.py"
         with parts_missing():
             front_door.main(overrides)
