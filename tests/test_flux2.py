@@ -352,7 +352,10 @@ def test_what_does_not_fit_together_is_refused_in_one_line(flags, flux2, embedde
     shutil.copytree(flux2, distilled)
     (distilled / "model_index.json").write_text(json.dumps(index | {"is_distilled": True}))
     for given, problem in (
-        ({"data_json_path": embedded_prompts, "guidance_scale": 1.0}, "prompt embedding of .* is 64 wide, .* takes 96"),
+        *(
+            ({"data_json_path": embedded_prompts, **more}, "is 64 wide, .* takes 96: it was made with another model")
+            for more in ({}, {"guidance_scale": 1.0}, {"dry_run": True})
+        ),
         ({"data_json_path": without}, "no embedding of the empty prompt"),
         ({"lora_target_modules": ["to_out"], "use_lora": True}, "to_out: also names transformer_blocks.0.attn.to_out"),
         ({"pretrained_model_name_or_path": other}, "names StableDiffusion3Pipeline; choose a model of FluxPipeline"),

@@ -163,7 +163,7 @@ class LatentFluxRLDataset(torch.utils.data.Dataset):
             if found != wanted:
                 what = {"prompt_embeds": "prompt embedding", "pooled_prompt_embeds": "pooled embedding"}.get(name, name)
                 problem = f"the {what} of {caption!r} is {found} wide, {model} takes {wanted}"
-                raise self._error(f"{problem}; preprocess with the same model")
+                raise self._error(f"{problem}: it was made with another model; preprocess with this one")
         if len(embeds) != len(first["prompt_embeds"]):
             lengths = " and ".join(f"{len(x['prompt_embeds'])} for {x['caption']!r}" for x in (first, item))
             raise self._error(f"different numbers of tokens, {lengths}; preprocess with one --max_sequence_length")

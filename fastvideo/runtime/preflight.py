@@ -139,12 +139,14 @@ def _warn_of_few_steps(config: GRPOConfig) -> None:
 
 
 def _check_embeddings(config: GRPOConfig, configs: bool) -> None:
-    """Raises FlagError for cached embeddings that can't be used. A run that goes on checks their content only later.
+    """Raises FlagError for cached embeddings that can't be used. A run that goes on checks their content only later,
+    unless it needs the empty prompt's.
 
     configs: whether the transformer's config.json can be read.
     """
     widths = None
-    if config.dry_run and configs:
+    # Another model's embeddings also lack the empty prompt's, and their widths say why.
+    if configs and (config.dry_run or takes_empty_prompt(config)):
         path = config.pretrained_model_name_or_path
         widths = family_of(path).widths(meta_transformer(path))
     data = LatentFluxRLDataset(config.data_json_path, widths=widths)
