@@ -155,6 +155,7 @@ def test_files_that_are_no_model_to_train_are_refused_in_one_line(
         (single_file, "one file, without VAE .* transformer/"),
         (pipeline_with(tmp_path / "short.safetensors"), "img_in.bias is missing$"),
         (two, "both in transformer/"),
+        (Path(tiny_flux) / "transformer", f"this is a part of a pipeline; give the pipeline's folder, {tiny_flux}$"),
         (style, "these are LoRA adapters; .*--lora_init"),
         (write(tmp_path / "lora", DIFFUSERS, LORA_FILE).parent, "these are LoRA adapters"),
     ):

@@ -68,6 +68,8 @@ def misplaced(path: str, field: str = BASE) -> str | None:
     if lora_file(path, field):
         where = "as --lora_init in training, or as --model_path in sampling and merging"
         return f"these are LoRA adapters; give their base model here, and them {where}"
+    if field == BASE and Path(path).is_dir() and Path(path).name in model_index(str(Path(path).parent)):
+        return f"this is a part of a pipeline; give the pipeline's folder, {Path(path).parent}"
     if not Path(path).is_file():
         return None
     try:
