@@ -277,9 +277,19 @@ def test_a_host_that_can_t_be_reached_is_asked_once_and_costs_only_its_own_files
     assert status == 1 and output.count("fatal: unable to access") == 1, output
     assert output.splitlines()[-1].startswith(
         f"download_checkpoints.sh: 127.0.0.1:9 didn't give, or not as published: {', '.join(prompts)}; run the command "
-        "again, with HTTPS_PROXY, HF_ENDPOINT or WEB_MIRROR if it can't be reached"
+        "again, with HTTPS_PROXY or WEB_MIRROR if it can't be reached"
     )
     assert downloaded(tmp_path) == {f"data/benchmarks/drawbench/{file}": "x" for file in files}
+
+
+@pytest.mark.slow
+def test_a_hub_that_can_t_be_reached_is_asked_for_one_repository(download):
+    status, output = download("pick", HF_ENDPOINT="http://127.0.0.1:9")
+    assert status == 1 and output.count(" -> cache") == 1 and output.startswith("yuvalkirstain/PickScore_v1"), output
+    assert output.splitlines()[-1].startswith(
+        "download_checkpoints.sh: 127.0.0.1:9 didn't give, or not as published: yuvalkirstain/PickScore_v1, "
+        "laion/CLIP-ViT-H-14-laion2B-s32B-b79K; run the command again, with HTTPS_PROXY or HF_ENDPOINT if it can't be"
+    )
 
 
 def test_an_unknown_part_is_refused_naming_the_choices(download):

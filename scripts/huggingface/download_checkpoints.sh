@@ -41,6 +41,7 @@ hf=$(dirname "$PYTHON_BIN")/hf
 [ -x "$hf" ] || hf=hf
 
 declare -A lacking=() away=() # host -> files that it didn't give; hosts that can't be reached
+endpoint=${HF_ENDPOINT:-https://huggingface.co}
 
 host_of() { # URL
   local rest=${1#*://}
@@ -75,7 +76,7 @@ listed() {
 # hub [datasets/]REPOSITORY[@COMMIT] TARGET [SIZE FILE]...
 # The TARGET `cache` is the hub's own cache, where hub names are looked up.
 hub() {
-  local name=${1%@*} commit=main type=model target=$2 endpoint=${HF_ENDPOINT:-https://huggingface.co}
+  local name=${1%@*} commit=main type=model target=$2 host
   local source=() files=() targets=() place=()
   [[ $1 != *@* ]] || commit=${1#*@}
   [[ $1 != datasets/* ]] || type=dataset
@@ -88,14 +89,22 @@ hub() {
     shift 2
   done
   [ -z "$dry_run" ] || return 0
-  [ "$target" = cache ] || place=(--local-dir "$target")
-  source=("${name#datasets/}" --repo-type "$type" --revision "$commit" "${place[@]}")
-  echo "$name -> $target"
-  if ! { "$hf" download "${source[@]}" "${files[@]}" && "$hf" cache verify "${source[@]}"; }; then
-    for target in "${targets[@]}"; do
-      lacks "$(host_of "$endpoint")" "$target"
-    done
+  if [ "$target" = cache ]; then
+    targets=("$name")
+  else
+    place=(--local-dir "$target")
   fi
+  source=("${name#datasets/}" --repo-type "$type" --revision "$commit" "${place[@]}")
+  host=$(host_of "$endpoint")
+  if [ -z "${away[$host]:-}" ]; then
+    echo "$name -> $target"
+    ! { "$hf" download "${source[@]}" "${files[@]}" && "$hf" cache verify "${source[@]}"; } || return 0
+    # The client's status doesn't say whether the hub was there.
+    curl --silent --location --output /dev/null --max-time 10 "$endpoint" || away_if "$host" $?
+  fi
+  for target in "${targets[@]}"; do
+    lacks "$host" "$target"
+  done
 }
 
 # pinned REPOSITORY COMMIT [SIZE PATH TARGET]...
@@ -311,6 +320,8 @@ for part in "${chosen[@]:-${PARTS[@]}}"; do
   "get_$part"
 done
 for host in "${!lacking[@]}"; do
-  echo "download_checkpoints.sh: $host didn't give, or not as published: ${lacking[$host]}; run the command again, with HTTPS_PROXY, HF_ENDPOINT or WEB_MIRROR if it can't be reached (--dry_run lists the addresses)"
+  mirror=WEB_MIRROR
+  [ "$host" != "$(host_of "$endpoint")" ] || mirror=HF_ENDPOINT
+  echo "download_checkpoints.sh: $host didn't give, or not as published: ${lacking[$host]}; run the command again, with HTTPS_PROXY or $mirror if it can't be reached (--dry_run lists the addresses)"
 done >&2
 [ ${#lacking[@]} = 0 ]
