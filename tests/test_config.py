@@ -603,7 +603,6 @@ def test_the_environment_counts_more_than_a_recipe_and_arguments_more_than_both(
 @pytest.mark.parametrize(
     "recipe,environment,argv,expected",
     [
-        ("MixGRPO", {}, "--prompts_file p.txt", {"prompts_file": "p.txt", "data_json_path": None}),
         ("MixGRPO", {"DATA_JSON_PATH": "d"}, "--prompts-file=p.txt", {"prompts_file": "p.txt", "data_json_path": None}),
         ("MixGRPO", {"PROMPTS_FILE": "p.txt"}, "", {"prompts_file": "p.txt", "data_json_path": None}),
         ("MixGRPO", {"PROMPTS_FILE": "p.txt"}, "--data_json_path d", {"prompts_file": None, "data_json_path": "d"}),
@@ -622,6 +621,13 @@ def test_flags_given_by_hand_replace_those_of_recipe_and_environment_that_they_e
     config = parse_dataclass(GRPOConfig, command, "", translate)
     assert {name: getattr(config, name) for name in expected} == expected
     assert "note: --" in capsys.readouterr().err  # never without a word
+
+
+@pytest.mark.parametrize("argv", ["--prompts_file p.txt", "--prompts-file=p.txt"])
+def test_a_prompt_file_takes_the_place_of_a_recipe_s_cached_embeddings_that_nobody_named(tmp_path, capsys, argv):
+    config = parse_dataclass(GRPOConfig, recipe_command(MIX_GRPO, tmp_path, *argv.split())[1:], "", translate)
+    assert (config.prompts_file, config.data_json_path) == ("p.txt", None)
+    assert "data_json_path" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

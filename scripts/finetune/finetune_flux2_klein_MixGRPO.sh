@@ -6,7 +6,7 @@
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 flag algorithm mix_grpo
 flag pretrained_model_name_or_path data/flux2_klein
-flag data_json_path data/flux2_klein_rl_embeddings/prompt.json
+cached data/flux2_klein_rl_embeddings/prompt.json
 flag rollout_batch_size 6
 flag train_micro_batch_size 4
 flag experiment_name flux2_klein_MixGRPO

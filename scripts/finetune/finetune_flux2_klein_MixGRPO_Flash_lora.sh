@@ -8,7 +8,7 @@
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 flag algorithm mix_grpo_flash
 flag pretrained_model_name_or_path data/flux2_klein
-flag data_json_path data/flux2_klein_rl_embeddings/prompt.json
+cached data/flux2_klein_rl_embeddings/prompt.json
 flag lora_rank 128
 flag lora_alpha 128
 flag learning_rate 3e-4

@@ -10,7 +10,7 @@ fi
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 flag algorithm mix_grpo_flash
 flag pretrained_model_name_or_path data/tiny_flux
-[[ " $*" == *" --prompts_file"* ]] || flag data_json_path data/tiny_rl_embeddings/prompt.json
+cached data/tiny_rl_embeddings/prompt.json
 flag output_dir outputs/tiny_mixgrpo
 flag experiment_name tiny_mixgrpo
 flag h 32

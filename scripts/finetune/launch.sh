@@ -36,5 +36,10 @@ launch() {
   run_distributed fastvideo/train_grpo_flux.py "${args[@]}" --override "$@"
 }
 
-# Prompts are embedded beforehand: scripts/preprocess/preprocess_flux_rl_embeddings.sh
-flag data_json_path data/rl_embeddings/prompt.json
+# cached INDEX   prompts that are embedded beforehand, unless --prompts_file names others
+cached() {
+  [[ " $arguments" == *" --prompts"[_-]"file"* ]] || flag data_json_path "$1"
+}
+
+arguments="$*" # of the recipe, which sources this file
+cached data/rl_embeddings/prompt.json # by scripts/preprocess/preprocess_flux_rl_embeddings.sh
