@@ -85,6 +85,15 @@ class FlagErrors(FlagError):
         self.errors = errors
 
 
+def raised(checks: Iterable[Callable[[], object]]) -> Iterator[FlagError]:
+    """The FlagErrors of checks, each of which raises one if something can't be used."""
+    for check in checks:
+        try:
+            check()
+        except FlagError as error:
+            yield error
+
+
 @contextmanager
 def flag_errors(program: str, names: Mapping[str, str] | None = None) -> Iterator[None]:
     """The edge of a command line, a decorator of `main` too: a FlagError ends the program with one line and status 2,

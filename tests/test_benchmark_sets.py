@@ -98,6 +98,22 @@ def test_missing_and_damaged_files_are_one_line_that_says_what_fetches_them(name
     assert not (sets.parent / "out").exists()
 
 
+def test_all_that_is_missing_is_said_at_once_and_before_anything_is_written(sets, tiny_flux, capsys):
+    (sets / "drawbench" / SETS["drawbench"].files[0]).unlink()
+    given = {
+        "reward_model_type": "hpsv2,vlm_judge",
+        "hps_path": sets / "none.pt",
+        "model_path": sets / "checkpoint-9-0",
+    }
+    argv = [word for word in flags(sets, "drawbench", tiny_flux, **given) if word != "--baseline"]
+    with pytest.raises(SystemExit):
+        run_benchmark.main(argv)
+    lines = capsys.readouterr().err.splitlines()
+    found = [line.partition("error: ")[2].split()[0].rstrip(":") for line in lines if "error: " in line]
+    assert found[:2] == ["--model_path", "--benchmark"] and {"--hps_path", "--vlm_judge_url"} < set(found)
+    assert not (sets.parent / "out").exists()
+
+
 def test_a_benchmark_samples_scores_and_compares_with_the_baseline(sets, tiny_flux, capsys, refused, monkeypatch):
     monkeypatch.setitem(SETS, "drawbench", SETS["drawbench"].__class__(**vars(SETS["drawbench"]) | {"count": 2}))
     given = {"reward_model_type": "jpeg_compressibility", "images_per_prompt": 2}

@@ -19,7 +19,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from fastvideo.cli import FlagError, flag, flag_errors, parse_dataclass, parse_first
+from fastvideo.cli import FlagError, FlagErrors, flag, flag_errors, parse_dataclass, parse_first, raised
 from fastvideo.eval.prompt_sets import SETS, PromptSet
 from fastvideo.eval.settings import EvalConfig
 from fastvideo.models.reward_model.spec import RewardConfig
@@ -86,8 +86,8 @@ from fastvideo.eval.eval_reward import evaluate, read_manifest
 from fastvideo.eval.summary import pair_up
 from fastvideo.io.files import write_json, writing
 from fastvideo.io.processes import barrier, processes
-from fastvideo.models.reward_model.utils import check_reward_files
-from fastvideo.sample.sample_flux import sample
+from fastvideo.models.reward_model.utils import reward_problems
+from fastvideo.sample.sample_flux import check_models, resolve, sample
 
 import numpy as np
 import torch
@@ -114,16 +114,24 @@ def read_set(config: BenchmarkConfig) -> list[dict[str, Any]]:
     return entries
 
 
-def check(config: BenchmarkConfig, entries: Sequence[dict[str, Any]]) -> None:
-    """Raises FlagError, before hours of sampling, for rewards that can't score and a baseline of other prompts."""
-    scoring = config.scoring()
-    check_reward_files(scoring, evaluation=True, field="reward_model_type")
+def checked_set(config: BenchmarkConfig) -> list[dict[str, Any]]:
+    """The entries of `read_set`.
+
+    Raises FlagErrors, before hours of sampling, for everything that is missing: models, prompts, files of rewards; or
+    for a baseline of other prompts.
+    """
+    entries: list[dict[str, Any]] = []
+    checks = (lambda: check_models(resolve(config.sampling())), lambda: entries.extend(read_set(config)))
+    found = [*raised(checks), *reward_problems(config.scoring(), evaluation=True, field="reward_model_type")]
+    if found:
+        raise FlagErrors(found)
     if config.baseline_manifest is not None:
         each = config.images_per_prompt
         prompts = [(entry["prompt"], {k: v for k, v in entry.items() if k != "prompt"}) for entry in entries]
         pictures = [prompt for prompt in prompts for _ in range(each)]
         ours = [{"index": i, "prompt": p, "metadata": metadata} for i, (p, metadata) in enumerate(pictures)]
         pair_up(ours, read_manifest(Path(config.baseline_manifest), "baseline_manifest"))
+    return entries
 
 
 def means(summary: dict[str, Any]) -> dict[str, float]:
@@ -160,8 +168,7 @@ def report(config: BenchmarkConfig, prompts: int, summary: dict[str, Any]) -> No
 
 def run(config: BenchmarkConfig) -> dict[str, Any]:
     """Samples, scores and reports; returns the summary of the evaluation."""
-    entries = read_set(config)
-    check(config, entries)
+    entries = checked_set(config)
     with processes(config.device) as here:
         sampling = config.sampling()
         if here.rank == 0:

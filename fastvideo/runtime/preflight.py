@@ -8,13 +8,13 @@ import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import compress
 from operator import not_
 from pathlib import Path
 from typing import Any
 
-from fastvideo.cli import FlagError, FlagErrors
+from fastvideo.cli import FlagError, FlagErrors, raised
 from fastvideo.config import DRAWN, GRPOConfig
 from fastvideo.dataset.latent_flux_rl_datasets import LatentFluxRLDataset, draws_per_epoch
 from fastvideo.dataset.split import held_out
@@ -66,7 +66,7 @@ def check_run(config: GRPOConfig, world_size: int) -> None:
     path = config.pretrained_model_name_or_path
     found, configs = [*_missing_trackers(config), *_missing_in_pipeline(config)], local_folder(path) is not None
     if configs and not found and not config.init_random_flux:
-        found += _raised([lambda: check_pipeline(path, bool(config.prompts_file or config.eval_prompts))])
+        found += raised([lambda: check_pipeline(path, bool(config.prompts_file or config.eval_prompts))])
     if configs and not found and is_first():
         _warn_of_few_steps(config)
     try:
@@ -94,7 +94,7 @@ def check_run(config: GRPOConfig, world_size: int) -> None:
         checks.append(lambda: to_resume(config, world_size))
     texts = [name for name in ("prompts_file", "eval_prompts") if getattr(config, name) is not None]
     checks += [lambda name=name: _check_prompts(config, name) for name in texts]
-    found += _raised(checks)
+    found += raised(checks)
     if found:
         raise FlagErrors(found)
 
@@ -216,14 +216,6 @@ def _from_hub(field: str, name: str) -> Iterator[FlagError]:
         yield bad_file(field, name, "not downloaded yet, and HF_HUB_OFFLINE is set, so no hub is asked")
     else:
         say(f"note: --{field} {name} isn't on this machine yet; the run downloads it first")
-
-
-def _raised(checks: Iterable[Callable[[], object]]) -> Iterator[FlagError]:
-    for check in checks:
-        try:
-            check()
-        except FlagError as error:
-            yield error
 
 
 def _missing_in_pipeline(config: GRPOConfig) -> Iterator[FlagError]:

@@ -372,12 +372,10 @@ def _compare_base(config: SampleConfig) -> None:
         say(f"warning: --{error}")
 
 
-def sample(config: SampleConfig) -> Path:
-    """Makes the missing pictures of `config`; returns the path of the manifest, or of sweep.json.
+def resolve(config: SampleConfig) -> SampleConfig:
+    """The settings with what a tuned model implies: its base model, and that model's guidance.
 
-    Under torchrun the batches are dealt out to the processes, and rank 0 writes the manifest.
-
-    Raises FlagError for missing models or prompts, an impossible size, or a folder with other pictures.
+    Raises FlagError for a tuned model that isn't there.
     """
     if config.model_path:
         config = replace(config, model_path=str(linked(Path(config.model_path), "model_path")))
@@ -389,11 +387,28 @@ def sample(config: SampleConfig) -> Path:
         sizes = {"h": config.h, "w": config.w, "sampling_steps": config.total_sampling_steps}
         usual = family_defaults({BASE: config.pretrained_model_name_or_path, **sizes})
         config = replace(config, guidance_scale=usual.get("guidance_scale", GRPOConfig.guidance_scale))
+    return config
+
+
+def check_models(config: SampleConfig) -> None:
+    """Raises FlagError for models of the `resolve`d settings that can't be loaded."""
+    check_pipeline(config.pretrained_model_name_or_path)
+    if any(run.tuned_steps for run in config.runs()):
+        check_tuned(config.pretrained_model_name_or_path, config.model_path)
+
+
+def sample(config: SampleConfig) -> Path:
+    """Makes the missing pictures of `config`; returns the path of the manifest, or of sweep.json.
+
+    Under torchrun the batches are dealt out to the processes, and rank 0 writes the manifest.
+
+    Raises FlagError for missing models or prompts, an impossible size, or a folder with other pictures.
+    """
+    config = resolve(config)
     prompts = read_prompt_list(config.prompts_file, config.prompt_column)
     runs = config.runs()
-    check_pipeline(config.pretrained_model_name_or_path)
+    check_models(config)
     if any(run.tuned_steps for run in runs):
-        check_tuned(config.pretrained_model_name_or_path, config.model_path)
         _compare_base(config)
     vae = load_vae(config.pretrained_model_name_or_path)
     LatentShape.of(vae, config.h, config.w)  # raises for a size that doesn't fit
