@@ -34,7 +34,7 @@ def predict_memory(config: GRPOConfig, world_size: int) -> dict[str, float]:
     `rows` isn't GiB: it is --train_micro_batch_size, or its default value. `evaluation` is there if evaluations
     take more than all activations of training.
 
-    Within 6 % of the measurements with one process, but for LoRA of FLUX.2, which took 15.3 GiB; 12.7 are predicted,
+    Within 7 % of the measurements with one process, but for LoRA of FLUX.2, which took 15.3 GiB; 12.7 are predicted,
     and which part is too small isn't known. FSDP2 uses more where memory allows: it then keeps gradients whole between
     micro-batches (80.9 GiB on each of four H200 for FLUX.1, predicted 68.7).
 
