@@ -49,7 +49,8 @@ def norm_and_rotate(
     """The rotary embedding of RMSNorm(x), computed in float32 and returned in the format of x.
 
     Args:
-        x: [N, S, heads, D], whose heads lie one after the other. weight: [D]. cosine, sine: float32, [S, D].
+        x: [N, S, heads, D], whose heads lie one after the other; D is a power of 2. weight: [D].
+        cosine, sine: float32, [S, D].
     """
     rows, tokens, heads, size = x.shape
     result = torch.empty(x.shape, dtype=x.dtype, device=x.device)

@@ -21,8 +21,9 @@ from transformers import CLIPTextModel, T5EncoderModel
 def _norm(
     norm: AdaLayerNormZero | AdaLayerNormZeroSingle, x: torch.Tensor, emb: torch.Tensor
 ) -> tuple[Modulated | torch.Tensor, ...]:
-    """diffusers' adaptive norm, of which attention computes the first result (in the compute format: autocast makes
-    norms return float32, of which each linear layer after a compiled norm would write a copy)."""
+    """diffusers' adaptive norm with the same results, in the compute format. (Under autocast diffusers' is float32, and
+    each linear layer after a compiled norm would write a copy.) The first result is computed where its use is known.
+    """
     modulation = norm.linear(norm.silu(emb))
     shift, scale, *rest = modulation.chunk(modulation.shape[-1] // x.shape[-1], dim=1)
     return Modulated(x, scale, shift, norm.norm.eps), *rest

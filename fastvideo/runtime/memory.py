@@ -99,9 +99,8 @@ def predict_memory(config: GRPOConfig, world_size: int) -> dict[str, float]:
         ends = [math.ceil(i * most / batches) for i in range(batches + 1)]
         held = [0, compute * trained, gradients]  # while the first, the second, a later micro-batch is computed
         with_gradients = max(held[min(i, 2)] + (ends[i + 1] - ends[i]) * training_row for i in range(batches))
-        with_gradients = max(
-            with_gradients, gradients + compute * trained * (batches > 2)
-        )  # both, before they are added
+        if batches > 2:  # the sum so far and the newest gradient, when activations are gone
+            with_gradients = max(with_gradients, gradients + compute * trained)
     pictures = config.local_prompts(world_size) * config.num_generations
     sampling = (config.rollout_batch_size or pictures) * row * IN_FLIGHT
     if scouts := scout_plan(config):  # sampled in passes of as many rows; the latents of all are held meanwhile
