@@ -7,7 +7,7 @@
     python benchmarks/bench_iteration.py --fp8 --no_gradient_checkpointing         # FP8 in untrained steps, its error
     python benchmarks/bench_iteration.py --compare --no_gradient_checkpointing     # optimisations, FP8, scouts
     python benchmarks/bench_iteration.py --double_blocks 19 --single_blocks 38 --use_lora      # LoRA of all of FLUX.1
-    python benchmarks/bench_iteration.py --family flux2 --recipes --rollout_batch_size 6 --train_micro_batch_size 4
+    python benchmarks/bench_iteration.py --family flux2 --recipes --rollout_batch_size 4 --train_micro_batch_size 2
     python benchmarks/bench_iteration.py --double_blocks 2 --single_blocks 4 --attention_heads 12     # other blocks
     python benchmarks/bench_iteration.py --tiny --ablation                         # on a CPU
     python benchmarks/bench_iteration.py --tiny --save                             # and how long saving takes

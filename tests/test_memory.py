@@ -64,12 +64,13 @@ def predicted(folder, flags: str, processes: int = 1) -> dict[str, float]:
             "--train_micro_batch_size 2 --use_lora --quantize_base --num_generations 4 --gradient_accumulation_steps 2",
             16.1,
         ),
+        ((19, 38), "--train_micro_batch_size 2 --rollout_batch_size 6 --use_lora --quantize_base", 16.9),
         ((19, 38), "--train_micro_batch_size 4 --use_lora --lora_alpha 256 --selective_checkpointing 0.5", 47.9),
         ((19, 38), "--train_micro_batch_size 4 --use_lora --no_gradient_checkpointing --rollout_precision fp8", 67.3),
     ],
 )
 def test_the_prediction_is_near_what_was_measured(flux_of, blocks, flags, measured):
-    assert predicted(flux_of(*blocks), flags)["peak"] == pytest.approx(measured, rel=0.065)
+    assert predicted(flux_of(*blocks), flags)["peak"] == pytest.approx(measured, rel=0.065 if "fsdp" in flags else 0.03)
 
 
 def test_an_evaluation_of_larger_pictures_counts_where_it_takes_more_than_training(flux_1, capsys, monkeypatch):
@@ -79,7 +80,7 @@ def test_an_evaluation_of_larger_pictures_counts_where_it_takes_more_than_traini
         predicted(flux_1, f"{lora} {size}") for size in ("", "--eval_h 2048 --eval_w 2048", "--eval_h 128 --eval_w 128")
     )
     assert plain == small and "evaluation" not in plain
-    picture = 2048 * 2048 * 1000 / 2**30  # decoded in bf16, one at a time
+    picture = 2048 * 2048 * memory.DECODED_PIXEL / 2**30  # decoded in bf16, one at a time
     assert large["evaluation"] == large["activations"] == pytest.approx(picture)
     assert large["peak"] == pytest.approx(large["weights"] + large["moments"] + picture)
     monkeypatch.setattr(memory, "gpu_sizes", lambda: [20 * 2**30])
@@ -199,25 +200,47 @@ def test_the_readme_s_recipes_pass_a_dry_run_and_take_what_it_says(flux_1, capsy
         assert found + 4 < float(gigabytes) * 1e9 / 2**30, flags  # with room for a reward model
 
 
-def test_flux_2_s_recipes_take_what_their_page_says(tmp_path):
+@pytest.fixture(scope="module")
+def klein(tmp_path_factory):
+    """FLUX.2-klein-base-4B's sizes."""
+    folder = tmp_path_factory.mktemp("klein")
     with torch.device("meta"):
-        klein = {"in_channels": 128, "num_layers": 5, "num_single_layers": 20, "attention_head_dim": 128}
-        klein |= {"num_attention_heads": 24, "joint_attention_dim": 7680, "guidance_embeds": False}
-        Flux2Transformer2DModel(**klein).save_config(tmp_path / "transformer")
-        AutoencoderKLFlux2().save_config(tmp_path / "vae")
-    (tmp_path / "model_index.json").write_text('{"_class_name": "Flux2KleinPipeline"}')
+        sizes = {"in_channels": 128, "num_layers": 5, "num_single_layers": 20, "attention_head_dim": 128}
+        sizes |= {"num_attention_heads": 24, "joint_attention_dim": 7680, "guidance_embeds": False}
+        Flux2Transformer2DModel(**sizes).save_config(folder / "transformer")
+        AutoencoderKLFlux2().save_config(folder / "vae")
+    (folder / "model_index.json").write_text('{"_class_name": "Flux2KleinPipeline"}')
+    return folder
+
+
+@pytest.mark.parametrize(
+    "flags,measured",  # GiB, benchmarks/results/h100_iteration.txt
+    [
+        ("--rollout_batch_size 6 --train_micro_batch_size 4", 74.2),
+        ("--rollout_batch_size 6 --train_micro_batch_size 4 --guidance_scale 1", 73.1),
+        ("--rollout_batch_size 4 --train_micro_batch_size 2 --h 1024 --w 1024", 74.9),
+        ("--rollout_batch_size 6 --train_micro_batch_size 4 --use_lora", 15.3),
+        ("--rollout_batch_size 6 --train_micro_batch_size 4 --use_lora --guidance_scale 1", 12.4),
+        ("--rollout_batch_size 6 --train_micro_batch_size 4 --use_lora --h 1024 --w 1024", 20.6),
+    ],
+)
+def test_the_prediction_for_flux_2_is_near_what_was_measured(klein, flags, measured):
+    assert predicted(klein, flags)["peak"] == pytest.approx(measured, rel=0.03)
+
+
+def test_flux_2_s_recipes_take_what_their_page_says(klein):
     page = (ROOT / "docs/flux_2.md").read_text(encoding="utf-8")
     table = page.partition("| recipe | GiB")[2].partition("\n\n")[0].split()
     small = "--use_lora --train_micro_batch_size 2"
     for recipe, flags, gib in (
-        ("MixGRPO", "", "72.2"),
-        ("MixGRPO_Flash", "", "72.2"),
-        ("MixGRPO_Flash_lora", "--use_lora", "12.7"),
-        ("MixGRPO_Flash_lora", f"{small} --h 1024 --w 1024", "14.1"),
-        ("MixGRPO_Flash_lora", f"{small} --quantize_base", "7.7"),
+        ("MixGRPO", "", "74.5"),
+        ("MixGRPO_Flash", "", "74.5"),
+        ("MixGRPO_Flash_lora", "--use_lora", "14.9"),
+        ("MixGRPO_Flash_lora", f"{small} --h 1024 --w 1024", "16.2"),
+        ("MixGRPO_Flash_lora", f"{small} --quantize_base", "8.8"),
     ):
         own = recipe_flags(ROOT / f"scripts/finetune/finetune_flux2_klein_{recipe}.sh")
-        where = ["--pretrained_model_name_or_path", str(tmp_path)]
+        where = ["--pretrained_model_name_or_path", str(klein)]
         config = parse_dataclass(GRPOConfig, ["--override", *own, "--override", *where, *flags.split()])
         assert config.guidance_scale == 4
         assert f"{predict_memory(config, 1)['peak']:.1f}" == gib and gib in table

@@ -22,10 +22,11 @@ TEXT_TOKENS, ROWS_ON_A_CPU = 512, 8
 # Bytes per token and unit of width, measured in bf16 on an H100 (benchmarks/results/h100_iteration.txt).
 KEPT_BY_A_BLOCK = 40  # from forward to backward pass
 KEPT_WITH_LORA = 26  # the same in a block whose own weights need no gradient
+RECOMPUTED_WITH_LORA = 64  # by such a block that is computed again, until its backward pass ends
 KEPT_AT_A_CHECKPOINT = 2  # a block's input
 IN_FLIGHT = 30  # during a forward pass without gradient
 LATENTS_OF_A_SCOUT = 5  # float32: x, v and three x0 predictions
-DECODED_PIXEL = 1000  # bytes per pixel in the VAE's last level
+DECODED_PIXEL = 1350  # bytes per pixel in the VAE's last level
 
 
 def predict_memory(config: GRPOConfig, world_size: int) -> dict[str, float]:
@@ -34,9 +35,9 @@ def predict_memory(config: GRPOConfig, world_size: int) -> dict[str, float]:
     `rows` isn't GiB: it is --train_micro_batch_size, or its default value. `evaluation` is there if evaluations
     take more than all activations of training.
 
-    Within 7 % of the measurements with one process, but for LoRA of FLUX.2, which took 15.3 GiB; 12.7 are predicted,
-    and which part is too small isn't known. FSDP2 uses more where memory allows: it then keeps gradients whole between
-    micro-batches (80.9 GiB on each of four H200 for FLUX.1, predicted 68.7).
+    Within 3 % of the measurements with one process. FSDP2 uses more where memory allows: it then keeps gradients whole
+    between micro-batches (80.9 GiB on each of four H200 for FLUX.1, predicted 68.7). Where memory is short it uses less
+    (60.7 GiB on each of two H100 for 12 + 24 blocks, predicted 73.5).
 
     Raises:
         FlagError: a model's config.json can't be read.
@@ -75,9 +76,11 @@ def predict_memory(config: GRPOConfig, world_size: int) -> dict[str, float]:
 
     row = row_of(shape, config.guidance_scale)
     share = config.selective_checkpointing if config.gradient_checkpointing else 0
-    whole_block = KEPT_WITH_LORA if config.use_lora else KEPT_BY_A_BLOCK
+    whole_block, again = KEPT_BY_A_BLOCK, KEPT_BY_A_BLOCK
+    if config.use_lora:
+        whole_block, again = KEPT_WITH_LORA, RECOMPUTED_WITH_LORA
     kept = whole_block * (1 - share) + KEPT_AT_A_CHECKPOINT * share
-    training_row = row * (len(blocks) * kept + (whole_block if share else 0))
+    training_row = row * (len(blocks) * kept + (again if share else 0))
     left = min(gpu_sizes(), default=math.inf) - weights - gradients - moments
     plan = make_plan(config, next(windows(config)))
     updates = plan.updates(config.num_generations, config.gradient_accumulation_steps)
@@ -99,8 +102,9 @@ def predict_memory(config: GRPOConfig, world_size: int) -> dict[str, float]:
         ends = [math.ceil(i * most / batches) for i in range(batches + 1)]
         held = [0, compute * trained, gradients]  # while the first, the second, a later micro-batch is computed
         with_gradients = max(held[min(i, 2)] + (ends[i + 1] - ends[i]) * training_row for i in range(batches))
-        if batches > 2:  # the sum so far and the newest gradient, when activations are gone
-            with_gradients = max(with_gradients, gradients + compute * trained)
+        if batches > 2:  # the sum so far and the newest gradient, when the first block's activations are left
+            last_block = math.ceil(most / batches) * row * whole_block
+            with_gradients = max(with_gradients, gradients + compute * trained + last_block)
     pictures = config.local_prompts(world_size) * config.num_generations
     sampling = (config.rollout_batch_size or pictures) * row * IN_FLIGHT
     if scouts := scout_plan(config):  # sampled in passes of as many rows; the latents of all are held meanwhile

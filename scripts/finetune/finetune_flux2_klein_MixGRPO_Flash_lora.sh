@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# MixGRPO-Flash on FLUX.2-klein-base-4B with low-rank adapters, for one 24 GB GPU: predicted are 12.7 GiB, measured 15.3, without rewards.
+# MixGRPO-Flash on FLUX.2-klein-base-4B with low-rank adapters, for one 24 GB GPU: measured are 15.3 GiB, predicted 14.9, without rewards.
 # Flash, because it needs less than half of MixGRPO's evaluations in the rollout.
 # alpha is the rank: programs that don't read alpha from the file's metadata, such as ComfyUI, then apply the adapters as
 # they were trained. The learning rate is that of LoRA for FLUX.1, where alpha is twice the rank; it wasn't tuned. A higher
