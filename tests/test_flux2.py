@@ -338,6 +338,22 @@ def test_a_dry_run_says_what_guidance_costs_and_predicts_its_memory(flags, flux2
     assert memory[0] > memory[1]
 
 
+@pytest.mark.parametrize(
+    "given,warned",
+    [
+        ({"algorithm": "mix_grpo_flash", "sampling_steps": 10, "group_size": 4}, True),
+        ({"algorithm": "mix_grpo_flash", "sampling_steps": 10, "group_size": 4, "dpm_post_compress_ratio": 0.8}, False),
+        ({"algorithm": "mix_grpo_flash", "sampling_steps": 25}, False),
+        ({"algorithm": "mix_grpo", "sampling_steps": 10}, False),
+    ],
+)
+def test_a_rollout_that_ends_with_one_step_from_high_noise_is_warned_of(flags, flux2, embedded2, capsys, given, warned):
+    base = {"pretrained_model_name_or_path": flux2, "data_json_path": embedded2, "dry_run": True}
+    main(flags(**base, **given))
+    said = capsys.readouterr()
+    assert ("last step goes from sigma 0.91 to 0 at once" in said.out + said.err) == warned
+
+
 def test_what_does_not_fit_together_is_refused_in_one_line(flags, flux2, embedded_prompts, embedded2, tmp_path, capsys):
     entries = json.loads(embedded2.read_text())
     for entry in entries:

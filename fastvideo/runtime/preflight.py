@@ -39,10 +39,12 @@ from fastvideo.models.pretrained import (
 from fastvideo.models.reward_model.loading import bad_file, to_download
 from fastvideo.models.reward_model.spec import REWARDS, resolve_reward_spec
 from fastvideo.models.reward_model.utils import check_needs, reward_problems
+from fastvideo.rollout_plan import make_plan
 from fastvideo.runtime.checkpoint import checkpoints
 from fastvideo.runtime.evaluation import takes_empty_prompt
 from fastvideo.runtime.memory import checkpoint_size, describe_memory
 from fastvideo.runtime.resume import check_output, to_resume
+from fastvideo.utils.grpo_states import windows
 
 from huggingface_hub import is_offline_mode
 
@@ -124,10 +126,20 @@ def _check_guidance(config: GRPOConfig) -> None:
 
 
 FEW_STEPS = 10  # below it, a model that was distilled for few steps can't take out the noise that a step adds
+HIGH_NOISE = 0.9  # of the state before a rollout's last step: there, on a tiny FLUX.2, training made this step worse
 
 
 def _warn_of_few_steps(config: GRPOConfig) -> None:
-    """Warns of noisy steps of a model that was distilled for few steps."""
+    """Warns of noisy steps of a model that was distilled for few steps, and of one step that has to do nearly all."""
+    last = make_plan(config, next(windows(config))).steps[-1]
+    if last.sigma >= HIGH_NOISE:
+        longer = min(1, 2 * config.dpm_post_compress_ratio)
+        flags = [f"--dpm_post_compress_ratio {longer:g}"] if last.kind == "dpmpp" else []
+        warn(
+            f"the rollout's last step goes from sigma {last.sigma:.2f} to 0 at once: the pictures that rewards judge "
+            "are coarse, with guidance far from what all steps draw, and training may make this step worse. Take "
+            + " or ".join([*flags, "more --sampling_steps", "a smaller --shift"])
+        )
     noisy = config.sampling_steps < FEW_STEPS and config.algorithm not in DRAWN
     if noisy and few_steps(config.pretrained_model_name_or_path):
         warn(
