@@ -483,6 +483,13 @@ def test_bad_input_on_the_command_line_ends_with_one_line_and_status_2(tmp_path)
     assert run.stderr.strip().endswith("none.json: No such file or directory") and run.stderr.count("\n") == 1
 
 
+def test_all_that_scoring_lacks_is_named_at_once(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["--manifest", str(tmp_path / "none.json"), "--reward_model_type", "hpsv2", "--hps_path", "/nowhere/h.pt"])
+    named = [line.partition("--")[2].split()[0] for line in capsys.readouterr().err.splitlines()]
+    assert named == ["manifest", "hps_path"]
+
+
 def test_missing_reward_files_are_found_before_scoring(tmp_path, refused):
     manifest = make_pictures(tmp_path, grey(1, 2))
     with refused("--hps_path /nowhere/hps.pt: no such file"):

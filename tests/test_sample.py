@@ -622,6 +622,14 @@ def test_bad_input_gives_one_line_before_sampling(tmp_path, more, message, refus
     assert not (tmp_path / "out").exists()
 
 
+def test_all_that_sampling_lacks_is_named_at_once(tmp_path, capsys):
+    lacking = ("--prompts_file", "/nowhere/p.txt", "--pretrained_model_name_or_path", "/nowhere/flux")
+    with pytest.raises(SystemExit):
+        main(command(tmp_path, "out", *lacking))
+    named = [line.partition("--")[2].split()[0] for line in capsys.readouterr().err.splitlines()]
+    assert named == ["prompts_file", "pretrained_model_name_or_path"]
+
+
 def test_a_path_in_a_run_without_a_model_is_refused_before_any_base_model_and_the_newest_checkpoint_named(
     tmp_path, refused
 ):

@@ -37,7 +37,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from fastvideo.cli import FlagError, flag_errors, parse_dataclass, parse_first
+from fastvideo.cli import FlagError, FlagErrors, flag_errors, parse_dataclass, parse_first
 from fastvideo.eval.settings import NO_RIVALS, EvalConfig
 from fastvideo.models.reward_model.spec import RewardConfig, resolve_reward_spec
 
@@ -55,7 +55,13 @@ from fastvideo.io.scores import companion, reward_schema, write_scores
 from fastvideo.models.reward_model.clip_base import CLIPReward
 from fastvideo.models.reward_model.granular import RewardModel
 from fastvideo.models.reward_model.groups import is_groupwise
-from fastvideo.models.reward_model.utils import build_reward_models, check_needs, compute_reward, judge_of
+from fastvideo.models.reward_model.utils import (
+    build_reward_models,
+    check_needs,
+    compute_reward,
+    judge_of,
+    reward_problems,
+)
 from fastvideo.utils.picture_measures import appearance
 
 import numpy as np
@@ -285,19 +291,16 @@ def _output(config: EvalConfig) -> Path | None:
     return path / "scores.json" if path.is_dir() else path.with_name(f"{path.stem}_scores.json")
 
 
-def evaluate(config: EvalConfig) -> dict[str, Any]:
-    """Scores the pictures that `config` names, writes the files and prints a table; returns the summary.
+def _pictures(config: EvalConfig) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The entries to score, and those of --baseline_manifest.
 
-    Under torchrun the batches are dealt out to the processes, and rank 0 writes and prints.
-
-    Raises FlagError for settings that can't be used, a malformed manifest, missing reward files, and if no picture can
-    be read.
+    Raises FlagError for malformed manifests, if they don't match, and if no picture can be read.
     """
     if config.manifest:
         entries = _entries(config, config.manifest, "manifest")
     else:
         entries = [{"index": 0, "prompt": config.prompt, "path": Path(config.image)}]
-    before = config.baseline_manifest and _entries(config, config.baseline_manifest, "baseline_manifest")
+    before = _entries(config, config.baseline_manifest, "baseline_manifest") if config.baseline_manifest else []
     if before:
         pair_up(entries, before)  # raises before anything loads
     for entry in entries:
@@ -307,8 +310,24 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         field = "manifest" if config.manifest else "image"
         problem = f"not one picture could be read; {entries[-1]['path']}: {problem}"
         raise FlagError(field, getattr(config, field), problem)
+    return entries, before
+
+
+def evaluate(config: EvalConfig) -> dict[str, Any]:
+    """Scores the pictures that `config` names, writes the files and prints a table; returns the summary.
+
+    Under torchrun the batches are dealt out to the processes, and rank 0 writes and prints.
+
+    Raises FlagError for settings that can't be used, a malformed manifest, missing reward files, and if no picture can
+    be read.
+    """
+    try:
+        entries, before = _pictures(config)
+    except FlagError as error:  # and whatever else is missing
+        missing = reward_problems(config, evaluation=True, field="reward_model_type")
+        raise FlagErrors([error, *missing]) from None
     rewards = resolve_reward_spec(config, "reward_model_type")
-    for field, pictures in (("manifest", entries), ("baseline_manifest", before or [])):
+    for field, pictures in (("manifest", entries), ("baseline_manifest", before)):
         prompts = [(entry["prompt"], entry.get("metadata", {})) for entry in pictures]
         check_needs(rewards if prompts else (), prompts, field, getattr(config, field))
     output = _output(config)

@@ -26,7 +26,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from fastvideo.cli import FlagError, flag_errors, parse_dataclass, parse_first
+from fastvideo.cli import FlagError, FlagErrors, flag_errors, parse_dataclass, parse_first, raised
 from fastvideo.sample.settings import SampleConfig
 
 if __name__ == "__main__":  # before the slow imports: --help and a refused flag answer at once
@@ -404,8 +404,11 @@ def sample(config: SampleConfig) -> Path:
 
     Raises FlagError for missing models or prompts, an impossible size, or a folder with other pictures.
     """
+    try:
+        prompts = read_prompt_list(config.prompts_file, config.prompt_column)
+    except FlagError as error:  # and whatever else is missing
+        raise FlagErrors([error, *raised([lambda: check_models(resolve(config))])]) from None
     config = resolve(config)
-    prompts = read_prompt_list(config.prompts_file, config.prompt_column)
     runs = config.runs()
     check_models(config)
     if any(run.tuned_steps for run in runs):

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from fastvideo.cli import FlagError
+from fastvideo.cli import FlagError, raised
 from fastvideo.io.messages import is_first, say
 from fastvideo.models.reward_model.custom import FunctionReward, probe
 from fastvideo.models.reward_model.detailed import DetailedReward
@@ -60,11 +60,7 @@ def reward_problems(config: Any, evaluation: bool = False, field: str = "reward_
         checks = [lambda: check_device(config.reward_device)]
         for key in resolve_reward_spec(config, field):
             checks += _checks(key, config, evaluation, field)
-    for check in checks:
-        try:
-            check()
-        except FlagError as error:
-            yield error
+    yield from raised(checks)
 
 
 def _checks(key: str, config: Any, evaluation: bool, field: str) -> list[Callable[[], object]]:
