@@ -44,6 +44,9 @@ _FAMILIAR: dict[str, tuple[str, ...]] = {
     "bf16 full_bf16 bfloat16": ("--mixed_precision bf16", "--dtype bf16", "--reward_dtype bf16"),
     "fp32 float32 full_precision": ("--mixed_precision no", "--dtype fp32", "--reward_dtype fp32"),
     "tf32": ("--allow_tf32",),
+    "fp8 use_fp8 enable_fp8 rollout_fp8 fp8_rollout": (
+        "--rollout_precision fp8 (steps that aren't trained); --quantize_base holds LoRA's frozen model in 8 bit",
+    ),
     "load_in_8bit fp8_base do_fp8_training quantize quantization bnb_quantization_config_path": ("--quantize_base",),
     "load_in_4bit": ("--quantize_base, which holds the frozen model in 8 bit",),
     # prompts and data

@@ -296,11 +296,15 @@ def _describe_float8(config: GRPOConfig, plans: list[tuple[Plan, int]]) -> list[
     if config.rollout_precision == "bf16":
         return []
     counts = [plan.evaluations_of(float8_states(config, plan)) for plan, _ in plans]
-    mean = np.average(counts, weights=[number for _, number in plans])
     candidates = "; and all for candidates" if config.scouts else ""
-    return [
-        f"of these in FP8 ({config.rollout_precision}): {min(counts)} to {max(counts)}, mean {mean:.1f}{candidates}"
-    ]
+    return [f"of these in FP8 ({config.rollout_precision}): {_spread(counts, plans)}{candidates}"]
+
+
+def _spread(counts: Sequence[int], plans: list[tuple[Plan, int]]) -> str:
+    """The least, the greatest and the mean of a number that each plan has; plans: with their iterations."""
+    least, most = min(counts), max(counts)
+    mean = np.average(counts, weights=[iterations for _, iterations in plans])
+    return f"{least} to {most}, mean {mean:.1f}" if least < most else f"{most}"
 
 
 LEGEND = (
@@ -318,16 +322,10 @@ def describe(config: GRPOConfig, world_size: int) -> str:
     """
     prompts = config.local_prompts(world_size) * config.data_ranks(world_size)
     k, plans = config.gradient_accumulation_steps, plans_of_run(config)
-    iterations = [number for _, number in plans]
     evaluations, apart = (
-        [getattr(p, name) for p, _ in plans] for name in ("evaluations", "evaluations_without_sharing")
+        _spread([getattr(plan, name) for plan, _ in plans], plans)
+        for name in ("evaluations", "evaluations_without_sharing")
     )
-    least, most, mean, unshared = (
-        min(evaluations),
-        max(evaluations),
-        *(np.average(numbers, weights=iterations) for numbers in (evaluations, apart)),
-    )
-    spread = f"{least} to {most}, mean {mean:.1f}" if least < most else f"{most}"
     first, steps, scouts = plans[0][0], optimizer_steps(config), scout_plan(config)
     if config.lr_scheduler == "polynomial" and config.lr_warmup_steps >= config.max_train_steps * steps:
         problem = (
@@ -352,7 +350,8 @@ def describe(config: GRPOConfig, world_size: int) -> str:
             f"{counted(config.max_train_steps, 'iteration')}: "
             f"{counted(config.max_train_steps * steps, 'optimizer step')}",
             f"loss: {_describe_loss(config)}",
-            f"velocity evaluations (NFE) per prompt and iteration: {spread} (without sharing {unshared:.4g})"
+            f"velocity evaluations (NFE) per prompt and iteration: {evaluations}"
+            + (f" (without sharing {apart})" if apart != evaluations else "")
             + (f"; and {scouts.evaluations} for candidates" if scouts else ""),
             *_describe_float8(config, plans),
             *left_out,

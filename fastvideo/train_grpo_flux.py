@@ -666,11 +666,8 @@ def set_up(config: GRPOConfig, lock: FolderLock | None = None) -> tuple[Trainer,
     if judged is not None:
         trainer.evaluation = Evaluation(config, judged, scoring, held_out, trainer.vae)
     together = trainer.local_prompts * engine.data_ranks
-    if accelerator.is_main_process:
-        if together > (there := sum(weight > 0 for weight in dataset.weights)):
-            warn(f"an iteration takes {together} prompts of only {there}: some repeat")
-        if (done := trainer.progress.iteration) >= config.max_train_steps:
-            print(f"nothing to do: {done} of --max_train_steps {config.max_train_steps} iterations are done")
+    if accelerator.is_main_process and together > (there := sum(weight > 0 for weight in dataset.weights)):
+        warn(f"an iteration takes {together} prompts of only {there}: some repeat")
     sampler = PromptSampler(
         len(dataset),
         together,
@@ -693,6 +690,10 @@ def train(trainer: Trainer, sampler: PromptSampler, batches: Iterator[dict]) -> 
         CheckpointNotWritten: for instance, the disk is full.
     """
     config, progress, main_process = trainer.config, trainer.progress, trainer.accelerator.is_main_process
+    if (done := progress.iteration) >= config.max_train_steps:  # the folder keeps the settings of what it holds
+        if main_process:
+            print(f"nothing to do: {done} of --max_train_steps {config.max_train_steps} iterations are done")
+        return
     held_out = trainer.evaluation.models if trainer.evaluation else {}
     names = reward_schema(held_out | trainer.scoring.models, trainer.scoring.weights)
     log = Log(config, progress.wandb_id, progress.iteration, names) if main_process else None

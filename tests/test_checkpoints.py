@@ -205,7 +205,9 @@ def test_changed_versions_are_listed_and_a_finished_run_says_so(out, train, caps
     record = out.checkpoints[-1] / "checkpoint.json"
     edit(record, versions=json.loads(record.read_text())["versions"] | {"torch": "1.0"})
     capsys.readouterr()
-    train("out", **SETTINGS, resume_from_checkpoint="latest")
+    settings = (out.folder / "args.json").read_bytes()
+    train("out", **SETTINGS | {"eta": 0.5}, resume_from_checkpoint="latest")
+    assert (out.folder / "args.json").read_bytes() == settings  # of the iterations that were trained
     told = capsys.readouterr().out
     assert f"with other versions, numbers may differ in rounding: torch 1.0 -> {torch.__version__}\n" in told
     assert "nothing to do: 4 of --max_train_steps 4 iterations are done" in told

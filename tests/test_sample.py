@@ -622,6 +622,15 @@ def test_bad_input_gives_one_line_before_sampling(tmp_path, more, message, refus
     assert not (tmp_path / "out").exists()
 
 
+def test_a_model_trained_with_another_guidance_says_so(tmp_path, train, capsys):
+    run = train("run", max_train_steps=1, guidance_scale=2.0)
+    for scale, said in ((3.5, True), (2.0, False)):
+        main(command(tmp_path, f"out{scale}", "--model_path", run.checkpoints[-1], "--guidance_scale", scale))
+        told = capsys.readouterr()
+        line = f"was trained with --guidance_scale 2; here it draws with {scale:g}"
+        assert (line in told.out + told.err) == said
+
+
 def test_all_that_sampling_lacks_is_named_at_once(tmp_path, capsys):
     lacking = ("--prompts_file", "/nowhere/p.txt", "--pretrained_model_name_or_path", "/nowhere/flux")
     with pytest.raises(SystemExit):

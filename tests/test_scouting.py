@@ -198,7 +198,7 @@ def test_what_cannot_be_scouted_is_refused(flags, problem, refused):
 def test_the_plan_of_the_candidates_and_their_cost_are_shown_before_a_run():
     text = describe(config(algorithm="mix_grpo", init_same_noise=False, scouts=24, rollout_precision="fp8"), 1)
     assert "; and all for candidates" in text
-    assert "iteration: 300 (without sharing 300); and 144 for candidates" in text
+    assert "iteration: 300; and 144 for candidates" in text
     assert "24 candidates per prompt are sampled and scored first; 12 of them, the best and the worst" in text
     assert len(re.findall(r"dpmpp order \d +rows +24", text)) == 6
     argv = f"--pretrained_model_name_or_path {TINY} --data_json_path unused --reward_model shapes --h 32 --w 32"

@@ -165,8 +165,8 @@ def describe_memory(config: GRPOConfig, world_size: int) -> str:
     found = predict_memory(config, world_size)
     parts = ", ".join(f"{name} {size:.3g}" for name, size in found.items() if name not in ("peak", "rows"))
     line = (
-        f"predicted peak memory of each process: {found['peak']:.3g} GiB ({parts}), without reward models, with "
-        f"training micro-batches of at most {counted(found['rows'], 'row')}"
+        f"predicted peak memory of each process: {found['peak']:.3g} GiB (of parts that aren't all held at once: "
+        f"{parts}), without reward models, with training micro-batches of at most {counted(found['rows'], 'row')}"
     )
     sizes = [size / 2**30 for size in gpu_sizes()]
     if sizes and found["peak"] > min(sizes):

@@ -137,8 +137,8 @@ def _warn_of_few_steps(config: GRPOConfig) -> None:
         flags = [f"--dpm_post_compress_ratio {longer:g}"] if last.kind == "dpmpp" else []
         warn(
             f"the rollout's last step goes from sigma {last.sigma:.2f} to 0 at once: the pictures that rewards judge "
-            "are coarse, with guidance far from what all steps draw, and training may make this step worse. Take "
-            + " or ".join([*flags, "more --sampling_steps", "a smaller --shift"])
+            "are coarse, and training may make this step worse, with classifier-free guidance above all. More steps "
+            f"cost time: {' or '.join([*flags, 'more --sampling_steps'])}. Or take a smaller --shift"
         )
     noisy = config.sampling_steps < FEW_STEPS and config.algorithm not in DRAWN
     if noisy and few_steps(config.pretrained_model_name_or_path):

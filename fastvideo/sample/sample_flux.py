@@ -61,7 +61,14 @@ from fastvideo.models.pretrained import (
     load_with_lora,
     meta_transformer,
 )
-from fastvideo.runtime.checkpoint import base_of, check_base_model, check_tuned_place, checkpoint_of, linked
+from fastvideo.runtime.checkpoint import (
+    base_of,
+    check_base_model,
+    check_tuned_place,
+    checkpoint_of,
+    linked,
+    read_record,
+)
 
 import numpy as np
 import torch
@@ -363,11 +370,15 @@ def _trained_from(model_path: str | None) -> str:
 
 
 def _compare_base(config: SampleConfig) -> None:
-    """Warns if the tuned model is known to have another base model, or its record can't be read."""
+    """Warns if the tuned model is known to have another base model or another guidance, or its record can't be read."""
     checkpoint = checkpoint_of(Path(config.model_path))
     try:
         if checkpoint is not None:
             check_base_model(checkpoint, config.pretrained_model_name_or_path, "model_path")
+            trained = read_record(checkpoint, "model_path").get("settings", {}).get("guidance_scale")
+            if trained not in (None, config.guidance_scale):
+                now = f"here it draws with {config.guidance_scale:g}"
+                say(f"note: {checkpoint} was trained with --guidance_scale {trained:g}; {now}")
     except FlagError as error:
         say(f"warning: --{error}")
 
