@@ -304,7 +304,8 @@ def test_a_lora_draws_in_the_pipeline_what_it_draws_here_and_mixes_with_the_base
     again = train2(max_train_steps=2, output_dir="again", resume_from_checkpoint=adapters, **lora)
     assert again.metrics[0]["step"] == 2
     start = train2(max_train_steps=1, output_dir="start", lora_init=adapters, **lora)
-    assert start.metrics[0]["ratio_first_deviation"] == 0
+    # Some CPUs round these large adapters' products of rank 4 differently in batches of other sizes: by one unit.
+    assert start.metrics[0]["ratio_first_deviation"] <= 1.2e-7
 
 
 def test_prompts_are_embedded_evaluated_and_reported(train2, prompts_file, monkeypatch):
