@@ -184,6 +184,16 @@ def test_a_run_that_can_not_fit_the_gpus_here_is_warned_about(flags, capsys, mon
         assert ("warning: a GPU here has" in capsys.readouterr().out) == warned
 
 
+@pytest.mark.parametrize("share,warned", [(0.98, True), (0.9, False)])
+def test_a_run_that_would_fill_a_gpu_to_the_last_gap_is_warned_about(flux_1, monkeypatch, share, warned):
+    lora = "--use_lora --train_micro_batch_size 4"
+    argv = f"--pretrained_model_name_or_path {flux_1} --data_json_path unused {lora}".split()
+    size = predicted(flux_1, lora)["peak"] / share * 2**30
+    monkeypatch.setattr(memory, "gpu_sizes", lambda: [size])
+    told = memory.describe_memory(parse_dataclass(GRPOConfig, argv), 1)
+    assert ("some of which gaps between allocations take" in told) == warned
+
+
 def test_the_readme_s_recipes_pass_a_dry_run_and_take_what_it_says(flux_1, capsys, monkeypatch):
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     lora = re.search(r"LoRA is `(.*?)`", text)[1]
