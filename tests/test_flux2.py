@@ -339,6 +339,19 @@ def test_a_dry_run_says_what_guidance_costs_and_predicts_its_memory(flags, flux2
     assert memory[0] > memory[1]
 
 
+def test_the_plan_is_flux_2_s_before_the_model_is_downloaded(flags, embedded2, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main(flags(pretrained_model_name_or_path="data/flux2_klein", data_json_path=embedded2, dry_run=True))
+    told = capsys.readouterr()
+    assert (
+        "classifier-free guidance 4" in told.out
+        and "1.0000 -> 0.9718" in told.out
+        and "FLUX.1's schedule" not in told.out
+    )
+    assert "download_checkpoints.sh klein" in told.err
+
+
 @pytest.mark.parametrize(
     "given,warned",
     [

@@ -5,6 +5,7 @@ import os
 
 from fastvideo.config import REFERENCE, GRPOConfig
 from fastvideo.io.fingerprint import local_folder
+from fastvideo.io.model_index import model_index
 from fastvideo.io.words import counted
 from fastvideo.models.family import LatentShape
 from fastvideo.models.float8 import float8_layers
@@ -158,11 +159,9 @@ def gpu_sizes() -> list[int]:
 
 def describe_memory(config: GRPOConfig, world_size: int) -> str:
     """The prediction as one line, and a second line with a warning if this machine's GPUs are too small."""
-    if local_folder(config.pretrained_model_name_or_path) is None:
-        return (
-            "predicted peak memory: unknown until the model is here. The plan above has FLUX.1's schedule; another "
-            "family has its own schedule and guidance"
-        )
+    if local_folder(path := config.pretrained_model_name_or_path) is None:
+        other = ". The plan above has FLUX.1's schedule; another family has its own schedule and guidance"
+        return "predicted peak memory: unknown until the model is here" + ("" if model_index(path) else other)
     found = predict_memory(config, world_size)
     parts = ", ".join(f"{name} {size:.3g}" for name, size in found.items() if name not in ("peak", "rows"))
     line = (
