@@ -37,9 +37,10 @@ def predict_memory(config: GRPOConfig, world_size: int) -> dict[str, float]:
     `rows` isn't GiB: it is --train_micro_batch_size, or its default value. `evaluation` is there if evaluations
     take more than all activations of training.
 
-    Within 3 % of the measurements with one process. FSDP2 uses more where memory allows: it then keeps gradients whole
-    between micro-batches (80.9 GiB on each of four H200 for FLUX.1, predicted 68.7). Where memory is short it uses less
-    (60.7 GiB on each of two H100 for 12 + 24 blocks, predicted 73.5).
+    Within 3 % of the measurements with one process, 7 % under FSDP2. With several processes FSDP2 uses more where
+    memory allows: it then keeps gradients whole between micro-batches (80.9 GiB on each of four H200 for FLUX.1,
+    predicted 68.7). Where memory is short it uses less (60.7 GiB on each of two H100 for 12 + 24 blocks, predicted
+    73.5).
 
     Raises:
         FlagError: a model's config.json can't be read.
