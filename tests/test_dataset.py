@@ -151,7 +151,7 @@ def test_cfg_zeroes_its_share_of_draws_the_same_for_every_layout(tmp_path):
 
 def change(path: Path, number: int, folder: str, new: Callable[[torch.Tensor], object]) -> None:
     file = path.parent / folder / f"{number}.pt"
-    torch.save(new(torch.load(file)), file)
+    torch.save(new(torch.load(file, weights_only=True)), file)
 
 
 WIDTHS = {"prompt_embeds": 6, "pooled_prompt_embeds": 3, "text_ids": 3}
@@ -229,12 +229,12 @@ def test_training_uses_cached_embeddings_of_the_references_and_refuses_others_be
     copied = Path(shutil.copytree(embedded_prompts.parent, tmp_path / "theirs")) / "videos2caption.json"
     (tmp_path / "theirs/prompt.json").rename(copied)
     for file in (tmp_path / "theirs/text_ids").iterdir():
-        torch.save(torch.load(file)[0].clone(), file)
+        torch.save(torch.load(file, weights_only=True)[0].clone(), file)
     theirs = train(data_json_path=copied, max_train_steps=1)
     assert torch.equal(theirs.gradient(), ours.gradient())
     monkeypatch.setattr(train_grpo_flux, "Scoring", lambda *_: pytest.fail("rewards were loaded"))
     for file in (tmp_path / "theirs/prompt_embed").iterdir():
-        torch.save(torch.load(file)[:, :32].clone(), file)
+        torch.save(torch.load(file, weights_only=True)[:, :32].clone(), file)
     with refused(f"--data_json_path {copied}: the prompt embedding of '.*' is 32 wide, the transformer .* takes 64"):
         train_grpo_flux.main(flags(data_json_path=copied))
     assert not (tmp_path / "run").exists()

@@ -247,7 +247,7 @@ def test_what_fp8_cannot_do_is_refused_before_anything_loads(flags, refused, tmp
     assert not (tmp_path / "run").exists()
     main(flags(rollout_precision="fp8", mixed_precision="bf16", dry_run=True))
     printed = capsys.readouterr()
-    assert "of these in FP8 (fp8): 16" in printed.out and "fp8_copies 0.0009" in printed.out
+    assert "of these in FP8 (fp8): 16\n" in printed.out and "fp8_copies 0.0009" in printed.out
     marked = [line.split()[0] for line in printed.out.splitlines() if line.endswith("in FP8")]
     assert marked == ["2", "3", "4", "5"]  # those after the window
     assert "warning: --rollout_precision fp8 can't run here: this machine has no GPU" in printed.err

@@ -303,9 +303,9 @@ def test_a_lora_draws_in_the_pipeline_what_it_draws_here_and_mixes_with_the_base
 
     again = train2(max_train_steps=2, output_dir="again", resume_from_checkpoint=adapters, **lora)
     assert again.metrics[0]["step"] == 2
-    start = train2(max_train_steps=1, output_dir="start", lora_init=adapters, **lora)
-    # Some CPUs round these large adapters' products of rank 4 differently in batches of other sizes: by one unit.
-    assert start.metrics[0]["ratio_first_deviation"] <= 1.2e-7
+    # Row by row, because some CPUs round products of rank 4 differently in batches of other sizes.
+    start = train2(max_train_steps=1, output_dir="start", lora_init=adapters, train_micro_batch_size=1, **lora)
+    assert start.metrics[0]["ratio_first_deviation"] == 0
 
 
 def test_prompts_are_embedded_evaluated_and_reported(train2, prompts_file, monkeypatch):

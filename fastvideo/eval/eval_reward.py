@@ -341,7 +341,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         grouped = [name for name, model in models.items() if is_groupwise(model)]
         if grouped and not before:  # a function of the user's own
             raise FlagError("reward_model_type", config.reward_model_type, NO_RIVALS)
-        scores = score(entries, *rest, before or ())
+        scores = score(entries, *rest, before)
         baseline = score(before, *rest) if before else None
         for entry in baseline.entries if grouped else ():
             entry["reward"] |= _mirrored(scores, grouped, entry["index"])

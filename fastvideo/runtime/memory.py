@@ -27,8 +27,8 @@ RECOMPUTED_WITH_LORA = 64  # by such a block that is computed again, until its b
 KEPT_AT_A_CHECKPOINT = 2  # a block's input
 IN_FLIGHT = 30  # during a forward pass without gradient
 LATENTS_OF_A_SCOUT = 5  # float32: x, v and three x0 predictions
-USABLE = 0.95  # share of a GPU; in a run that failed with 94 % in use, the rest lay in gaps between allocations
 DECODED_PIXEL = 1350  # bytes per pixel in the VAE's last level
+USABLE = 0.95  # share of a GPU; in a run that failed with 94 % in use, the rest lay in gaps between allocations
 
 
 def predict_memory(config: GRPOConfig, world_size: int) -> dict[str, float]:
