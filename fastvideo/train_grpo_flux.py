@@ -44,6 +44,7 @@ from fastvideo.models.pretrained import (
     meta_transformer,
 )
 from fastvideo.models.reward_model.utils import check_custom_rewards
+from fastvideo.models.speed import compile_decoder
 from fastvideo.rollout_plan import describe, make_plan, optimizer_steps, scout_plan
 from fastvideo.runtime.checkpoint import CheckpointWriter
 from fastvideo.runtime.engines import Engine, build_engine, main_process_first
@@ -341,7 +342,7 @@ class Trainer:
         transformer = load_trained(config, engine, checkpoint)
         self.vae = load_vae(path, engine.frozen_dtype).to(device, memory_format=torch.channels_last)
         if engine.compiled:
-            self.vae.decoder.compile(dynamic=False)
+            compile_decoder(self.vae.decoder)
         self.shape = LatentShape.of(self.vae, config.h, config.w)
         self.family = engine.family
         self.image_ids = self.family.image_ids(self.shape, device)

@@ -8,7 +8,7 @@ from fastvideo.models import speed
 from fastvideo.models.family import Conditioning, LatentShape, vae_scale_factor
 from fastvideo.models.flux import Flux1
 from fastvideo.models.pretrained import decode_latents, load_transformer, load_vae, random_transformer
-from fastvideo.models.speed import compile_transformer, cudnn_attention, rotary_embedding
+from fastvideo.models.speed import compile_decoder, compile_transformer, cudnn_attention, group_norm, rotary_embedding
 
 import numpy as np
 import pytest
@@ -166,6 +166,35 @@ def test_decoded_pictures_are_rounded_as_diffusers_rounds_them(tiny_flux):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("shape", [(3, 64, 9, 7), (3, 64, 50), (1, 32, 4, 4)])
+def test_statistics_by_channel_give_the_group_norm_also_far_from_zero(shape):
+    norm = torch.nn.GroupNorm(32, shape[1], eps=1e-6).double()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in norm.parameters():
+        torch.nn.init.normal_(parameter, generator=generator)
+    # Channels of a group differ in mean and spread, and the mean is 1,000 times the spread.
+    channels = torch.rand(2, shape[1], *[1] * (len(shape) - 2), generator=generator) + 0.5
+    x = torch.randn(shape, generator=generator) * channels[0] + 1000 * channels[1]
+    exact = norm(x.double()).detach()
+    with torch.no_grad():
+        norm.float()
+        theirs = (norm(x) - exact).abs().max()
+        assert (group_norm(norm, x) - exact).abs().max() <= max(2 * theirs, 1e-5)
+        norm.bfloat16()
+        assert (group_norm(norm, x.bfloat16()) - norm(x.bfloat16())).abs().max() < 0.1
+
+
+def test_a_compiled_decoder_decodes_as_before(tiny_flux):
+    vae = load_vae(str(tiny_flux))
+    latents = torch.randn(2, vae.config.latent_channels, 4, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = vae.decode(latents, return_dict=False)[0]
+        compile_decoder(vae.decoder)
+        after = vae.decode(latents, return_dict=False)[0]
+    assert not torch.equal(after, torch.zeros_like(after))
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-5)
+
+
 def test_pictures_that_do_not_fit_into_memory_together_are_decoded_one_at_a_time(tiny_flux, monkeypatch, warned):
     vae, decode, sizes = load_vae(tiny_flux), AutoencoderKL.decode, []
 

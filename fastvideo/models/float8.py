@@ -173,8 +173,8 @@ class Float8Copies:
             self._switch(False)
 
     def _switch(self, on: bool) -> None:
-        for layer in self._all():
-            layer.in_float8 = on
+        for layer in self._all():  # in `vars`, because Module's own way takes 1 ms of the CPU per model call
+            vars(layer)["in_float8"] = on
 
 
 def _forward(layer: torch.nn.Linear, x: torch.Tensor | Rounded) -> torch.Tensor:

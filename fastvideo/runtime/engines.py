@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 from fastvideo.cli import FlagError
 from fastvideo.config import GRPOConfig
@@ -62,6 +63,9 @@ EXPECTED = {
     "deepspeed": {DistributedType.DEEPSPEED},
 }
 
+# Bytes per trained parameter of a process that a new engine doesn't take yet: float32 gradients and two moments.
+STILL_TO_COME = 12
+
 
 def choose_engine(config: GRPOConfig, world_size: int) -> str:
     """The engine's name. Without --parallel: ddp for several processes, else none.
@@ -94,6 +98,25 @@ def choose_engine(config: GRPOConfig, world_size: int) -> str:
     if name in ("fsdp", "deepspeed") and "LOCAL_RANK" not in os.environ:
         raise FlagError("parallel", name, "start it with torchrun (--nproc_per_node 1 for a single process)")
     return name
+
+
+class Whole(NamedTuple):
+    """What FSDP2 keeps whole on every GPU. gradients: from micro-batch to micro-batch. in_rollout, in_training: the
+    parameters in the compute format, for a part of the rollout and until the optimizer step."""
+
+    gradients: bool
+    in_rollout: bool
+    in_training: bool
+
+
+def kept_whole(config: GRPOConfig, gradients: int, parameters: int, fits: Callable[[int], bool]) -> Whole:
+    """What FSDP2 keeps whole. gradients, parameters: bytes of the whole. fits: bytes -> whether they fit every GPU."""
+    choice = config.rollout_keep_gathered
+    return Whole(
+        gradients=fits(gradients),
+        in_rollout=fits(parameters) if choice == "auto" else choice == "true",
+        in_training=choice != "false" and fits(gradients + parameters),
+    )
 
 
 def ignore_launcher_settings() -> None:
@@ -328,11 +351,10 @@ class Engine:
         everything = sum(p.numel() for p in self.transformer.parameters())
         trained = sum(p.numel() for p in self.trained_parameters())
         compute = 2 if self.config.mixed_precision == "bf16" else 4
-        self.defer_sync = self._fits(4 * trained)
-        choice = self.config.rollout_keep_gathered
-        self.keep_gathered = self._fits(compute * everything) if choice == "auto" else choice == "true"
+        whole = kept_whole(self.config, 4 * trained, compute * everything, self._fits)
+        self.defer_sync, self.keep_gathered = whole.gradients, whole.in_rollout
         self.reshard = self.config.fsdp_sharding_startegy != "hybrid_zero2"
-        if choice != "false" and self._fits(4 * trained + compute * everything):
+        if whole.in_training:
             self.reshard = False
             self.transformer.set_reshard_after_backward(False)  # `step` reshards
         self.transformer.set_reshard_after_forward(self.reshard)
@@ -342,7 +364,7 @@ class Engine:
         if self.accelerator.device.type != "cuda":
             return True
         trained = sum(p.to_local().numel() for p in self.trained_parameters())
-        left = torch.cuda.mem_get_info()[0] - 12 * trained  # gradients and AdamW's two moments are still to come
+        left = torch.cuda.mem_get_info()[0] - STILL_TO_COME * trained
         return not self.any_process(size > left / 2)
 
     def any_process(self, value: bool) -> bool:

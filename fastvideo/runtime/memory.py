@@ -12,7 +12,7 @@ from fastvideo.models.float8 import float8_layers
 from fastvideo.models.int8 import quantize_linear
 from fastvideo.models.pretrained import add_lora, family_of, meta_transformer, meta_vae
 from fastvideo.rollout_plan import make_plan, scout_plan
-from fastvideo.runtime.engines import choose_engine
+from fastvideo.runtime.engines import STILL_TO_COME, choose_engine, kept_whole
 from fastvideo.runtime.evaluation import Sampling
 from fastvideo.utils.grpo_states import windows
 
@@ -37,10 +37,8 @@ def predict_memory(config: GRPOConfig, world_size: int) -> dict[str, float]:
     `rows` isn't GiB: it is --train_micro_batch_size, or its default value. `evaluation` is there if evaluations
     take more than all activations of training.
 
-    Within 3 % of the measurements with one process, 7 % under FSDP2. With several processes FSDP2 uses more where
-    memory allows: it then keeps gradients whole between micro-batches (80.9 GiB on each of four H200 for FLUX.1,
-    predicted 68.7). Where memory is short it uses less (60.7 GiB on each of two H100 for 12 + 24 blocks, predicted
-    73.5).
+    Within 3 % of the measurements. What FSDP2 keeps whole depends on this machine's GPUs (`kept_whole`); without any,
+    it is nothing.
 
     Raises:
         FlagError: a model's config.json can't be read.
@@ -62,11 +60,19 @@ def predict_memory(config: GRPOConfig, world_size: int) -> dict[str, float]:
     gradients, moments = master * trained / split, 2 * master * trained / split
     if config.use_cpu_offload:  # the CPU's memory holds them
         weights, gradients, moments = 0 if split_weights > 1 else weights, 0, 0
-    gathered = split_weights > 1 or (master != compute and not config.use_lora)
-    if gathered and (engine != "fsdp" or config.rollout_keep_gathered != "false"):
-        weights += compute * everything  # the whole model in the compute format
     if not config.use_cpu_offload:
         weights += len(config.copies) * master * trained / split_weights
+    gpu = min(gpu_sizes(), default=None)
+    casts = split_weights > 1 or (master != compute and not config.use_lora)
+    in_rollout = in_training = compute * everything if casts else 0  # the whole model in the compute format
+    two_blocks = 0  # the one that is computed, and the next
+    if engine == "fsdp":
+        room = 0 if gpu is None else (gpu - weights - STILL_TO_COME * trained / split) / 2
+        whole = kept_whole(config, 4 * trained, compute * everything, lambda size: size <= room)
+        in_rollout, in_training = in_rollout * whole.in_rollout, in_rollout * whole.in_training
+        gradients = 4 * trained if whole.gradients else gradients
+        block = max(sum(p.numel() for p in block.parameters()) for block in family.blocks(transformer))
+        two_blocks = 0 if whole.in_training else 2 * compute * block
 
     shape = LatentShape.of(meta_vae(path), config.h, config.w)
     sizes = transformer.config
@@ -84,7 +90,7 @@ def predict_memory(config: GRPOConfig, world_size: int) -> dict[str, float]:
         whole_block, again = KEPT_WITH_LORA, RECOMPUTED_WITH_LORA
     kept = whole_block * (1 - share) + KEPT_AT_A_CHECKPOINT * share
     training_row = row * (len(blocks) * kept + (again if share else 0))
-    left = min(gpu_sizes(), default=math.inf) - weights - gradients - moments
+    left = math.inf if gpu is None else gpu - weights - in_training - gradients - moments
     plan = make_plan(config, next(windows(config)))
     updates = plan.updates(config.num_generations, config.gradient_accumulation_steps)
     group = config.num_generations
@@ -100,14 +106,17 @@ def predict_memory(config: GRPOConfig, world_size: int) -> dict[str, float]:
     rows = config.train_micro_batch_size or max(1, fitting)
     training = rows * training_row
     with_gradients = gradients + training
-    if engine == "none" and master != compute:  # ComputeCopy: the first gradient is in the compute format
+    copied = engine == "none" and master != compute  # ComputeCopy: the first gradient is in the compute format
+    if copied or engine == "fsdp":
         batches = math.ceil(most / rows)
         ends = [math.ceil(i * most / batches) for i in range(batches + 1)]
-        held = [0, compute * trained, gradients]  # while the first, the second, a later micro-batch is computed
+        # While the first, the second, a later micro-batch is computed.
+        held = [0, compute * trained if copied else gradients, gradients]
         with_gradients = max(held[min(i, 2)] + (ends[i + 1] - ends[i]) * training_row for i in range(batches))
-        if batches > 2:  # the sum so far and the newest gradient, when the first block's activations are left
+        if copied and batches > 2:  # the sum so far and the newest, when the first block's activations are left
             last_block = math.ceil(most / batches) * row * whole_block
             with_gradients = max(with_gradients, gradients + compute * trained + last_block)
+        with_gradients = max(with_gradients, gradients) + two_blocks
     pictures = config.local_prompts(world_size) * config.num_generations
     sampling = (config.rollout_batch_size or pictures) * row * IN_FLIGHT
     if scouts := scout_plan(config):  # sampled in passes of as many rows; the latents of all are held meanwhile
@@ -124,7 +133,8 @@ def predict_memory(config: GRPOConfig, world_size: int) -> dict[str, float]:
         large = LatentShape.of(meta_vae(path), size.h, size.w, "eval_")
         evaluation = max(row_of(large, size.guidance_scale) * IN_FLIGHT, size.h * size.w * pixel)
     activations = max(training, sampling, decoding, evaluation)
-    peak = weights + moments + max(with_gradients, sampling + copies, decoding, evaluation)
+    in_use = (in_training + with_gradients, in_rollout + sampling + copies, decoding, in_rollout + evaluation)
+    peak, weights = weights + moments + max(in_use), weights + max(in_rollout, in_training)
     parts = dict(weights=weights, gradients=gradients, moments=moments, activations=activations, peak=peak)
     parts |= {"fp8_copies": copies} if copies else {}
     parts |= {"evaluation": evaluation} if evaluation > max(training, sampling, decoding) else {}
@@ -170,6 +180,8 @@ def describe_memory(config: GRPOConfig, world_size: int) -> str:
         f"{parts}), without reward models, with training micro-batches of at most {counted(found['rows'], 'row')}"
     )
     sizes = [size / 2**30 for size in gpu_sizes()]
+    if not sizes and choose_engine(config, world_size) == "fsdp":
+        line += "; FSDP2 takes more on GPUs where more fits (this machine has none to ask)"
     if sizes and found["peak"] > USABLE * min(sizes):
         lower = "--eval_h and --eval_w" if "evaluation" in found else "--train_micro_batch_size or --rollout_batch_size"
         line += (
