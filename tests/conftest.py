@@ -17,7 +17,6 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the hub's client is imported; nothing here asks a hub
 # Compiled code is cached for all tests of this run and of later runs.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).parents[1] / ".cache/torchinductor"))
-os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(__file__).parents[1] / ".cache/torch_extensions"))
 
 import fastvideo.torchvision_repair  # noqa: F401  (before transformers)
 from fastvideo import train_grpo_flux

@@ -196,7 +196,9 @@ def test_a_dry_run_prints_the_prediction_or_that_there_is_none(flags, capsys):
 def test_a_dry_run_needs_no_torchrun_but_contradictory_flags_are_refused(flags, capsys, monkeypatch, parallel):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     main(flags(dry_run=True, parallel=parallel))
-    assert "predicted peak memory of each process: 0." in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "predicted peak memory of each process: 0." in told
+    assert ("; FSDP2 takes more on GPUs where more fits" in told) == (parallel == "fsdp")
     offload, coarse = {"use_cpu_offload": True, "parallel": "ddp"}, {"master_weight_type": "bf16", "parallel": "fsdp"}
     for given in (offload, coarse):
         with pytest.raises(SystemExit) as stop:

@@ -187,7 +187,10 @@ def build_accelerator(config: GRPOConfig, name: str) -> Accelerator:
         )
         settings["cpu"] = False  # True would silently drop the plugin
         if cpu:
+            from deepspeed import ops
+
             together.backend = "gloo"
+            ops.__compatible_ops__["deepspeed_shm_comm"] = False  # its own collectives compile for a minute, once
     try:
         accelerator = Accelerator(**settings)
     except ValueError as error:  # another launcher's variables, such as MPI's
