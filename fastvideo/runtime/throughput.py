@@ -45,7 +45,7 @@ class Stopwatch:
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Floating point operations per second of a large matrix product, measured now."""
     repeats = 20
-    size, wait = (8192, torch.cuda.synchronize) if device.type == "cuda" else (512, lambda: None)
+    size, wait = (8192, torch.cuda.synchronize) if device.type == "cuda" else (256, lambda: None)
     # Random numbers, because a GPU multiplies zeros at a higher clock.
     a = torch.randn(size, size, device=device, generator=torch.Generator(device).manual_seed(0)).to(dtype)
     for timed in (False, True):  # the first products of a process are slow
