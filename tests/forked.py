@@ -37,11 +37,8 @@ def _run(
         import resource
 
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
-    import deepspeed.comm.torch
     import torch
 
-    # DeepSpeed compiles a C++ operator for processes on CPUs, which takes 100 seconds. Without it, it uses gloo.
-    deepspeed.comm.torch.build_shm_op = lambda: None
     torch.set_num_threads(1)
     sys.argv = [script, *argv]
     added = environment.get("PYTHONPATH", "").split(os.pathsep)

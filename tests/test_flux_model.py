@@ -165,14 +165,13 @@ def test_decoded_pictures_are_rounded_as_diffusers_rounds_them(tiny_flux):
         assert np.array_equal(np.asarray(mine), np.asarray(theirs))
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("shape", [(3, 64, 9, 7), (3, 64, 50), (1, 32, 4, 4)])
 def test_statistics_by_channel_give_the_group_norm_also_far_from_zero(shape):
     norm = torch.nn.GroupNorm(32, shape[1], eps=1e-6).double()
     generator = torch.Generator().manual_seed(0)
     for parameter in norm.parameters():
         torch.nn.init.normal_(parameter, generator=generator)
-    # Channels of a group differ in mean and spread, and the mean is 1,000 times the spread.
+    # Channels of a group differ in mean and spread, and their means are some 1,000 times their spreads.
     channels = torch.rand(2, shape[1], *[1] * (len(shape) - 2), generator=generator) + 0.5
     x = torch.randn(shape, generator=generator) * channels[0] + 1000 * channels[1]
     exact = norm(x.double()).detach()
@@ -192,11 +191,14 @@ def test_a_decoder_made_ready_for_compilation_decodes_as_before(tiny_flux, monke
     with torch.no_grad():
         before = vae.decode(latents, return_dict=False)[0]
         compile_decoder(vae.decoder)
+        norms = [module for module in vae.decoder.modules() if isinstance(module, torch.nn.GroupNorm)]
+        assert len(norms) > 5 and all(norm.forward.__func__ is group_norm for norm in norms)
         after = vae.decode(latents, return_dict=False)[0]
     assert compiled == [vae.decoder] and before.std() > 0.01
     torch.testing.assert_close(after, before, rtol=0, atol=1e-5)
 
 
+@torch.no_grad()
 def test_pictures_that_do_not_fit_into_memory_together_are_decoded_one_at_a_time(tiny_flux, monkeypatch, warned):
     vae, decode, sizes = load_vae(tiny_flux), AutoencoderKL.decode, []
 

@@ -142,6 +142,19 @@ def test_deepspeed_gathers_a_parameter_by_a_function_of_its_utils():
         assert list(inspect.signature(safe_get_full_fp32_param).parameters) == ["param"]
 
 
+def test_deepspeed_builds_no_collectives_of_its_own_for_a_cpu_if_they_are_marked():
+    with relied_on("deepspeed", "ops.__compatible_ops__", "runtime/engines.py marks what isn't to be compiled in"):
+        from deepspeed import ops
+        from deepspeed.comm.torch import build_shm_op
+
+        before = ops.__compatible_ops__["deepspeed_shm_comm"]
+        ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        try:
+            assert build_shm_op() is None
+        finally:
+            ops.__compatible_ops__["deepspeed_shm_comm"] = before
+
+
 # --- diffusers and peft -----------------------------------------------------------------------------------------------
 
 

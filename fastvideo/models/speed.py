@@ -206,7 +206,7 @@ def group_norm(norm: torch.nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
 def compile_decoder(decoder: torch.nn.Module) -> None:
     """Compiles a VAE's decoder."""
     for module in decoder.modules():
-        if isinstance(module, torch.nn.GroupNorm):
+        if isinstance(module, torch.nn.GroupNorm) and module.affine:
             module.forward = MethodType(group_norm, module)
     decoder.compile(dynamic=False)
 

@@ -63,8 +63,10 @@ EXPECTED = {
     "deepspeed": {DistributedType.DEEPSPEED},
 }
 
-# Bytes per trained parameter of a process that a new engine doesn't take yet: float32 gradients and two moments.
-STILL_TO_COME = 12
+
+def still_to_come(config: GRPOConfig) -> int:
+    """Bytes per trained parameter that a new engine doesn't hold yet: float32 gradients, two moments, copies."""
+    return 4 * (3 + len(config.copies))
 
 
 def choose_engine(config: GRPOConfig, world_size: int) -> str:
@@ -367,7 +369,7 @@ class Engine:
         if self.accelerator.device.type != "cuda":
             return True
         trained = sum(p.to_local().numel() for p in self.trained_parameters())
-        left = torch.cuda.mem_get_info()[0] - STILL_TO_COME * trained
+        left = torch.cuda.mem_get_info()[0] - still_to_come(self.config) * trained
         return not self.any_process(size > left / 2)
 
     def any_process(self, value: bool) -> bool:

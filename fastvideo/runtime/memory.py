@@ -12,7 +12,7 @@ from fastvideo.models.float8 import float8_layers
 from fastvideo.models.int8 import quantize_linear
 from fastvideo.models.pretrained import add_lora, family_of, meta_transformer, meta_vae
 from fastvideo.rollout_plan import make_plan, scout_plan
-from fastvideo.runtime.engines import STILL_TO_COME, choose_engine, kept_whole
+from fastvideo.runtime.engines import choose_engine, kept_whole, still_to_come
 from fastvideo.runtime.evaluation import Sampling
 from fastvideo.utils.grpo_states import windows
 
@@ -37,8 +37,8 @@ def predict_memory(config: GRPOConfig, world_size: int) -> dict[str, float]:
     `rows` isn't GiB: it is --train_micro_batch_size, or its default value. `evaluation` is there if evaluations
     take more than all activations of training.
 
-    Within 3 % of the measurements. What FSDP2 keeps whole depends on this machine's GPUs (`kept_whole`); without any,
-    it is nothing.
+    Within 3 % of the measurements in tests/test_memory.py. What FSDP2 keeps whole depends on this machine's GPUs
+    (`kept_whole`); without any, it is nothing.
 
     Raises:
         FlagError: a model's config.json can't be read.
@@ -59,20 +59,21 @@ def predict_memory(config: GRPOConfig, world_size: int) -> dict[str, float]:
     weights = (master * trained + frozen) / split_weights
     gradients, moments = master * trained / split, 2 * master * trained / split
     if config.use_cpu_offload:  # the CPU's memory holds them
-        weights, gradients, moments = 0 if split_weights > 1 else weights, 0, 0
+        weights, gradients, moments = 0 if engine == "fsdp" or split_weights > 1 else weights, 0, 0
+    gpu = min(gpu_sizes(), default=None)
+    casts = engine == "fsdp" or split_weights > 1 or (master != compute and not config.use_lora)
+    in_rollout = in_training = compute * everything if casts else 0  # the whole model in the compute format
+    summed, passing = gradients, 0  # gradients from micro-batch to micro-batch; parameters that aren't kept whole
+    if engine == "fsdp":
+        room = 0 if gpu is None else (gpu - weights - still_to_come(config) * trained / split) / 2
+        whole = kept_whole(config, 4 * trained, compute * everything, lambda size: size <= room)
+        block = max(sum(p.numel() for p in block.parameters()) for block in family.blocks(transformer))
+        passing = 2 * compute * block  # the one that is computed, and the next
+        until_backward = whole.in_training or config.fsdp_sharding_startegy == "hybrid_zero2"
+        in_rollout, in_training = in_rollout * whole.in_rollout, in_training * until_backward
+        summed = 4 * trained if whole.gradients else gradients
     if not config.use_cpu_offload:
         weights += len(config.copies) * master * trained / split_weights
-    gpu = min(gpu_sizes(), default=None)
-    casts = split_weights > 1 or (master != compute and not config.use_lora)
-    in_rollout = in_training = compute * everything if casts else 0  # the whole model in the compute format
-    two_blocks = 0  # the one that is computed, and the next
-    if engine == "fsdp":
-        room = 0 if gpu is None else (gpu - weights - STILL_TO_COME * trained / split) / 2
-        whole = kept_whole(config, 4 * trained, compute * everything, lambda size: size <= room)
-        in_rollout, in_training = in_rollout * whole.in_rollout, in_rollout * whole.in_training
-        gradients = 4 * trained if whole.gradients else gradients
-        block = max(sum(p.numel() for p in block.parameters()) for block in family.blocks(transformer))
-        two_blocks = 0 if whole.in_training else 2 * compute * block
 
     shape = LatentShape.of(meta_vae(path), config.h, config.w)
     sizes = transformer.config
@@ -90,7 +91,7 @@ def predict_memory(config: GRPOConfig, world_size: int) -> dict[str, float]:
         whole_block, again = KEPT_WITH_LORA, RECOMPUTED_WITH_LORA
     kept = whole_block * (1 - share) + KEPT_AT_A_CHECKPOINT * share
     training_row = row * (len(blocks) * kept + (again if share else 0))
-    left = math.inf if gpu is None else gpu - weights - in_training - gradients - moments
+    left = math.inf if gpu is None else gpu - weights - in_training - summed - moments
     plan = make_plan(config, next(windows(config)))
     updates = plan.updates(config.num_generations, config.gradient_accumulation_steps)
     group = config.num_generations
@@ -109,6 +110,7 @@ def predict_memory(config: GRPOConfig, world_size: int) -> dict[str, float]:
     copied = engine == "none" and master != compute  # ComputeCopy: the first gradient is in the compute format
     if copied or engine == "fsdp":
         batches = math.ceil(most / rows)
+        gradients = summed if batches > 1 else compute * trained if copied else gradients
         ends = [math.ceil(i * most / batches) for i in range(batches + 1)]
         # While the first, the second, a later micro-batch is computed.
         held = [0, compute * trained if copied else gradients, gradients]
@@ -116,9 +118,12 @@ def predict_memory(config: GRPOConfig, world_size: int) -> dict[str, float]:
         if copied and batches > 2:  # the sum so far and the newest, when the first block's activations are left
             last_block = math.ceil(most / batches) * row * whole_block
             with_gradients = max(with_gradients, gradients + compute * trained + last_block)
-        with_gradients = max(with_gradients, gradients) + two_blocks
+        with_gradients = max(with_gradients, gradients)
     pictures = config.local_prompts(world_size) * config.num_generations
-    sampling = (config.rollout_batch_size or pictures) * row * IN_FLIGHT
+    together = config.rollout_batch_size or pictures
+    sampling = together * row * IN_FLIGHT
+    # Trained steps are sampled with gradient, in even parts of at most `rows` rows.
+    trained_steps = math.ceil(together / math.ceil(together / rows)) * row * len(blocks) * kept if plan.trained else 0
     if scouts := scout_plan(config):  # sampled in passes of as many rows; the latents of all are held meanwhile
         held = max(scouts.pictures, config.rollout_batch_size or config.local_prompts(world_size) * scouts.pictures)
         sampling += held * shape.tokens * shape.channels * 4 * LATENTS_OF_A_SCOUT
@@ -133,7 +138,12 @@ def predict_memory(config: GRPOConfig, world_size: int) -> dict[str, float]:
         large = LatentShape.of(meta_vae(path), size.h, size.w, "eval_")
         evaluation = max(row_of(large, size.guidance_scale) * IN_FLIGHT, size.h * size.w * pixel)
     activations = max(training, sampling, decoding, evaluation)
-    in_use = (in_training + with_gradients, in_rollout + sampling + copies, decoding, in_rollout + evaluation)
+    sampled = max(sampling + copies, trained_steps + (copies if config.fp8_steps == "all" else 0))
+    in_use = (
+        max(in_training, passing) + with_gradients,
+        max(in_rollout, passing) + max(sampled, evaluation),
+        decoding,
+    )
     peak, weights = weights + moments + max(in_use), weights + max(in_rollout, in_training)
     parts = dict(weights=weights, gradients=gradients, moments=moments, activations=activations, peak=peak)
     parts |= {"fp8_copies": copies} if copies else {}
@@ -181,7 +191,7 @@ def describe_memory(config: GRPOConfig, world_size: int) -> str:
     )
     sizes = [size / 2**30 for size in gpu_sizes()]
     if not sizes and choose_engine(config, world_size) == "fsdp":
-        line += "; FSDP2 takes more on GPUs where more fits (this machine has none to ask)"
+        line += "; this is the least: on GPUs with more room FSDP2 keeps more (this machine has no GPU to look at)"
     if sizes and found["peak"] > USABLE * min(sizes):
         lower = "--eval_h and --eval_w" if "evaluation" in found else "--train_micro_batch_size or --rollout_batch_size"
         line += (
