@@ -348,7 +348,7 @@ def test_processes_that_share_a_pipe_write_whole_lines(start, tmp_path, environm
 TWO_ENDS = {  # what two processes do -> what they print, and the exit status
     "end('program.py: error: --h 33\\n', 2)": ("program.py: error: --h 33\n", 2),
     "end('program.py: error: --h 33\\n', 2) if RANK == '1' else time.sleep(60)": ("program.py: error: --h 33\n", 2),
-    "signal.signal(2, lambda *_: end('stopped\\n', 130, True)); print('here', flush=True); time.sleep(60)": (
+    "signal.signal(2, lambda *_: end('stopped\\n', 130, True)); os.write(1, b'here\\n'); time.sleep(60)": (
         "stopped\n",
         130,
     ),
