@@ -137,7 +137,7 @@ def predict_memory(config: GRPOConfig, world_size: int) -> dict[str, float]:
         size = Sampling.of(config)
         large = LatentShape.of(meta_vae(path), size.h, size.w, "eval_")
         evaluation = max(row_of(large, size.guidance_scale) * IN_FLIGHT, size.h * size.w * pixel)
-    activations = max(training, sampling, decoding, evaluation)
+    without_evaluation = max(training, trained_steps, sampling, decoding)
     sampled = max(sampling + copies, trained_steps + (copies if config.fp8_steps == "all" else 0))
     in_use = (
         max(in_training, passing) + with_gradients,
@@ -145,9 +145,10 @@ def predict_memory(config: GRPOConfig, world_size: int) -> dict[str, float]:
         decoding,
     )
     peak, weights = weights + moments + max(in_use), weights + max(in_rollout, in_training)
+    activations = max(without_evaluation, evaluation)
     parts = dict(weights=weights, gradients=gradients, moments=moments, activations=activations, peak=peak)
     parts |= {"fp8_copies": copies} if copies else {}
-    parts |= {"evaluation": evaluation} if evaluation > max(training, sampling, decoding) else {}
+    parts |= {"evaluation": evaluation} if evaluation > without_evaluation else {}
     return {"rows": rows} | {name: size / 2**30 for name, size in parts.items()}
 
 
