@@ -3,7 +3,9 @@
 Real FP8 products are tested on a GPU that has them.
 """
 
+from collections import Counter
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 from fastvideo import train_grpo_flux
@@ -289,7 +291,7 @@ def test_the_predicted_memory_has_a_byte_per_weight_in_the_rollout(tmp_path):
         ("flux2", ["to_q", "single_transformer_blocks.0.attn.to_out", "linear_out"]),
     ],
 )
-def test_blocks_round_once_what_layers_share_and_get_the_same_numbers(kind, adapters, tmp_path, monkeypatch):
+def test_layers_share_roundings_and_products_and_get_the_same_numbers(kind, adapters, tmp_path, monkeypatch):
     """Layers with adapters need their input unrounded."""
     (build_tiny_flux if kind == "flux1" else build_tiny_flux2)(tmp_path)
     folder = str(tmp_path)
@@ -299,8 +301,10 @@ def test_blocks_round_once_what_layers_share_and_get_the_same_numbers(kind, adap
         add_lora(transformer, 2, 4, adapters, seed=0)
     copies = Float8Copies(family.blocks(transformer), emulated=True)
     copies.take(torch.float32, nullcontext)
-    roundings, rounded = [], float8.to_e4m3
-    monkeypatch.setattr(float8, "to_e4m3", lambda *args: roundings.append(args) or rounded(*args))
+    calls = []
+    for name, function in (("to_e4m3", float8.to_e4m3), ("float8_product", float8.float8_product)):
+        counted = partial(lambda name, function, *args: calls.append(name) or function(*args), name, function)
+        monkeypatch.setattr(float8, name, counted)
     config, generator = transformer.config, torch.Generator().manual_seed(0)
     shapes = {"hidden_states": (2, 4, config.in_channels), "encoder_hidden_states": (2, 8, config.joint_attention_dim)}
     inputs = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
@@ -311,14 +315,16 @@ def test_blocks_round_once_what_layers_share_and_get_the_same_numbers(kind, adap
     found = []
     for prepare in (lambda model: None, family.prepare_blocks):
         prepare(transformer)
-        roundings.clear()
+        calls.clear()
         with torch.no_grad(), copies.in_use():
-            found.append((transformer(**inputs)[0], len(roundings)))
+            found.append((transformer(**inputs)[0], Counter(calls)))
     (theirs, most), (ours, fewer) = found
     assert torch.equal(ours, theirs)
     texts, singles = config.num_layers, config.num_single_layers if kind == "flux1" else 0  # FLUX.2's have one product
     # Of queries, keys and values, two; in a single block, of those and the MLP's, three.
-    assert most - fewer == (2 * texts if adapters else 4 * texts + 3 * singles)
+    saved = {name: count - fewer[name] for name, count in most.items()}
+    assert saved["to_e4m3"] == (2 * texts if adapters else 4 * texts + 3 * singles)
+    assert saved["float8_product"] == (2 * texts if adapters else 4 * texts + 2 * singles)
 
 
 @NEEDS_FLOAT8

@@ -10,6 +10,7 @@ take (`shared`), and compute a norm or an activation function where they round i
 `activated_product`).
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import MethodType
@@ -30,6 +31,8 @@ LARGEST = torch.finfo(torch.float8_e4m3fn).max  # 448
 SMALLEST_SCALE = 1e-30  # of a row of zeros
 MULTIPLE = 16  # of which torch._scaled_mm needs both sizes of a weight
 CAPABILITY = (8, 9)  # of the first GPUs with FP8 products (Ada)
+# Layers of diffusers' attention whose FP8 products are one: they share their input, and each row has its own scale.
+JOINT = (("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj"))
 
 
 class Rounded(NamedTuple):
@@ -124,6 +127,16 @@ def float8_layers(block: torch.nn.Module) -> list[torch.nn.Linear]:
     ]
 
 
+def _groups(block: torch.nn.Module) -> list[list[torch.nn.Linear]]:
+    """The `float8_layers` of a block: those of which `products` makes one product, then each other one alone."""
+    alone = dict.fromkeys(float8_layers(block))
+    found = [[getattr(module, name, None) for name in names] for module in block.modules() for names in JOINT]
+    joint = [layers for layers in found if all(layer in alone for layer in layers)]
+    for layer in itertools.chain(*joint):
+        del alone[layer]
+    return joint + [[layer] for layer in alone]
+
+
 class Float8Copies:
     """FP8 copies of the weights of a transformer's blocks. See `take`, `in_use` and `drop`.
 
@@ -132,13 +145,13 @@ class Float8Copies:
     """
 
     def __init__(self, blocks: Sequence[torch.nn.Module], emulated: bool) -> None:
-        self.layers = {block: float8_layers(block) for block in blocks}
+        self.groups = {block: _groups(block) for block in blocks}
         self.taken = False
         for layer in self._all():
             layer.forward, layer.emulated, layer.in_float8 = MethodType(_forward, layer), emulated, False
 
     def _all(self) -> list[torch.nn.Linear]:
-        return [layer for layers in self.layers.values() for layer in layers]
+        return [layer for groups in self.groups.values() for layers in groups for layer in layers]
 
     @torch.no_grad()
     def take(self, dtype: torch.dtype, whole: Callable[[torch.nn.Module], AbstractContextManager]) -> None:
@@ -146,17 +159,17 @@ class Float8Copies:
 
         whole: context in which a block's parameters are whole, see FSDP2.
         """
-        for block, layers in self.layers.items() if not self.taken else ():
+        for block, groups in self.groups.items() if not self.taken else ():
             with whole(block):
-                for layer in layers:
-                    weight = layer.whole(dtype) if isinstance(layer, Int8Linear) else layer.weight.to(dtype)
-                    layer.weight_e4m3, layer.scale_e4m3, _ = to_e4m3(weight)
+                for layers in groups:
+                    _take(layers, dtype)
         self.taken = True
 
     def drop(self) -> None:
         """Frees the memory of the copies."""
         for layer in self._all() if self.taken else ():
             del layer.weight_e4m3, layer.scale_e4m3
+            vars(layer).pop("joint", None)
         self.taken = False
 
     @contextmanager
@@ -175,6 +188,18 @@ class Float8Copies:
     def _switch(self, on: bool) -> None:
         for layer in self._all():  # in `vars`, because Module's own way takes 1 ms of the CPU per model call
             vars(layer)["in_float8"] = on
+
+
+def _take(layers: Sequence[torch.nn.Linear], dtype: torch.dtype) -> None:
+    """Gives each of the layers its part of one FP8 copy, and the first the whole of it, if there are several."""
+    weights = [layer.whole(dtype) if isinstance(layer, Int8Linear) else layer.weight.to(dtype) for layer in layers]
+    numbers, scale, _ = to_e4m3(torch.cat(weights))
+    sizes = [layer.out_features for layer in layers]
+    for layer, *parts in zip(layers, numbers.split(sizes), scale.split(sizes), strict=True):
+        layer.weight_e4m3, layer.scale_e4m3 = parts
+    if len(layers) > 1:
+        biases = [layer.bias for layer in layers]
+        layers[0].joint = numbers, scale, None if biases[0] is None else torch.cat(biases).to(dtype)
 
 
 def _forward(layer: torch.nn.Linear, x: torch.Tensor | Rounded) -> torch.Tensor:
@@ -202,6 +227,14 @@ def shared(x: torch.Tensor | Modulated | Rounded, *layers: torch.nn.Module) -> t
     if isinstance(x, Modulated):
         return to_e4m3(x) if rounds else modulated(x)
     return to_e4m3(_in_compute_format(x)) if rounds else x
+
+
+def products(x: torch.Tensor | Rounded, *layers: torch.nn.Module) -> Sequence[torch.Tensor]:
+    """layer(x) of each of the layers, which are `JOINT`. x: as `shared` by them."""
+    if not isinstance(x, Rounded):
+        return [layer(x) for layer in layers]
+    whole = float8_product(x, *layers[0].joint, layers[0].emulated)
+    return whole.split([layer.out_features for layer in layers], dim=-1)
 
 
 def activated_product(

@@ -11,6 +11,7 @@ from fastvideo.models.float8 import (
     Rounded,
     activated_product,
     norm_and_rotate,
+    products,
     shared,
     swiglu,
     takes_rounded,
@@ -119,7 +120,7 @@ class StreamwiseAttnProcessor(_AttnProcessor):
         parts, lengths = [], []
         for x, to_q, norm_q, to_k, norm_k, to_v in streams:
             x = shared(x, to_q, to_k, to_v)
-            query, key, value = (to(x).unflatten(-1, (-1, attn.head_dim)) for to in (to_q, to_k, to_v))
+            query, key, value = (h.unflatten(-1, (-1, attn.head_dim)) for h in products(x, to_q, to_k, to_v))
             places = slice(sum(lengths), sum(lengths) + value.shape[1])
             frequencies, in_float8 = [f[places] for f in image_rotary_emb], isinstance(x, Rounded)
             query, key = (rotated(h, norm, frequencies, in_float8) for h, norm in ((query, norm_q), (key, norm_k)))
