@@ -68,6 +68,15 @@ def test_adapters_and_the_divergence_from_the_base_model_are_shared_too(train, t
 
 
 @pytest.mark.long
+def test_fp8_steps_are_shared_too(train, together):
+    settings = SHARED | {"rollout_precision": "fp8_emulated", "fp8_steps": "all"}
+    alone, shared = train(**settings), together("shared", 2, **settings, sp_size=2)
+    assert_same_numbers(alone, shared)
+    drift = [run.metrics[0]["rollout_drift_latents"] for run in (alone, shared)]
+    assert drift[1] == pytest.approx(drift[0], rel=1e-3) and drift[0] > 0
+
+
+@pytest.mark.long
 def test_a_frozen_copy_and_edge_probabilities_are_shared_too(train, together):
     settings = {
         "algorithm": "branch_grpo", "sampling_steps": 5, "tree_split_points": [0, 2], "num_generations": 4,
