@@ -418,7 +418,7 @@ class GRPOConfig(RewardSpecConfig):
         usable = steps - 2  # the window's indices are 0 … T−3
         fits = window <= usable or (self.training_strategy == "all" and self.algorithm != "branch_grpo_mix")
         choices = f"at most {usable} with --sampling_steps {steps}, or --sampling_steps {window + 2}"
-        self._need(fits, "group_size", f"two steps follow the window: {choices}")
+        self._need(fits, "group_size", f"the window's steps; two more must follow them: {choices}")
         ordered = self.max_iters_per_group >= self.min_iters_per_group
         self._need(ordered, "max_iters_per_group", "must not be below min_iters_per_group")
 
@@ -591,10 +591,10 @@ class GRPOConfig(RewardSpecConfig):
     def _check_precision(self) -> None:
         if self.rollout_precision == "bf16":
             for name, plain in {"fp8_steps": "after", "rollout_drift_steps": 25}.items():
-                self._need(getattr(self, name) == plain, name, "goes with --rollout_precision fp8")
+                self._need(getattr(self, name) == plain, name, "goes with --rollout_precision fp8 or fp8_emulated")
             return
         fits = self.rollout_precision != "fp8" or self.mixed_precision == "bf16"
-        problem = "needs GPUs with FP8 products (compute capability 8.9 or more) and --mixed_precision bf16"
+        problem = f"needs --mixed_precision bf16, not {self.mixed_precision}; fp8_emulated takes both"
         self._need(fits, "rollout_precision", problem)
         fits = self.parallel != "deepspeed"
         self._need(fits, "rollout_precision", "goes with --parallel none, ddp or fsdp, not deepspeed")

@@ -666,12 +666,9 @@ def set_up(config: GRPOConfig, lock: FolderLock | None = None) -> tuple[Trainer,
         trainer.negative_prompt_embeds = dataset.negative_prompt_embeds.to(accelerator.device, torch.float32)
     if judged is not None:
         trainer.evaluation = Evaluation(config, judged, scoring, held_out, trainer.vae)
-    together = trainer.local_prompts * engine.data_ranks
-    if accelerator.is_main_process and together > (there := sum(weight > 0 for weight in dataset.weights)):
-        warn(f"an iteration takes {together} prompts of only {there}: some repeat")
     sampler = PromptSampler(
         len(dataset),
-        together,
+        trainer.local_prompts * engine.data_ranks,
         engine.data_rank,
         engine.data_ranks,
         config.sampler_seed,

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole pipeline on the tiny FLUX in data/tiny_flux, on any machine: embed prompts, train MixGRPO-Flash with the
 # granular reward, draw the withheld scenes with base and tuned model from the same noise, score both, write a report.
-# Arguments go to the trainer.
+# Arguments go to the trainer. `--resume_from_checkpoint latest` goes on with the last quickstart.
 #   OUTPUT_DIR   folder for everything, without another run (default: a new folder under outputs/)
 #   PYTHON_BIN   Python of your own environment; without it env_setup.sh makes .venv
 cd "$(dirname "$0")/.."
@@ -9,7 +9,21 @@ cd "$(dirname "$0")/.."
 source scripts/environment.sh
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_PROGRESS_BARS=1
 out=${OUTPUT_DIR:-outputs/quickstart-$(date +%Y%m%d-%H%M%S)}
+case " $* " in *" --resume_from_checkpoint latest "* | *" --resume_from_checkpoint=latest "*)
+  earlier=$(compgen -G "outputs/quickstart-*/run" | tail -n 1 || true) # the names hold the time
+  out=${OUTPUT_DIR:-$(dirname "${earlier:-$out/run}")}
+  ;;
+esac
 unset OUTPUT_DIR # the recipe would read it too
+for flag in "$@"; do
+  case ${flag%%=*} in
+    --output_dir) problem="put OUTPUT_DIR=… before the command instead, for a folder for everything" ;;
+    --pretrained_model_name_or_path) problem="the quickstart is the tiny FLUX's; the recipes in scripts/finetune take any model" ;;
+    *) continue ;;
+  esac
+  echo "quickstart.sh: error: ${flag%%=*}: $problem" >&2
+  exit 2
+done
 case " $* " in *" -h "* | *" --help "* | *" --dry_run "*)
   sed -n '2,/^cd /{/^#/s/^# \{0,1\}//p}' scripts/quickstart.sh
   exec bash scripts/finetune/finetune_tiny_flux.sh --prompts_file data/tiny_prompts.txt --output_dir "$out/run" "$@"

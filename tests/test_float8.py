@@ -236,12 +236,12 @@ def test_which_states_fp8_may_compute():
 
 def test_what_fp8_cannot_do_is_refused_before_anything_loads(flags, refused, tmp_path, capsys):
     refusals = {
-        "--rollout_precision fp8: needs GPUs with FP8 products .* choose --rollout_precision bf16": {
+        "--rollout_precision fp8: needs GPUs with FP8 products .* no GPU; choose bf16, or .* fp8_emulated": {
             "mixed_precision": "bf16"
         },
-        "--rollout_precision fp8: needs GPUs with FP8 products .* and --mixed_precision bf16": {},
+        "--rollout_precision fp8: needs --mixed_precision bf16, not no; fp8_emulated takes both": {},
         "--rollout_precision fp8: .* not deepspeed": {"mixed_precision": "bf16", "parallel": "deepspeed"},
-        "--fp8_steps all: goes with --rollout_precision fp8": {"rollout_precision": "bf16", "fp8_steps": "all"},
+        "--fp8_steps all: goes with .* fp8 or fp8_emulated": {"rollout_precision": "bf16", "fp8_steps": "all"},
     }
     for message, given in refusals.items():
         with refused(message):

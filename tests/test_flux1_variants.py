@@ -206,7 +206,7 @@ def test_noisy_steps_of_a_few_step_model_are_warned_of_with_a_way_out(flags, sch
 @pytest.mark.parametrize(
     ("given", "problem"),
     [
-        ({"group_size": 4}, "--group_size 4: two steps follow the window: at most 2 .*, or --sampling_steps 6"),
+        ({"group_size": 4}, "--group_size 4: .* two more must follow them: at most 2 .*, or --sampling_steps 6"),
         (
             {"algorithm": "flow_grpo", "flow_grpo_fast_steps": 3},
             "--flow_grpo_fast_steps 3: at most 2 .*, or --sampling_steps 5",

@@ -1,6 +1,7 @@
 """E-GRPO's command line, fastvideo/train.py: the same trainer under other names."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -301,6 +302,17 @@ def test_the_quickstart_refuses_a_folder_that_holds_a_run(tmp_path, subprocess_e
         assert [*held.iterdir()] == [held / "metrics.jsonl"] and len([*out.iterdir()]) == 1
 
 
+@pytest.mark.parametrize("flag", ["--output_dir", "--pretrained_model_name_or_path"])
+def test_the_quickstart_refuses_flags_that_it_sets_itself(flag, tmp_path, subprocess_environment):
+    environment = {**subprocess_environment, "PYTHON_BIN": sys.executable, "OUTPUT_DIR": str(tmp_path / "out")}
+    for given in ([flag, str(tmp_path / "x")], [f"{flag}={tmp_path / 'x'}"]):
+        command = ["bash", "scripts/quickstart.sh", "--seed", "1", *given]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (2, "") and not [*tmp_path.iterdir()]
+        (line,) = done.stderr.splitlines()
+        assert line.startswith(f"quickstart.sh: error: {flag}: ") and ("OUTPUT_DIR=" in line or "recipes" in line)
+
+
 PROGRAMS = """#!/usr/bin/env bash
 # Python, of which only the files count that training and sampling make.
 while [ $# -gt 0 ]; do
@@ -326,6 +338,24 @@ def test_a_quickstart_that_goes_on_keeps_the_pictures_of_the_earlier_checkpoint(
         assert done.returncode == 0, done.stderr
     drawn = {folder.name: (folder / "manifest.json").read_text().strip() for folder in out.glob("tuned*")}
     assert drawn == {"tuned": "10", "tuned-checkpoint-4-0": "4"}
+
+
+def test_latest_goes_on_with_the_last_quickstart(tmp_path, subprocess_environment):
+    """As the stopped run's last line says, in a checkout of its own."""
+    programs = tmp_path / "python"
+    programs.write_text(PROGRAMS)
+    programs.chmod(0o755)
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("quickstart-20260101-000000/run", "quickstart-20260102-000000/run", "quickstart-20260103-000000"):
+        (tmp_path / "outputs" / name).mkdir(parents=True)
+    environment = {**subprocess_environment, "PYTHON_BIN": str(programs), "ITERATIONS": "3"}
+    environment.pop("OUTPUT_DIR", None)
+    for flags in (["--resume_from_checkpoint", "latest"], ["--resume_from_checkpoint=latest"]):
+        command = ["bash", "scripts/quickstart.sh", *flags]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    trained = [path.parent.parent.name for path in (tmp_path / "outputs").glob("*/run/checkpoint-*")]
+    assert trained == ["quickstart-20260102-000000"] and len([*(tmp_path / "outputs").iterdir()]) == 3
 
 
 @pytest.mark.parametrize("script", ["scripts/quickstart.sh", "scripts/huggingface/download_checkpoints.sh"])

@@ -8,6 +8,7 @@ from dataclasses import asdict, fields
 from importlib import import_module
 from types import SimpleNamespace
 
+from fastvideo.cli import FlagErrors
 from fastvideo.io.devices import DTYPES
 from fastvideo.models import reward_model
 from fastvideo.models.reward_model.custom import FunctionReward
@@ -264,6 +265,12 @@ def test_another_setting_can_name_the_rewards_and_errors_name_it():
     for wrong, message in (("hps", "^held_out 'hps': unknown"), ("math:pi", "^held_out math:pi: pi is not callable")):
         with pytest.raises(ValueError, match=message):
             check_reward_files(config(held_out=wrong), field="held_out")
+
+
+def test_everything_that_rewards_lack_is_named_at_once():
+    with pytest.raises(FlagErrors) as found:
+        check_reward_files(config(reward_model="hpsv2,image_reward", image_reward_path="gone/ImageReward.pt"), True)
+    assert [error.field for error in found.value.errors] == ["hps_path", "image_reward_path"]
 
 
 def test_a_custom_reward_is_a_dotted_path(tmp_path, monkeypatch):

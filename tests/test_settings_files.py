@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -129,7 +130,9 @@ def test_a_run_starts_again_from_its_file_bit_for_bit_and_is_resumed_with_it(tra
     assert "1 prompt x 4 samples = 4 images per iteration on 1 process\n" in printed and "rows per prompt" in printed
     assert "(linear): binding 0.5 to 0.2, form 0.3, clean 0.2 to 0.5\n" in printed and "predicted time" not in printed
     assert f"the trained model: {first.checkpoints[-1]}; metrics: {first.folder}/metrics.jsonl\n" in printed
-    assert printed.endswith(f"report: python -m fastvideo.eval.report --run_dir {first.folder}\n")
+    name, python, *rest = printed.splitlines()[-1].split()
+    assert (name, rest) == ("report:", ["-m", "fastvideo.eval.report", "--run_dir", str(first.folder)])
+    assert Path(shutil.which(python)).absolute() == Path(sys.executable)
     command = ["--config", str(first.folder / "config.yaml"), "--output_dir", str(again.folder)]
     for resume in ([], ["--resume_from_checkpoint", "latest"]):
         main([*command, *resume])

@@ -9,7 +9,7 @@ from fastvideo import train_grpo_flux
 from fastvideo.dataset import latent_flux_rl_datasets
 from fastvideo.io import processes
 from fastvideo.models.reward_model.custom import probe
-from fastvideo.runtime import scoring
+from fastvideo.runtime import scoring, stopping
 from fastvideo.runtime.engines import Engine
 from fastvideo.runtime.evaluation import Evaluation
 from fastvideo.runtime.log import Log
@@ -213,3 +213,18 @@ def test_a_reward_that_can_not_score_is_refused_before_anything_is_loaded(flags,
         "train_grpo_flux.py: error: --reward_model probed:raises: asked to score"
     )
     assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
+
+
+def test_a_printed_command_names_the_interpreter_that_has_the_packages(tmp_path, monkeypatch):
+    python = tmp_path / "work/.venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.touch(mode=0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    found = []
+    for place in (python.parent.parent, tmp_path / "work", tmp_path / "elsewhere"):
+        place.mkdir(exist_ok=True)
+        monkeypatch.chdir(place)
+        found.append(stopping._this_python())
+    assert found == ["bin/python", ".venv/bin/python", str(python)]
+    monkeypatch.setenv("PATH", f"{python.parent}:/usr/bin")  # the environment is activated
+    assert stopping._this_python() == "python"

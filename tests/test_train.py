@@ -360,10 +360,11 @@ def test_rewards_that_are_never_finite_stop_the_run_with_sound_weights(train, ru
     assert "stopped: no score came for any picture, the last time in iteration 3; 6 optimizer steps in a row" in message
 
 
-def test_more_prompts_an_iteration_than_there_are_are_trained_with_a_warning(train, capsys):
-    run = train(train_batch_size=7, max_train_steps=1)
-    assert run.metrics[0]["images"] == 7 * 4
-    assert "an iteration takes 7 prompts of only 5: some repeat" in capsys.readouterr().err
+def test_more_prompts_an_iteration_than_there_are_are_trained_with_a_warning(train, flags, capsys):
+    given, text = {"train_batch_size": 7, "max_train_steps": 1}, "an iteration takes 7 prompts of only 5: some repeat"
+    train_grpo_flux.main(flags(**given, dry_run=True))
+    assert text in capsys.readouterr().err
+    assert train(**given).metrics[0]["images"] == 7 * 4
 
 
 def test_one_bad_iteration_is_skipped_and_the_run_goes_on(train, tiny_flux, warned):

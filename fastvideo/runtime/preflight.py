@@ -61,7 +61,7 @@ def check_run(config: GRPOConfig, world_size: int) -> None:
     lack = lacks_float8() if config.rollout_precision == "fp8" else None
     if lack is not None and not config.dry_run:
         needed = "needs GPUs with FP8 products (compute capability 8.9 or more)"
-        problem = f"{needed}, and {lack}; choose --rollout_precision bf16"
+        problem = f"{needed}, and {lack}; choose bf16, or for studies the slower fp8_emulated"
         raise FlagError("rollout_precision", "fp8", problem)
     if lack is not None and is_first():
         warn(f"--rollout_precision fp8 can't run here: {lack}")
@@ -88,14 +88,14 @@ def check_run(config: GRPOConfig, world_size: int) -> None:
     if not configs:
         checks = [lambda: check_output(config.output_dir)]
     if config.data_json_path:
-        checks.append(lambda: _check_embeddings(config, configs))
+        checks.append(lambda: _check_embeddings(config, world_size, configs))
     if config.lora_init and configs:
         shape = (config.lora_rank, config.lora_alpha, config.lora_target_modules)
         checks.append(lambda: read_lora_init(meta_transformer(path), config.lora_init, *shape))
     if config.dry_run:  # a run that goes on looks when it has the folder
         checks.append(lambda: to_resume(config, world_size))
     texts = [name for name in ("prompts_file", "eval_prompts") if getattr(config, name) is not None]
-    checks += [lambda name=name: _check_prompts(config, name) for name in texts]
+    checks += [lambda name=name: _check_prompts(config, world_size, name) for name in texts]
     found += raised(checks)
     if found:
         raise FlagErrors(found)
@@ -150,7 +150,7 @@ def _warn_of_few_steps(config: GRPOConfig) -> None:
         )
 
 
-def _check_embeddings(config: GRPOConfig, configs: bool) -> None:
+def _check_embeddings(config: GRPOConfig, world_size: int, configs: bool) -> None:
     """Raises FlagError for cached embeddings that can't be used. A run that goes on checks their content only later,
     unless it needs the empty prompt's.
 
@@ -165,19 +165,24 @@ def _check_embeddings(config: GRPOConfig, configs: bool) -> None:
     if takes_empty_prompt(config):
         data.negative_prompt_embeds  # noqa: B018  (raises)
     prompts = [(entry["caption"], entry.get("metadata", {})) for entry in data.entries]
-    _check_use(config, "data_json_path", prompts, data.weights)
+    _check_use(config, world_size, "data_json_path", prompts, data.weights)
 
 
-def _check_prompts(config: GRPOConfig, field: str) -> None:
+def _check_prompts(config: GRPOConfig, world_size: int, field: str) -> None:
     """Raises FlagError for a prompt file that can't be used. field: prompts_file or eval_prompts."""
     found = read_prompts(getattr(config, field), field, config.prompt_column)
-    _check_use(config, field, list(zip(found.prompts, found.metadata, strict=True)), found.weights)
+    _check_use(config, world_size, field, list(zip(found.prompts, found.metadata, strict=True)), found.weights)
 
 
 def _check_use(
-    config: GRPOConfig, field: str, prompts: Sequence[tuple[str, dict[str, Any]]], weights: Sequence[float]
+    config: GRPOConfig,
+    world_size: int,
+    field: str,
+    prompts: Sequence[tuple[str, dict[str, Any]]],
+    weights: Sequence[float],
 ) -> None:
-    """Calls `check_needs` for all rewards that score these prompts, and prints the split and the weights, if any.
+    """Calls `check_needs` for all rewards that score these prompts, and prints the split and the weights, if any. Warns
+    if an iteration takes more prompts than there are.
 
     Args:
         field: the setting that names their file. prompts: with their metadata.
@@ -204,6 +209,9 @@ def _check_use(
         times = draws_per_epoch(weights)
     except ValueError as error:
         raise FlagError(field, getattr(config, field), str(error)) from error
+    together = config.local_prompts(world_size) * config.data_ranks(world_size)
+    if is_first() and together > (there := sum(weight > 0 for weight in weights)):
+        warn(f"an iteration takes {together} prompts of only {there}: some repeat")
     if min(times) != max(times):
         each = f"{min(times):g} to {max(times):g} draws per prompt and epoch"
         _print(f"weights: {each}, {sum(times):.6g} draws per epoch")

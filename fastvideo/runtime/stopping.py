@@ -4,6 +4,7 @@ import errno
 import math
 import os
 import shlex
+import shutil
 import signal
 import sys
 import traceback
@@ -115,6 +116,14 @@ def saving_on_error(progress: Progress, save: Callable[[], None], alone: bool) -
         raise IterationFailed(f"{problem}; {kept}") from error
 
 
+def _this_python() -> str:
+    """How to call this interpreter in the shell."""
+    if shutil.which("python") == sys.executable:
+        return "python"
+    inside = Path(sys.executable).is_relative_to(Path.cwd())
+    return shlex.quote(os.path.relpath(sys.executable) if inside else sys.executable)
+
+
 @contextmanager
 def last_line(program: str, output_dir: str) -> Iterator[None]:
     """The edge of a run: its last lines say where its results are, or in one line on stderr why it stopped; then the
@@ -127,7 +136,7 @@ def last_line(program: str, output_dir: str) -> Iterator[None]:
         if is_first() and (found := checkpoints(Path(output_dir))):
             print(
                 f"the trained model: {found[-1]}; metrics: {Path(output_dir) / 'metrics.jsonl'}\n"
-                f"report: python -m fastvideo.eval.report --run_dir {shlex.quote(output_dir)}",
+                f"report: {_this_python()} -m fastvideo.eval.report --run_dir {shlex.quote(output_dir)}",
                 flush=True,
             )
     except (TrainingStopped, CheckpointNotWritten) as error:

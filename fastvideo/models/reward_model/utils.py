@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from fastvideo.cli import FlagError, raised
+from fastvideo.cli import FlagError, FlagErrors, raised
 from fastvideo.io.messages import is_first, say
 from fastvideo.models.reward_model.custom import FunctionReward, probe
 from fastvideo.models.reward_model.detailed import DetailedReward
@@ -41,9 +41,9 @@ def check_custom_rewards(config: Any, field: str = "reward_model") -> None:
 
 
 def check_reward_files(config: Any, evaluation: bool = False, field: str = "reward_model") -> None:
-    """Raises FlagError for the first of `reward_problems`."""
-    for error in reward_problems(config, evaluation, field):
-        raise error
+    """Raises FlagErrors for all `reward_problems`."""
+    if found := [*reward_problems(config, evaluation, field)]:
+        raise FlagErrors(found)
 
 
 def reward_problems(config: Any, evaluation: bool = False, field: str = "reward_model") -> Iterator[FlagError]:
