@@ -42,7 +42,7 @@ def bad_file(field: str, path: str | Path, problem: str) -> FlagError:
     """An error with the setting, the file, the problem, and the command that gets the right file, if there is one."""
     parts = {file.field: entry.download for entry in REWARDS.values() for file in entry.files}
     if parts.get(field):
-        problem += f"; `bash scripts/huggingface/download_checkpoints.sh {parts[field]}` gets it"
+        problem = f"{problem.rstrip('.')}; `bash scripts/huggingface/download_checkpoints.sh {parts[field]}` gets it"
     return FlagError(field, path, problem)
 
 
