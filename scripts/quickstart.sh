@@ -1,12 +1,11 @@
 #!/usr/bin/env bash
 # The whole pipeline on the tiny FLUX in data/tiny_flux, on any machine: embed prompts, train MixGRPO-Flash with the
 # granular reward, draw the withheld scenes with base and tuned model from the same noise, score both, write a report.
-# Arguments go to the trainer. `--resume_from_checkpoint latest` goes on with the last quickstart.
-#   OUTPUT_DIR   folder for everything, without another run (default: a new folder under outputs/)
+# Arguments go to the trainer, except --output_dir and --pretrained_model_name_or_path.
+# `--resume_from_checkpoint latest` goes on with the last quickstart under outputs/, or in OUTPUT_DIR; repeat your flags.
+#   OUTPUT_DIR   folder for everything; it must not hold a run already (default: a new folder under outputs/)
 #   PYTHON_BIN   Python of your own environment; without it env_setup.sh makes .venv
 cd "$(dirname "$0")/.."
-[ -n "${PYTHON_BIN:-}" ] || bash env_setup.sh
-source scripts/environment.sh
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_PROGRESS_BARS=1
 out=${OUTPUT_DIR:-outputs/quickstart-$(date +%Y%m%d-%H%M%S)}
 case " $* " in *" --resume_from_checkpoint latest "* | *" --resume_from_checkpoint=latest "*)
@@ -15,15 +14,17 @@ case " $* " in *" --resume_from_checkpoint latest "* | *" --resume_from_checkpoi
   ;;
 esac
 unset OUTPUT_DIR # the recipe would read it too
-for flag in "$@"; do
+for flag in "$@"; do # before the installation
   case ${flag%%=*} in
     --output_dir) problem="put OUTPUT_DIR=… before the command instead, for a folder for everything" ;;
-    --pretrained_model_name_or_path) problem="the quickstart is the tiny FLUX's; the recipes in scripts/finetune take any model" ;;
+    --pretrained_model_name_or_path) problem="the quickstart works only with the tiny FLUX; the recipes in scripts/finetune take any model" ;;
     *) continue ;;
   esac
   echo "quickstart.sh: error: ${flag%%=*}: $problem" >&2
   exit 2
 done
+[ -n "${PYTHON_BIN:-}" ] || bash env_setup.sh
+source scripts/environment.sh
 case " $* " in *" -h "* | *" --help "* | *" --dry_run "*)
   sed -n '2,/^cd /{/^#/s/^# \{0,1\}//p}' scripts/quickstart.sh
   exec bash scripts/finetune/finetune_tiny_flux.sh --prompts_file data/tiny_prompts.txt --output_dir "$out/run" "$@"
