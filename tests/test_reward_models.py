@@ -45,7 +45,11 @@ TOLERANCE = dict(rtol=0, atol=1e-5)
 RGB = [image.convert("RGB") for image in pictures()]
 
 
-@pytest.fixture(params=["narrow", pytest.param("full", marks=pytest.mark.long)])
+# One after the other: a test in full size takes 13 GB.
+FULL = pytest.param("full", marks=[pytest.mark.long, pytest.mark.xdist_group("full size")])
+
+
+@pytest.fixture(params=["narrow", FULL])
 def make(request, tmp_path):
     """make(kind) -> a folder with the kind's files, narrow or with the full architecture."""
     if request.param == "narrow":
