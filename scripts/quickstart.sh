@@ -8,31 +8,33 @@
 cd "$(dirname "$0")/.."
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_PROGRESS_BARS=1
 out=${OUTPUT_DIR:-outputs/quickstart-$(date +%Y%m%d-%H%M%S)}
-case " $* " in *" --resume_from_checkpoint latest "* | *" --resume_from_checkpoint=latest "*)
-  earlier=$(compgen -G "outputs/quickstart-*/run" | tail -n 1 || true) # the names hold the time
+given=" $* " && given=${given//-/_} # the trainer takes --output-dir as well
+case $given in *" __resume_from_checkpoint latest "* | *" __resume_from_checkpoint=latest "*)
+  earlier=$(compgen -G "outputs/quickstart-*/run" | tail -n 1) # the names hold the time
   out=${OUTPUT_DIR:-$(dirname "${earlier:-$out/run}")}
   ;;
 esac
 unset OUTPUT_DIR # the recipe would read it too
 for flag in "$@"; do # before the installation
-  case ${flag%%=*} in
-    --output_dir) problem="put OUTPUT_DIR=… before the command instead, for a folder for everything" ;;
-    --pretrained_model_name_or_path) problem="the quickstart works only with the tiny FLUX; the recipes in scripts/finetune take any model" ;;
+  flag=${flag%%=*}
+  case ${flag//-/_} in
+    __output_dir) problem="put OUTPUT_DIR=… before the command instead, for a folder for everything" ;;
+    __pretrained_model_name_or_path) problem="the quickstart works only with the tiny FLUX; the recipes in scripts/finetune take any model" ;;
     *) continue ;;
   esac
-  echo "quickstart.sh: error: ${flag%%=*}: $problem" >&2
+  echo "quickstart.sh: error: $flag: $problem" >&2
   exit 2
 done
 [ -n "${PYTHON_BIN:-}" ] || bash env_setup.sh
 source scripts/environment.sh
-case " $* " in *" -h "* | *" --help "* | *" --dry_run "*)
+case $given in *" _h "* | *" __help "* | *" __dry_run "*)
   sed -n '2,/^cd /{/^#/s/^# \{0,1\}//p}' scripts/quickstart.sh
   exec bash scripts/finetune/finetune_tiny_flux.sh --prompts_file data/tiny_prompts.txt --output_dir "$out/run" "$@"
   ;;
 esac
 # As the trainer does, but before anything is written. A run in run/ may be continued.
 for folder in "$out" "$out/run"; do
-  [ "$folder" = "$out" ] || [[ " $*" != *" --resume_from_checkpoint"* ]] || break
+  [ "$folder" = "$out" ] || [[ $given != *" __resume_from_checkpoint"* ]] || break
   if [ -e "$folder/metrics.jsonl" ] || compgen -G "$folder/checkpoint-*" > /dev/null; then
     echo "quickstart.sh: error: OUTPUT_DIR $out: $folder holds a run already; choose another folder" >&2
     exit 2

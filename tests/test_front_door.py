@@ -302,7 +302,7 @@ def test_the_quickstart_refuses_a_folder_that_holds_a_run(tmp_path, subprocess_e
         assert [*held.iterdir()] == [held / "metrics.jsonl"] and len([*out.iterdir()]) == 1
 
 
-@pytest.mark.parametrize("flag", ["--output_dir", "--pretrained_model_name_or_path"])
+@pytest.mark.parametrize("flag", ["--output_dir", "--output-dir", "--pretrained_model_name_or_path"])
 def test_the_quickstart_refuses_flags_that_it_sets_itself(flag, tmp_path, subprocess_environment):
     environment = {**subprocess_environment, "PYTHON_BIN": sys.executable, "OUTPUT_DIR": str(tmp_path / "out")}
     for given in ([flag, str(tmp_path / "x")], [f"{flag}={tmp_path / 'x'}"]):
@@ -350,7 +350,7 @@ def test_latest_goes_on_with_the_last_quickstart(tmp_path, subprocess_environmen
         (tmp_path / "outputs" / name).mkdir(parents=True)
     environment = {**subprocess_environment, "PYTHON_BIN": str(programs), "ITERATIONS": "3"}
     environment.pop("OUTPUT_DIR", None)
-    for flags in (["--resume_from_checkpoint", "latest"], ["--resume_from_checkpoint=latest"]):
+    for flags in (["--resume_from_checkpoint", "latest"], ["--resume-from-checkpoint=latest"]):
         command = ["bash", "scripts/quickstart.sh", *flags]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

@@ -6,8 +6,8 @@ length of a rollout. Modulation, 1 token per row, decides everything after it an
 the compute format. So do adapters of LoRA, and layers whose sizes FP8 products don't take.
 
 With fast products, a third of a step is rounding and what comes before it. So blocks round once what several layers
-take (`shared`), and compute a norm or an activation function where they round its result (`Modulated`,
-`activated_product`).
+take (`shared`), multiply queries, keys and values at once (`products`), and compute a norm or an activation function
+where they round its result (`Modulated`, `activated_product`).
 """
 
 import itertools
@@ -193,7 +193,7 @@ class Float8Copies:
 def _take(layers: Sequence[torch.nn.Linear], dtype: torch.dtype) -> None:
     """Gives each of the layers its part of one FP8 copy, and the first the whole of it, if there are several."""
     weights = [layer.whole(dtype) if isinstance(layer, Int8Linear) else layer.weight.to(dtype) for layer in layers]
-    numbers, scale, _ = to_e4m3(torch.cat(weights))
+    numbers, scale, _ = to_e4m3(torch.cat(weights) if len(weights) > 1 else weights[0])
     sizes = [layer.out_features for layer in layers]
     for layer, *parts in zip(layers, numbers.split(sizes), scale.split(sizes), strict=True):
         layer.weight_e4m3, layer.scale_e4m3 = parts
