@@ -288,6 +288,18 @@ def test_preprocessing_and_index_as_the_readme_of_e_grpo_writes_them(
         assert done.returncode == 2 and named in done.stderr and len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize("flags", [["--output_dir", "here"], ["--output-dir=here"], ["--output_dir=here"]])
+def test_the_index_is_of_the_folder_that_a_flag_names(flags, tmp_path, subprocess_environment):
+    python = tmp_path / "python"
+    python.write_text('#!/usr/bin/env bash\necho "$*"\n')
+    python.chmod(0o755)
+    environment = {**subprocess_environment, "PYTHON_BIN": str(python), "OUTPUT_DIR": "elsewhere"}
+    command = ["bash", "scripts/preprocess/preprocess_prompts.sh", *flags]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "scripts/preprocess/generate_json_index.py --embedding_dir here"
+
+
 def test_the_quickstart_refuses_a_folder_that_holds_a_run(tmp_path, subprocess_environment):
     for held in (tmp_path / "one", tmp_path / "two/run"):
         held.mkdir(parents=True)
